@@ -1,0 +1,17 @@
+#![forbid(unsafe_code)]
+//! The vocabulary of block I/O that every Cairn crate shares: identifiers, addresses with checked
+//! arithmetic, requests, statuses, and buffers as plain values.
+//!
+//! Nothing here decides anything or touches the kernel.
+
+mod addr;
+mod buddy;
+mod ids;
+mod io;
+mod mem;
+
+pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};
+pub use buddy::Buddy;
+pub use ids::{Epoch, ParseIdError, PoolId, ReplicaId, VolumeId};
+pub use io::{IoOp, IoRequest, IoStatus};
+pub use mem::{Buf, BufSlice, HeapMemory, Memory};
