@@ -1,0 +1,193 @@
+//! The arena: one anonymous mapping that every payload and header byte of a shard lives in.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+use cairn_block::{Buddy, Buf, BufSlice, Memory};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+/// Unit of allocation and alignment, in bytes.
+const PAGE: u32 = 4096;
+/// The largest buffer is `2^MAX_ORDER` pages: 1 MiB, the largest transfer.
+const MAX_ORDER: u8 = 8;
+
+/// A private zero-filled mapping. Pages cost memory only once they are touched.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is owned by this value alone; nothing about it is tied to a thread.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    pub(crate) fn new(len: usize) -> io::Result<Self> {
+        let size = NonZeroUsize::new(len)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an empty mapping"))?;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice aliases nothing.
+        let base = unsafe {
+            mmap_anonymous(
+                None,
+                size,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE,
+            )
+        }?;
+        Ok(Self { base: base.cast(), len })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of byte `at`; `len` bytes from there are inside the mapping.
+    pub(crate) fn at(&self, at: usize, len: usize) -> *mut u8 {
+        assert!(
+            at <= self.len && len <= self.len - at,
+            "{at}+{len} is outside a mapping of {} bytes",
+            self.len
+        );
+        self.base.as_ptr().wrapping_add(at)
+    }
+
+    pub(crate) fn bytes(&self, at: usize, len: usize) -> &[u8] {
+        let start = self.at(at, len);
+        // SAFETY: `at` checked that the range lies in the mapping, which lives as long as `self`;
+        // every byte of an anonymous mapping is initialised; the shard does not read a window
+        // while an operation that fills it is in flight.
+        unsafe { std::slice::from_raw_parts(start, len) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self, at: usize, len: usize) -> &mut [u8] {
+        let start = self.at(at, len);
+        // SAFETY: as in `bytes`, and `&mut self` makes this the only reference into the mapping.
+        unsafe { std::slice::from_raw_parts_mut(start, len) }
+    }
+
+    /// Gives whole pages back to the system; they read as zeros afterwards.
+    pub(crate) fn discard_pages(&mut self, at: usize, len: usize) {
+        let start = self.at(at, len);
+        // SAFETY: the range lies in this private anonymous mapping, to which `&mut self` is the
+        // only reference; MADV_DONTNEED leaves it mapped and zero-filled.
+        let rc = unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTNEED) };
+        if rc != 0 {
+            self.bytes_mut(at, len).fill(0);
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `len` are what mmap returned, and no reference outlives `self`.
+        let _unmapped = unsafe { munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// Buffers of a shard, handed out by a buddy allocator: nothing on the I/O path asks the system for
+/// memory. When it is empty, callers wait; it never grows.
+#[derive(Debug)]
+pub struct Arena {
+    map: Mapping,
+    buddy: Buddy,
+}
+
+impl Arena {
+    /// An arena of `len` bytes, rounded down to whole MiB, at least one.
+    ///
+    /// # Errors
+    /// Where the system has no address space left.
+    pub fn new(len: u32) -> io::Result<Self> {
+        let pages = (len / PAGE / (1 << MAX_ORDER)).max(1) << MAX_ORDER;
+        let map = Mapping::new(pages as usize * PAGE as usize)?;
+        Ok(Self { map, buddy: Buddy::new(pages, MAX_ORDER) })
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether it holds nothing: never.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Bytes handed out, rounded up to the allocator's blocks.
+    #[must_use]
+    pub fn in_use(&self) -> u64 {
+        u64::from(self.buddy.pages() - self.buddy.free_pages()) * u64::from(PAGE)
+    }
+
+    /// The address of a window, for the kernel.
+    pub(crate) fn ptr(&self, slice: BufSlice) -> *mut u8 {
+        self.map.at(slice.offset() as usize, slice.len() as usize)
+    }
+
+    /// The whole arena as the kernel registers it.
+    pub(crate) fn iovec(&self) -> libc::iovec {
+        libc::iovec { iov_base: self.map.at(0, 0).cast(), iov_len: self.map.len() }
+    }
+}
+
+impl Memory for Arena {
+    fn alloc(&mut self, len: u32) -> Option<Buf> {
+        self.buddy.alloc_buf(len)
+    }
+
+    fn release(&mut self, buf: Buf) {
+        self.buddy.release_buf(buf);
+    }
+
+    fn max_alloc(&self) -> u32 {
+        PAGE << MAX_ORDER
+    }
+
+    fn bytes(&self, slice: BufSlice) -> &[u8] {
+        self.map.bytes(slice.offset() as usize, slice.len() as usize)
+    }
+
+    fn bytes_mut(&mut self, slice: BufSlice) -> &mut [u8] {
+        self.map.bytes_mut(slice.offset() as usize, slice.len() as usize)
+    }
+
+    fn copy(&mut self, src: BufSlice, dst: BufSlice) {
+        assert_eq!(src.len(), dst.len(), "a copy between windows of different lengths");
+        let len = src.len() as usize;
+        let (from, to) = (self.ptr(src), self.ptr(dst));
+        // SAFETY: both ranges were checked to lie in the mapping; `copy` allows overlap.
+        unsafe { std::ptr::copy(from, to, len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_distinct_and_returned() {
+        let mut arena = Arena::new(4 << 20).unwrap();
+        let a = arena.alloc(4096).unwrap();
+        let b = arena.alloc(1 << 20).unwrap();
+        assert_eq!(arena.ptr(a.slice()) as usize % 4096, 0);
+        arena.bytes_mut(a.slice()).fill(1);
+        arena.bytes_mut(b.slice()).fill(2);
+        let head = b.slice().sub(0, 4096);
+        arena.copy(a.slice(), head);
+        assert!(arena.bytes(head).iter().all(|&x| x == 1));
+        assert!(arena.alloc((1 << 20) + 1).is_none());
+        arena.release(a);
+        arena.release(b);
+        assert_eq!(arena.in_use(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "is outside a mapping")]
+    fn a_window_outside_the_arena_is_caught() {
+        let arena = Arena::new(1 << 20).unwrap();
+        let _ = arena.bytes(BufSlice::new(1 << 20, 1));
+    }
+}

@@ -1,0 +1,220 @@
+//! Devices and the operations in flight on them.
+
+use std::io;
+
+use cairn_block::{BufSlice, ByteOffset, Memory};
+use io_uring::{opcode, squeue, types};
+
+use super::{Attach, Core, Kind, Target, with_target};
+use crate::device::MemRegion;
+use crate::seam::{Completion, DeviceId, DiskFault, Token};
+
+/// The registered buffer that is the arena.
+const ARENA: u16 = 0;
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Request {
+    Read { offset: ByteOffset, buf: BufSlice },
+    Write { offset: ByteOffset, buf: BufSlice, fua: bool },
+    Flush,
+    Zero { offset: ByteOffset, len: u64, punch: bool },
+}
+
+#[derive(Debug)]
+enum Device {
+    File { target: Target, file: crate::device::BlockFile },
+    Memory(MemRegion),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct InFlight {
+    token: Token,
+    target: Target,
+    /// What is still to be done: a short transfer goes on where it stopped.
+    request: Request,
+    /// How often a zero was tried in another way.
+    retries: u8,
+}
+
+#[derive(Debug)]
+pub(super) struct Disks {
+    devices: Vec<Option<Device>>,
+    ops: Vec<Option<InFlight>>,
+    free: Vec<u32>,
+}
+
+impl Disks {
+    pub(super) fn new() -> Self {
+        Self { devices: Vec::new(), ops: Vec::with_capacity(1024), free: Vec::with_capacity(1024) }
+    }
+
+    pub(super) fn attach(&mut self, core: &mut Core, device: Attach) -> io::Result<DeviceId> {
+        let device = match device {
+            Attach::File(file) => Device::File { target: core.register(file.raw_fd()), file },
+            Attach::Memory(region) => Device::Memory(region),
+        };
+        let id = u32::try_from(self.devices.len()).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        self.devices.push(Some(device));
+        Ok(DeviceId(id))
+    }
+
+    pub(super) fn detach(&mut self, core: &mut Core, device: DeviceId) -> Option<Attach> {
+        match self.devices.get_mut(device.0 as usize)?.take()? {
+            Device::File { target, file } => {
+                core.unregister(target);
+                Some(Attach::File(file))
+            }
+            Device::Memory(region) => Some(Attach::Memory(region)),
+        }
+    }
+
+    pub(super) fn submit(
+        &mut self,
+        core: &mut Core,
+        token: Token,
+        device: DeviceId,
+        request: Request,
+    ) {
+        match self.devices.get_mut(device.0 as usize) {
+            Some(Some(Device::File { target, .. })) => {
+                let op = InFlight { token, target: *target, request, retries: 0 };
+                let index = match self.free.pop() {
+                    Some(index) => {
+                        self.ops[index as usize] = Some(op);
+                        index
+                    }
+                    None => {
+                        self.ops.push(Some(op));
+                        u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations")
+                    }
+                };
+                start(core, index, op);
+            }
+            Some(Some(Device::Memory(region))) => {
+                let result = on_memory(core, region, request).map_err(|_| DiskFault::Short);
+                core.ready.push_back(Completion::Disk { token, result });
+            }
+            _ => core
+                .ready
+                .push_back(Completion::Disk { token, result: Err(DiskFault::Errno(libc::ENODEV)) }),
+        }
+    }
+
+    pub(super) fn handle(
+        &mut self,
+        core: &mut Core,
+        index: u32,
+        result: i32,
+    ) -> Option<Completion> {
+        let slot = &mut self.ops[index as usize];
+        let op = slot.as_mut().expect("a completion of an operation that is in flight");
+        let outcome = match u32::try_from(result) {
+            Ok(moved) => progress(op, moved),
+            Err(_) => fault(op, -result),
+        };
+        let result = match outcome {
+            Outcome::Again => {
+                let op = *op;
+                start(core, index, op);
+                return None;
+            }
+            Outcome::Done(result) => result,
+        };
+        let token = op.token;
+        *slot = None;
+        self.free.push(index);
+        Some(Completion::Disk { token, result })
+    }
+}
+
+enum Outcome {
+    Again,
+    Done(Result<(), DiskFault>),
+}
+
+/// A transfer moved some bytes: all of them, or it goes on.
+fn progress(op: &mut InFlight, moved: u32) -> Outcome {
+    let (offset, buf) = match &mut op.request {
+        Request::Read { offset, buf } | Request::Write { offset, buf, .. } => (offset, buf),
+        Request::Flush | Request::Zero { .. } => return Outcome::Done(Ok(())),
+    };
+    if moved == buf.len() {
+        return Outcome::Done(Ok(()));
+    }
+    // A direct transfer stops short at the end of the device, or between two of its segments.
+    match offset.checked_add(u64::from(moved)) {
+        Some(next) if moved > 0 && moved < buf.len() => {
+            *offset = next;
+            *buf = buf.from(moved);
+            Outcome::Again
+        }
+        _ => Outcome::Done(Err(DiskFault::Short)),
+    }
+}
+
+fn fault(op: &mut InFlight, errno: i32) -> Outcome {
+    match (errno, &mut op.request) {
+        (libc::EINTR | libc::EAGAIN, _) => Outcome::Again,
+        (libc::ENOSPC | libc::EDQUOT, _) => Outcome::Done(Err(DiskFault::NoSpace)),
+        // Not every filesystem and device has both ways of zeroing.
+        (libc::EOPNOTSUPP, Request::Zero { punch, .. }) if op.retries == 0 => {
+            *punch = !*punch;
+            op.retries += 1;
+            Outcome::Again
+        }
+        _ => Outcome::Done(Err(DiskFault::Errno(errno))),
+    }
+}
+
+fn start(core: &mut Core, index: u32, op: InFlight) {
+    let fixed = core.features.registered_buffers;
+    let entry: squeue::Entry = match op.request {
+        Request::Read { offset, buf } => {
+            let (ptr, len) = (core.arena.ptr(buf), buf.len());
+            if fixed {
+                with_target!(op.target, |fd| opcode::ReadFixed::new(fd, ptr, len, ARENA)
+                    .offset(offset.0)
+                    .build())
+            } else {
+                with_target!(op.target, |fd| opcode::Read::new(fd, ptr, len)
+                    .offset(offset.0)
+                    .build())
+            }
+        }
+        Request::Write { offset, buf, fua } => {
+            let (ptr, len) = (core.arena.ptr(buf), buf.len());
+            let flags = if fua { libc::RWF_DSYNC } else { 0 };
+            if fixed {
+                with_target!(op.target, |fd| opcode::WriteFixed::new(fd, ptr, len, ARENA)
+                    .offset(offset.0)
+                    .rw_flags(flags)
+                    .build())
+            } else {
+                with_target!(op.target, |fd| opcode::Write::new(fd, ptr, len)
+                    .offset(offset.0)
+                    .rw_flags(flags)
+                    .build())
+            }
+        }
+        Request::Flush => with_target!(op.target, |fd| opcode::Fsync::new(fd)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build()),
+        Request::Zero { offset, len, punch } => {
+            let way = if punch { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+            with_target!(op.target, |fd| opcode::Fallocate::new(fd, len)
+                .offset(offset.0)
+                .mode(way | libc::FALLOC_FL_KEEP_SIZE)
+                .build())
+        }
+    };
+    core.push(&entry.user_data(Kind::Disk.user_data(index)));
+}
+
+fn on_memory(core: &mut Core, region: &mut MemRegion, request: Request) -> io::Result<()> {
+    match request {
+        Request::Read { offset, buf } => region.read_at(offset.0, core.arena.bytes_mut(buf)),
+        Request::Write { offset, buf, .. } => region.write_at(offset.0, core.arena.bytes(buf)),
+        Request::Flush => Ok(()),
+        Request::Zero { offset, len, .. } => region.zero(offset.0, len),
+    }
+}

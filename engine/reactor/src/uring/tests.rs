@@ -1,0 +1,255 @@
+//! The driver against the kernel it runs on, with every feature and with none.
+
+use std::net::SocketAddr;
+
+use cairn_block::{Buf, ByteOffset, Memory};
+
+use super::*;
+use crate::device::IoMode;
+use crate::seam::{DiskFault, EndReason, SocketFault, SocketId};
+
+fn driver(allow: Features) -> UringDriver {
+    UringDriver::new(&DriverConfig {
+        arena_len: 8 << 20,
+        spin_ns: 0,
+        ring_entries: 64,
+        recv_buffers: 8,
+        recv_buffer_len: 4096,
+        allow,
+        ..DriverConfig::default()
+    })
+    .unwrap()
+}
+
+fn both(run: fn(UringDriver)) {
+    run(driver(Features::all()));
+    run(driver(Features::none()));
+}
+
+/// Polls until `pick` takes a completion; the others are kept in `rest`.
+fn until<T>(
+    d: &mut UringDriver,
+    rest: &mut Vec<Completion>,
+    mut pick: impl FnMut(&Completion) -> Option<T>,
+) -> T {
+    let deadline = d.now_ns() + 5_000_000_000;
+    loop {
+        if let Some(at) = rest.iter().position(|c| pick(c).is_some()) {
+            let c = rest.remove(at);
+            return pick(&c).unwrap();
+        }
+        assert!(d.now_ns() < deadline, "nothing came in 5 s; seen {rest:?}");
+        d.poll(rest, Some(deadline));
+    }
+}
+
+fn disk_done(d: &mut UringDriver, op: Op<'_>) -> Result<(), DiskFault> {
+    d.submit(op, Token::new(7));
+    until(d, &mut Vec::new(), |c| match c {
+        Completion::Disk { token, result } if token.value() == 7 => Some(*result),
+        _ => None,
+    })
+}
+
+fn disk_round_trip(d: &mut UringDriver, device: DeviceId) {
+    let w = d.memory().alloc(16384).unwrap();
+    let r = d.memory().alloc(16384).unwrap();
+    d.memory().bytes_mut(w.slice()).fill(0x5a);
+    let offset = ByteOffset(8192);
+    let write = |fua| Op::Write { device, offset, buf: w.slice(), fua };
+    assert_eq!(disk_done(d, write(false)), Ok(()));
+    assert_eq!(disk_done(d, write(true)), Ok(()));
+    assert_eq!(disk_done(d, Op::Flush { device }), Ok(()));
+    assert_eq!(disk_done(d, Op::Read { device, offset, buf: r.slice() }), Ok(()));
+    assert!(d.memory().bytes(r.slice()).iter().all(|&b| b == 0x5a));
+    for punch in [true, false] {
+        assert_eq!(disk_done(d, Op::Zero { device, offset, len: 4096, punch }), Ok(()));
+    }
+    assert_eq!(disk_done(d, Op::Read { device, offset, buf: r.slice() }), Ok(()));
+    let head = r.slice().sub(0, 4096);
+    assert!(d.memory().bytes(head).iter().all(|&b| b == 0));
+    assert!(d.memory().bytes(r.slice().from(4096)).iter().all(|&b| b == 0x5a));
+    let past = ByteOffset((1 << 20) - 4096);
+    assert_eq!(
+        disk_done(d, Op::Read { device, offset: past, buf: r.slice() }),
+        Err(DiskFault::Short)
+    );
+    d.memory().release(w);
+    d.memory().release(r);
+}
+
+#[test]
+fn a_file_takes_every_disk_operation() {
+    both(|mut d| {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
+        let path = dir.join(format!("reactor-uring-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        BlockFile::create(&path, 1 << 20).unwrap();
+        let file = BlockFile::open(&path, IoMode::Direct).unwrap();
+        let device = d.attach_device(Attach::File(file)).unwrap();
+        disk_round_trip(&mut d, device);
+        assert!(d.detach_device(device).is_some());
+        std::fs::remove_file(path).unwrap();
+    });
+}
+
+#[test]
+fn memory_takes_every_disk_operation() {
+    both(|mut d| {
+        let region = MemRegion::new(1 << 20).unwrap();
+        let device = d.attach_device(Attach::Memory(region)).unwrap();
+        disk_round_trip(&mut d, device);
+        assert!(d.detach_device(device).is_some());
+        assert!(disk_done(&mut d, Op::Flush { device }).is_err());
+    });
+}
+
+fn pair(d: &mut UringDriver, rest: &mut Vec<Completion>) -> (SocketId, SocketId) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = d.attach_listener(listener).unwrap();
+    let peer = d.local_addr(listener).unwrap();
+    d.submit(Op::Accept { listener }, Token::new(1));
+    d.submit(Op::Connect { peer, timeout_ms: 5000 }, Token::new(2));
+    let client = until(d, rest, |c| match c {
+        Completion::Connected { result, .. } => Some(result.unwrap()),
+        _ => None,
+    });
+    let server = until(d, rest, |c| match c {
+        Completion::Accepted { result, .. } => Some(result.unwrap()),
+        _ => None,
+    });
+    (client, server)
+}
+
+fn fill(d: &mut UringDriver, len: u32) -> Buf {
+    let buf = d.memory().alloc(len).unwrap();
+    for (i, b) in d.memory().bytes_mut(buf.slice()).iter_mut().enumerate() {
+        *b = u8::try_from(i % 253).unwrap();
+    }
+    buf
+}
+
+#[test]
+fn bytes_arrive_whole_and_in_order_even_when_buffers_run_out() {
+    both(|mut d| {
+        let mut rest = Vec::new();
+        let (client, server) = pair(&mut d, &mut rest);
+        d.submit(Op::Receive { socket: server }, Token::new(3));
+        let head = fill(&mut d, 72);
+        let body = fill(&mut d, 512 << 10);
+        let windows = [head.slice(), body.slice(), head.slice().sub(8, 1)];
+        let total = 72 + (512 << 10) + 1;
+        d.submit(Op::Send { socket: client, windows: &windows }, Token::new(4));
+        let mut got = Vec::new();
+        let mut held = Vec::new();
+        let mut sent = false;
+        while got.len() < total || !sent {
+            d.poll(&mut rest, Some(d.now_ns() + 5_000_000_000));
+            for c in rest.drain(..) {
+                match c {
+                    Completion::Received { chunk, token } => {
+                        assert_eq!(token.value(), 3);
+                        got.extend_from_slice(d.memory().bytes(chunk.slice));
+                        held.push(chunk);
+                    }
+                    Completion::Sent { result, .. } => {
+                        result.unwrap();
+                        sent = true;
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            // Every buffer is held until the ring is dry, then all come back at once.
+            if held.len() == 8 || got.len() == total {
+                held.drain(..).for_each(|chunk| d.release_chunk(chunk));
+            }
+        }
+        let mut want = d.memory().bytes(head.slice()).to_vec();
+        want.extend_from_slice(d.memory().bytes(body.slice()));
+        want.push(8);
+        assert!(got == want);
+        d.memory().release(head);
+        d.memory().release(body);
+    });
+}
+
+#[test]
+fn a_receive_pauses_resumes_and_ends_with_the_peer() {
+    both(|mut d| {
+        let mut rest = Vec::new();
+        let (client, server) = pair(&mut d, &mut rest);
+        d.submit(Op::Receive { socket: server }, Token::new(3));
+        d.submit(Op::PauseReceive { socket: server }, Token::new(3));
+        let ended = |c: &Completion| match c {
+            Completion::ReceiveEnded { reason, .. } => Some(*reason),
+            _ => None,
+        };
+        assert_eq!(until(&mut d, &mut rest, ended), EndReason::Paused);
+        d.submit(Op::Receive { socket: server }, Token::new(5));
+        d.submit(Op::Close { socket: client }, Token::new(6));
+        assert_eq!(until(&mut d, &mut rest, ended), EndReason::Eof);
+        until(&mut d, &mut rest, |c| matches!(c, Completion::Closed { .. }).then_some(()));
+        // A socket that is gone is refused, not mistaken for the next one in its slot.
+        d.submit(Op::Send { socket: client, windows: &[] }, Token::new(8));
+        let refused = until(&mut d, &mut rest, |c| match c {
+            Completion::Sent { result, .. } => Some(*result),
+            _ => None,
+        });
+        assert_eq!(refused, Err(SocketFault::Errno(libc::ENOTCONN)));
+    });
+}
+
+#[test]
+fn a_close_answers_the_send_in_flight_first() {
+    both(|mut d| {
+        let mut rest = Vec::new();
+        let (client, _server) = pair(&mut d, &mut rest);
+        // Nobody reads: the send fills the socket's buffers and stays.
+        let body = fill(&mut d, 1 << 20);
+        let windows = [body.slice(); 16];
+        d.submit(Op::Send { socket: client, windows: &windows }, Token::new(4));
+        d.poll(&mut rest, Some(0));
+        d.submit(Op::Close { socket: client }, Token::new(6));
+        until(&mut d, &mut rest, |c| match c {
+            Completion::Sent { result, .. } => {
+                assert!(result.is_err());
+                Some(())
+            }
+            Completion::Closed { .. } => panic!("closed while a send was in flight"),
+            _ => None,
+        });
+        until(&mut d, &mut rest, |c| matches!(c, Completion::Closed { .. }).then_some(()));
+        d.memory().release(body);
+    });
+}
+
+#[test]
+fn a_connect_that_is_refused_says_so() {
+    both(|mut d| {
+        let spare = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer: SocketAddr = spare.local_addr().unwrap();
+        drop(spare);
+        d.submit(Op::Connect { peer, timeout_ms: 1000 }, Token::new(2));
+        let fault = until(&mut d, &mut Vec::new(), |c| match c {
+            Completion::Connected { result, .. } => Some(result.unwrap_err()),
+            _ => None,
+        });
+        assert_eq!(fault, SocketFault::Errno(libc::ECONNREFUSED));
+    });
+}
+
+#[test]
+fn another_thread_wakes_it_and_a_deadline_ends_the_wait() {
+    both(|mut d| {
+        let waker = d.waker();
+        let thread = std::thread::spawn(move || waker.wake());
+        until(&mut d, &mut Vec::new(), |c| matches!(c, Completion::Woken).then_some(()));
+        thread.join().unwrap();
+        let mut out = Vec::new();
+        let at = d.now_ns() + 20_000_000;
+        while d.now_ns() < at {
+            d.poll(&mut out, Some(at));
+        }
+        assert!(out.is_empty(), "{out:?}");
+    });
+}
