@@ -1,2 +1,34 @@
 #![forbid(unsafe_code)]
-//! placeholder
+//! The nexus: one volume's write fan-out, read routing and configuration, without I/O.
+//!
+//! A [`Nexus`] takes host requests ([`Nexus::submit`]) and events of its children (`handle_*`), and
+//! gives child I/O ([`Nexus::poll_child`]), acknowledgements ([`Nexus::poll_done`]) and buffers that
+//! are free again ([`Nexus::poll_release`]). It knows neither how a child is reached nor how it
+//! stores; time is an argument, in milliseconds.
+//!
+//! What it holds to:
+//! - a mutation is acked once every member of the *committed* in-sync set has completed it;
+//! - a member that fails is taken out by a configuration that a majority of the voters has stored
+//!   durably, before any write that it missed is acked;
+//! - two mutations that overlap run one after the other, and a read that overlaps a mutation in
+//!   flight waits for it, so that no later read goes back;
+//! - a volume starts only from the highest configuration that a majority of the voters knows, and
+//!   with at least one member of its in-sync set.
+
+mod assembly;
+mod children;
+mod commit;
+mod config;
+mod nexus;
+mod ranges;
+mod slots;
+
+pub use children::{ChildState, FaultReason};
+pub use config::{Config, ConfigError, Register};
+pub use nexus::{
+    ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
+    Nexus, NexusConfig, Purpose, Status, Ticket, VolumeState,
+};
+
+#[cfg(test)]
+mod tests;

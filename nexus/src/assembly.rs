@@ -1,0 +1,303 @@
+//! Coming up: learn the highest configuration from a majority, take a new epoch, and serve only
+//! with members of that configuration's in-sync set.
+
+use cairn_block::{Epoch, IoStatus};
+
+use crate::children::{ChildState, FaultReason};
+use crate::config::{Config, Register};
+use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus, Purpose, VolumeState};
+use crate::slots::ChildSet;
+
+/// How long to wait before asking again after somebody else took a newer epoch.
+const RETRY_MS: u64 = 200;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Registers are being read.
+    Gather,
+    /// A new epoch is being promised.
+    Promise,
+    /// The first configuration of the epoch is being stored.
+    Commit,
+    /// Not possible now; looked at again when a child comes or goes.
+    Stuck,
+}
+
+#[derive(Debug)]
+pub(crate) struct Assembly {
+    stage: Stage,
+    round: u32,
+    /// What each child's register held when it was last heard.
+    registers: Vec<Option<Register>>,
+    promised: ChildSet,
+    /// Go on with who is there at this time.
+    deadline_ms: Option<u64>,
+}
+
+impl Assembly {
+    pub(crate) fn new(children: usize) -> Self {
+        Self {
+            stage: Stage::Gather,
+            round: 0,
+            registers: vec![None; children],
+            promised: ChildSet::EMPTY,
+            deadline_ms: None,
+        }
+    }
+
+    pub(crate) fn poll_timeout(&self) -> Option<u64> {
+        self.deadline_ms
+    }
+
+    fn heard(&self) -> ChildSet {
+        (0u8..).zip(&self.registers).fold(ChildSet::EMPTY, |set, (i, r)| {
+            if r.is_some() { set.with(ChildId(i)) } else { set }
+        })
+    }
+}
+
+impl Nexus {
+    fn assembling(&mut self) -> &mut Assembly {
+        self.assembly.as_mut().expect("called while assembling")
+    }
+
+    pub(crate) fn assembly_child_up(&mut self, child: ChildId, now_ms: u64) {
+        let stage = self.assembling().stage;
+        if matches!(stage, Stage::Stuck | Stage::Gather) {
+            self.gather(now_ms);
+        }
+        // Later stages go on with who was there; this one is bound once the volume serves.
+        let _ = child;
+    }
+
+    pub(crate) fn assembly_child_down(&mut self, child: ChildId) {
+        let assembly = self.assembling();
+        assembly.registers[usize::from(child.0)] = None;
+        assembly.promised = assembly.promised.without(ChildSet::of(child));
+    }
+
+    /// Starts over with everybody who is connected.
+    fn gather(&mut self, now_ms: u64) {
+        self.round += 1;
+        let round = self.round;
+        let assembly = self.assembling();
+        assembly.stage = Stage::Gather;
+        assembly.round = round;
+        assembly.registers.fill(None);
+        assembly.promised = ChildSet::EMPTY;
+        assembly.deadline_ms = None;
+        self.commit = None;
+        for child in self.connected().iter() {
+            self.ask(child, round, ChildOp::ReadRegister);
+        }
+        self.tell_what_is_missing(now_ms);
+    }
+
+    fn connected(&self) -> ChildSet {
+        (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| {
+            if c.connected { set.with(ChildId(i)) } else { set }
+        })
+    }
+
+    fn tell_what_is_missing(&mut self, _now_ms: u64) {
+        let connected = self.connected();
+        let missing: Vec<String> = (0u8..)
+            .zip(&self.children)
+            .filter(|(i, _)| !connected.has(ChildId(*i)))
+            .map(|(_, c)| c.replica.to_string())
+            .collect();
+        if !missing.is_empty() {
+            let text = format!("waiting for replica {}", missing.join(", "));
+            self.set_state(VolumeState::Assembling(text));
+        }
+    }
+
+    pub(crate) fn handle_assembly_reply(
+        &mut self,
+        child: ChildId,
+        round: u32,
+        reply: ChildReply,
+        now_ms: u64,
+    ) {
+        if self.assembling().round != round {
+            return;
+        }
+        match (self.assembling().stage, reply) {
+            (Stage::Gather, Ok(register)) => {
+                self.assembling().registers[usize::from(child.0)] = Some(register);
+                self.try_promise(now_ms);
+            }
+            (Stage::Promise, Ok(register)) => {
+                let assembly = self.assembling();
+                assembly.registers[usize::from(child.0)] = Some(register);
+                assembly.promised = assembly.promised.with(child);
+                if assembly.heard().without(assembly.promised).is_empty() {
+                    self.decide(now_ms);
+                }
+            }
+            (Stage::Promise, Err(IoStatus::Fenced)) => {
+                // Somebody took a newer epoch between the read and the promise: look again.
+                let assembly = self.assembling();
+                assembly.stage = Stage::Stuck;
+                assembly.deadline_ms = Some(now_ms + RETRY_MS);
+            }
+            (Stage::Gather | Stage::Promise, Err(_)) => {
+                self.assembly_child_down(child);
+                self.push_event(Event::ResetChild(child));
+                if self.assembling().stage == Stage::Promise {
+                    let assembly = self.assembling();
+                    assembly.stage = Stage::Stuck;
+                    assembly.deadline_ms = Some(now_ms + RETRY_MS);
+                }
+            }
+            (Stage::Commit | Stage::Stuck, _) => {}
+        }
+    }
+
+    pub(crate) fn assembly_timeout(&mut self, now_ms: u64) {
+        let assembly = self.assembling();
+        if assembly.deadline_ms.is_none_or(|at| now_ms < at) {
+            return;
+        }
+        assembly.deadline_ms = None;
+        match assembly.stage {
+            Stage::Gather => self.promise(),
+            Stage::Stuck => self.gather(now_ms),
+            Stage::Promise | Stage::Commit => {}
+        }
+    }
+
+    /// Goes on once everybody was heard, or a majority and the wait is over.
+    fn try_promise(&mut self, now_ms: u64) {
+        let (all, majority) = (self.children.len(), self.majority());
+        let (create, wait) = (self.config.purpose == Purpose::Create, self.config.assembly_wait_ms);
+        let assembly = self.assembling();
+        let heard = assembly.heard().len();
+        if heard == all {
+            self.promise();
+        } else if !create && heard >= majority && assembly.deadline_ms.is_none() {
+            assembly.deadline_ms = Some(now_ms + wait);
+        }
+    }
+
+    fn promise(&mut self) {
+        self.round += 1;
+        let round = self.round;
+        let assembly = self.assembling();
+        assembly.stage = Stage::Promise;
+        assembly.round = round;
+        assembly.deadline_ms = None;
+        assembly.promised = ChildSet::EMPTY;
+        let highest =
+            assembly.registers.iter().flatten().map(|r| r.promised_epoch).max().unwrap_or_default();
+        let heard = assembly.heard();
+        self.epoch = Epoch(highest.0 + 1);
+        let epoch = self.epoch;
+        for child in heard.iter() {
+            self.ask(child, round, ChildOp::Promise { epoch, again: false });
+        }
+    }
+
+    /// A majority has promised: the highest configuration among them is the volume's.
+    fn decide(&mut self, now_ms: u64) {
+        if self.assembling().promised.len() < self.majority() {
+            self.stuck(now_ms);
+            return;
+        }
+        let registers = &self.assembling().registers;
+        let highest = registers
+            .iter()
+            .flatten()
+            .filter(|r| !r.config.is_empty())
+            .max_by_key(|r| (r.accepted_epoch, r.seq))
+            .cloned();
+        match (self.config.purpose, highest) {
+            (Purpose::Create, None) => {
+                self.seq = 0;
+                let all = self.assembling().promised;
+                self.assembling().stage = Stage::Commit;
+                self.commit_target(all);
+            }
+            (Purpose::Create, Some(_)) => self.refuse(
+                "a replica belongs to a volume already; create the volume from empty replicas",
+            ),
+            (Purpose::Assemble, None) => {
+                self.refuse(
+                    "no replica holds a configuration; the volume was never created on them",
+                );
+            }
+            (Purpose::Assemble, Some(register)) => match Config::decode(&register.config) {
+                Ok(config) => self.adopt(&config, now_ms),
+                Err(e) => self.refuse(&format!("the stored configuration cannot be read: {e}")),
+            },
+        }
+    }
+
+    fn adopt(&mut self, config: &Config, now_ms: u64) {
+        let same = config.members.len() == self.children.len()
+            && config.members.iter().all(|(id, _)| self.children.iter().any(|c| c.replica == *id));
+        if config.volume != self.config.volume || !same {
+            self.refuse(&format!(
+                "the replicas hold a configuration of volume {} with other members; check the \
+                 replicas that are named for volume {}",
+                config.volume, self.config.volume
+            ));
+            return;
+        }
+        self.config.blocks = config.blocks;
+        self.lineage = config.lineage;
+        self.seq = 0;
+        let in_sync = (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| {
+            let member = config.members.iter().any(|(id, ok)| *id == c.replica && *ok);
+            if member { set.with(ChildId(i)) } else { set }
+        });
+        let there = self.assembling().promised;
+        let target = in_sync.and(there);
+        if target.is_empty() {
+            let needed: Vec<String> = in_sync
+                .iter()
+                .map(|c| self.children[usize::from(c.0)].replica.to_string())
+                .collect();
+            self.set_state(VolumeState::Assembling(format!(
+                "the replicas that are here missed writes; waiting for one that has them all: {}",
+                needed.join(" or ")
+            )));
+            self.stuck(now_ms);
+            return;
+        }
+        for i in 0..self.children.len() {
+            let child = ChildId(u8::try_from(i).expect("at most MAX_CHILDREN"));
+            if !target.has(child) {
+                let why =
+                    if in_sync.has(child) { FaultReason::Unreachable } else { FaultReason::Stale };
+                self.child(child).state = ChildState::OutOfSync(why);
+            }
+        }
+        self.assembling().stage = Stage::Commit;
+        self.commit_target(target);
+    }
+
+    fn stuck(&mut self, now_ms: u64) {
+        let assembly = self.assembling();
+        assembly.stage = Stage::Stuck;
+        assembly.deadline_ms = Some(now_ms + RETRY_MS * 5);
+    }
+
+    fn refuse(&mut self, why: &str) {
+        self.assembling().stage = Stage::Stuck;
+        self.set_state(VolumeState::Refused(why.to_owned()));
+    }
+
+    /// The epoch's first configuration is stored: serve.
+    pub(crate) fn assembled(&mut self) {
+        self.assembly = None;
+        for child in self.in_sync.iter() {
+            if self.child(child).connected {
+                self.child(child).state = ChildState::Online;
+                self.push_event(Event::ChildOnline(child));
+            } else {
+                self.child(child).state = ChildState::Disconnected;
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Storing a configuration on a majority of the voters.
+
+use cairn_block::IoStatus;
+
+use crate::children::ChildState;
+use crate::config::{Config, Register};
+use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus};
+use crate::slots::ChildSet;
+
+/// A configuration on its way to the voters.
+#[derive(Debug)]
+pub(crate) struct Commit {
+    pub(crate) round: u32,
+    pub(crate) target: ChildSet,
+    register: Register,
+    asked: ChildSet,
+    acks: ChildSet,
+    refused: ChildSet,
+    majority: usize,
+}
+
+impl Commit {
+    /// Everybody who was asked has answered, and too few have stored it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.acks.len() < self.majority
+            && self.asked.without(self.acks).without(self.refused).is_empty()
+    }
+}
+
+impl Nexus {
+    pub(crate) fn majority(&self) -> usize {
+        self.children.len() / 2 + 1
+    }
+
+    /// Stores the in-sync set without the children that are failing.
+    pub(crate) fn start_commit(&mut self) {
+        let failing = self.failing();
+        let target = self.in_sync.without(failing);
+        if target.is_empty() {
+            return;
+        }
+        self.commit_target(target);
+    }
+
+    fn failing(&self) -> ChildSet {
+        (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| match c.state {
+            ChildState::Failing(_) => set.with(ChildId(i)),
+            _ => set,
+        })
+    }
+
+    /// Stores `target` as the in-sync set; a commit on its way is superseded.
+    pub(crate) fn commit_target(&mut self, target: ChildSet) {
+        self.seq += 1;
+        self.round += 1;
+        let config = Config {
+            volume: self.config.volume,
+            blocks: self.config.blocks,
+            lineage: self.lineage,
+            members: (0u8..)
+                .zip(&self.children)
+                .map(|(i, c)| (c.replica, target.has(ChildId(i))))
+                .collect(),
+        };
+        let register = Register {
+            promised_epoch: self.epoch,
+            accepted_epoch: self.epoch,
+            seq: self.seq,
+            config: config.encode(),
+        };
+        self.commit = Some(Commit {
+            round: self.round,
+            target,
+            register,
+            asked: ChildSet::EMPTY,
+            acks: ChildSet::EMPTY,
+            refused: ChildSet::EMPTY,
+            majority: self.majority(),
+        });
+        let voters: Vec<ChildId> = (0u8..)
+            .zip(&self.children)
+            .filter(|(_, c)| {
+                c.connected && !matches!(c.state, ChildState::Failing(_) | ChildState::Disconnected)
+            })
+            .map(|(i, _)| ChildId(i))
+            .collect();
+        for child in voters {
+            self.resume_commit(child);
+        }
+        self.update_state();
+    }
+
+    /// Asks one more voter, which has just come back.
+    pub(crate) fn resume_commit(&mut self, child: ChildId) {
+        let Some(commit) = self.commit.as_mut() else { return };
+        if commit.acks.has(child) {
+            return;
+        }
+        commit.asked = commit.asked.with(child);
+        commit.refused = commit.refused.without(ChildSet::of(child));
+        let (round, register) = (commit.round, commit.register.clone());
+        self.ask(child, round, ChildOp::Accept(register));
+    }
+
+    /// The voter will not answer any more.
+    pub(crate) fn commit_refused(&mut self, child: ChildId) {
+        let Some(commit) = self.commit.as_mut() else { return };
+        if commit.asked.has(child) && !commit.acks.has(child) {
+            commit.refused = commit.refused.with(child);
+            self.update_state();
+        }
+    }
+
+    pub(crate) fn handle_accept_reply(&mut self, child: ChildId, reply: &ChildReply) {
+        match reply {
+            Ok(_) => {
+                let Some(commit) = self.commit.as_mut() else { return };
+                commit.acks = commit.acks.with(child);
+                if commit.acks.len() == commit.majority {
+                    self.committed();
+                } else {
+                    self.update_state();
+                }
+            }
+            Err(IoStatus::Fenced) => self.fence(),
+            Err(_) => self.commit_refused(child),
+        }
+    }
+
+    fn committed(&mut self) {
+        let Some(commit) = self.commit.take() else { return };
+        let gone = self.in_sync.without(commit.target);
+        self.in_sync = commit.target;
+        self.push_event(Event::Committed { epoch: self.epoch, seq: self.seq });
+        for child in gone.iter() {
+            if let ChildState::Failing(reason) = self.child(child).state {
+                self.child(child).state = ChildState::OutOfSync(reason);
+                self.push_event(Event::ChildOut(child, reason));
+            }
+        }
+        if self.assembly.is_some() {
+            self.assembled();
+        }
+        self.update_state();
+        self.look_again();
+        self.unpark();
+        // A member that failed while this was on its way goes by a commit of its own.
+        if !self.failing().and(self.in_sync).is_empty() {
+            self.start_commit();
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! A volume's configuration and the register that each voter stores it in.
+
+use cairn_block::{Epoch, ReplicaId, VolumeId};
+
+use crate::MAX_CHILDREN;
+
+/// First bytes of an encoded configuration.
+const MAGIC: [u8; 4] = *b"CNFG";
+/// Version of the encoding.
+const VERSION: u16 = 1;
+/// Bytes before the list of voters.
+const HEADER: usize = 48;
+/// Bytes of a voter: its id and whether it is in sync.
+const VOTER: usize = 24;
+
+/// What one voter holds of the volume's register. `accepted_epoch` and `seq` order configurations.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Register {
+    /// No configuration of an older epoch is accepted any more.
+    pub promised_epoch: Epoch,
+    /// The epoch of the accepted configuration; 0 where there is none yet.
+    pub accepted_epoch: Epoch,
+    /// Counts the configurations within an epoch.
+    pub seq: u64,
+    /// The accepted configuration, encoded; empty where there is none yet.
+    pub config: Vec<u8>,
+}
+
+/// Who holds the volume's data, and how large it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its size.
+    pub blocks: u64,
+    /// Changes when an operator forces a start from a stale member: data of another lineage is
+    /// never merged.
+    pub lineage: u64,
+    /// All replicas, in order, each with whether it holds every acked write.
+    pub members: Vec<(ReplicaId, bool)>,
+}
+
+/// Why bytes are no configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// They end too early or go on too long.
+    #[error("the configuration has {found} bytes, not {expected}")]
+    Length {
+        /// Bytes there.
+        found: usize,
+        /// Bytes that the header tells of.
+        expected: usize,
+    },
+    /// They begin with something else.
+    #[error("the configuration does not begin with its magic")]
+    Magic,
+    /// A later format.
+    #[error("the configuration has version {0}; this program knows version 1: upgrade it")]
+    Version(u16),
+    /// No members, or more than a volume can have.
+    #[error("the configuration names {0} members")]
+    Members(usize),
+}
+
+impl Config {
+    /// The bytes that voters store. Layout: magic[4], version u16, members u16, volume[16],
+    /// blocks u64, lineage u64, reserved[8], then per member id[16], in-sync u8, zeros[7].
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(HEADER + self.members.len() * VOTER);
+        out.extend_from_slice(&MAGIC);
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        let members = u16::try_from(self.members.len()).unwrap_or(u16::MAX);
+        out.extend_from_slice(&members.to_le_bytes());
+        out.extend_from_slice(&self.volume.to_bytes());
+        out.extend_from_slice(&self.blocks.to_le_bytes());
+        out.extend_from_slice(&self.lineage.to_le_bytes());
+        out.extend_from_slice(&[0; 8]);
+        for (id, in_sync) in &self.members {
+            out.extend_from_slice(&id.to_bytes());
+            out.extend_from_slice(&[u8::from(*in_sync), 0, 0, 0, 0, 0, 0, 0]);
+        }
+        out
+    }
+
+    /// The configuration that `bytes` hold.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where they are damaged or of a later version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ConfigError> {
+        let short = ConfigError::Length { found: bytes.len(), expected: HEADER };
+        let header = bytes.first_chunk::<HEADER>().ok_or(short)?;
+        let field = |at: usize, len: usize| &header[at..at + len];
+        let u64_at = |at: usize| {
+            let mut b = [0; 8];
+            b.copy_from_slice(field(at, 8));
+            u64::from_le_bytes(b)
+        };
+        if field(0, 4) != MAGIC {
+            return Err(ConfigError::Magic);
+        }
+        let version = u16::from_le_bytes([header[4], header[5]]);
+        if version != VERSION {
+            return Err(ConfigError::Version(version));
+        }
+        let count = usize::from(u16::from_le_bytes([header[6], header[7]]));
+        if count == 0 || count > MAX_CHILDREN {
+            return Err(ConfigError::Members(count));
+        }
+        let expected = HEADER + count * VOTER;
+        if bytes.len() != expected {
+            return Err(ConfigError::Length { found: bytes.len(), expected });
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(field(8, 16));
+        let volume = VolumeId::from_bytes(id);
+        let members = bytes[HEADER..]
+            .chunks_exact(VOTER)
+            .map(|m| {
+                let mut id = [0; 16];
+                id.copy_from_slice(&m[..16]);
+                (ReplicaId::from_bytes(id), m[16] != 0)
+            })
+            .collect();
+        Ok(Self { volume, blocks: u64_at(24), lineage: u64_at(32), members })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_survives_its_encoding_and_damage_is_told() {
+        let config = Config {
+            volume: VolumeId(7),
+            blocks: 1 << 18,
+            lineage: 3,
+            members: vec![(ReplicaId(1), true), (ReplicaId(2), false), (ReplicaId(3), true)],
+        };
+        let bytes = config.encode();
+        assert_eq!(Config::decode(&bytes), Ok(config));
+        for len in 0..bytes.len() {
+            assert!(Config::decode(&bytes[..len]).is_err());
+        }
+        let mut bad = bytes.clone();
+        bad[0] ^= 1;
+        assert_eq!(Config::decode(&bad), Err(ConfigError::Magic));
+        let mut newer = bytes;
+        newer[4] = 9;
+        assert_eq!(Config::decode(&newer), Err(ConfigError::Version(9)));
+    }
+}

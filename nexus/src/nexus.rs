@@ -1,0 +1,768 @@
+//! The nexus itself: requests in, child I/O out, answers back.
+
+use std::collections::VecDeque;
+
+use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, ReplicaId, VolumeId};
+
+use crate::assembly::Assembly;
+use crate::children::{Child, ChildState, FaultReason};
+use crate::commit::Commit;
+use crate::config::Register;
+use crate::ranges::Ranges;
+use crate::slots::{ChildSet, Phase, Slot, Slots};
+
+/// Replicas of a volume at most.
+pub const MAX_CHILDREN: usize = 8;
+
+/// A child of this nexus: its place in [`NexusConfig::children`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChildId(pub u8);
+
+/// One replica of the volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChildSpec {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Whether it is in this process: then it is read first.
+    pub local: bool,
+}
+
+/// Why the nexus comes up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// The volume is new: every replica must be there and empty.
+    Create,
+    /// The volume exists: its configuration is learnt from its replicas.
+    Assemble,
+}
+
+/// How a nexus is set up.
+#[derive(Debug, Clone)]
+pub struct NexusConfig {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its size in blocks.
+    pub blocks: u64,
+    /// Its replicas, at most [`MAX_CHILDREN`].
+    pub children: Vec<ChildSpec>,
+    /// Why it comes up.
+    pub purpose: Purpose,
+    /// A child that does not answer a request for so long is taken out.
+    pub child_deadline_ms: u64,
+    /// How long assembly waits for the rest once a majority is there.
+    pub assembly_wait_ms: u64,
+    /// Host requests in flight at most; more wait outside.
+    pub max_requests: u16,
+}
+
+/// Names a child operation when its answer comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(pub u32);
+
+/// Set in tickets of register operations.
+const REGISTER: u32 = 1 << 31;
+
+impl Ticket {
+    pub(crate) fn io(slot: u16) -> Self {
+        Self(u32::from(slot))
+    }
+
+    pub(crate) fn register(round: u32) -> Self {
+        Self(REGISTER | round)
+    }
+
+    /// Whether the operation was on the register.
+    #[must_use]
+    pub fn is_register(self) -> bool {
+        self.0 & REGISTER != 0
+    }
+}
+
+/// What a child is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChildOp {
+    /// A block request.
+    Io(IoRequest),
+    /// Tell what the register holds.
+    ReadRegister,
+    /// Promise to accept nothing older than this epoch, and bind the session to it. With `again`,
+    /// the epoch is the one that was promised; without, it must be newer.
+    Promise {
+        /// The epoch.
+        epoch: Epoch,
+        /// Whether this session takes up an epoch that was promised before.
+        again: bool,
+    },
+    /// Store this register durably, unless a newer epoch was promised.
+    Accept(Register),
+}
+
+/// An operation for one child.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChildIo {
+    /// For which.
+    pub child: ChildId,
+    /// Comes back with the answer.
+    pub ticket: Ticket,
+    /// What to do.
+    pub op: ChildOp,
+}
+
+/// A child's answer to a register operation: what the register holds now.
+pub type ChildReply = Result<Register, IoStatus>;
+
+/// The answer for the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// As submitted.
+    pub tag: u64,
+    /// How it ended.
+    pub status: IoStatus,
+}
+
+/// What happened, for logs and for whoever manages the volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The volume's state changed.
+    State(VolumeState),
+    /// A child failed; it is being taken out.
+    ChildFailing(ChildId, FaultReason),
+    /// A child is out of the in-sync set, durably.
+    ChildOut(ChildId, FaultReason),
+    /// A child takes I/O.
+    ChildOnline(ChildId),
+    /// The session with a child is to be ended: it did not answer.
+    ResetChild(ChildId),
+    /// A configuration was stored by a majority.
+    Committed {
+        /// Its epoch.
+        epoch: Epoch,
+        /// Its number within the epoch.
+        seq: u64,
+    },
+}
+
+/// Where the volume stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeState {
+    /// Its configuration is being learnt; the text says what is missing.
+    Assembling(String),
+    /// Serving, every replica in sync.
+    Online,
+    /// Serving with fewer replicas than it has.
+    Degraded,
+    /// A replica failed and no majority can store that: writes are held until one can.
+    Suspended,
+    /// A newer nexus has taken the volume over: nothing is served here.
+    Fenced,
+    /// It cannot be served; the text says why.
+    Refused(String),
+}
+
+impl VolumeState {
+    /// Whether host requests are taken.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        matches!(self, Self::Online | Self::Degraded | Self::Suspended)
+    }
+
+    /// One word for tables.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Assembling(_) => "assembling",
+            Self::Online => "online",
+            Self::Degraded => "degraded",
+            Self::Suspended => "suspended",
+            Self::Fenced => "fenced",
+            Self::Refused(_) => "refused",
+        }
+    }
+
+    /// What a person wants to know besides the word.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        match self {
+            Self::Assembling(text) | Self::Refused(text) => text,
+            Self::Online => "every replica is in sync",
+            Self::Degraded => "serving with fewer replicas than configured",
+            Self::Suspended => {
+                "a replica failed and no majority of the replicas can be reached to record it; \
+                 writes are held until one can"
+            }
+            Self::Fenced => "a newer nexus has taken this volume over",
+        }
+    }
+}
+
+/// A child as a person sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChildStatus {
+    /// Which replica.
+    pub replica: ReplicaId,
+    /// Where it stands.
+    pub state: ChildState,
+    /// Whether it holds every acked write.
+    pub in_sync: bool,
+    /// Requests that it has not answered.
+    pub load: u32,
+}
+
+/// The volume as a person sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// Where it stands.
+    pub state: VolumeState,
+    /// The epoch that it serves in.
+    pub epoch: Epoch,
+    /// The number of the last configuration within the epoch.
+    pub seq: u64,
+    /// Its children, in order.
+    pub children: Vec<ChildStatus>,
+    /// Host requests in flight.
+    pub requests: usize,
+}
+
+/// One volume's nexus.
+#[derive(Debug)]
+pub struct Nexus {
+    pub(crate) config: NexusConfig,
+    pub(crate) state: VolumeState,
+    pub(crate) children: Vec<Child>,
+    /// Of the configuration committed last.
+    pub(crate) in_sync: ChildSet,
+    pub(crate) epoch: Epoch,
+    pub(crate) seq: u64,
+    pub(crate) lineage: u64,
+    pub(crate) round: u32,
+    pub(crate) commit: Option<Commit>,
+    pub(crate) assembly: Option<Assembly>,
+    slots: Slots,
+    ranges: Ranges,
+    /// Slots to look at again before control goes back to the caller.
+    ready: VecDeque<u16>,
+    /// Mutations that wait for a child which is joining.
+    parked: Vec<u16>,
+    child_ios: VecDeque<ChildIo>,
+    done: VecDeque<Done>,
+    released: VecDeque<u64>,
+    events: VecDeque<Event>,
+}
+
+impl Nexus {
+    /// A nexus whose children are not connected yet.
+    ///
+    /// # Panics
+    /// Where there is no child, or more than [`MAX_CHILDREN`].
+    #[must_use]
+    pub fn new(config: NexusConfig) -> Self {
+        let n = config.children.len();
+        assert!(n > 0 && n <= MAX_CHILDREN, "a volume has 1 to {MAX_CHILDREN} replicas, not {n}");
+        let children = config
+            .children
+            .iter()
+            .map(|spec| Child {
+                replica: spec.replica,
+                local: spec.local,
+                connected: false,
+                state: ChildState::Disconnected,
+                load: 0,
+                session: 0,
+            })
+            .collect();
+        let capacity = config.max_requests;
+        let queue = usize::from(capacity);
+        Self {
+            state: VolumeState::Assembling("waiting for its replicas".to_owned()),
+            children,
+            in_sync: ChildSet::EMPTY,
+            epoch: Epoch(0),
+            seq: 0,
+            lineage: 1,
+            round: 0,
+            commit: None,
+            assembly: Some(Assembly::new(n)),
+            slots: Slots::new(capacity),
+            ranges: Ranges::new(queue),
+            ready: VecDeque::with_capacity(queue),
+            parked: Vec::with_capacity(queue),
+            child_ios: VecDeque::with_capacity(queue * n),
+            done: VecDeque::with_capacity(queue),
+            released: VecDeque::with_capacity(queue),
+            events: VecDeque::with_capacity(16),
+            config,
+        }
+    }
+
+    /// The volume.
+    #[must_use]
+    pub fn volume(&self) -> VolumeId {
+        self.config.volume
+    }
+
+    /// Its size in blocks.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.config.blocks
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> &VolumeState {
+        &self.state
+    }
+
+    /// All that a person wants to know.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let children = (0u8..).zip(&self.children).map(|(i, c)| ChildStatus {
+            replica: c.replica,
+            state: c.state,
+            in_sync: self.in_sync.has(ChildId(i)),
+            load: c.load,
+        });
+        Status {
+            state: self.state.clone(),
+            epoch: self.epoch,
+            seq: self.seq,
+            children: children.collect(),
+            requests: self.slots.in_use(),
+        }
+    }
+
+    /// Whether [`Nexus::submit`] takes one more.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.slots.in_use() < self.slots.capacity()
+    }
+
+    /// Requests that still use a buffer or await an answer.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.slots.in_use()
+    }
+
+    /// Takes a host request. Its buffer belongs to the nexus until [`Nexus::poll_release`] names it.
+    ///
+    /// # Panics
+    /// Where [`Nexus::has_room`] is false.
+    pub fn submit(&mut self, tag: u64, request: IoRequest, now_ms: u64) {
+        let refused = if !self.state.is_serving() {
+            Some(IoStatus::NotReady)
+        } else if request.range.end().0 > self.config.blocks {
+            Some(IoStatus::OutOfRange)
+        } else {
+            None
+        };
+        if let Some(status) = refused {
+            self.done.push_back(Done { tag, status });
+            self.released.push_back(tag);
+            return;
+        }
+        let slot = Slot {
+            tag,
+            request,
+            phase: Phase::Waiting,
+            outstanding: ChildSet::EMPTY,
+            ok: ChildSet::EMPTY,
+            failed: ChildSet::EMPTY,
+            fault: IoStatus::PathError,
+            started_ms: now_ms,
+        };
+        let at = self.slots.insert(slot).expect("the caller asked `has_room`");
+        if self.ranges.enter(request.range, at, request.op.is_mutation()) {
+            self.start(at, now_ms);
+        }
+        self.settle(now_ms);
+    }
+
+    /// A session with the child is up; nothing was sent on it yet.
+    pub fn handle_child_up(&mut self, child: ChildId, now_ms: u64) {
+        let c = self.child(child);
+        c.connected = true;
+        c.session += 1;
+        if !matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
+            c.state = ChildState::Joining;
+        }
+        if self.assembly.is_some() {
+            self.assembly_child_up(child, now_ms);
+        } else {
+            self.rejoin(child);
+        }
+        self.settle(now_ms);
+    }
+
+    /// The session with the child is gone. Each of its operations is answered on its own, with
+    /// [`IoStatus::PathError`], before or after this.
+    pub fn handle_child_down(&mut self, child: ChildId, now_ms: u64) {
+        let c = self.child(child);
+        if !c.connected {
+            return;
+        }
+        c.connected = false;
+        if matches!(c.state, ChildState::Online | ChildState::Joining) {
+            c.state = ChildState::Disconnected;
+        }
+        if self.assembly.is_some() {
+            self.assembly_child_down(child);
+        }
+        self.commit_refused(child);
+        self.unpark();
+        self.settle(now_ms);
+    }
+
+    /// A block request of a child is answered.
+    pub fn handle_io(&mut self, child: ChildId, ticket: Ticket, status: IoStatus, now_ms: u64) {
+        assert!(!ticket.is_register(), "a block request's ticket");
+        let at = u16::try_from(ticket.0).expect("a slot number");
+        let c = self.child(child);
+        c.load -= 1;
+        let slot = self.slots.slot(at);
+        assert!(slot.outstanding.has(child), "an answer that nobody waits for");
+        slot.outstanding = slot.outstanding.without(ChildSet::of(child));
+        if slot.phase == Phase::Answered {
+            self.release_if_free(at);
+            return;
+        }
+        if !slot.failed.has(child) {
+            if status.is_ok() {
+                slot.ok = slot.ok.with(child);
+            } else {
+                slot.failed = slot.failed.with(child);
+                slot.fault = status;
+            }
+        }
+        // The plain case, first: everybody in sync has done it.
+        self.look(at, now_ms);
+        self.settle(now_ms);
+    }
+
+    /// A register operation of a child is answered.
+    pub fn handle_register(
+        &mut self,
+        child: ChildId,
+        ticket: Ticket,
+        reply: ChildReply,
+        now_ms: u64,
+    ) {
+        assert!(ticket.is_register(), "a register operation's ticket");
+        let round = ticket.0 & !REGISTER;
+        if self.commit.as_ref().is_some_and(|c| c.round == round) {
+            self.handle_accept_reply(child, &reply);
+        } else if self.assembly.is_some() {
+            self.handle_assembly_reply(child, round, reply, now_ms);
+        } else {
+            self.handle_rejoin_reply(child, &reply);
+        }
+        self.settle(now_ms);
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now_ms: u64) {
+        let limit = self.config.child_deadline_ms;
+        for at in 0..self.slots.capacity() {
+            let at = u16::try_from(at).expect("as many slots as a u16 counts");
+            let Some(slot) = self.slots.get(at) else { continue };
+            if slot.phase != Phase::Running || now_ms.saturating_sub(slot.started_ms) < limit {
+                continue;
+            }
+            let late = slot.outstanding.without(slot.failed);
+            if late.is_empty() {
+                continue;
+            }
+            slot.failed = ChildSet(slot.failed.0 | late.0);
+            slot.fault = IoStatus::TimedOut;
+            for child in late.iter() {
+                // The last member is not given up: there would be nobody to serve instead.
+                if self.in_sync != ChildSet::of(child) {
+                    self.fail_child(child, FaultReason::DeadlineMissed);
+                    self.events.push_back(Event::ResetChild(child));
+                }
+            }
+            self.look(at, now_ms);
+        }
+        if self.assembly.is_some() {
+            self.assembly_timeout(now_ms);
+        }
+        self.settle(now_ms);
+    }
+
+    /// When [`Nexus::handle_timeout`] wants to be called.
+    #[must_use]
+    pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
+        let tick = (self.config.child_deadline_ms / 8).max(10);
+        let busy = self.slots.in_use() > 0;
+        match &self.assembly {
+            Some(assembly) => assembly.poll_timeout(),
+            None => busy.then_some(now_ms + tick),
+        }
+    }
+
+    /// The next operation for a child.
+    pub fn poll_child(&mut self) -> Option<ChildIo> {
+        self.child_ios.pop_front()
+    }
+
+    /// The next answer for the host.
+    pub fn poll_done(&mut self) -> Option<Done> {
+        self.done.pop_front()
+    }
+
+    /// The next request whose buffer nobody uses any more; never before its answer.
+    pub fn poll_release(&mut self) -> Option<u64> {
+        self.released.pop_front()
+    }
+
+    /// The next thing that happened.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    // ---- requests
+
+    pub(crate) fn child(&mut self, child: ChildId) -> &mut Child {
+        &mut self.children[usize::from(child.0)]
+    }
+
+    pub(crate) fn push_event(&mut self, event: Event) {
+        self.events.push_back(event);
+    }
+
+    pub(crate) fn ask(&mut self, child: ChildId, round: u32, op: ChildOp) {
+        let ticket = Ticket::register(round);
+        self.child_ios.push_back(ChildIo { child, ticket, op });
+    }
+
+    /// The slot's turn has come: hand it to the children.
+    fn start(&mut self, at: u16, now_ms: u64) {
+        let slot = self.slots.slot(at);
+        slot.phase = Phase::Running;
+        slot.started_ms = now_ms;
+        if slot.request.op == IoOp::Read {
+            self.read(at, now_ms);
+            return;
+        }
+        if self.in_sync.iter().any(|c| self.children[usize::from(c.0)].state == ChildState::Joining)
+        {
+            self.parked.push(at);
+            return;
+        }
+        let request = slot.request;
+        for child in self.in_sync.iter() {
+            if self.is_usable(child) {
+                self.emit(child, at, request);
+            } else {
+                let slot = self.slots.slot(at);
+                slot.failed = slot.failed.with(child);
+            }
+        }
+        self.look(at, now_ms);
+    }
+
+    fn is_usable(&self, child: ChildId) -> bool {
+        let c = &self.children[usize::from(child.0)];
+        c.connected && c.state == ChildState::Online
+    }
+
+    fn emit(&mut self, child: ChildId, at: u16, request: IoRequest) {
+        self.child(child).load += 1;
+        let slot = self.slots.slot(at);
+        slot.outstanding = slot.outstanding.with(child);
+        let op = ChildOp::Io(request);
+        self.child_ios.push_back(ChildIo { child, ticket: Ticket::io(at), op });
+    }
+
+    /// Sends a read to the best child that has not failed it: a local one, else the least loaded.
+    fn read(&mut self, at: u16, now_ms: u64) {
+        let slot = self.slots.slot(at);
+        let (tried, request, fault) = (slot.failed, slot.request, slot.fault);
+        slot.started_ms = now_ms;
+        let best =
+            self.in_sync.without(tried).iter().filter(|&c| self.is_usable(c)).min_by_key(|&c| {
+                let child = &self.children[usize::from(c.0)];
+                (!child.local, child.load)
+            });
+        match best {
+            Some(child) => self.emit(child, at, request),
+            None => self.answer(at, fault),
+        }
+    }
+
+    /// Decides what becomes of a running request.
+    fn look(&mut self, at: u16, now_ms: u64) {
+        let slot = self.slots.slot(at);
+        if slot.phase != Phase::Running {
+            return;
+        }
+        let (ok, failed, fault, outstanding) = (slot.ok, slot.failed, slot.fault, slot.outstanding);
+        if slot.request.op == IoOp::Read {
+            if !ok.is_empty() {
+                self.answer(at, IoStatus::Ok);
+            } else if outstanding.is_empty() {
+                self.read(at, now_ms);
+            }
+            return;
+        }
+        let in_sync = self.in_sync;
+        let missing = in_sync.without(ok);
+        if missing.is_empty() {
+            self.answer(at, IoStatus::Ok);
+            return;
+        }
+        if !missing.without(failed).is_empty() {
+            return;
+        }
+        if missing == in_sync {
+            // Nobody did it: the members are as alike as before, and the host is told.
+            self.answer(at, fault);
+            return;
+        }
+        // Some did it and some did not: those that did not must go before the ack.
+        let reason = |child: &Child| match (child.connected, fault) {
+            (false, _) => FaultReason::Unreachable,
+            (true, IoStatus::TimedOut) => FaultReason::DeadlineMissed,
+            (true, status) => FaultReason::Failed(status),
+        };
+        for child in missing.iter() {
+            let why = reason(&self.children[usize::from(child.0)]);
+            self.fail_child(child, why);
+        }
+    }
+
+    fn answer(&mut self, at: u16, status: IoStatus) {
+        let slot = self.slots.slot(at);
+        slot.phase = Phase::Answered;
+        let (tag, mutation) = (slot.tag, slot.request.op.is_mutation());
+        self.done.push_back(Done { tag, status });
+        if mutation {
+            self.ranges.leave(at);
+        }
+        self.release_if_free(at);
+    }
+
+    fn release_if_free(&mut self, at: u16) {
+        if self.slots.slot(at).outstanding.is_empty() {
+            let slot = self.slots.remove(at);
+            self.released.push_back(slot.tag);
+        }
+    }
+
+    /// Looks again at every mutation that runs: the in-sync set has changed.
+    pub(crate) fn look_again(&mut self) {
+        let running = self.slots.iter().filter(|(_, s)| s.phase == Phase::Running);
+        self.ready.extend(running.map(|(at, _)| at));
+    }
+
+    /// Lets the mutations go on that waited for a child to join.
+    pub(crate) fn unpark(&mut self) {
+        self.ready.extend(self.parked.drain(..));
+    }
+
+    /// Runs what can run until nothing more can.
+    fn settle(&mut self, now_ms: u64) {
+        loop {
+            if let Some(at) = self.ready.pop_front() {
+                let fresh = self.slots.get(at).is_some_and(|slot| {
+                    slot.phase == Phase::Running
+                        && slot.outstanding.is_empty()
+                        && slot.ok.is_empty()
+                        && slot.failed.is_empty()
+                });
+                if fresh {
+                    self.start(at, now_ms);
+                } else if self.slots.get(at).is_some() {
+                    self.look(at, now_ms);
+                }
+            } else if self.ranges.has_waiting()
+                && let Some(at) = self.ranges.poll_ready()
+            {
+                self.start(at, now_ms);
+            } else {
+                return;
+            }
+        }
+    }
+
+    // ---- children
+
+    /// The child is to leave the in-sync set. Nothing that it missed is acked before that is stored.
+    pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
+        let last = self.in_sync == ChildSet::of(child);
+        let c = self.child(child);
+        if last || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
+            return;
+        }
+        c.state = ChildState::Failing(reason);
+        self.events.push_back(Event::ChildFailing(child, reason));
+        self.start_commit();
+    }
+
+    /// A child came back while the volume serves: bind its session to the epoch.
+    fn rejoin(&mut self, child: ChildId) {
+        self.round += 1;
+        let (round, epoch) = (self.round, self.epoch);
+        self.ask(child, round, ChildOp::Promise { epoch, again: true });
+    }
+
+    fn handle_rejoin_reply(&mut self, child: ChildId, reply: &ChildReply) {
+        if !self.child(child).connected {
+            return;
+        }
+        match reply {
+            Ok(_) if self.child(child).state == ChildState::Joining => {
+                self.child(child).state = if self.in_sync.has(child) {
+                    self.events.push_back(Event::ChildOnline(child));
+                    ChildState::Online
+                } else {
+                    ChildState::OutOfSync(FaultReason::Stale)
+                };
+                self.unpark();
+                self.resume_commit(child);
+            }
+            Ok(_) => self.resume_commit(child),
+            Err(IoStatus::Fenced) => self.fence(),
+            Err(_) => self.events.push_back(Event::ResetChild(child)),
+        }
+    }
+
+    /// A newer epoch was promised elsewhere: stop, and say so.
+    pub(crate) fn fence(&mut self) {
+        self.set_state(VolumeState::Fenced);
+        self.commit = None;
+        let open: Vec<u16> = self
+            .slots
+            .iter()
+            .filter(|(_, s)| s.phase != Phase::Answered)
+            .map(|(at, _)| at)
+            .collect();
+        for at in open {
+            self.answer(at, IoStatus::NotReady);
+        }
+        self.ranges.clear();
+        self.ready.clear();
+        self.parked.clear();
+    }
+
+    pub(crate) fn set_state(&mut self, state: VolumeState) {
+        if self.state != state {
+            self.state = state.clone();
+            self.events.push_back(Event::State(state));
+        }
+    }
+
+    /// Online, degraded or suspended, by the in-sync set and what could not be stored.
+    pub(crate) fn update_state(&mut self) {
+        if self.assembly.is_some() || self.state == VolumeState::Fenced {
+            return;
+        }
+        let stuck = self.commit.as_ref().is_some_and(Commit::is_stuck);
+        let state = if stuck {
+            VolumeState::Suspended
+        } else if self.in_sync.len() == self.children.len() {
+            VolumeState::Online
+        } else {
+            VolumeState::Degraded
+        };
+        self.set_state(state);
+    }
+}
