@@ -11,6 +11,8 @@ pub mod features;
 pub mod identify;
 pub mod initiator;
 pub mod log;
+#[cfg(test)]
+mod loopback;
 pub mod pdu;
 mod rx;
 pub mod sqe;

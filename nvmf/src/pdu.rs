@@ -11,6 +11,8 @@ use crate::wire::{put, u16_at, u32_at};
 pub const COMMON_LEN: usize = 8;
 /// Bytes of the longest header, ICReq, and a header digest.
 pub const MAX_HEADER_LEN: usize = 132;
+/// Bytes before the data at most: a command capsule's header padded to 36 dwords.
+const MAX_PDO: usize = 144;
 /// Bytes of a header or data digest.
 pub const DIGEST_LEN: u32 = 4;
 /// What a TermReq may hold of the header that caused it.
@@ -443,7 +445,7 @@ impl Header {
     #[must_use]
     pub fn encode(&self) -> Encoded {
         let common = self.common();
-        let mut bytes = [0; MAX_HEADER_LEN];
+        let mut bytes = [0; MAX_PDO];
         bytes[0] = common.kind as u8;
         bytes[1] = self.flags;
         bytes[2] = common.kind.hlen();
@@ -482,7 +484,7 @@ impl Header {
 /// A header's bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Encoded {
-    bytes: [u8; MAX_HEADER_LEN],
+    bytes: [u8; MAX_PDO],
     len: usize,
 }
 

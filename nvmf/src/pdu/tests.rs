@@ -90,3 +90,15 @@ fn the_offset_of_the_wrong_field_is_told() {
         assert_eq!(Header::decode(&bytes), Err(Violation::field(fei)), "byte {at} = {value}");
     }
 }
+
+/// An alignment of 18 dwords once overran the buffer of the encoder: padding may be longer than the
+/// longest header.
+#[test]
+fn padding_may_be_longer_than_a_header() {
+    let digests = Digests { header: true, data: true };
+    for alignment in 0..32 {
+        let header = Header::new(Body::CapsuleCmd(Sqe([0; 64])), digests, 512, alignment);
+        assert!(u32::from(header.pdo).is_multiple_of((u32::from(alignment) + 1) * 4));
+        assert_eq!(header.encode().as_bytes().len(), usize::from(header.pdo));
+    }
+}

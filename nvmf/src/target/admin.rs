@@ -110,7 +110,7 @@ impl Target {
     ) -> Outcome {
         let held = self.controllers[index].as_mut().map_or(Held::TooMany, |c| c.hold(cmd.slot));
         match held {
-            Held::Held => {
+            Held::Waits => {
                 if let Some(data) = cmd.data {
                     mem.release(data);
                 }

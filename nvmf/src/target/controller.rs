@@ -164,7 +164,7 @@ impl Controller {
         }
         if self.pending.is_empty() {
             self.aers.push(slot);
-            return Held::Held;
+            return Held::Waits;
         }
         let (bit, event) = self.pending.remove(0);
         self.masked |= bit;
@@ -218,7 +218,7 @@ impl Controller {
 /// What became of an Asynchronous Event Request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Held {
-    Held,
+    Waits,
     Fires(u32),
     TooMany,
 }

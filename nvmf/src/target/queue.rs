@@ -152,6 +152,10 @@ pub struct Queue {
     /// Commands given back by [`Queue::park`].
     parked: VecDeque<u16>,
     stalled_for_memory: bool,
+    /// Takes in-capsule data when memory has run out. Without it the stream could stall behind a
+    /// capsule for ever: what would release memory may be a write whose data comes later in the
+    /// stream.
+    spare: Option<Buf>,
     out: usize,
     close_reason: Option<CloseReason>,
     pub(crate) binding: Option<Binding>,
@@ -179,9 +183,14 @@ impl Queue {
             buf: None,
             failure: None,
         };
+        let tx = TxQueue::new(ring_len, 2 * SLOT_ITEMS * (n + 2), mem)?;
+        let Some(spare) = mem.alloc(spare_len(&config)) else {
+            tx.close(mem);
+            return None;
+        };
         Some(Self {
             config,
-            tx: TxQueue::new(ring_len, 2 * SLOT_ITEMS * (n + 2), mem)?,
+            tx,
             header: HeaderReader::new(),
             stage: Stage::Header,
             digests: None,
@@ -192,6 +201,7 @@ impl Queue {
             waiting: VecDeque::with_capacity(n),
             parked: VecDeque::with_capacity(n),
             stalled_for_memory: false,
+            spare: Some(spare),
             out: 0,
             close_reason: None,
             binding: None,
@@ -246,6 +256,7 @@ impl Queue {
     /// Memory may be available again: sends the R2Ts that waited for a buffer, and offers parked
     /// commands once more.
     pub fn retry<M: Memory>(&mut self, mem: &mut M) {
+        self.refill_spare(mem);
         while let Some(slot) = self.parked.pop_front() {
             self.ready.push_back(slot);
         }
@@ -275,12 +286,14 @@ impl Queue {
         Some(Command { slot: SlotId(index), sqe: slot.sqe, data: slot.buf.take() })
     }
 
-    /// Ends a command without data.
+    /// Ends a command without data. A write's buffer had better be released before: it may be what
+    /// the next capsule needs.
     ///
     /// # Panics
     /// Where the slot was not handed out, or was completed before.
     pub fn complete<M: Memory>(&mut self, slot: SlotId, status: Status, result: u64, mem: &mut M) {
         self.take_back(slot);
+        self.refill_spare(mem);
         self.respond(slot.0, status, result, mem);
     }
 
@@ -365,6 +378,9 @@ impl Queue {
     /// Gives every buffer back. Nothing of [`Queue::tx`] may be in flight any more.
     pub fn close<M: Memory>(self, mem: &mut M) {
         self.tx.close(mem);
+        if let Some(spare) = self.spare {
+            mem.release(spare);
+        }
         for slot in self.slots {
             if let Some(buf) = slot.buf {
                 mem.release(buf);
@@ -491,6 +507,7 @@ impl Queue {
         if in_capsule {
             // Waiting commands asked first.
             buf = if self.waiting.is_empty() { mem.alloc(sgl.len) } else { None };
+            buf = buf.or_else(|| self.take_spare(sgl.len));
             if buf.is_none() {
                 self.stalled_for_memory = true;
                 return Ok(false);
@@ -631,13 +648,27 @@ impl Queue {
     fn finish_receiving<M: Memory>(&mut self, index: u16, mem: &mut M) {
         let slot = &mut self.slots[usize::from(index)];
         slot.state = SlotState::Ready;
-        if let Some(status) = slot.failure {
+        let failure = slot.failure;
+        if let Some(status) = failure {
             if let Some(buf) = slot.buf.take() {
                 mem.release(buf);
+                self.refill_spare(mem);
             }
             self.respond(index, status, 0, mem);
         } else {
             self.ready.push_back(index);
+        }
+    }
+
+    /// The spare buffer, as one of `len` bytes.
+    fn take_spare(&mut self, len: u32) -> Option<Buf> {
+        let spare = self.spare.take_if(|spare| len <= spare.len())?;
+        Some(Buf::from_parts(spare.slice().offset(), len, spare.order()))
+    }
+
+    fn refill_spare<M: Memory>(&mut self, mem: &mut M) {
+        if self.spare.is_none() && self.close_reason.is_none() {
+            self.spare = mem.alloc(spare_len(&self.config));
         }
     }
 
@@ -678,6 +709,11 @@ impl Queue {
         self.tx.push_header(&header, mem);
         self.tx.push_bytes(offending, mem);
     }
+}
+
+/// The most data that a capsule brings.
+fn spare_len(config: &QueueConfig) -> u32 {
+    ADMIN_IN_CAPSULE_LEN.max(config.in_capsule_len)
 }
 
 /// Ring bytes that one command may need: R2T, C2HData, data digest, response.
