@@ -1,0 +1,124 @@
+//! First writes: an extent is found, zeroed where it must be, and logged before any data goes to it.
+
+use cairn_block::{ByteOffset, IoStatus, Memory};
+
+use crate::DiskError;
+use crate::disk::EXTENT;
+use crate::extents::{ExtentState, NIL, extent_offset};
+use crate::flush::Waiter;
+use crate::journal::Owner;
+use crate::pool::{DiskOp, HOLE, Pool, Purpose};
+
+/// An allocation under way.
+#[derive(Debug)]
+pub(crate) struct Alloc {
+    pub(crate) slot: u16,
+    pub(crate) logical: u32,
+    /// The extent, or [`NIL`] until there is one.
+    pub(crate) extent: u32,
+    /// The parts that wait for it.
+    pub(crate) first: u32,
+    pub(crate) last: u32,
+}
+
+impl Pool {
+    pub(crate) fn start_alloc(&mut self, slot: u16, logical: u32) -> u32 {
+        let id = self.allocs.insert(Alloc { slot, logical, extent: NIL, first: NIL, last: NIL });
+        self.map_pending(slot, logical, id);
+        self.slots[usize::from(slot)].allocs += 1;
+        self.need_extent.push_back(id);
+        id
+    }
+
+    /// Hands free extents to the allocations that wait for one.
+    pub(crate) fn pump_allocs<M: Memory>(&mut self, mem: &mut M) {
+        while let Some(&id) = self.need_extent.front() {
+            let Some((extent, zeroed)) = self.extents.take_free() else {
+                if self.extents_are_returning() {
+                    return;
+                }
+                self.need_extent.pop_front();
+                self.abandon_alloc(id, IoStatus::NoSpace, mem);
+                continue;
+            };
+            self.need_extent.pop_front();
+            self.allocs.get_mut(id).extent = extent;
+            if zeroed {
+                self.log_alloc(id);
+            } else {
+                let offset = ByteOffset(extent_offset(&self.superblock.segments, extent));
+                let op = DiskOp::Zero { offset, len: EXTENT, punch: false };
+                self.issue(op, Purpose::AllocZero(id), None);
+            }
+        }
+    }
+
+    /// Whether waiting will bring an extent.
+    fn extents_are_returning(&self) -> bool {
+        self.extents.returning > 0
+            || (self.deleting > 0 && self.slots.iter().any(|s| s.deleting && s.allocated > 0))
+    }
+
+    pub(crate) fn alloc_zeroed<M: Memory>(
+        &mut self,
+        id: u32,
+        result: Result<(), DiskError>,
+        mem: &mut M,
+    ) {
+        let extent = self.allocs.get(id).extent;
+        match result {
+            Ok(()) => self.flusher.next.push(Waiter::Alloc(id)),
+            Err(DiskError::NoSpace) => {
+                self.extents.put_free(extent, false);
+                self.abandon_alloc(id, IoStatus::NoSpace, mem);
+            }
+            Err(DiskError::Io) => {
+                // Not on the free list: the next write would meet the same bad spot.
+                self.extents.get_mut(extent).state = ExtentState::Quarantined;
+                self.abandon_alloc(id, IoStatus::MediaError, mem);
+            }
+        }
+    }
+
+    /// The extent reads as zeros durably: log that it is taken.
+    pub(crate) fn log_alloc(&mut self, id: u32) {
+        self.journal.push(Owner::Alloc(id));
+    }
+
+    fn abandon_alloc<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
+        let alloc = self.allocs.remove(id);
+        let slot = &mut self.slots[usize::from(alloc.slot)];
+        slot.map_to(alloc.logical, HOLE);
+        slot.allocs -= 1;
+        self.fail_waiting(alloc.first, status, mem);
+    }
+
+    /// Gives up the allocations of a replica that is being deleted and that have no extent yet.
+    pub(crate) fn abandon_waiting_allocs<M: Memory>(&mut self, slot: u16, mem: &mut M) {
+        for _ in 0..self.need_extent.len() {
+            let Some(id) = self.need_extent.pop_front() else { return };
+            if self.allocs.get(id).slot == slot {
+                self.abandon_alloc(id, IoStatus::PathError, mem);
+            } else {
+                self.need_extent.push_back(id);
+            }
+        }
+    }
+
+    /// The record is durable: the extent is the replica's, and what waited may be written.
+    pub(crate) fn alloc_durable<M: Memory>(&mut self, id: u32, mem: &mut M) {
+        let alloc = self.allocs.remove(id);
+        let e = self.extents.get_mut(alloc.extent);
+        assert_eq!(e.state, ExtentState::Taken, "an extent is allocated that was not taken");
+        e.state = ExtentState::Allocated;
+        e.slot = alloc.slot;
+        e.link = alloc.logical;
+        self.extents.allocated += 1;
+        self.dirty_page(alloc.extent);
+        let slot = &mut self.slots[usize::from(alloc.slot)];
+        slot.map_to(alloc.logical, alloc.extent);
+        slot.allocs -= 1;
+        slot.allocated += 1;
+        self.run_waiting(alloc.first, mem);
+    }
+}

@@ -1,0 +1,67 @@
+//! The invariants of a pool, for tests to assert after every step.
+
+use crate::extents::ExtentState;
+use crate::pool::{Mapping, Pool, PoolState};
+
+impl Pool {
+    /// Asserts what must hold between any two events. Slow: it looks at everything.
+    ///
+    /// # Panics
+    /// Where an invariant is broken.
+    pub fn check(&self) {
+        if self.state != PoolState::Online {
+            return;
+        }
+        let free = self.extents.check_lists();
+        let mut referenced = vec![false; self.extents.len() as usize];
+        let mut mapped = 0;
+        for (i, slot) in (0u16..).zip(&self.slots) {
+            let (mut allocated, mut pending) = (0, 0);
+            for logical in 0..slot.map.len() {
+                let logical = u32::try_from(logical).expect("a map has at most 2^31 entries");
+                match slot.mapping(logical) {
+                    Mapping::Hole => {}
+                    Mapping::Pending(alloc) => {
+                        let alloc = self.allocs.get(alloc);
+                        assert_eq!((alloc.slot, alloc.logical), (i, logical), "a stray allocation");
+                        pending += 1;
+                    }
+                    Mapping::Extent(extent) => {
+                        assert!(!referenced[extent as usize], "extent {extent} is mapped twice");
+                        referenced[extent as usize] = true;
+                        let e = self.extents.get(extent);
+                        assert_eq!(e.state, ExtentState::Allocated, "extent {extent} is live");
+                        assert_eq!(
+                            (e.slot, e.link),
+                            (i, logical),
+                            "extent {extent} knows its place"
+                        );
+                        allocated += 1;
+                    }
+                }
+            }
+            assert_eq!(allocated, slot.allocated, "slot {i} counts its extents");
+            assert_eq!(pending, slot.allocs, "slot {i} counts its allocations");
+            mapped += allocated;
+        }
+        assert_eq!(mapped, self.extents.allocated, "the pool counts its extents");
+        let (mut taken, mut returning, mut quarantined) = (0, 0, 0);
+        for (i, e) in self.extents.iter() {
+            match e.state {
+                ExtentState::Allocated => {
+                    assert!(referenced[i as usize], "extent {i} is allocated and not mapped");
+                }
+                ExtentState::Taken => taken += 1,
+                ExtentState::Freeing | ExtentState::Cleaning => returning += 1,
+                ExtentState::Quarantined => quarantined += 1,
+                ExtentState::FreeZeroed | ExtentState::FreeUnzeroed => {}
+            }
+        }
+        assert_eq!(returning, self.extents.returning, "the pool counts what returns");
+        assert_eq!(
+            free + mapped + taken + returning + quarantined,
+            self.extents.len(),
+            "every extent is somewhere"
+        );
+    }
+}

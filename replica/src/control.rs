@@ -1,0 +1,292 @@
+//! Commands on replicas: each is a new catalog page, durable before it is answered.
+//!
+//! A page goes to the copy that is not known to be durable, then a flush, then the answer; then the
+//! other copy is brought up to it, so that a page that rots later has a twin. A crash leaves the old
+//! page or the new one.
+
+use cairn_block::{BlockSize, ByteOffset, IoStatus, Memory};
+
+use crate::ControlError;
+use crate::disk::{
+    BLOCK, BLOCK_BYTES, CONFIG_MAX, CatalogPage, CatalogState, MAX_REPLICA_BYTES, NAME_MAX,
+};
+use crate::flush::Waiter;
+use crate::pool::{
+    Deletion, DiskOp, Done, Pool, PoolState, Purpose, Register, ReplicaSlot, ReplicaSpec, Slot,
+};
+
+#[derive(Debug)]
+enum Change {
+    Create,
+    Delete,
+    Resize(u64),
+    Register(Register),
+    /// Nothing is left of the replica.
+    Release,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// For its turn, or for memory.
+    Waiting,
+    First,
+    /// For memory, once more.
+    Second,
+    SecondWrite,
+}
+
+/// A catalog page on its way.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// Nobody, once it was answered, or where nobody asked.
+    pub(crate) tag: Option<u64>,
+    slot: u16,
+    change: Change,
+    stage: Stage,
+    page: CatalogPage,
+}
+
+impl Pool {
+    /// Creates a replica: thin, and reading as zeros.
+    pub fn create_replica<M: Memory>(&mut self, tag: u64, spec: ReplicaSpec, mem: &mut M) {
+        let slot = match self.check_create(&spec) {
+            Ok(slot) => slot,
+            Err(error) => return self.refuse_command(tag, error),
+        };
+        self.slots[usize::from(slot)].creating = true;
+        let page = CatalogPage {
+            state: CatalogState::Live,
+            replica: spec.id,
+            volume: spec.volume,
+            name: spec.name,
+            blocks: spec.blocks,
+            block_size: spec.block_size,
+            ..CatalogPage::default()
+        };
+        self.push_job(Some(tag), slot, Change::Create, page);
+        self.pump(mem);
+    }
+
+    fn check_create(&self, spec: &ReplicaSpec) -> Result<u16, ControlError> {
+        if let PoolState::Failed(reason) = self.state {
+            return Err(ControlError::PoolFailed(reason));
+        }
+        if spec.block_size != BlockSize::B4096 {
+            return Err(ControlError::BlockSize(spec.block_size.bytes()));
+        }
+        if spec.name.len() > NAME_MAX {
+            return Err(ControlError::NameTooLong { len: spec.name.len(), max: NAME_MAX });
+        }
+        check_size(spec.blocks)?;
+        let taken = self.find(spec.id).is_some()
+            || self.jobs.iter().any(|j| {
+                matches!(j.change, Change::Create) && j.page.replica == spec.id && j.tag.is_some()
+            });
+        if taken {
+            return Err(ControlError::Exists(spec.id));
+        }
+        (0u16..)
+            .zip(&self.slots)
+            .find(|(_, slot)| slot.is_free())
+            .map(|(i, _)| i)
+            .ok_or(ControlError::NoFreeSlot(self.slots.len()))
+    }
+
+    /// Deletes a replica. Answered when there is no way back; its extents return after that.
+    pub fn delete_replica<M: Memory>(&mut self, tag: u64, slot: ReplicaSlot, mem: &mut M) {
+        if let Err(error) = self.check_live(slot) {
+            return self.refuse_command(tag, error);
+        }
+        self.slots[usize::from(slot.0)].deleting = true;
+        self.deleting += 1;
+        self.abandon_waiting_allocs(slot.0, mem);
+        self.push_job(Some(tag), slot.0, Change::Delete, CatalogPage::default());
+        self.pump(mem);
+    }
+
+    /// Grows a replica to `blocks` blocks.
+    pub fn resize_replica<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: ReplicaSlot,
+        blocks: u64,
+        mem: &mut M,
+    ) {
+        let checked = self.check_live(slot).and_then(|()| check_size(blocks)).and_then(|()| {
+            let has = self.slots[usize::from(slot.0)].page.blocks;
+            if blocks < has { Err(ControlError::Shrink { has, asked: blocks }) } else { Ok(()) }
+        });
+        if let Err(error) = checked {
+            return self.refuse_command(tag, error);
+        }
+        self.push_job(Some(tag), slot.0, Change::Resize(blocks), CatalogPage::default());
+        self.pump(mem);
+    }
+
+    /// Replaces a replica's register. Nothing is compared: that is the caller's part. Two writes to one
+    /// replica become durable in the order in which they came.
+    pub fn write_register<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: ReplicaSlot,
+        register: Register,
+        mem: &mut M,
+    ) {
+        let len = register.config.len();
+        let checked = self.check_live(slot).and({
+            if len > CONFIG_MAX {
+                Err(ControlError::ConfigTooLong { len, max: CONFIG_MAX })
+            } else {
+                Ok(())
+            }
+        });
+        if let Err(error) = checked {
+            return self.refuse_command(tag, error);
+        }
+        self.push_job(Some(tag), slot.0, Change::Register(register), CatalogPage::default());
+        self.pump(mem);
+    }
+
+    fn check_live(&self, slot: ReplicaSlot) -> Result<(), ControlError> {
+        if let PoolState::Failed(reason) = self.state {
+            return Err(ControlError::PoolFailed(reason));
+        }
+        match self.slots.get(usize::from(slot.0)) {
+            Some(s) if s.is_live() => Ok(()),
+            _ => Err(ControlError::NoSuchReplica(slot.0)),
+        }
+    }
+
+    fn refuse_command(&mut self, tag: u64, error: ControlError) {
+        let status = match error {
+            ControlError::PoolFailed(_) => IoStatus::MediaError,
+            ControlError::NoFreeSlot(_) => IoStatus::NoSpace,
+            _ => IoStatus::InvalidField,
+        };
+        self.refuse(tag, status, error);
+    }
+
+    /// The extents of a deleted replica are back, and the table names it no more.
+    pub(crate) fn free_slot(&mut self, slot: u16) {
+        self.push_job(None, slot, Change::Release, CatalogPage::default());
+    }
+
+    /// The page of a replica that is being created.
+    pub(crate) fn created(&self, slot: u16) -> Option<&CatalogPage> {
+        self.jobs
+            .iter()
+            .find(|j| j.slot == slot && matches!(j.change, Change::Create))
+            .map(|j| &j.page)
+    }
+
+    fn push_job(&mut self, tag: Option<u64>, slot: u16, change: Change, page: CatalogPage) {
+        self.jobs.push_back(Job { tag, slot, change, stage: Stage::Waiting, page });
+    }
+
+    /// Starts the pages whose turn it is.
+    pub(crate) fn pump_catalog<M: Memory>(&mut self, mem: &mut M) {
+        for i in 0..self.jobs.len() {
+            let job = &mut self.jobs[i];
+            let slot = &mut self.slots[usize::from(job.slot)];
+            let second = match job.stage {
+                Stage::Waiting if !slot.busy => false,
+                Stage::Second => true,
+                _ => continue,
+            };
+            let Some(buf) = mem.alloc(BLOCK_BYTES) else { return };
+            if second {
+                job.stage = Stage::SecondWrite;
+            } else {
+                slot.busy = true;
+                job.stage = Stage::First;
+                next_page(job, slot);
+            }
+            let address = self.superblock.catalog_address(job.slot, 1 - slot.durable_copy);
+            let bytes = mem.bytes_mut(buf.slice());
+            job.page.encode(job.slot, address, self.superblock.pool, bytes);
+            let purpose = Purpose::Catalog { slot: job.slot, second };
+            let offset = ByteOffset(address * BLOCK);
+            let op = DiskOp::Write { offset, buf: buf.slice(), fua: false };
+            self.issue(op, purpose, Some(buf));
+        }
+    }
+
+    pub(crate) fn catalog_written(&mut self, slot: u16, second: bool) {
+        if !second {
+            return self.flusher.next.push(Waiter::Catalog(slot));
+        }
+        self.slots[usize::from(slot)].busy = false;
+        let at = self.job_in(slot, Stage::SecondWrite);
+        self.jobs.remove(at);
+    }
+
+    fn job_in(&self, slot: u16, stage: Stage) -> usize {
+        self.jobs
+            .iter()
+            .position(|j| j.slot == slot && j.stage == stage)
+            .expect("a catalog write belongs to a job")
+    }
+
+    /// The new page is on stable storage.
+    pub(crate) fn catalog_durable(&mut self, index: u16) {
+        let at = self.job_in(index, Stage::First);
+        let job = &mut self.jobs[at];
+        let slot = &mut self.slots[usize::from(index)];
+        slot.page = job.page.clone();
+        slot.durable_copy = 1 - slot.durable_copy;
+        slot.register = register_of(&slot.page);
+        job.stage = Stage::Second;
+        match job.change {
+            Change::Create => slot.creating = false,
+            Change::Delete => slot.deletion = Deletion::Extents(0),
+            Change::Release => {
+                slot.deletion = Deletion::No;
+                slot.deleting = false;
+                self.deleting -= 1;
+            }
+            Change::Resize(_) | Change::Register(_) => {}
+        }
+        if let Some(tag) = job.tag.take() {
+            self.done.push_back(Done { tag, status: IoStatus::Ok, error: None });
+        }
+    }
+}
+
+pub(crate) fn register_of(page: &CatalogPage) -> Register {
+    Register {
+        promised_epoch: page.promised_epoch,
+        accepted_epoch: page.accepted_epoch,
+        seq: page.register_seq,
+        config: page.config.clone(),
+    }
+}
+
+/// What the slot's page becomes.
+fn next_page(job: &mut Job, slot: &Slot) {
+    let mut page = match job.change {
+        Change::Create => core::mem::take(&mut job.page),
+        Change::Release => CatalogPage::default(),
+        _ => slot.page.clone(),
+    };
+    match &mut job.change {
+        Change::Create | Change::Release => {}
+        Change::Delete => page.state = CatalogState::Deleting,
+        Change::Resize(blocks) => page.blocks = page.blocks.max(*blocks),
+        Change::Register(register) => {
+            page.promised_epoch = register.promised_epoch;
+            page.accepted_epoch = register.accepted_epoch;
+            page.register_seq = register.seq;
+            page.config = core::mem::take(&mut register.config);
+        }
+    }
+    page.sequence = slot.page.sequence + 1;
+    job.page = page;
+}
+
+fn check_size(blocks: u64) -> Result<(), ControlError> {
+    let max = MAX_REPLICA_BYTES / BLOCK;
+    if blocks == 0 || blocks > max {
+        return Err(ControlError::BadSize { blocks, max });
+    }
+    Ok(())
+}

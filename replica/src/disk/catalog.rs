@@ -1,0 +1,136 @@
+//! The catalog: a page for each replica slot, with the replica's identity and its durable register.
+
+use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, VolumeId};
+
+use super::superblock::MAX_EXTENTS;
+use super::{
+    BLOCK_LEN, BlockError, EXTENT, HEADER_LEN, Header, get_bytes, get_u16, get_u64, put_u16,
+    put_u64, seal,
+};
+
+/// What a catalog page begins with.
+pub const CATALOG_MAGIC: [u8; 8] = *b"CAIRNCAT";
+/// Bytes of a replica's name, in UTF-8.
+pub const NAME_MAX: usize = 64;
+/// Bytes of a register's configuration.
+pub const CONFIG_MAX: usize = 2048;
+/// The largest replica: 256 TiB.
+pub const MAX_REPLICA_BYTES: u64 = 1 << 48;
+
+const NAME_AT: usize = 128;
+const CONFIG_AT: usize = 256;
+const _: () = assert!(HEADER_LEN + 80 == NAME_AT);
+const _: () = assert!(NAME_AT + NAME_MAX <= CONFIG_AT && CONFIG_AT + CONFIG_MAX <= BLOCK_LEN);
+const _: () = assert!(MAX_REPLICA_BYTES / EXTENT <= MAX_EXTENTS);
+
+/// What a slot holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CatalogState {
+    /// Nothing.
+    #[default]
+    Free,
+    /// A replica.
+    Live,
+    /// A replica whose extents are being given back. There is no way back from here.
+    Deleting,
+}
+
+/// A decoded catalog page.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CatalogPage {
+    /// Higher is newer.
+    pub sequence: u64,
+    /// What the slot holds.
+    pub state: CatalogState,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// The volume that it is a replica of.
+    pub volume: VolumeId,
+    /// At most [`NAME_MAX`] bytes.
+    pub name: String,
+    /// Size in blocks of `block_size`.
+    pub blocks: u64,
+    /// The size of its blocks.
+    pub block_size: BlockSize,
+    /// The register's promise.
+    pub promised_epoch: Epoch,
+    /// The epoch of the accepted configuration.
+    pub accepted_epoch: Epoch,
+    /// The sequence of the accepted configuration.
+    pub register_seq: u64,
+    /// The accepted configuration, at most [`CONFIG_MAX`] bytes, opaque.
+    pub config: Vec<u8>,
+}
+
+impl CatalogPage {
+    /// Encodes the page of `slot` as the copy that lies at `address`, in blocks.
+    pub fn encode(&self, slot: u16, address: u64, pool: PoolId, block: &mut [u8]) {
+        block.fill(0);
+        Header { address, sequence: self.sequence, pool }.encode(CATALOG_MAGIC, block);
+        assert!(self.name.len() <= NAME_MAX && self.config.len() <= CONFIG_MAX, "checked before");
+        put_u16(block, 48, slot);
+        block[50] = match self.state {
+            CatalogState::Free => 0,
+            CatalogState::Live => 1,
+            CatalogState::Deleting => 2,
+        };
+        block[51] = self.block_size.shift();
+        put_u16(block, 52, u16::try_from(self.name.len()).expect("at most 64"));
+        put_u16(block, 54, u16::try_from(self.config.len()).expect("at most 2048"));
+        block[56..72].copy_from_slice(&self.replica.to_bytes());
+        block[72..88].copy_from_slice(&self.volume.to_bytes());
+        put_u64(block, 88, self.blocks);
+        put_u64(block, 96, self.promised_epoch.0);
+        put_u64(block, 104, self.accepted_epoch.0);
+        put_u64(block, 112, self.register_seq);
+        block[NAME_AT..NAME_AT + self.name.len()].copy_from_slice(self.name.as_bytes());
+        block[CONFIG_AT..CONFIG_AT + self.config.len()].copy_from_slice(&self.config);
+        seal(block);
+    }
+
+    /// Decodes the page of `slot` that lies at `address`, in blocks.
+    ///
+    /// # Errors
+    /// [`BlockError`].
+    pub fn decode(slot: u16, address: u64, pool: PoolId, block: &[u8]) -> Result<Self, BlockError> {
+        let header = Header::decode_for(CATALOG_MAGIC, address, pool, block)?;
+        if get_u16(block, 48) != slot || header.sequence > u64::MAX / 2 {
+            return Err(BlockError::Field("slot or sequence"));
+        }
+        let state = match block[50] {
+            0 => CatalogState::Free,
+            1 => CatalogState::Live,
+            2 => CatalogState::Deleting,
+            _ => return Err(BlockError::Field("replica state")),
+        };
+        let block_size = match block[51] {
+            9 => BlockSize::B512,
+            12 => BlockSize::B4096,
+            _ => return Err(BlockError::Field("replica block size")),
+        };
+        let (name_len, config_len) =
+            (usize::from(get_u16(block, 52)), usize::from(get_u16(block, 54)));
+        if name_len > NAME_MAX || config_len > CONFIG_MAX {
+            return Err(BlockError::Field("length of the name or the configuration"));
+        }
+        let name = core::str::from_utf8(&block[NAME_AT..NAME_AT + name_len])
+            .map_err(|_| BlockError::Field("replica name"))?;
+        let blocks = get_u64(block, 88);
+        if blocks > MAX_REPLICA_BYTES >> block_size.shift() {
+            return Err(BlockError::Field("replica size"));
+        }
+        Ok(Self {
+            sequence: header.sequence,
+            state,
+            replica: ReplicaId::from_bytes(get_bytes(block, 56)),
+            volume: VolumeId::from_bytes(get_bytes(block, 72)),
+            name: name.to_owned(),
+            blocks,
+            block_size,
+            promised_epoch: Epoch(get_u64(block, 96)),
+            accepted_epoch: Epoch(get_u64(block, 104)),
+            register_seq: get_u64(block, 112),
+            config: block[CONFIG_AT..CONFIG_AT + config_len].to_vec(),
+        })
+    }
+}

@@ -1,0 +1,210 @@
+//! Making a pool, and looking whether there is one.
+
+use cairn_block::PoolId;
+
+use crate::disk::{
+    BLOCK, BLOCK_LEN, CatalogPage, ENTRIES_PER_PAGE, EXTENT, EXTENT_BLOCKS, Entry,
+    SUPERBLOCK_MAGIC, Segment, Superblock, TablePage, VERSION,
+};
+use crate::{Device, PoolError};
+
+/// How to format a device.
+#[derive(Debug, Clone)]
+pub struct FormatOptions {
+    /// The new pool's identifier.
+    pub pool_id: PoolId,
+    /// Every byte of the device reads as zero: a new sparse file, or a device just discarded whose
+    /// discards are known to zero. Otherwise extents are zeroed at their first use.
+    pub device_is_zeroed: bool,
+    /// Bytes of the device's sectors.
+    pub sector_size: u32,
+    /// Destroy whatever is there.
+    pub force: bool,
+}
+
+/// What a device holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    /// Zeros, as far as a superblock and its neighbours would reach.
+    Blank,
+    /// A pool.
+    Pool {
+        /// Its identifier; zero where no copy of the superblock verifies.
+        id: PoolId,
+        /// Its format version.
+        version: u16,
+    },
+    /// Something else.
+    Foreign,
+}
+
+/// The least that holds the metadata and a few extents.
+pub(crate) const MIN_DEVICE: u64 = 8 << 20;
+/// The most that extents can be counted in.
+const MAX_DEVICE: u64 = ((1 << 31) - 4096) * EXTENT;
+/// What `probe` and `format` look at.
+const HEAD_LEN: usize = 64 << 10;
+/// Pages written or read at a time by format and open.
+pub(crate) const CHUNK_PAGES: u32 = 256;
+/// The sequence of a table page that format wrote: even, so that it is copy A.
+pub(crate) const FIRST_PAGE_SEQUENCE: u64 = 2;
+
+pub(crate) fn probe<D: Device>(dev: &mut D) -> Result<Probe, PoolError> {
+    let len = usize::try_from(dev.len()).map_or(HEAD_LEN, |l| l.min(HEAD_LEN)) & !(BLOCK_LEN - 1);
+    let mut head = vec![0; len];
+    if len > 0 {
+        dev.read_at(0, &mut head)?;
+    }
+    let mut marked = None;
+    for (address, block) in (0u64..2).zip(head.chunks(BLOCK_LEN)) {
+        if block[..8] == SUPERBLOCK_MAGIC {
+            let version = u16::from_le_bytes([block[12], block[13]]);
+            match Superblock::decode(address, block) {
+                Ok(superblock) => return Ok(Probe::Pool { id: superblock.pool, version }),
+                Err(_) => marked = Some(version),
+            }
+        }
+    }
+    if let Some(version) = marked {
+        return Ok(Probe::Pool { id: PoolId(0), version });
+    }
+    let blank = head.iter().all(|&b| b == 0);
+    Ok(if blank { Probe::Blank } else { Probe::Foreign })
+}
+
+/// A segment in `blocks`, which begin at block `start`: as many extents as fit with their table.
+pub(crate) fn plan_segment(start: u64, end: u64) -> Option<Segment> {
+    let room = end.checked_sub(start)? / EXTENT_BLOCKS;
+    let mut extents = u32::try_from(room).ok()?;
+    while extents > 0 {
+        let pages = u64::from(extents.div_ceil(ENTRIES_PER_PAGE));
+        let data = (start + 2 * pages).next_multiple_of(EXTENT_BLOCKS);
+        let segment = Segment { table: start, data, extents };
+        if segment.end() <= end {
+            return Some(segment);
+        }
+        let over = (segment.end() - end).div_ceil(EXTENT_BLOCKS);
+        extents = extents.saturating_sub(u32::try_from(over).unwrap_or(u32::MAX));
+    }
+    None
+}
+
+/// Where everything lies on a new pool. Small pools get a small catalog and a small journal.
+fn plan(options: &FormatOptions, len: u64) -> Result<Superblock, PoolError> {
+    if len < MIN_DEVICE {
+        return Err(PoolError::TooSmall { len, min: MIN_DEVICE });
+    }
+    if len > MAX_DEVICE {
+        return Err(PoolError::TooLarge { len, max: MAX_DEVICE });
+    }
+    let slots = u16::try_from((len >> 20).clamp(16, 256)).unwrap_or(256);
+    let journal_blocks = (len / 64).clamp(256 << 10, 4 << 20) / BLOCK;
+    let catalog = 2;
+    let journal = catalog + 2 * u64::from(slots);
+    let segment = plan_segment(journal + journal_blocks, len / BLOCK - 1)
+        .ok_or(PoolError::TooSmall { len, min: MIN_DEVICE })?;
+    let digest = (0..segment.pages())
+        .fold(0u64, |sum, page| sum.wrapping_add(digest_of(page, FIRST_PAGE_SEQUENCE)));
+    Ok(Superblock {
+        pool: options.pool_id,
+        sequence: 1,
+        compat: 0,
+        incompat: 0,
+        device_len: len,
+        sector_size: options.sector_size,
+        slots,
+        catalog,
+        journal,
+        journal_blocks,
+        journal_tail: 1,
+        checkpoint: 0,
+        table_digest: digest,
+        segments: vec![segment],
+    })
+}
+
+/// What one page adds to the table's digest. Any mixing will do that makes sums of pages differ.
+pub(crate) fn digest_of(page: u32, sequence: u64) -> u64 {
+    let mut x = (u64::from(page) << 40) ^ sequence ^ 0x9e37_79b9_7f4a_7c15;
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+pub(crate) fn entries_of_page(segment: &Segment, page: u32) -> u32 {
+    (segment.extents - page * ENTRIES_PER_PAGE).min(ENTRIES_PER_PAGE)
+}
+
+pub(crate) fn format<D: Device>(dev: &mut D, options: &FormatOptions) -> Result<(), PoolError> {
+    if ![512, 1024, 2048, 4096].contains(&options.sector_size) {
+        return Err(PoolError::SectorSize(options.sector_size));
+    }
+    let superblock = plan(options, dev.len())?;
+    if !options.force {
+        match probe(dev)? {
+            Probe::Blank => {}
+            Probe::Pool { id, .. } => return Err(PoolError::HoldsPool { id }),
+            Probe::Foreign => return Err(PoolError::HoldsData),
+        }
+    }
+    // The superblocks go first and come last: a format cut off half-way leaves no pool behind.
+    dev.zero(0, 2 * BLOCK)?;
+    dev.flush()?;
+    let segment = superblock.segments[0];
+    let head = 2 * BLOCK;
+    dev.zero(head, segment.data * BLOCK - head)?;
+    write_catalog(dev, &superblock)?;
+    write_table(dev, &superblock, &segment, options.device_is_zeroed)?;
+    let mut block = vec![0; BLOCK_LEN];
+    superblock.encode(superblock.backup(), &mut block);
+    dev.write_at(superblock.backup() * BLOCK, &block)?;
+    dev.flush()?;
+    for address in [0, 1] {
+        superblock.encode(address, &mut block);
+        dev.write_at(address * BLOCK, &block)?;
+    }
+    dev.flush()?;
+    Ok(())
+}
+
+fn write_catalog<D: Device>(dev: &mut D, superblock: &Superblock) -> Result<(), PoolError> {
+    let mut pages = vec![0; usize::from(superblock.slots) * 2 * BLOCK_LEN];
+    let empty = CatalogPage::default();
+    for (slot, pair) in (0u16..).zip(pages.chunks_mut(2 * BLOCK_LEN)) {
+        for (copy, block) in (0u64..).zip(pair.chunks_mut(BLOCK_LEN)) {
+            let address = superblock.catalog_address(slot, copy);
+            empty.encode(slot, address, superblock.pool, block);
+        }
+    }
+    Ok(dev.write_at(superblock.catalog * BLOCK, &pages)?)
+}
+
+fn write_table<D: Device>(
+    dev: &mut D,
+    superblock: &Superblock,
+    segment: &Segment,
+    zeroed: bool,
+) -> Result<(), PoolError> {
+    let mut chunk = vec![0; CHUNK_PAGES as usize * BLOCK_LEN];
+    let mut first = 0;
+    while first < segment.pages() {
+        let count = CHUNK_PAGES.min(segment.pages() - first);
+        let bytes = &mut chunk[..count as usize * BLOCK_LEN];
+        for (index, block) in (first..).zip(bytes.chunks_mut(BLOCK_LEN)) {
+            let page = TablePage {
+                sequence: FIRST_PAGE_SEQUENCE,
+                index,
+                entries: entries_of_page(segment, index),
+                checkpoint: 0,
+                base: FIRST_PAGE_SEQUENCE,
+            };
+            let entries = (0..page.entries).map(|_| Entry::free(zeroed));
+            page.encode(segment.page_address(index, 0), superblock.pool, entries, block);
+        }
+        dev.write_at(segment.page_address(first, 0) * BLOCK, bytes)?;
+        first += count;
+    }
+    Ok(())
+}
+
+const _: () = assert!(VERSION == 1, "a new version needs a reader of the old one");

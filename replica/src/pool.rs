@@ -1,0 +1,628 @@
+//! The pool: its state, its queues, and what its owner calls.
+
+use std::collections::VecDeque;
+
+use cairn_block::{
+    BlockSize, Buf, BufSlice, ByteOffset, Epoch, IoStatus, Memory, PoolId, ReplicaId, VolumeId,
+};
+
+use crate::alloc::Alloc;
+use crate::control::Job;
+use crate::data::{Part, Request};
+use crate::disk::{CatalogPage, CatalogState, EXTENT, Superblock};
+use crate::extents::{ExtentState, Extents, page_of};
+use crate::flush::{Flusher, Waiter};
+use crate::journal::Journal;
+use crate::maintain::Maintenance;
+use crate::slab::Slab;
+use crate::{ControlError, Device, DiskError, FormatOptions, PoolError, Probe};
+
+/// Where a replica's catalog page is; names the replica while the pool is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReplicaSlot(pub u16);
+
+/// Names a device operation from [`Pool::poll_disk`] to [`Pool::handle_disk`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DiskId(pub u32);
+
+/// What the device is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskOp {
+    /// Fill the buffer.
+    Read {
+        /// From here.
+        offset: ByteOffset,
+        /// The bytes.
+        buf: BufSlice,
+    },
+    /// Write the buffer.
+    Write {
+        /// To here.
+        offset: ByteOffset,
+        /// The bytes.
+        buf: BufSlice,
+        /// On stable storage before it completes.
+        fua: bool,
+    },
+    /// Everything that completed before this was issued goes to stable storage.
+    Flush,
+    /// The range reads as zeros afterwards.
+    Zero {
+        /// From here.
+        offset: ByteOffset,
+        /// Length in bytes.
+        len: u64,
+        /// The space beneath may be given back.
+        punch: bool,
+    },
+}
+
+/// A device operation to perform.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskIo {
+    /// To hand back with the result.
+    pub id: DiskId,
+    /// What to do.
+    pub op: DiskOp,
+}
+
+/// The answer to a request or a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Done {
+    /// As it was given.
+    pub tag: u64,
+    /// How it ended.
+    pub status: IoStatus,
+    /// Why, for a command that did not do what it was asked.
+    pub error: Option<ControlError>,
+}
+
+/// Whether the pool serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolState {
+    /// It does.
+    Online,
+    /// It does not, for this reason, until it is opened again.
+    Failed(&'static str),
+}
+
+/// How full the pool is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// All extents.
+    pub extents_total: u64,
+    /// Extents that can be allocated now.
+    pub extents_free: u64,
+    /// Extents that hold a replica's data. The rest is on its way from one to the other.
+    pub extents_allocated: u64,
+    /// Bytes of an extent.
+    pub extent_bytes: u32,
+}
+
+/// What a replica is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReplicaState {
+    /// Its catalog page is being written.
+    Creating,
+    /// Serving.
+    Live,
+    /// Giving back its extents.
+    Deleting,
+}
+
+/// A replica, to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaInfo {
+    /// Its slot.
+    pub slot: ReplicaSlot,
+    /// Its identifier.
+    pub id: ReplicaId,
+    /// The volume that it is a replica of.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Its size in blocks.
+    pub blocks: u64,
+    /// The size of its blocks.
+    pub block_size: BlockSize,
+    /// Extents that it takes.
+    pub allocated_extents: u64,
+    /// What it is doing.
+    pub state: ReplicaState,
+}
+
+/// What to create.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaSpec {
+    /// Its identifier.
+    pub id: ReplicaId,
+    /// The volume that it is a replica of.
+    pub volume: VolumeId,
+    /// A name for people, at most 64 bytes.
+    pub name: String,
+    /// Its size in blocks.
+    pub blocks: u64,
+    /// The size of its blocks: 4096.
+    pub block_size: BlockSize,
+}
+
+/// A replica's part in its volume's authority: what it promised and what it accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Register {
+    /// Nothing of an older epoch is admitted.
+    pub promised_epoch: Epoch,
+    /// The epoch of the accepted configuration.
+    pub accepted_epoch: Epoch,
+    /// Its sequence.
+    pub seq: u64,
+    /// The configuration, opaque here, at most 2048 bytes.
+    pub config: Vec<u8>,
+}
+
+/// A logical extent that is mapped to nothing.
+pub(crate) const HOLE: u32 = u32::MAX;
+/// Set in a map entry whose other bits name an [`Alloc`].
+pub(crate) const PENDING: u32 = 1 << 31;
+
+/// What a logical extent is mapped to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mapping {
+    Hole,
+    Pending(u32),
+    Extent(u32),
+}
+
+/// A catalog slot in memory.
+#[derive(Debug, Default)]
+pub(crate) struct Slot {
+    /// As it is durable.
+    pub(crate) page: CatalogPage,
+    pub(crate) register: Register,
+    /// Which copy is known to be durable; the next write goes to the other.
+    pub(crate) durable_copy: u64,
+    /// A create was accepted and is not durable yet.
+    pub(crate) creating: bool,
+    /// A delete was accepted: nothing new is admitted.
+    pub(crate) deleting: bool,
+    /// A catalog write is under way.
+    pub(crate) busy: bool,
+    /// Where each logical extent is. Grows up to the last one that was written.
+    pub(crate) map: Vec<u32>,
+    pub(crate) allocated: u32,
+    /// Extents that were its own and are on their way to a free list.
+    pub(crate) returning: u32,
+    /// Allocations under way.
+    pub(crate) allocs: u32,
+    pub(crate) deletion: Deletion,
+}
+
+/// How far a deletion has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Deletion {
+    /// There is none, or it is not durable yet.
+    #[default]
+    No,
+    /// Giving back extents; the next to look at.
+    Extents(usize),
+    /// Waits for this checkpoint, after which the table no longer names the slot.
+    Checkpoint(u64),
+    /// Waits for the catalog page.
+    Page,
+}
+
+impl Slot {
+    pub(crate) fn is_live(&self) -> bool {
+        self.page.state == CatalogState::Live && !self.deleting
+    }
+
+    pub(crate) fn is_free(&self) -> bool {
+        self.page.state == CatalogState::Free && !self.creating && !self.busy
+    }
+
+    pub(crate) fn mapping(&self, logical: u32) -> Mapping {
+        match self.map.get(logical as usize).copied().unwrap_or(HOLE) {
+            HOLE => Mapping::Hole,
+            entry if entry & PENDING != 0 => Mapping::Pending(entry & !PENDING),
+            entry => Mapping::Extent(entry),
+        }
+    }
+
+    pub(crate) fn map_to(&mut self, logical: u32, entry: u32) {
+        let at = logical as usize;
+        if at >= self.map.len() {
+            self.map.resize(at + 1, HOLE);
+        }
+        self.map[at] = entry;
+    }
+}
+
+/// Why a device operation was issued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Part of a request, on the data of this extent.
+    Data {
+        request: u32,
+        extent: u32,
+    },
+    Flush,
+    Journal,
+    /// Zeroes an extent for this allocation.
+    AllocZero(u32),
+    /// Zeroes an extent that was freed.
+    CleanZero(u32),
+    Maintain,
+    /// Writes the catalog page of a slot; the second copy, or the first.
+    Catalog {
+        slot: u16,
+        second: bool,
+    },
+}
+
+#[derive(Debug)]
+pub(crate) struct Issued {
+    pub(crate) op: DiskOp,
+    pub(crate) purpose: Purpose,
+    /// A metadata buffer that the operation uses.
+    pub(crate) buf: Option<Buf>,
+}
+
+/// Requests, parts and operations that are preallocated.
+const WARM: usize = 1024;
+
+/// An open pool.
+#[derive(Debug)]
+pub struct Pool {
+    pub(crate) superblock: Superblock,
+    /// Which of copies A and B is known to be durable.
+    pub(crate) superblock_copy: u64,
+    pub(crate) state: PoolState,
+    pub(crate) extents: Extents,
+    pub(crate) slots: Vec<Slot>,
+    /// How many of them are being deleted.
+    pub(crate) deleting: usize,
+    pub(crate) requests: Slab<Request>,
+    pub(crate) parts: Slab<Part>,
+    pub(crate) issued: Slab<Issued>,
+    pub(crate) allocs: Slab<Alloc>,
+    /// Allocations that wait for an extent.
+    pub(crate) need_extent: VecDeque<u32>,
+    /// Extents to zero before they are free.
+    pub(crate) to_clean: VecDeque<u32>,
+    pub(crate) journal: Journal,
+    pub(crate) flusher: Flusher,
+    pub(crate) maintenance: Maintenance,
+    pub(crate) jobs: VecDeque<Job>,
+    pub(crate) out: VecDeque<u32>,
+    pub(crate) done: VecDeque<Done>,
+}
+
+impl Pool {
+    /// What the device holds. Changes nothing.
+    ///
+    /// # Errors
+    /// [`PoolError::Device`].
+    pub fn probe<D: Device>(dev: &mut D) -> Result<Probe, PoolError> {
+        crate::format::probe(dev)
+    }
+
+    /// Makes an empty pool of the whole device.
+    ///
+    /// # Errors
+    /// [`PoolError`]: among others where the device holds something and `force` is not set.
+    pub fn format<D: Device>(dev: &mut D, options: &FormatOptions) -> Result<(), PoolError> {
+        crate::format::format(dev, options)
+    }
+
+    /// Opens the pool on a device, and recovers what a crash left behind. Deletions that were cut off
+    /// go on with the first [`Pool::retry`] or any other call that takes the memory.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn open<D: Device>(dev: &mut D) -> Result<Self, PoolError> {
+        crate::open::open(dev)
+    }
+
+    pub(crate) fn new(
+        superblock: Superblock,
+        superblock_copy: u64,
+        extents: Extents,
+        slots: Vec<Slot>,
+        journal: Journal,
+        maintenance: Maintenance,
+    ) -> Self {
+        let deleting = slots.iter().filter(|s| s.deleting).count();
+        Self {
+            deleting,
+            superblock,
+            superblock_copy,
+            state: PoolState::Online,
+            extents,
+            slots,
+            requests: Slab::with_capacity(WARM),
+            parts: Slab::with_capacity(WARM),
+            issued: Slab::with_capacity(WARM),
+            allocs: Slab::with_capacity(WARM),
+            need_extent: VecDeque::with_capacity(WARM),
+            to_clean: VecDeque::with_capacity(WARM),
+            journal,
+            flusher: Flusher::with_capacity(WARM),
+            maintenance,
+            jobs: VecDeque::new(),
+            out: VecDeque::with_capacity(WARM),
+            done: VecDeque::with_capacity(WARM),
+        }
+    }
+
+    /// The pool's identifier.
+    #[must_use]
+    pub fn id(&self) -> PoolId {
+        self.superblock.pool
+    }
+
+    /// The device's length in bytes, as far as the pool uses it.
+    #[must_use]
+    pub fn device_len(&self) -> u64 {
+        self.superblock.device_len
+    }
+
+    /// How full the pool is.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        Usage {
+            extents_total: u64::from(self.extents.len()),
+            extents_free: u64::from(self.extents.free()),
+            extents_allocated: u64::from(self.extents.allocated),
+            extent_bytes: u32::try_from(EXTENT).expect("1 MiB"),
+        }
+    }
+
+    /// Whether the pool serves.
+    #[must_use]
+    pub fn state(&self) -> PoolState {
+        self.state
+    }
+
+    /// The replicas, those on their way in and out among them.
+    pub fn replicas(&self) -> impl Iterator<Item = ReplicaInfo> {
+        (0u16..).zip(&self.slots).filter_map(|(i, slot)| {
+            let page = match (slot.page.state, slot.creating) {
+                (CatalogState::Free, false) => return None,
+                (CatalogState::Free, true) => self.created(i)?,
+                _ => &slot.page,
+            };
+            let state = match page.state {
+                _ if slot.creating => ReplicaState::Creating,
+                CatalogState::Deleting => ReplicaState::Deleting,
+                _ if slot.deleting => ReplicaState::Deleting,
+                _ => ReplicaState::Live,
+            };
+            Some(ReplicaInfo {
+                slot: ReplicaSlot(i),
+                id: page.replica,
+                volume: page.volume,
+                name: page.name.clone(),
+                blocks: page.blocks,
+                block_size: page.block_size,
+                allocated_extents: u64::from(slot.allocated),
+                state,
+            })
+        })
+    }
+
+    /// The slot of a live replica.
+    #[must_use]
+    pub fn find(&self, id: ReplicaId) -> Option<ReplicaSlot> {
+        (0u16..)
+            .zip(&self.slots)
+            .find(|(_, slot)| slot.is_live() && slot.page.replica == id)
+            .map(|(i, _)| ReplicaSlot(i))
+    }
+
+    /// The register of a live replica, as it is durable.
+    #[must_use]
+    pub fn register(&self, slot: ReplicaSlot) -> Option<&Register> {
+        self.slots.get(usize::from(slot.0)).filter(|s| s.is_live()).map(|s| &s.register)
+    }
+
+    /// Requests and commands that are not answered yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.requests.len()
+            + self.jobs.iter().filter(|job| job.tag.is_some()).count()
+            + self.maintenance.commands()
+    }
+
+    /// Whether nothing is under way: no request, no command, no device operation, no deletion.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.in_flight() == 0
+            && self.issued.len() == 0
+            && self.jobs.is_empty()
+            && self.deleting == 0
+            && self.maintenance.is_idle()
+    }
+
+    /// The next operation for the device. They may be performed in any order.
+    pub fn poll_disk(&mut self) -> Option<DiskIo> {
+        let id = self.out.pop_front()?;
+        Some(DiskIo { id: DiskId(id), op: self.issued.get(id).op })
+    }
+
+    /// The next answer.
+    pub fn poll_done(&mut self) -> Option<Done> {
+        self.done.pop_front()
+    }
+
+    /// Takes the result of a device operation.
+    ///
+    /// # Panics
+    /// Where `id` is not in flight.
+    pub fn handle_disk<M: Memory>(
+        &mut self,
+        id: DiskId,
+        result: Result<(), DiskError>,
+        mem: &mut M,
+    ) {
+        let issued = self.issued.remove(id.0);
+        let buf = issued.buf;
+        if let Purpose::Data { request, extent } = issued.purpose {
+            self.unpin(extent);
+            let status = match result {
+                _ if self.state != PoolState::Online => IoStatus::MediaError,
+                Ok(()) => IoStatus::Ok,
+                Err(DiskError::NoSpace) => IoStatus::NoSpace,
+                Err(DiskError::Io) => IoStatus::MediaError,
+            };
+            self.part_done(request, status, mem);
+        } else {
+            if let Some(buf) = buf {
+                mem.release(buf);
+            }
+            if self.state == PoolState::Online {
+                self.handle_internal(issued.purpose, result, mem);
+            }
+        }
+        self.pump(mem);
+    }
+
+    fn handle_internal<M: Memory>(
+        &mut self,
+        purpose: Purpose,
+        result: Result<(), DiskError>,
+        mem: &mut M,
+    ) {
+        match purpose {
+            Purpose::Data { .. } => unreachable!("handled before"),
+            Purpose::AllocZero(alloc) => self.alloc_zeroed(alloc, result, mem),
+            Purpose::CleanZero(extent) => self.clean_zeroed(extent, result),
+            Purpose::Flush => match result {
+                Ok(()) => self.flushed(mem),
+                Err(_) => self.fail("a device flush failed", mem),
+            },
+            Purpose::Journal => match result {
+                Ok(()) => self.flusher.next.push(Waiter::Journal),
+                Err(_) => self.fail("a journal write failed", mem),
+            },
+            Purpose::Maintain => match result {
+                Ok(()) => self.maintain_written(),
+                Err(_) => self.fail("a write of the allocation table or superblock failed", mem),
+            },
+            Purpose::Catalog { slot, second } => match result {
+                Ok(()) => self.catalog_written(slot, second),
+                Err(_) => self.fail("a catalog write failed", mem),
+            },
+        }
+    }
+
+    fn flushed<M: Memory>(&mut self, mem: &mut M) {
+        self.flusher.in_flight = false;
+        // Nothing is added to `current` while it is drained: new waiters go to `next`.
+        let mut waiters = core::mem::take(&mut self.flusher.current);
+        for waiter in waiters.drain(..) {
+            match waiter {
+                Waiter::Request(request) => self.finish(request),
+                Waiter::Journal => self.journal_durable(mem),
+                Waiter::Alloc(alloc) => self.log_alloc(alloc),
+                Waiter::Clean(extent) => self.cleaned(extent),
+                Waiter::Maintain => self.maintain_flushed(),
+                Waiter::Catalog(slot) => self.catalog_durable(slot),
+            }
+        }
+        self.flusher.current = waiters;
+    }
+
+    /// Tries again whatever waited for memory.
+    pub fn retry<M: Memory>(&mut self, mem: &mut M) {
+        self.pump(mem);
+    }
+
+    /// Moves on everything that can move. Called at the end of every event.
+    pub(crate) fn pump<M: Memory>(&mut self, mem: &mut M) {
+        if self.state != PoolState::Online {
+            return;
+        }
+        self.pump_deletions();
+        self.pump_clean();
+        self.pump_allocs(mem);
+        self.pump_journal(mem);
+        self.pump_maintenance(mem);
+        self.pump_catalog(mem);
+        if self.flusher.start() {
+            self.issue(DiskOp::Flush, Purpose::Flush, None);
+        }
+    }
+
+    pub(crate) fn issue(&mut self, op: DiskOp, purpose: Purpose, buf: Option<Buf>) {
+        if let Purpose::Data { extent, .. } = purpose {
+            self.extents.get_mut(extent).pins += 1;
+        }
+        let id = self.issued.insert(Issued { op, purpose, buf });
+        self.out.push_back(id);
+    }
+
+    fn unpin(&mut self, extent: u32) {
+        let e = self.extents.get_mut(extent);
+        assert!(e.pins > 0, "I/O on extent {extent} completed twice");
+        e.pins -= 1;
+        if e.pins == 0 && e.state == ExtentState::Cleaning {
+            self.to_clean.push_back(extent);
+        }
+    }
+
+    pub(crate) fn dirty_page(&mut self, extent: u32) {
+        let page = page_of(&self.superblock.segments, extent);
+        self.extents.pages[page as usize].dirty = true;
+    }
+
+    /// Takes the pool offline. What waits is answered now; what is at the device, when it comes back.
+    pub(crate) fn fail<M: Memory>(&mut self, reason: &'static str, mem: &mut M) {
+        if self.state != PoolState::Online {
+            return;
+        }
+        self.state = PoolState::Failed(reason);
+        while let Some(id) = self.out.pop_front() {
+            let issued = self.issued.remove(id);
+            if let Purpose::Data { extent, .. } = issued.purpose {
+                self.extents.get_mut(extent).pins -= 1;
+            }
+            if let Some(buf) = issued.buf {
+                mem.release(buf);
+            }
+        }
+        self.parts.clear();
+        self.allocs.clear();
+        self.need_extent.clear();
+        self.to_clean.clear();
+        self.journal.clear();
+        self.flusher.clear();
+        for (_, request) in self.requests.iter_mut() {
+            request.give_up();
+        }
+        for (_, issued) in self.issued.iter() {
+            if let Purpose::Data { request, .. } = issued.purpose {
+                self.requests.get_mut(request).outstanding += 1;
+            }
+        }
+        let idle: Vec<u32> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.outstanding == 0)
+            .map(|(i, _)| i)
+            .collect();
+        for request in idle {
+            self.finish(request);
+        }
+        let jobs = core::mem::take(&mut self.jobs);
+        let tags = jobs.iter().filter_map(|job| job.tag).chain(self.maintenance.take_commands());
+        let error = ControlError::PoolFailed(reason);
+        self.done.extend(tags.map(|tag| Done {
+            tag,
+            status: IoStatus::MediaError,
+            error: Some(error.clone()),
+        }));
+    }
+
+    pub(crate) fn refuse(&mut self, tag: u64, status: IoStatus, error: ControlError) {
+        self.done.push_back(Done { tag, status, error: Some(error) });
+    }
+}

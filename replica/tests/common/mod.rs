@@ -1,0 +1,825 @@
+//! A simulated disk that reorders and forgets, and a model of what replicas must hold.
+#![allow(dead_code, reason = "each test uses its part")]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cairn_block::{
+    BlockSize, Buf, BufSlice, Epoch, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory,
+    PoolId, ReplicaId, VolumeId,
+};
+use cairn_replica::{
+    Device, DiskError, DiskIo, DiskOp, Done, FormatOptions, Pool, PoolState, Register, ReplicaSlot,
+    ReplicaSpec, ReplicaState, SparseDevice,
+};
+
+pub(crate) const BLOCK: usize = 4096;
+pub(crate) const EXTENT_BLOCKS: u64 = 256;
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// SplitMix64.
+pub(crate) struct Rng(pub u64);
+
+impl Rng {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub(crate) fn index(&mut self, n: usize) -> usize {
+        usize::try_from(self.below(n as u64)).unwrap()
+    }
+
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+pub(crate) fn options(zeroed: bool) -> FormatOptions {
+    FormatOptions {
+        pool_id: PoolId(0xca1),
+        device_is_zeroed: zeroed,
+        sector_size: 512,
+        force: false,
+    }
+}
+
+#[derive(Clone)]
+enum Change {
+    Write(u64, Vec<u8>),
+    Zero(u64, u64),
+}
+
+struct Logged {
+    change: Change,
+    must_stay: bool,
+}
+
+struct InFlight {
+    io: DiskIo,
+    data: Vec<u8>,
+    /// For a flush: how much of the log it covers.
+    covers: usize,
+}
+
+/// Performs operations in any order, and knows what a power cut would leave.
+pub(crate) struct Disk {
+    pub(crate) now: SparseDevice,
+    stable: SparseDevice,
+    log: Vec<Logged>,
+    flying: Vec<InFlight>,
+    /// Fail flushes from now on.
+    pub(crate) fail_flush: bool,
+    /// Fail metadata and data writes.
+    pub(crate) fail_write: bool,
+    pub(crate) fail_zero: Option<DiskError>,
+    pub(crate) flushes: u64,
+}
+
+fn apply(dev: &mut SparseDevice, change: &Change) {
+    match change {
+        Change::Write(at, data) => dev.write_at(*at, data).unwrap(),
+        Change::Zero(at, len) => dev.zero(*at, *len).unwrap(),
+    }
+}
+
+/// Applies a change as a power cut may leave it: any of its 512-byte sectors.
+fn tear(dev: &mut SparseDevice, change: &Change, rng: &mut Rng) {
+    let (at, len) = match change {
+        Change::Write(at, data) => (*at, data.len()),
+        Change::Zero(at, len) => (*at, usize::try_from(*len).unwrap()),
+    };
+    let mut page = vec![0; BLOCK];
+    for p in (0..len).step_by(BLOCK) {
+        let mode = rng.below(3);
+        if mode == 0 {
+            continue;
+        }
+        dev.read_at(at + p as u64, &mut page).unwrap();
+        for s in (0..BLOCK).step_by(512) {
+            if mode == 2 || rng.chance(50) {
+                match change {
+                    Change::Write(_, data) => {
+                        page[s..s + 512].copy_from_slice(&data[p + s..p + s + 512]);
+                    }
+                    Change::Zero(..) => page[s..s + 512].fill(0),
+                }
+            }
+        }
+        dev.write_at(at + p as u64, &page).unwrap();
+    }
+}
+
+impl Disk {
+    pub(crate) fn new(dev: SparseDevice) -> Self {
+        Self {
+            stable: dev.clone(),
+            now: dev,
+            log: Vec::new(),
+            flying: Vec::new(),
+            fail_flush: false,
+            fail_write: false,
+            fail_zero: None,
+            flushes: 0,
+        }
+    }
+
+    pub(crate) fn issue(&mut self, io: DiskIo, mem: &HeapMemory) {
+        let data = match io.op {
+            DiskOp::Write { buf, .. } => mem.bytes(buf).to_vec(),
+            _ => Vec::new(),
+        };
+        self.flying.push(InFlight { io, data, covers: self.log.len() });
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.flying.len()
+    }
+
+    /// Performs one of the operations in flight.
+    pub(crate) fn complete(
+        &mut self,
+        rng: &mut Rng,
+        mem: &mut HeapMemory,
+    ) -> (DiskIo, Result<(), DiskError>) {
+        let flying = self.flying.swap_remove(rng.index(self.flying.len()));
+        let io = flying.io;
+        match io.op {
+            DiskOp::Read { offset, buf } => {
+                self.now.read_at(offset.0, mem.bytes_mut(buf)).unwrap();
+            }
+            DiskOp::Write { offset, buf, fua } => {
+                if self.fail_write {
+                    return (io, Err(DiskError::Io));
+                }
+                assert_eq!(mem.bytes(buf), flying.data, "a buffer in flight changed");
+                self.change(Change::Write(offset.0, flying.data), fua);
+            }
+            DiskOp::Zero { offset, len, .. } => {
+                if let Some(error) = self.fail_zero {
+                    return (io, Err(error));
+                }
+                self.change(Change::Zero(offset.0, len), false);
+            }
+            DiskOp::Flush => {
+                if self.fail_flush {
+                    return (io, Err(DiskError::Io));
+                }
+                self.flushes += 1;
+                let covers = flying.covers.min(self.log.len());
+                for logged in self.log.drain(..covers) {
+                    apply(&mut self.stable, &logged.change);
+                }
+                for other in &mut self.flying {
+                    other.covers = other.covers.saturating_sub(covers);
+                }
+            }
+        }
+        (io, Ok(()))
+    }
+
+    fn change(&mut self, change: Change, must_stay: bool) {
+        apply(&mut self.now, &change);
+        self.log.push(Logged { change, must_stay });
+    }
+
+    fn unfinished(self) -> impl Iterator<Item = Change> {
+        self.flying.into_iter().filter_map(|f| match f.io.op {
+            DiskOp::Write { offset, .. } => Some(Change::Write(offset.0, f.data)),
+            DiskOp::Zero { offset, len, .. } => Some(Change::Zero(offset.0, len)),
+            _ => None,
+        })
+    }
+
+    /// The program is killed: what completed is there; what did not, may be.
+    pub(crate) fn kill(self, rng: &mut Rng) -> Self {
+        let mut now = self.now.clone();
+        let stable = self.stable.clone();
+        let mut log: Vec<Logged> = Vec::new();
+        let mut this = self;
+        log.append(&mut this.log);
+        for change in this.unfinished() {
+            if rng.chance(50) {
+                apply(&mut now, &change);
+                log.push(Logged { change, must_stay: false });
+            }
+        }
+        // The device still has its cache: a power cut may come before the next flush.
+        Self { now, stable, log, ..Self::new(SparseDevice::new(0)) }
+    }
+
+    /// The power is cut: of what no flush covered, any sectors are there.
+    pub(crate) fn cut(mut self, rng: &mut Rng) -> Self {
+        let mut stable = self.stable.clone();
+        for logged in core::mem::take(&mut self.log) {
+            if logged.must_stay {
+                apply(&mut stable, &logged.change);
+            } else {
+                tear(&mut stable, &logged.change, rng);
+            }
+        }
+        for change in self.unfinished() {
+            tear(&mut stable, &change, rng);
+        }
+        Self::new(stable)
+    }
+}
+
+/// What open, inspect and format use: the same disk, synchronously.
+impl Device for Disk {
+    fn len(&self) -> u64 {
+        self.now.len()
+    }
+
+    fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.now.read_at(offset, buf)
+    }
+
+    fn write_at(&mut self, offset: u64, buf: &[u8]) -> std::io::Result<()> {
+        self.change(Change::Write(offset, buf.to_vec()), false);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        for logged in self.log.drain(..) {
+            apply(&mut self.stable, &logged.change);
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, offset: u64, len: u64) -> std::io::Result<()> {
+        self.change(Change::Zero(offset, len), false);
+        Ok(())
+    }
+}
+
+/// A pool on a simulated disk.
+pub(crate) struct Sim {
+    pub(crate) pool: Pool,
+    pub(crate) disk: Disk,
+    pub(crate) mem: HeapMemory,
+    pub(crate) rng: Rng,
+    pub(crate) check: bool,
+    next_tag: u64,
+}
+
+impl Sim {
+    pub(crate) fn formatted(len: u64, zeroed: bool, seed: u64) -> Self {
+        let mut dev = SparseDevice::new(len);
+        Pool::format(&mut dev, &options(zeroed)).unwrap();
+        Self::open(Disk::new(dev), seed)
+    }
+
+    pub(crate) fn open(mut disk: Disk, seed: u64) -> Self {
+        let pool = Pool::open(&mut disk).unwrap();
+        pool.check();
+        let mem = HeapMemory::new(4 << 20);
+        Self { pool, disk, mem, rng: Rng(seed), check: true, next_tag: 1 }
+    }
+
+    pub(crate) fn tag(&mut self) -> u64 {
+        self.next_tag += 1;
+        self.next_tag
+    }
+
+    pub(crate) fn issue(&mut self) {
+        while let Some(io) = self.pool.poll_disk() {
+            self.disk.issue(io, &self.mem);
+        }
+    }
+
+    /// One event. Returns whether there was one.
+    pub(crate) fn step(&mut self) -> bool {
+        self.issue();
+        if self.disk.in_flight() == 0 {
+            return false;
+        }
+        let (io, result) = self.disk.complete(&mut self.rng, &mut self.mem);
+        self.pool.handle_disk(io.id, result, &mut self.mem);
+        if self.check {
+            self.pool.check();
+        }
+        self.issue();
+        true
+    }
+
+    pub(crate) fn settle(&mut self) -> Vec<Done> {
+        self.pool.retry(&mut self.mem);
+        let mut done = Vec::new();
+        let mut steps = 0;
+        while self.step() {
+            done.extend(std::iter::from_fn(|| self.pool.poll_done()));
+            steps += 1;
+            assert!(steps < 1_000_000, "it never ends");
+        }
+        done.extend(std::iter::from_fn(|| self.pool.poll_done()));
+        done
+    }
+
+    /// Runs until `tag` is answered.
+    pub(crate) fn wait(&mut self, tag: u64) -> Done {
+        let done = self.settle();
+        done.into_iter().find(|d| d.tag == tag).expect("every command is answered")
+    }
+
+    pub(crate) fn create(&mut self, id: u128, extents: u64) -> ReplicaSlot {
+        let tag = self.tag();
+        self.pool.create_replica(tag, spec(id, extents * EXTENT_BLOCKS), &mut self.mem);
+        let done = self.wait(tag);
+        assert_eq!(done.status, IoStatus::Ok, "{:?}", done.error);
+        self.pool.find(ReplicaId(id)).unwrap()
+    }
+
+    pub(crate) fn delete(&mut self, slot: ReplicaSlot) {
+        let tag = self.tag();
+        self.pool.delete_replica(tag, slot, &mut self.mem);
+        assert_eq!(self.wait(tag).status, IoStatus::Ok);
+    }
+
+    pub(crate) fn request(
+        &mut self,
+        slot: ReplicaSlot,
+        op: IoOp,
+        lba: u64,
+        blocks: u64,
+        byte: u8,
+    ) -> IoStatus {
+        let len = u32::try_from(blocks).unwrap() * 4096;
+        let payload = matches!(op, IoOp::Write { .. } | IoOp::Read);
+        let buf = payload.then(|| self.mem.alloc(len).unwrap());
+        let slice = buf.as_ref().map_or(BufSlice::EMPTY, Buf::slice);
+        if payload {
+            self.mem.bytes_mut(slice).fill(byte);
+        }
+        let tag = self.tag();
+        let range = LbaRange::new(Lba(lba), blocks).unwrap();
+        self.pool.submit(tag, slot, IoRequest { op, range, buf: slice }, &mut self.mem);
+        let done = self.wait(tag);
+        if let Some(buf) = buf {
+            self.mem.release(buf);
+        }
+        done.status
+    }
+
+    pub(crate) fn read(&mut self, slot: ReplicaSlot, lba: u64, blocks: u64) -> Vec<u8> {
+        let buf = self.mem.alloc(u32::try_from(blocks).unwrap() * 4096).unwrap();
+        let tag = self.tag();
+        let range = LbaRange::new(Lba(lba), blocks).unwrap();
+        let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
+        self.pool.submit(tag, slot, request, &mut self.mem);
+        assert_eq!(self.wait(tag).status, IoStatus::Ok);
+        let bytes = self.mem.bytes(buf.slice()).to_vec();
+        self.mem.release(buf);
+        bytes
+    }
+
+    pub(crate) fn checkpoint(&mut self) {
+        let tag = self.tag();
+        self.pool.checkpoint(tag, &mut self.mem);
+        assert_eq!(self.wait(tag).status, IoStatus::Ok);
+    }
+}
+
+pub(crate) fn spec(id: u128, blocks: u64) -> ReplicaSpec {
+    ReplicaSpec {
+        id: ReplicaId(id),
+        volume: VolumeId(id + 1000),
+        name: format!("r{id}"),
+        blocks,
+        block_size: BlockSize::B4096,
+    }
+}
+
+/// A value that a block may hold. Zero is zeros; otherwise every word of the block is it.
+type Value = u64;
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    order: u64,
+    value: Value,
+    /// Answered with success. Otherwise it may be there or not.
+    certain: bool,
+}
+
+#[derive(Default)]
+struct ModelReplica {
+    blocks: BTreeMap<u64, Vec<Held>>,
+    size: u64,
+    slot: Option<ReplicaSlot>,
+    registers: Vec<(u64, bool)>,
+    delete_asked: bool,
+}
+
+impl ModelReplica {
+    fn held(&mut self, lba: u64) -> &mut Vec<Held> {
+        self.blocks.entry(lba).or_insert_with(|| vec![Held { order: 0, value: 0, certain: true }])
+    }
+}
+
+enum Asked {
+    Change { id: u128, range: LbaRange, order: u64, durable: bool, buf: Option<Buf> },
+    Read { id: u128, range: LbaRange, buf: Buf },
+    Flush { covered: Vec<(u128, u64, u64)> },
+    Create(u128),
+    Delete(u128),
+    Register(u128, u64),
+    Other,
+}
+
+/// Random requests on random replicas, and what must be read afterwards.
+pub(crate) struct World {
+    pub(crate) sim: Sim,
+    replicas: BTreeMap<u128, ModelReplica>,
+    asked: BTreeMap<u64, Asked>,
+    next_id: u128,
+    order: u64,
+    pub(crate) len: u64,
+}
+
+const REPLICA_EXTENTS: u64 = 6;
+
+impl World {
+    pub(crate) fn new(len: u64, zeroed: bool, seed: u64) -> Self {
+        let mut dev = SparseDevice::new(len);
+        if !zeroed {
+            // Somebody else's bytes, which must never be seen.
+            let noise = vec![0xee; 64 << 10];
+            for at in (MIB..len - MIB).step_by(256 << 10) {
+                dev.write_at(at, &noise).unwrap();
+            }
+        }
+        Pool::format(&mut dev, &options(zeroed)).unwrap();
+        Self {
+            sim: Sim::open(Disk::new(dev), seed),
+            replicas: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            next_id: 1,
+            order: 0,
+            len,
+        }
+    }
+
+    fn busy(&self, id: u128, range: LbaRange) -> bool {
+        self.asked.values().any(|a| match a {
+            Asked::Change { id: i, range: r, .. } | Asked::Read { id: i, range: r, .. } => {
+                *i == id && r.overlaps(range)
+            }
+            _ => false,
+        })
+    }
+
+    /// One random action.
+    pub(crate) fn act(&mut self) {
+        match self.sim.rng.below(100) {
+            0..45 => {
+                self.sim.step();
+            }
+            45..48 if self.replicas.len() < 4 => self.create(),
+            48 => self.delete(),
+            49 => self.register(),
+            50 => {
+                let tag = self.sim.tag();
+                self.asked.insert(tag, Asked::Other);
+                self.sim.pool.checkpoint(tag, &mut self.sim.mem);
+            }
+            51..57 => self.flush(),
+            _ => self.io(),
+        }
+        if self.sim.check {
+            self.sim.pool.check();
+        }
+        self.collect();
+    }
+
+    fn create(&mut self) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let size = REPLICA_EXTENTS * EXTENT_BLOCKS - self.sim.rng.below(3);
+        let tag = self.sim.tag();
+        self.replicas.insert(id, ModelReplica { size, ..ModelReplica::default() });
+        self.asked.insert(tag, Asked::Create(id));
+        self.sim.pool.create_replica(tag, spec(id, size), &mut self.sim.mem);
+    }
+
+    fn pick(&mut self) -> Option<(u128, ReplicaSlot)> {
+        let live: Vec<_> = self
+            .replicas
+            .iter()
+            .filter(|(_, r)| !r.delete_asked)
+            .filter_map(|(id, r)| Some((*id, r.slot?)))
+            .collect();
+        if live.is_empty() { None } else { Some(live[self.sim.rng.index(live.len())]) }
+    }
+
+    fn delete(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.replicas.get_mut(&id).unwrap().delete_asked = true;
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Delete(id));
+        self.sim.pool.delete_replica(tag, slot, &mut self.sim.mem);
+    }
+
+    fn register(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.order += 1;
+        let value = self.order;
+        self.replicas.get_mut(&id).unwrap().registers.push((value, false));
+        let register = Register {
+            promised_epoch: Epoch(value),
+            accepted_epoch: Epoch(value),
+            seq: value,
+            config: value.to_le_bytes().to_vec(),
+        };
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Register(id, value));
+        self.sim.pool.write_register(tag, slot, register, &mut self.sim.mem);
+    }
+
+    fn flush(&mut self) {
+        let Some((_, slot)) = self.pick() else { return };
+        let mut covered = Vec::new();
+        for (id, replica) in &self.replicas {
+            for (lba, held) in &replica.blocks {
+                let last = held.iter().rev().find(|h| h.certain).unwrap();
+                covered.push((*id, *lba, last.order));
+            }
+        }
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Flush { covered });
+        let request =
+            IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
+        self.sim.pool.submit(tag, slot, request, &mut self.sim.mem);
+    }
+
+    fn io(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        let size = self.replicas[&id].size;
+        let rng = &mut self.sim.rng;
+        let extent = rng.below(REPLICA_EXTENTS);
+        let (op, start, blocks) = match rng.below(10) {
+            0 => (IoOp::Discard, extent * EXTENT_BLOCKS, EXTENT_BLOCKS * (1 + rng.below(3))),
+            1 => {
+                let (unmap, fua) = (rng.chance(50), rng.chance(30));
+                let op = IoOp::WriteZeroes { unmap, fua };
+                if rng.chance(50) {
+                    (op, extent * EXTENT_BLOCKS, EXTENT_BLOCKS)
+                } else {
+                    (op, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4))
+                }
+            }
+            2 => (IoOp::Discard, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4)),
+            3..5 => (IoOp::Read, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4)),
+            // Sometimes over the edge of an extent.
+            5 => (
+                IoOp::Write { fua: rng.chance(20) },
+                extent * EXTENT_BLOCKS + 254,
+                1 + rng.below(4),
+            ),
+            _ => (
+                IoOp::Write { fua: rng.chance(20) },
+                extent * EXTENT_BLOCKS + rng.below(6),
+                1 + rng.below(3),
+            ),
+        };
+        let blocks = blocks.min(size.saturating_sub(start));
+        if blocks == 0 {
+            return;
+        }
+        let range = LbaRange::new(Lba(start), blocks).unwrap();
+        if self.busy(id, range) {
+            return;
+        }
+        let payload = matches!(op, IoOp::Read | IoOp::Write { .. });
+        let mut buf = None;
+        if payload {
+            let Some(b) = self.sim.mem.alloc(u32::try_from(blocks).unwrap() * 4096) else {
+                return;
+            };
+            buf = Some(b);
+        }
+        let slice = buf.as_ref().map_or(BufSlice::EMPTY, Buf::slice);
+        self.order += 1;
+        let order = self.order;
+        let tag = self.sim.tag();
+        let replica = self.replicas.get_mut(&id).unwrap();
+        match op {
+            IoOp::Read => {
+                self.asked.insert(tag, Asked::Read { id, range, buf: buf.take().unwrap() });
+            }
+            IoOp::Write { fua } => {
+                let value = (u64::try_from(id).unwrap() << 48) | order;
+                let bytes = self.sim.mem.bytes_mut(slice);
+                for word in bytes.chunks_mut(8) {
+                    word.copy_from_slice(&value.to_le_bytes());
+                }
+                for lba in start..start + blocks {
+                    replica.held(lba).push(Held { order, value, certain: false });
+                }
+                self.asked.insert(tag, Asked::Change { id, range, order, durable: fua, buf });
+            }
+            _ => {
+                let durable = matches!(op, IoOp::WriteZeroes { fua: true, .. });
+                for (lba, held) in replica.blocks.range_mut(start..start + blocks) {
+                    assert!(*lba < size);
+                    held.push(Held { order, value: 0, certain: false });
+                }
+                self.asked.insert(tag, Asked::Change { id, range, order, durable, buf: None });
+            }
+        }
+        self.sim.pool.submit(tag, slot, IoRequest { op, range, buf: slice }, &mut self.sim.mem);
+    }
+
+    pub(crate) fn collect(&mut self) {
+        while let Some(done) = self.sim.pool.poll_done() {
+            let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answered(asked, &done);
+        }
+    }
+
+    fn answered(&mut self, asked: Asked, done: &Done) {
+        let ok = done.status.is_ok();
+        match asked {
+            Asked::Change { id, order, durable, buf, .. } => {
+                if let Some(buf) = buf {
+                    self.sim.mem.release(buf);
+                }
+                let Some(replica) = self.replicas.get_mut(&id) else { return };
+                assert!(
+                    ok || done.status == IoStatus::NoSpace || replica.delete_asked,
+                    "{:?}",
+                    done.status
+                );
+                if !ok {
+                    return;
+                }
+                for held in replica.blocks.values_mut() {
+                    if let Some(at) = held.iter().position(|h| h.order == order) {
+                        held[at].certain = true;
+                        if durable {
+                            held.drain(..at);
+                        }
+                    }
+                }
+            }
+            Asked::Read { id, range, buf } => {
+                let bytes = self.sim.mem.bytes(buf.slice()).to_vec();
+                self.sim.mem.release(buf);
+                let Some(replica) = self.replicas.get(&id) else { return };
+                if ok {
+                    for (lba, block) in (range.start().0..).zip(bytes.chunks(BLOCK)) {
+                        verify(id, replica, lba, block, false);
+                    }
+                } else {
+                    assert!(replica.delete_asked, "{:?}", done.status);
+                }
+            }
+            Asked::Flush { covered } => {
+                if !ok {
+                    return;
+                }
+                for (id, lba, order) in covered {
+                    let Some(replica) = self.replicas.get_mut(&id) else { continue };
+                    let held = replica.blocks.get_mut(&lba).unwrap();
+                    if let Some(at) = held.iter().position(|h| h.order == order) {
+                        held.drain(..at);
+                    }
+                }
+            }
+            Asked::Create(id) => {
+                assert!(ok, "{:?}", done.error);
+                let slot = self.sim.pool.find(ReplicaId(id)).unwrap();
+                self.replicas.get_mut(&id).unwrap().slot = Some(slot);
+            }
+            Asked::Delete(id) => {
+                assert!(ok, "{:?}", done.error);
+                assert_eq!(self.sim.pool.find(ReplicaId(id)), None);
+                self.replicas.remove(&id);
+            }
+            Asked::Register(id, value) => {
+                let Some(replica) = self.replicas.get_mut(&id) else { return };
+                assert!(ok || replica.delete_asked, "{:?}", done.error);
+                if ok {
+                    let at = replica.registers.iter().position(|r| r.0 == value).unwrap();
+                    replica.registers.drain(..at);
+                    replica.registers[0].1 = true;
+                }
+            }
+            Asked::Other => assert!(ok, "{:?}", done.error),
+        }
+    }
+
+    /// Crashes, opens again, and verifies all that was promised.
+    pub(crate) fn crash(mut self, power: bool) -> Self {
+        let rng = &mut self.sim.rng;
+        let seed = rng.next();
+        let disk = if power { self.sim.disk.cut(rng) } else { self.sim.disk.kill(rng) };
+        // `flush` at open makes the survivors durable; a second cut in between is the next round's.
+        let sim = Sim::open(disk, seed);
+        let mut world = Self { sim, asked: BTreeMap::new(), ..self };
+        let creating: Vec<u128> =
+            world.replicas.iter().filter(|(_, r)| r.slot.is_none()).map(|(id, _)| *id).collect();
+        for id in creating {
+            if world.sim.pool.find(ReplicaId(id)).is_none() {
+                world.replicas.remove(&id);
+            }
+        }
+        let deleting: Vec<u128> =
+            world.replicas.iter().filter(|(_, r)| r.delete_asked).map(|(id, _)| *id).collect();
+        for id in deleting {
+            if world.sim.pool.find(ReplicaId(id)).is_none() {
+                world.replicas.remove(&id);
+            } else {
+                world.replicas.get_mut(&id).unwrap().delete_asked = false;
+            }
+        }
+        let live: BTreeSet<u128> = world
+            .sim
+            .pool
+            .replicas()
+            .filter(|r| r.state == ReplicaState::Live)
+            .map(|r| r.id.0)
+            .collect();
+        assert!(live.iter().copied().eq(world.replicas.keys().copied()), "replicas came or went");
+        world.verify_all(power);
+        world
+    }
+
+    /// Reads everything. What is read becomes what is held.
+    pub(crate) fn verify_all(&mut self, power: bool) {
+        let ids: Vec<u128> = self.replicas.keys().copied().collect();
+        for id in ids {
+            let slot = self.sim.pool.find(ReplicaId(id)).unwrap();
+            let register = self.sim.pool.register(slot).unwrap().seq;
+            let replica = self.replicas.get_mut(&id).unwrap();
+            replica.slot = Some(slot);
+            let allowed = &mut replica.registers;
+            let known = allowed.iter().any(|r| r.0 == register)
+                || (register == 0 && allowed.iter().all(|r| !r.1));
+            assert!(known, "register {register} of {id}, not one of {allowed:?}");
+            *allowed = vec![(register, true)];
+            let size = replica.size;
+            for start in (0..size).step_by(256) {
+                let blocks = EXTENT_BLOCKS.min(size - start);
+                let bytes = self.sim.read(slot, start, blocks);
+                let replica = self.replicas.get_mut(&id).unwrap();
+                for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
+                    verify(id, replica, lba, block, power);
+                    settle_block(replica, lba, block);
+                }
+            }
+        }
+    }
+
+    /// Lets everything end. All space that no replica holds must be free again.
+    pub(crate) fn settle(&mut self) {
+        for done in self.sim.settle() {
+            let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answered(asked, &done);
+        }
+        assert!(self.asked.is_empty(), "{} requests are never answered", self.asked.len());
+        assert!(self.sim.pool.is_idle());
+        assert_eq!(self.sim.pool.state(), PoolState::Online);
+        assert_eq!(self.sim.mem.in_use(), 0, "buffers leaked");
+        self.sim.pool.check();
+        let usage = self.sim.pool.usage();
+        assert_eq!(usage.extents_free + usage.extents_allocated, usage.extents_total);
+    }
+}
+
+/// After a crash, a block that was mixed of several writes is whatever it is; it must stay so.
+fn settle_block(replica: &mut ModelReplica, lba: u64, block: &[u8]) {
+    if let Some(held) = replica.blocks.get_mut(&lba) {
+        let first = u64::from_le_bytes(block[..8].try_into().unwrap());
+        let same = block[8..] == block[..BLOCK - 8];
+        if same {
+            *held = vec![Held { order: 0, value: first, certain: true }];
+        } else {
+            for h in held.iter_mut() {
+                h.certain = false;
+            }
+            held[0].certain = true;
+        }
+    }
+}
+
+fn verify(id: u128, replica: &ModelReplica, lba: u64, block: &[u8], power: bool) {
+    let Some(held) = replica.blocks.get(&lba) else {
+        assert!(block == [0; BLOCK], "block {lba} of {id} was never written");
+        return;
+    };
+    let first = held.iter().rposition(|h| h.certain).unwrap();
+    let allowed = if power { &held[..] } else { &held[first..] };
+    for sector in block.chunks(512) {
+        let value = u64::from_le_bytes(sector[..8].try_into().unwrap());
+        assert!(
+            sector[8..] == sector[..504] && allowed.iter().any(|h| h.value == value),
+            "block {lba} of {id} holds {value:#x}; held: {held:x?}"
+        );
+    }
+}
