@@ -60,7 +60,7 @@ filesystem() {
     sync
     fstrim -v /mnt >/tmp/trim
     cat /tmp/trim
-    trimmed=$(sed -n 's/.*(\([0-9]*\) bytes).*/\1/p' /tmp/trim)
+    trimmed=$(sed -n 's/.*[( ]\([0-9]*\) bytes.*/\1/p' /tmp/trim)
     [ "${trimmed:-0}" -gt 0 ] || fail "fstrim discarded nothing"
     remount "$3"
     step "md5 after fstrim"

@@ -72,11 +72,12 @@ finish() {
 }
 
 # The block device of namespace 1 of the subsystem under test. Node names do not follow namespace
-# identifiers, so sysfs is asked.
+# identifiers, so sysfs is asked. A path below a multipath device is there too, but has no node.
 device() {
     for b in /sys/block/nvme*n*; do
         [ "$(cat "$b/nsid" 2>/dev/null)" = 1 ] || continue
         [ "$(cat "$b/device/subsysnqn" 2>/dev/null)" = "$NQN" ] || continue
+        [ -b "/dev/${b##*/}" ] || continue
         echo "/dev/${b##*/}"
         return 0
     done
@@ -97,7 +98,7 @@ attach() {
     timeout 60 nvme connect -t tcp -a "$ADDR" -s "$PORT" -n "$NQN" --nr-io-queues=2 \
         --ctrl-loss-tmo=60 --reconnect-delay=1 --keep-alive-tmo=5 "$@"
     i=0
-    until D=$(device) && [ -b "$D" ]; do
+    until D=$(device); do
         i=$((i + 1))
         [ $i -lt 200 ] || fail "connected, but no block device appeared in 20 s"
         sleep 0.1

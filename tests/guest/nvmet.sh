@@ -1,7 +1,8 @@
 # A reference target for the harness's own proof: the kernel's nvmet-tcp over a memory-backed disk.
 # Takes "stop" and "start" from the harness, which stand for the death and return of a nexus.
-modprobe nvmet-tcp || exit 1
-modprobe null_blk nr_devices=0 || exit 1
+set -e
+modprobe nvmet-tcp
+modprobe null_blk nr_devices=0
 mount -t configfs none /sys/kernel/config 2>/dev/null
 B=/sys/kernel/config/nullb/b0
 mkdir $B
@@ -14,7 +15,7 @@ N=/sys/kernel/config/nvmet
 mkdir $N/subsystems/"$NQN"
 echo 1 >$N/subsystems/"$NQN"/attr_allow_any_host
 mkdir $N/subsystems/"$NQN"/namespaces/1
-echo /dev/nullb0 >$N/subsystems/"$NQN"/namespaces/1/device_path
+echo /dev/b0 >$N/subsystems/"$NQN"/namespaces/1/device_path
 echo 1 >$N/subsystems/"$NQN"/namespaces/1/enable
 P=$N/ports/1
 mkdir $P

@@ -77,10 +77,12 @@ impl Guest {
         let mut qemu = qemu.spawn().context("could not start qemu-system-x86_64")?;
         let input = qemu.stdin.take().context("qemu has no input")?;
         let output = qemu.stdout.take().context("qemu has no output")?;
+        let mut log = File::create(logs.join(format!("{}.protocol.log", boot.name)))?;
         let (send, lines) = mpsc::channel();
         std::thread::spawn(move || {
             for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+                let _ = writeln!(log, "{line}");
                 if send.send(line).is_err() {
                     break;
                 }
