@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cargo_metadata::{Metadata, MetadataCommand, Package};
+use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
 
 use crate::source::{code_only, lines_with_word};
 
@@ -38,6 +38,29 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cairn-fuzz", &["*"]),
     ("cairn-tests", &[]),
     ("xtask", &[]),
+];
+
+/// Crates that decide and touch nothing. Their clippy.toml keeps the standard library's clock, files,
+/// threads and sockets out; this check keeps out the packages that would bring others.
+const PURE: [&str; 5] =
+    ["cairn-block", "cairn-nvmf", "cairn-iscsi", "cairn-nexus", "cairn-replica"];
+
+/// What a pure crate may not depend on.
+const IMPURE: [&str; 14] = [
+    "async-std",
+    "crossbeam",
+    "fastrand",
+    "getrandom",
+    "io-uring",
+    "libc",
+    "mio",
+    "nix",
+    "parking_lot",
+    "rand",
+    "rustix",
+    "socket2",
+    "tokio",
+    "tokio-uring",
 ];
 
 /// The only crate that may hold `unsafe`.
@@ -145,12 +168,32 @@ fn arrows(metadata: &Metadata) -> Result<Vec<Finding>> {
             );
             continue;
         }
+        let line_of = |name: &str| text.lines().position(|l| l.contains(name)).map_or(1, |i| i + 1);
+        if PURE.contains(&package.name.as_str()) {
+            for banned in package
+                .dependencies
+                .iter()
+                .filter(|d| d.kind == DependencyKind::Normal && IMPURE.contains(&d.name.as_str()))
+            {
+                add(
+                    line_of(&banned.name),
+                    format!("{} is pure and must not depend on {}", package.name, banned.name),
+                    "take what it gives as an argument, or move the code to the engine",
+                );
+            }
+            if !manifest.with_file_name("clippy.toml").exists() {
+                add(
+                    1,
+                    format!("{} is pure and has no clippy.toml", package.name),
+                    "copy nvmf/clippy.toml: it lists what pure code may not call",
+                );
+            }
+        }
         for dependency in package.dependencies.iter().filter(|d| members.contains(d.name.as_str()))
         {
             if !arrow_allowed(&package.name, &dependency.name) {
-                let line = text.lines().position(|l| l.contains(&dependency.name));
                 add(
-                    line.map_or(1, |i| i + 1),
+                    line_of(&dependency.name),
                     format!("{} must not depend on {}", package.name, dependency.name),
                     "move the shared part down to a crate that both may use, or pass it in; the \
                      arrows are in docs/ARCHITECTURE.md",
