@@ -49,7 +49,6 @@ const RECONNECT: &[&str] = &[
     "failed to send request -32",
     "failed to send request -104",
     "failed nvme_keep_alive_end_io error=",
-    "queue_size",
 ];
 
 /// The messages that should not be there.
@@ -80,6 +79,7 @@ mod tests {
             "nvme nvme0: mapped 2/0/0 default/read/poll queues.",
             "nvme nvme0: new ctrl: NQN \"nqn.2026-01.test:a\", addr 10.99.0.1:4420",
             "nvme nvme0: Removing ctrl: NQN \"nqn.2026-01.test:a\"",
+            "block nvme0n1: no usable path - requeuing I/O",
             "EXT4-fs (nvme0n1): mounted filesystem with ordered data mode",
             "XFS (nvme0n1): Ending clean mount",
         ] {
@@ -109,7 +109,7 @@ mod tests {
             "nvme nvme0: Reconnecting in 1 seconds...",
             "nvme nvme0: failed to connect socket: -111",
             "nvme nvme0: Failed reconnect attempt 3/60",
-            "nvme nvme0: Successfully reconnected (4 attempt)",
+            "nvme nvme0: Successfully reconnected (attempt 3/60)",
         ] {
             assert!(found(line, false), "{line}");
             assert!(!found(line, true), "{line}");
