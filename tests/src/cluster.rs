@@ -90,7 +90,7 @@ impl<'a> Cluster<'a> {
     }
 
     fn config(&self, name: &str) -> PathBuf {
-        self.dir.join(format!("{name}.toml"))
+        self.logs.join(format!("{name}.toml"))
     }
 
     fn socket(&self, name: &str) -> PathBuf {
