@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use crate::host::{output, run, tail, wait_for};
@@ -117,7 +117,7 @@ impl<'a> Cluster<'a> {
             Ok(UnixStream::connect(&socket).ok())
         });
         self.running.insert(name, child);
-        ready.map(drop).with_context(|| self.said(name))
+        ready.map(drop).map_err(|e| anyhow!("{e:#}; {}", self.said(name)))
     }
 
     fn said(&self, name: &str) -> String {
@@ -188,7 +188,7 @@ impl<'a> Cluster<'a> {
             let _ = child.kill();
             let _ = child.wait();
         }
-        let status = ended.with_context(|| self.said(name))?;
+        let status = ended.map_err(|e| anyhow!("{e:#}; {}", self.said(name)))?;
         if !status.success() {
             bail!("{name} answered SIGTERM with {status}; {}", self.said(name));
         }

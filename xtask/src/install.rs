@@ -1,5 +1,6 @@
 //! Installs the Debian packages that a suite's programs come from.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -33,7 +34,8 @@ pub(crate) fn provide(programs: &[(&str, &str)], log: &Path) -> Result<Option<St
     if !is_root() {
         return Ok(Some(format!("needs {}; install them or run as root", packages.join(", "))));
     }
-    println!("installing {}", packages.join(", "));
+    print!("installing {} ... ", packages.join(", "));
+    std::io::stdout().flush()?;
     apt(log, &["update", "-q"])?;
     let mut install = vec!["install", "-y", "-q", "--no-install-recommends"];
     install.extend(&packages);
