@@ -15,7 +15,7 @@ nexus_restart() {
         --rate_iops=600,600 &
     fio_pid=$!
     sleep 2
-    kill -0 $fio_pid || fail "fio ended before the kill"
+    kill -0 $fio_pid || fail "fio ended before the kill: $(cat /tmp/why 2>/dev/null)"
     step "kill the nexus"
     host_do kill-nexus
     await 20 "the host to see the loss" is_not_live

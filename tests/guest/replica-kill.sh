@@ -9,7 +9,7 @@ replica_kill() {
         --rate_iops=800,800 &
     fio_pid=$!
     sleep 3
-    kill -0 $fio_pid || fail "fio ended before the kill"
+    kill -0 $fio_pid || fail "fio ended before the kill: $(cat /tmp/why 2>/dev/null)"
     step "kill a replica"
     host_do kill-replica
     sleep 1
