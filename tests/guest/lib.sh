@@ -1,0 +1,143 @@
+# What every job uses: the protocol with the harness, and the NVMe/TCP steps.
+#   CASE-START name          a case begins
+#   CASE name ok             it passed
+#   CASE name FAIL detail    it did not
+#   HOST-DO verb             the harness acts, then answers "ACK ok ..." or "ACK FAIL reason"
+#   DMESG line               a kernel message since the job began
+
+tell() {
+    echo "$*" >&9
+    echo "## $(cut -d' ' -f1 /proc/uptime) $*"
+}
+
+# step TEXT: what a failure from here on is reported as.
+step() {
+    echo "$*" >/tmp/step
+    echo "-- $(cut -d' ' -f1 /proc/uptime) $*"
+}
+
+fail() {
+    echo "$*" >/tmp/why
+    echo "FAIL: $*"
+    exit 1
+}
+
+# run_case NAME FUNCTION: runs it in a subshell that ends at the first command that fails.
+run_case() {
+    case " $ONLY " in
+    "  " | *" $1 "*) ;;
+    *) return 0 ;;
+    esac
+    rm -f /tmp/why /tmp/step
+    tell "CASE-START $1"
+    (
+        set -eu
+        "$2"
+    )
+    rc=$?
+    if [ $rc = 0 ]; then
+        tell "CASE $1 ok"
+    else
+        tell "CASE $1 FAIL at '$(cat /tmp/step 2>/dev/null)': $(cat /tmp/why 2>/dev/null || echo "exit code $rc")"
+        umount /mnt 2>/dev/null
+    fi
+    # A failed case must not take the next ones down with it.
+    detach
+}
+
+# host_do VERB [ARGS]: asks the harness to act on the servers and waits until it has.
+host_do() {
+    tell "HOST-DO $*"
+    reply=
+    read -r -t 90 reply <&9 || fail "the harness did not answer '$*'"
+    echo "   host: $reply"
+    case $reply in
+    "ACK ok"*) ;;
+    *) fail "host could not '$*': $reply" ;;
+    esac
+}
+
+begin() {
+    echo "cairn: job begins" >/dev/kmsg
+    modprobe nvme-tcp || fail "the guest's kernel has no nvme-tcp"
+    modprobe -q crc32c-intel
+    modprobe -q crc32c_generic
+    true
+}
+
+finish() {
+    detach
+    dmesg | sed -n '/cairn: job begins/,$p' | sed 's/^/DMESG /' >&9
+    tell "DMESG-END"
+}
+
+# The block device of namespace 1 of the subsystem under test. Node names do not follow namespace
+# identifiers, so sysfs is asked. A path below a multipath device is there too, but has no node.
+device() {
+    for b in /sys/block/nvme*n*; do
+        [ "$(cat "$b/nsid" 2>/dev/null)" = 1 ] || continue
+        [ "$(cat "$b/device/subsysnqn" 2>/dev/null)" = "$NQN" ] || continue
+        [ -b "/dev/${b##*/}" ] || continue
+        echo "/dev/${b##*/}"
+        return 0
+    done
+    return 1
+}
+
+# The controller's state as the host sees it: live, connecting, ...; empty when it is gone.
+host_state() {
+    for c in /sys/class/nvme/nvme*; do
+        [ "$(cat "$c/subsysnqn" 2>/dev/null)" = "$NQN" ] && cat "$c/state" && return 0
+    done
+    return 0
+}
+
+# attach [FLAGS]: connects and sets D to the block device.
+attach() {
+    step "nvme connect $*"
+    timeout 60 nvme connect -t tcp -a "$ADDR" -s "$PORT" -n "$NQN" --nr-io-queues=2 \
+        --ctrl-loss-tmo=60 --reconnect-delay=1 --keep-alive-tmo=5 "$@"
+    i=0
+    until D=$(device); do
+        i=$((i + 1))
+        [ $i -lt 200 ] || fail "connected, but no block device appeared in 20 s"
+        sleep 0.1
+    done
+    echo "   $D $(cat "/sys/block/${D##*/}/size") sectors"
+}
+
+detach() {
+    [ -n "$(host_state)" ] || return 0
+    timeout 60 nvme disconnect -n "$NQN" >/dev/null 2>&1
+    i=0
+    while [ -n "$(host_state)" ] && [ $i -lt 100 ]; do
+        i=$((i + 1))
+        sleep 0.1
+    done
+    return 0
+}
+
+# await SECONDS WHAT COMMAND...: until the command succeeds.
+await() {
+    limit=$1
+    what=$2
+    shift 2
+    step "wait for $what"
+    i=0
+    until "$@"; do
+        i=$((i + 1))
+        [ $i -lt $((limit * 5)) ] || fail "no $what after $limit s"
+        sleep 0.2
+    done
+}
+
+# verify NAME FIO-OPTIONS...: fio whose every block carries a checksum that is read back.
+verify() {
+    name=$1
+    shift
+    step "fio $name $*"
+    timeout 120 fio --name="$name" --filename="$D" --direct=1 --ioengine=io_uring \
+        --verify=crc32c --do_verify=1 --verify_fatal=1 --output="/tmp/fio-$name" "$@" ||
+        fail "fio: $(grep -E 'verify:|error|bad|fio:' "/tmp/fio-$name" | head -2 | tr '\n' ' ')"
+    grep -E 'READ:|WRITE:' "/tmp/fio-$name" || true
+}

@@ -1,0 +1,241 @@
+//! Cairn processes on the host: three replicas and a nexus. The one place that knows the
+//! configuration file and the command line of `cairn`.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::Value;
+
+use crate::host::{output, run, tail, wait_for};
+use crate::net::{Net, STORAGE_IP};
+use crate::peer::{Endpoint, Peer};
+
+const NEXUS: &str = "nexus";
+const NEXUS_PORT: u16 = 4420;
+/// Each replica process by name, with its port.
+const REPLICAS: [(&str, u16); 3] = [("r1", 4421), ("r2", 4422), ("r3", 4423)];
+/// The one that `HOST-DO kill-replica` kills.
+const VICTIM: &str = "r2";
+const VOLUME: &str = "guest";
+const VOLUME_SIZE: &str = "1GiB";
+const POOL_SIZE: &str = "2GiB";
+
+const START: Duration = Duration::from_secs(20);
+const STOP: Duration = Duration::from_secs(15);
+const STATE: Duration = Duration::from_secs(30);
+
+/// A volume with three replicas, each process in its own state directory.
+#[derive(Debug)]
+pub(crate) struct Cluster<'a> {
+    net: &'a Net,
+    cairn: PathBuf,
+    /// State and pools.
+    dir: PathBuf,
+    /// Sockets: their paths may have no more than 107 bytes, which `dir` may exceed.
+    sockets: PathBuf,
+    logs: PathBuf,
+    running: BTreeMap<&'static str, Child>,
+    nqn: String,
+}
+
+impl<'a> Cluster<'a> {
+    pub(crate) fn start(net: &'a Net, cairn: &Path, dir: &Path, logs: &Path) -> Result<Self> {
+        if !cairn.exists() {
+            bail!("there is no {}: cargo build --release -p cairn", cairn.display());
+        }
+        let sockets = std::env::temp_dir().join(format!("cairn-guest-{}", std::process::id()));
+        fs::create_dir_all(&sockets)?;
+        let mut cluster = Self {
+            net,
+            cairn: cairn.canonicalize()?,
+            dir: dir.to_owned(),
+            sockets,
+            logs: logs.to_owned(),
+            running: BTreeMap::new(),
+            nqn: String::new(),
+        };
+        for (name, port) in REPLICAS {
+            cluster.configure(name, port, true)?;
+            cluster.launch(name)?;
+        }
+        cluster.configure(NEXUS, NEXUS_PORT, false)?;
+        cluster.launch(NEXUS)?;
+        cluster.create_volume()?;
+        Ok(cluster)
+    }
+
+    fn configure(&self, name: &str, port: u16, pool: bool) -> Result<()> {
+        let state = self.dir.join(name);
+        fs::create_dir_all(&state)?;
+        let (state, socket) = (state.display(), self.socket(name));
+        let mut text = format!(
+            "name = \"{name}\"\nstate_dir = \"{state}\"\n\
+             [api]\nsocket = \"{}\"\n\
+             [nvmf]\nlisten = [\"{STORAGE_IP}:{port}\"]\n",
+            socket.display()
+        );
+        if pool {
+            text.push_str(&format!(
+                "[[pool]]\nname = \"p1\"\npath = \"{state}/pool.img\"\nsize = \"{POOL_SIZE}\"\n\
+                 create = true\n"
+            ));
+        }
+        fs::write(self.config(name), text)?;
+        Ok(())
+    }
+
+    fn config(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{name}.toml"))
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.sockets.join(format!("{name}.sock"))
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{name}.log"))
+    }
+
+    /// Starts the process and waits until its API answers.
+    fn launch(&mut self, name: &'static str) -> Result<()> {
+        let socket = self.socket(name);
+        let _ = fs::remove_file(&socket);
+        let log = File::options().create(true).append(true).open(self.log(name))?;
+        let mut serve = self.net.in_storage(&self.cairn);
+        serve.arg("serve").arg("--config").arg(self.config(name));
+        serve.stdout(log.try_clone()?).stderr(log);
+        let mut child = serve.spawn().context("could not start cairn")?;
+        let ready = wait_for(&format!("API of {name}"), START, || {
+            if let Some(status) = child.try_wait()? {
+                bail!("{name} ended at start ({status})");
+            }
+            Ok(UnixStream::connect(&socket).ok())
+        });
+        self.running.insert(name, child);
+        ready.map(drop).map_err(|e| anyhow!("{e:#}; {}", self.said(name)))
+    }
+
+    fn said(&self, name: &str) -> String {
+        format!("{name}'s log ends:\n{}", tail(&self.log(name), 10))
+    }
+
+    fn create_volume(&mut self) -> Result<()> {
+        let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+        let uuid = uuid.trim();
+        let mut uris = Vec::new();
+        for (name, _) in REPLICAS {
+            let made = self.call(
+                name,
+                &["replica", "create", "--pool", "p1", "--volume", uuid, "--size", VOLUME_SIZE],
+            )?;
+            uris.push(text(&made, "uri")?);
+        }
+        let mut create = vec!["volume", "create", VOLUME, "--size", VOLUME_SIZE];
+        for uri in &uris {
+            create.extend(["--replica", uri]);
+        }
+        let made = self.call(NEXUS, &create)?;
+        self.nqn = text(&made, "nqn")?;
+        self.await_state("online").map(drop)
+    }
+
+    /// One `cairn` command against a process's API; its JSON.
+    fn call(&self, name: &str, args: &[&str]) -> Result<Value> {
+        let mut c = Command::new("timeout");
+        c.arg("30").arg(&self.cairn).arg("--socket").arg(self.socket(name));
+        let said = output(c.args(args).args(["--output", "json"]))?;
+        serde_json::from_str(&said).with_context(|| format!("not JSON: {said}"))
+    }
+
+    fn await_state(&self, wanted: &str) -> Result<String> {
+        let mut last = String::new();
+        let waited = wait_for(&format!("volume state '{wanted}'"), STATE, || {
+            let status = self.call(NEXUS, &["volume", "status", VOLUME])?;
+            last = status.to_string();
+            Ok((text(&status, "state")? == wanted).then_some(()))
+        });
+        waited.with_context(|| format!("last status: {last}"))?;
+        Ok(last)
+    }
+
+    /// SIGKILL, as a power cut or the kernel's out-of-memory killer would.
+    fn kill(&mut self, name: &'static str) -> Result<()> {
+        let mut child =
+            self.running.remove(name).with_context(|| format!("{name} is not running"))?;
+        if let Some(status) = child.try_wait()? {
+            bail!("{name} had ended by itself ({status}); {}", self.said(name));
+        }
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// SIGTERM, then a clean exit within [`STOP`].
+    fn stop(&mut self, name: &'static str) -> Result<()> {
+        let Some(mut child) = self.running.remove(name) else { return Ok(()) };
+        if let Some(status) = child.try_wait()? {
+            bail!("{name} ended by itself ({status}); {}", self.said(name));
+        }
+        run(&format!("kill -TERM {}", child.id()))?;
+        let ended =
+            wait_for(&format!("end of {name} after SIGTERM"), STOP, || Ok(child.try_wait()?));
+        if ended.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let status = ended.map_err(|e| anyhow!("{e:#}; {}", self.said(name)))?;
+        if !status.success() {
+            bail!("{name} answered SIGTERM with {status}; {}", self.said(name));
+        }
+        Ok(())
+    }
+}
+
+impl Peer for Cluster<'_> {
+    fn endpoint(&self) -> Endpoint {
+        Endpoint { address: STORAGE_IP.to_owned(), port: NEXUS_PORT, nqn: self.nqn.clone() }
+    }
+
+    fn act(&mut self, verb: &str) -> Result<String> {
+        match verb {
+            "kill-replica" => self.kill(VICTIM).map(|()| format!("killed {VICTIM}")),
+            "expect-degraded" => self.await_state("degraded"),
+            "kill-nexus" => self.kill(NEXUS).map(|()| "killed the nexus".to_owned()),
+            "start-nexus" => self.launch(NEXUS).map(|()| "the nexus runs".to_owned()),
+            _ => bail!("the cluster knows no {verb}"),
+        }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let mut wrong = Vec::new();
+        let names = [NEXUS].into_iter().chain(REPLICAS.map(|(name, _)| name));
+        for name in names {
+            if let Err(e) = self.stop(name) {
+                wrong.push(format!("{e:#}"));
+            }
+        }
+        if wrong.is_empty() { Ok(()) } else { bail!("{}", wrong.join("; ")) }
+    }
+}
+
+impl Drop for Cluster<'_> {
+    fn drop(&mut self) {
+        for child in self.running.values_mut() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let _ = fs::remove_dir_all(&self.sockets);
+        // The pools are large and of no use once the job is over.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn text(value: &Value, key: &str) -> Result<String> {
+    let found = value.get(key).and_then(Value::as_str).map(str::to_owned);
+    found.with_context(|| format!("cairn's answer has no \"{key}\": {value}"))
+}
