@@ -1,2 +1,30 @@
-//! placeholder
-fn main() {}
+#![forbid(unsafe_code)]
+//! `cairn`: the daemons and the command line, in one binary.
+
+mod bench;
+mod check;
+mod cli;
+mod client;
+mod config;
+mod nvme;
+mod output;
+mod pattern;
+mod serve;
+mod service;
+mod state;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    match cli.run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cairn: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

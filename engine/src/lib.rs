@@ -1,1 +1,26 @@
-//! placeholder
+#![forbid(unsafe_code)]
+//! The data engine: a [`Shard`] composes NVMe/TCP targets and initiators, nexuses and replica pools
+//! over a [`Driver`](reactor::Driver), and a thread runs it on io_uring.
+//!
+//! A write's way through: bytes from a host's socket make a command in the target's queue; the
+//! volume's nexus turns it into one child request per replica; a remote child goes out through an
+//! initiator session, a local one straight to its pool; each completion comes back the same way.
+
+pub mod control;
+pub mod device;
+pub mod register;
+pub mod shard;
+pub mod thread;
+
+pub use cairn_block as block;
+pub use cairn_nexus as nexus;
+pub use cairn_nvmf as nvmf;
+pub use cairn_reactor as reactor;
+pub use cairn_replica as replica;
+
+pub use control::{
+    ChildAddress, ChildReport, Command, EngineError, ExportCounters, HostReport, PoolReport,
+    ReplicaReport, Reply, VolumeReport, VolumeSpec,
+};
+pub use shard::{Shard, ShardConfig};
+pub use thread::{EngineHandle, start};

@@ -8,6 +8,7 @@ mod controller;
 mod discovery;
 mod fabrics;
 mod io;
+mod mark;
 mod queue;
 
 use std::collections::VecDeque;

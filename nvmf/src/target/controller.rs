@@ -32,6 +32,8 @@ pub(super) struct Controller {
     pub(super) hostid: u128,
     pub(super) kato_ms: u32,
     pub(super) last_seen_ms: u64,
+    /// Of the engine: see [`super::Target::set_mark`].
+    pub(super) mark: u64,
     pub(super) admin: Option<ConnId>,
     /// By QID - 1.
     pub(super) io_queues: Vec<Option<ConnId>>,
@@ -72,6 +74,7 @@ impl Controller {
             hostid: 0,
             kato_ms: 0,
             last_seen_ms: now_ms,
+            mark: 0,
             admin: Some(admin),
             io_queues: Vec::new(),
             cc: 0,

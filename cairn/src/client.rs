@@ -1,0 +1,295 @@
+//! `cairn pool|replica|volume`: manage a running process over its API socket.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, anyhow, bail};
+use bytesize::ByteSize;
+use cairn_api::v1::{self, cairn_client::CairnClient};
+use clap::Subcommand;
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::cli::{Global, Output, parse_size};
+use crate::output;
+
+/// `cairn pool`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolCommand {
+    /// List the pools.
+    List,
+    /// Make a pool, or open one that exists, until the process ends.
+    ///
+    /// For pools that are opened at every start, use the configuration file.
+    #[command(after_help = "\
+Examples:
+  cairn pool create fast /dev/nvme1n1
+  cairn pool create file /srv/pool.img --size 100GiB")]
+    Create {
+        /// Its name in this process.
+        name: String,
+        /// A file, a block device, or mem:SIZE.
+        path: String,
+        /// Size of a file that is to be made or grown.
+        #[arg(long, value_parser = parse_size)]
+        size: Option<ByteSize>,
+        /// Overwrite what is there.
+        #[arg(long)]
+        force: bool,
+        /// Go through the page cache: for filesystems that refuse O_DIRECT.
+        #[arg(long)]
+        buffered: bool,
+    },
+}
+
+/// `cairn replica`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ReplicaCommand {
+    /// List the replicas.
+    List,
+    /// Make a replica in a pool.
+    #[command(after_help = "\
+Example:
+  cairn replica create --pool fast --volume $(uuidgen) --size 10GiB")]
+    Create {
+        /// The pool.
+        #[arg(long)]
+        pool: String,
+        /// The volume that it is of: a UUID that all its replicas share. Default: a new one.
+        #[arg(long, value_name = "UUID", default_value = "")]
+        volume: String,
+        /// Size of the volume.
+        #[arg(long, value_parser = parse_size)]
+        size: ByteSize,
+        /// A name for people.
+        #[arg(long, default_value = "")]
+        name: String,
+        /// Its own id. Default: a new one.
+        #[arg(long, value_name = "UUID", default_value = "")]
+        id: String,
+    },
+    /// Delete a replica and its data.
+    Delete {
+        /// Its id.
+        id: String,
+        /// Yes, delete the data.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+/// `cairn volume`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// List the volumes.
+    List,
+    /// Make a volume of empty replicas and serve it.
+    #[command(after_help = "\
+Examples:
+  cairn volume create db --size 10GiB \\
+      --replica nvme+tcp://192.0.2.11:4420/nqn.2026-11.io.cairn:replica:UUID \\
+      --replica nvme+tcp://192.0.2.12:4420/nqn.2026-11.io.cairn:replica:UUID \\
+      --replica local:fast/UUID
+  cairn volume create scratch --size 1GiB --pool fast   # one replica, made in this process")]
+    Create {
+        /// Its name; hosts connect to nqn.2026-11.io.cairn:NAME.
+        name: String,
+        /// Its size.
+        #[arg(long, value_parser = parse_size)]
+        size: ByteSize,
+        /// A replica, as `cairn replica list` names it. Once for each.
+        #[arg(long, value_name = "URI")]
+        replica: Vec<String>,
+        /// Make a replica in this pool of the process and use it.
+        #[arg(long, value_name = "POOL")]
+        pool: Vec<String>,
+        /// The volume's id. Default: a new one.
+        #[arg(long, value_name = "UUID")]
+        id: Option<String>,
+        /// A host that may connect. Default: any.
+        #[arg(long, value_name = "NQN")]
+        allow_host: Vec<String>,
+        /// A replica that does not answer for so long is taken out. Default: the process's.
+        #[arg(long, value_name = "MS", default_value_t = 0)]
+        child_deadline_ms: u64,
+    },
+    /// Tell all about a volume, or about each.
+    Status {
+        /// Its name.
+        name: Option<String>,
+    },
+    /// Stop serving a volume. Its replicas and their data stay.
+    Delete {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// A client of the process behind a socket.
+pub(crate) async fn connect(socket: &Path) -> Result<CairnClient<Channel>> {
+    let path = socket.to_owned();
+    // The URI names nothing: the connector goes to the socket.
+    let channel = Endpoint::from_static("http://cairn.invalid")
+        .connect_with_connector(tower::service_fn(move |_: Uri| {
+            let path = path.clone();
+            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await
+        .with_context(|| {
+            format!(
+                "no process answers on {}; name its API socket with --socket or CAIRN_SOCKET",
+                socket.display()
+            )
+        })?;
+    Ok(CairnClient::new(channel))
+}
+
+/// What the process said, without the machinery's words.
+pub(crate) fn said(status: &tonic::Status) -> anyhow::Error {
+    anyhow!("{}", status.message())
+}
+
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
+    block_on(async {
+        let mut client = connect(&global.socket).await?;
+        match command {
+            PoolCommand::List => {
+                let reply =
+                    client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;
+                output::list(global.output, &reply.into_inner().pools)?;
+            }
+            PoolCommand::Create { name, path, size, force, buffered } => {
+                let size_bytes = size.map_or(0, |s| s.as_u64());
+                let path = absolute(&path)?;
+                let request = v1::CreatePoolRequest { name, path, size_bytes, force, buffered };
+                let pool = client.create_pool(request).await.map_err(|s| said(&s))?;
+                output::one(global.output, &pool.into_inner())?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// The process may stand in another folder than the caller.
+fn absolute(path: &str) -> Result<String> {
+    if path.starts_with("mem:") {
+        return Ok(path.to_owned());
+    }
+    let path = std::path::absolute(path)?;
+    path.into_os_string().into_string().map_err(|p| anyhow!("{} is not UTF-8", p.display()))
+}
+
+pub(crate) fn replica(global: &Global, command: ReplicaCommand) -> Result<ExitCode> {
+    block_on(async {
+        let mut client = connect(&global.socket).await?;
+        match command {
+            ReplicaCommand::List => {
+                let reply =
+                    client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
+                output::list(global.output, &reply.into_inner().replicas)?;
+            }
+            ReplicaCommand::Create { pool, volume, size, name, id } => {
+                let request = v1::CreateReplicaRequest {
+                    pool,
+                    volume_id: volume,
+                    name,
+                    size_bytes: size.as_u64(),
+                    id,
+                };
+                let replica = client.create_replica(request).await.map_err(|s| said(&s))?;
+                output::one(global.output, &replica.into_inner())?;
+            }
+            ReplicaCommand::Delete { id, yes } => {
+                if !yes {
+                    bail!("this deletes the data of replica {id}; say --yes to do it");
+                }
+                let request = v1::DeleteReplicaRequest { id };
+                client.delete_replica(request).await.map_err(|s| said(&s))?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode> {
+    block_on(async {
+        let mut client = connect(&global.socket).await?;
+        match command {
+            VolumeCommand::List => {
+                output::list(global.output, &volumes(&mut client).await?)?;
+            }
+            VolumeCommand::Create {
+                name,
+                size,
+                replica,
+                pool,
+                id,
+                allow_host,
+                child_deadline_ms,
+            } => {
+                let id = id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+                let mut replicas = replica;
+                for pool in pool {
+                    let request = v1::CreateReplicaRequest {
+                        pool: pool.clone(),
+                        volume_id: id.clone(),
+                        name: name.clone(),
+                        size_bytes: size.as_u64(),
+                        id: String::new(),
+                    };
+                    let made = client.create_replica(request).await.map_err(|s| said(&s))?;
+                    replicas.push(format!("local:{pool}/{}", made.into_inner().id));
+                }
+                let request = v1::CreateVolumeRequest {
+                    name,
+                    size_bytes: size.as_u64(),
+                    replicas,
+                    id,
+                    allowed_hosts: allow_host,
+                    child_deadline_ms,
+                };
+                let volume = client.create_volume(request).await.map_err(|s| said(&s))?;
+                show_volume(global.output, &volume.into_inner())?;
+            }
+            VolumeCommand::Status { name } => {
+                let all = volumes(&mut client).await?;
+                match name {
+                    Some(name) => {
+                        let found = all.iter().find(|v| v.name == name);
+                        let volume = found.with_context(|| {
+                            format!("there is no volume `{name}` in this process")
+                        })?;
+                        show_volume(global.output, volume)?;
+                    }
+                    None if global.output == Output::Json => output::list(global.output, &all)?,
+                    None => {
+                        let texts: Vec<String> = all.iter().map(output::volume_status).collect();
+                        println!("{}", texts.join("\n\n"));
+                    }
+                }
+            }
+            VolumeCommand::Delete { name } => {
+                let request = v1::DeleteVolumeRequest { name };
+                client.delete_volume(request).await.map_err(|s| said(&s))?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+pub(crate) async fn volumes(client: &mut CairnClient<Channel>) -> Result<Vec<v1::Volume>> {
+    let reply = client.list_volumes(v1::ListVolumesRequest {}).await.map_err(|s| said(&s))?;
+    Ok(reply.into_inner().volumes)
+}
+
+fn show_volume(output: Output, volume: &v1::Volume) -> Result<()> {
+    match output {
+        Output::Table => println!("{}", output::volume_status(volume)),
+        Output::Json => output::one(output, volume)?,
+    }
+    Ok(())
+}

@@ -1,0 +1,194 @@
+//! The configuration of `cairn serve`, in TOML.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+
+/// A process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// Its name, in logs and towards replicas.
+    pub(crate) name: String,
+    /// Where it keeps which volumes it serves.
+    pub(crate) state_dir: PathBuf,
+    #[serde(default)]
+    pub(crate) api: Api,
+    #[serde(default)]
+    pub(crate) nvmf: Nvmf,
+    #[serde(default)]
+    pub(crate) engine: Engine,
+    #[serde(default)]
+    pub(crate) nexus: Nexus,
+    #[serde(default, rename = "pool", skip_serializing_if = "Vec::is_empty")]
+    pub(crate) pools: Vec<Pool>,
+}
+
+/// Where the process is managed.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Api {
+    /// A unix socket; default: `api.sock` in the state folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) socket: Option<PathBuf>,
+}
+
+/// Where hosts and other processes' nexuses connect.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Nvmf {
+    /// Addresses to listen on; port 0: one that is free.
+    pub(crate) listen: Vec<SocketAddr>,
+    /// The IP address that discovery tells hosts, where it is not the one listened on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) advertise: Option<std::net::IpAddr>,
+    /// First and last controller id that this process gives; processes that serve one subsystem
+    /// must not overlap.
+    pub(crate) controller_ids: [u16; 2],
+}
+
+impl Default for Nvmf {
+    fn default() -> Self {
+        Self {
+            listen: vec![SocketAddr::from(([127, 0, 0, 1], 4420))],
+            advertise: None,
+            controller_ids: [1, 0xffef],
+        }
+    }
+}
+
+/// The data engine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Engine {
+    /// Memory for payload in flight.
+    pub(crate) buffers: ByteSize,
+    /// How long to look for work before sleeping, in microseconds; 0: never.
+    pub(crate) spin_us: u64,
+    /// Register descriptors and buffers with the kernel where its limits allow.
+    pub(crate) registered: bool,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self { buffers: ByteSize::mib(64), spin_us: 20, registered: true }
+    }
+}
+
+/// Volumes served here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Nexus {
+    /// A replica that does not answer for so long is taken out.
+    pub(crate) child_deadline_ms: u64,
+    /// How long assembly waits for the rest of the replicas once a majority is there.
+    pub(crate) assembly_wait_ms: u64,
+    /// Header digests towards replicas.
+    pub(crate) header_digest: bool,
+    /// Data digests towards replicas.
+    pub(crate) data_digest: bool,
+}
+
+impl Default for Nexus {
+    fn default() -> Self {
+        Self {
+            child_deadline_ms: 5_000,
+            assembly_wait_ms: 2_000,
+            header_digest: false,
+            data_digest: false,
+        }
+    }
+}
+
+/// How a pool's device is read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Io {
+    /// Past the page cache.
+    #[default]
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+/// A pool to open at start.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Pool {
+    pub(crate) name: String,
+    /// A file, a block device, or `mem:SIZE`.
+    pub(crate) path: String,
+    /// Size of the file, where it is to be made or grown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) size: Option<ByteSize>,
+    /// Make the pool where there is none yet.
+    #[serde(default)]
+    pub(crate) create: bool,
+    #[serde(default)]
+    pub(crate) io: Io,
+}
+
+impl Config {
+    /// Reads a file.
+    pub(crate) fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+        let config: Self = toml::from_str(&text)
+            .with_context(|| format!("in the configuration {}", path.display()))?;
+        config.check().with_context(|| format!("in the configuration {}", path.display()))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if self.name.is_empty() || !self.name.chars().all(plain) {
+            bail!("name = \"{}\": use letters, digits, '-', '_' and '.'", self.name);
+        }
+        let [low, high] = self.nvmf.controller_ids;
+        if low == 0 || low > high || high > 0xffef {
+            bail!("controller_ids = [{low}, {high}]: two numbers from 1 to 65519, in order");
+        }
+        let buffers = self.engine.buffers.as_u64();
+        if !(8 << 20..=2 << 30).contains(&buffers) {
+            bail!("buffers = \"{}\": from 8 MiB to 2 GiB", self.engine.buffers);
+        }
+        for (i, pool) in self.pools.iter().enumerate() {
+            if pool.name.is_empty() || !pool.name.chars().all(plain) {
+                bail!("pool name \"{}\": use letters, digits, '-', '_' and '.'", pool.name);
+            }
+            if self.pools[..i].iter().any(|other| other.name == pool.name) {
+                bail!("two pools are named \"{}\"", pool.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the process is managed.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.api.socket.clone().unwrap_or_else(|| self.state_dir.join("api.sock"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_file_is_enough_and_a_wrong_one_is_told_where() {
+        let text = "name = \"r1\"\nstate_dir = \"/tmp/r1\"\n[[pool]]\nname = \"p\"\npath = \"mem:64MiB\"\n";
+        let config: Config = toml::from_str(text).unwrap();
+        config.check().unwrap();
+        assert_eq!(config.nvmf.listen[0].to_string(), "127.0.0.1:4420");
+        let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again.pools.len(), 1);
+
+        let typo = toml::from_str::<Config>(&text.replace("path", "pth")).unwrap_err();
+        assert!(typo.to_string().contains("pth"), "{typo}");
+        let twice = format!("{text}[[pool]]\nname = \"p\"\npath = \"x\"\n");
+        let error = toml::from_str::<Config>(&twice).unwrap().check().unwrap_err();
+        assert!(error.to_string().contains("two pools"), "{error}");
+    }
+}

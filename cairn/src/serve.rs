@@ -1,0 +1,256 @@
+//! `cairn serve`: a process with pools, volumes, or both.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use cairn_engine::control::Command;
+use cairn_engine::device::PoolDevice;
+use cairn_engine::reactor::{Attach, BlockFile, DriverConfig, Features, IoMode, MemRegion};
+use cairn_engine::replica::{FormatOptions, Pool, Probe};
+use cairn_engine::{EngineHandle, ShardConfig, block::PoolId};
+use clap::Args;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+
+use crate::config::{self, Config, Io};
+use crate::service::{PoolPaths, Service};
+use crate::state::State;
+
+/// Options of `cairn serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The configuration file.
+    #[arg(long, short, value_name = "FILE")]
+    config: PathBuf,
+
+    /// End when standard input is closed: for a parent that must not leave processes behind.
+    #[arg(long, hide = true)]
+    exit_with_stdin: bool,
+}
+
+pub(crate) fn run(args: &ServeArgs) -> Result<()> {
+    let config = Config::load(&args.config)?;
+    let state = State::load(&config.state_dir)?;
+    raise_descriptor_limit();
+    let (engine, thread) = cairn_engine::start(driver_config(&config), shard_config(&config))
+        .context("the data engine cannot start")?;
+    tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
+
+    let paths = PoolPaths::default();
+    for pool in &config.pools {
+        open_pool(&engine, &paths, pool)?;
+    }
+    let mut addresses = Vec::new();
+    for &wanted in &config.nvmf.listen {
+        addresses.push(listen(&engine, &config, wanted)?);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .max_blocking_threads(4)
+        .enable_all()
+        .build()?;
+    let service = Arc::new(Service::new(&config, engine.clone(), addresses, paths, state));
+    service.resume_volumes()?;
+    let served = runtime.block_on(serve(&config, service, args.exit_with_stdin));
+    tracing::info!("draining");
+    let stopped = engine.call(|reply| Command::Shutdown { reply });
+    runtime.shutdown_background();
+    thread.join().map_err(|_| anyhow!("the engine's thread panicked; see the log above"))?;
+    served?;
+    stopped?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn driver_config(config: &Config) -> DriverConfig {
+    let mut allow = Features::all();
+    allow.registered_files = config.engine.registered;
+    allow.registered_buffers = config.engine.registered;
+    DriverConfig {
+        arena_len: u32::try_from(config.engine.buffers.as_u64()).unwrap_or(u32::MAX),
+        spin_ns: config.engine.spin_us * 1_000,
+        allow,
+        ..DriverConfig::default()
+    }
+}
+
+fn shard_config(config: &Config) -> ShardConfig {
+    let node = uuid::Uuid::new_v4();
+    ShardConfig {
+        node_nqn: format!("nqn.2026-11.io.cairn:node:{}", config.name),
+        node_id: node.as_u128(),
+        cntlid_min: config.nvmf.controller_ids[0],
+        cntlid_max: config.nvmf.controller_ids[1],
+        replica_header_digest: config.nexus.header_digest,
+        replica_data_digest: config.nexus.data_digest,
+        assembly_wait_ms: config.nexus.assembly_wait_ms,
+        ..ShardConfig::default()
+    }
+}
+
+/// A connection is a descriptor: take as many as the hard limit allows.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, soft, hard, "the limit of open descriptors stays as it is");
+    }
+}
+
+fn listen(engine: &EngineHandle, config: &Config, wanted: SocketAddr) -> Result<SocketAddr> {
+    let (listener, bound) = cairn_engine::thread::listen(wanted)
+        .with_context(|| format!("cannot listen on {wanted} (is another process there?)"))?;
+    let advertise = match config.nvmf.advertise {
+        Some(ip) => SocketAddr::new(ip, bound.port()),
+        None if bound.ip().is_unspecified() => bail!(
+            "listen = \"{wanted}\" is every address; set `advertise` to the one that hosts are told"
+        ),
+        None => bound,
+    };
+    engine.call(|reply| Command::AddListener { listener, advertise, reply })?;
+    tracing::info!(%bound, %advertise, "listening for NVMe/TCP");
+    Ok(advertise)
+}
+
+/// Opens a pool of the configuration, making it first where that is allowed.
+pub(crate) fn open_pool(
+    engine: &EngineHandle,
+    paths: &PoolPaths,
+    pool: &config::Pool,
+) -> Result<()> {
+    let context = || format!("pool `{}` at {}", pool.name, pool.path);
+    let (device, fresh) = attach(pool, false).with_context(context)?;
+    add_pool(engine, paths, pool, device, fresh, pool.create, false).with_context(context)
+}
+
+/// Opens or makes what a pool lies on. Tells whether it is known to read as zeros.
+pub(crate) fn attach(pool: &config::Pool, force: bool) -> Result<(Attach, bool)> {
+    if let Some(size) = pool.path.strip_prefix("mem:") {
+        let size = crate::cli::parse_size(size).map_err(|e| anyhow!(e))?;
+        let len = usize::try_from(size.as_u64())?;
+        return Ok((Attach::Memory(MemRegion::new(len)?), true));
+    }
+    let path = Path::new(&pool.path);
+    let mut fresh = false;
+    if !path.exists() {
+        let Some(size) = pool.size.filter(|_| pool.create || force) else {
+            bail!("the file does not exist; to make it, give `size` and `create = true`");
+        };
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)
+                .with_context(|| format!("cannot make the folder {}", parent.display()))?;
+        }
+        BlockFile::create(path, size.as_u64())?;
+        fresh = true;
+    }
+    let mode = match pool.io {
+        Io::Direct => IoMode::Direct,
+        Io::Buffered => IoMode::Buffered,
+    };
+    let mut file = BlockFile::open(path, mode)?;
+    if let Some(size) = pool.size
+        && !file.is_block()
+        && size.as_u64() > file.len()
+    {
+        file.grow(size.as_u64()).with_context(|| format!("cannot grow the file to {size}"))?;
+    }
+    Ok((Attach::File(file), fresh))
+}
+
+pub(crate) fn add_pool(
+    engine: &EngineHandle,
+    paths: &PoolPaths,
+    spec: &config::Pool,
+    device: Attach,
+    fresh: bool,
+    create: bool,
+    force: bool,
+) -> Result<()> {
+    let sector_size = match &device {
+        Attach::File(file) => file.sector_size(),
+        Attach::Memory(_) => 4096,
+    };
+    let mut device = PoolDevice(device);
+    let blank = match Pool::probe(&mut device)? {
+        Probe::Pool { .. } => false,
+        Probe::Blank => true,
+        Probe::Foreign if force => true,
+        Probe::Foreign => bail!(
+            "it holds data that is not a Cairn pool; nothing was changed. `cairn pool create \
+             --force` would overwrite it"
+        ),
+    };
+    if blank || force {
+        if !create {
+            bail!("there is no pool on it; to make one, set `create = true`");
+        }
+        let options = FormatOptions {
+            pool_id: PoolId(uuid::Uuid::new_v4().as_u128()),
+            device_is_zeroed: fresh || spec.path.starts_with("mem:"),
+            sector_size,
+            force,
+        };
+        Pool::format(&mut device, &options)?;
+        tracing::info!(pool = %spec.name, id = %options.pool_id, "pool made");
+    }
+    let pool = Box::new(Pool::open(&mut device)?);
+    let usage = pool.usage();
+    tracing::info!(
+        pool = %spec.name, id = %pool.id(),
+        extents = usage.extents_total, free = usage.extents_free, "pool opened"
+    );
+    let name = spec.name.clone();
+    engine.call(|reply| Command::AddPool { name, device: device.0, pool, reply })?;
+    paths.insert(&spec.name, &spec.path);
+    Ok(())
+}
+
+async fn serve(config: &Config, service: Arc<Service>, exit_with_stdin: bool) -> Result<()> {
+    let socket = config.socket();
+    if let Some(parent) = socket.parent() {
+        std::fs::create_dir_all(parent)
+            .with_context(|| format!("cannot make the folder {}", parent.display()))?;
+    }
+    // A socket file that nobody answers on is left over from a process that was killed.
+    if socket.exists() && tokio::net::UnixStream::connect(&socket).await.is_err() {
+        std::fs::remove_file(&socket)?;
+    }
+    let listener = UnixListener::bind(&socket)
+        .with_context(|| format!("cannot serve the API on {}", socket.display()))?;
+    restrict(&socket)?;
+    tracing::info!(socket = %socket.display(), "serving the API");
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM"),
+            _ = interrupt.recv() => tracing::info!("SIGINT"),
+            () = stdin_closed(), if exit_with_stdin => tracing::info!("the parent is gone"),
+        }
+    };
+    let api = cairn_api::v1::cairn_server::CairnServer::from_arc(service);
+    let served = tonic::transport::Server::builder()
+        .add_service(api)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
+        .await;
+    // Left behind it would only be found dead at the next start.
+    let _removed = std::fs::remove_file(&socket);
+    served.context("the API failed")
+}
+
+/// Only this user manages the process.
+fn restrict(socket: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot restrict {}", socket.display()))
+}
+
+async fn stdin_closed() {
+    use tokio::io::AsyncReadExt as _;
+    let mut byte = [0; 1];
+    while matches!(tokio::io::stdin().read(&mut byte).await, Ok(n) if n > 0) {}
+}

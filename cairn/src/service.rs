@@ -1,0 +1,523 @@
+//! The gRPC service: turns calls into commands for the engine, and remembers the volumes.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use cairn_api::v1::{self, cairn_server::Cairn};
+use cairn_engine::block::{BlockSize, ReplicaId, VolumeId};
+use cairn_engine::control::{Command, Reply};
+use cairn_engine::nexus::Purpose;
+use cairn_engine::replica::ReplicaSpec;
+use cairn_engine::{
+    ChildAddress, EngineError, EngineHandle, ExportCounters, PoolReport, ReplicaReport,
+    VolumeReport, VolumeSpec,
+};
+use parking_lot::Mutex;
+use tonic::{Request, Response, Status};
+
+use crate::config::{self, Config, Io};
+use crate::serve;
+use crate::state::{SavedVolume, State};
+
+/// A new volume must be served within this time, or the call fails and says what is missing.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often its state is looked at meanwhile.
+const CREATE_POLL: Duration = Duration::from_millis(20);
+/// All volumes have blocks of this size.
+const BLOCK: u64 = 4096;
+
+/// Where each pool of the process lies.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct PoolPaths(Arc<Mutex<Vec<(String, String)>>>);
+
+impl PoolPaths {
+    pub(crate) fn insert(&self, name: &str, path: &str) {
+        self.0.lock().push((name.to_owned(), path.to_owned()));
+    }
+
+    fn path(&self, name: &str) -> String {
+        let paths = self.0.lock();
+        paths.iter().find(|(n, _)| n == name).map_or_else(String::new, |(_, p)| p.clone())
+    }
+}
+
+/// The service of one process.
+#[derive(Debug)]
+pub(crate) struct Service {
+    name: String,
+    engine: EngineHandle,
+    addresses: Vec<SocketAddr>,
+    child_deadline_ms: u64,
+    paths: PoolPaths,
+    state: Mutex<State>,
+}
+
+/// The subsystem that hosts of a volume connect to.
+pub(crate) fn volume_nqn(name: &str) -> String {
+    format!("nqn.2026-11.io.cairn:{name}")
+}
+
+/// What a replica URI names.
+fn parse_replica_uri(uri: &str) -> Result<(ReplicaId, ChildAddress), String> {
+    let wrong = || {
+        format!(
+            "`{uri}` names no replica; write nvme+tcp://HOST:PORT/NQN (from `cairn replica list`) or \
+             local:POOL/REPLICA-ID"
+        )
+    };
+    let id = |text: &str| text.parse::<ReplicaId>().map_err(|_| wrong());
+    if let Some(rest) = uri.strip_prefix("local:") {
+        let (pool, replica) = rest.split_once('/').ok_or_else(wrong)?;
+        return Ok((id(replica)?, ChildAddress::Local { pool: pool.to_owned() }));
+    }
+    let rest = uri.strip_prefix("nvme+tcp://").ok_or_else(wrong)?;
+    let (peer, nqn) = rest.split_once('/').ok_or_else(wrong)?;
+    let (_, replica) = nqn.rsplit_once("replica:").ok_or_else(wrong)?;
+    let peer = resolve(peer).ok_or_else(wrong)?;
+    Ok((id(replica)?, ChildAddress::Remote { peer, nqn: nqn.to_owned() }))
+}
+
+/// An address as it is written, or what its name resolves to now.
+pub(crate) fn resolve(peer: &str) -> Option<SocketAddr> {
+    use std::net::ToSocketAddrs as _;
+    peer.parse().ok().or_else(|| peer.to_socket_addrs().ok()?.next())
+}
+
+fn replica_uri(replica: ReplicaId, address: &ChildAddress) -> String {
+    match address {
+        ChildAddress::Local { pool } => format!("local:{pool}/{replica}"),
+        ChildAddress::Remote { peer, nqn } => format!("nvme+tcp://{peer}/{nqn}"),
+    }
+}
+
+impl Service {
+    pub(crate) fn new(
+        config: &Config,
+        engine: EngineHandle,
+        addresses: Vec<SocketAddr>,
+        paths: PoolPaths,
+        state: State,
+    ) -> Self {
+        Self {
+            name: config.name.clone(),
+            engine,
+            addresses,
+            child_deadline_ms: config.nexus.child_deadline_ms,
+            paths,
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Serves again what was served before.
+    pub(crate) fn resume_volumes(&self) -> Result<()> {
+        let saved = self.state.lock().volumes.clone();
+        for volume in saved {
+            let spec = self
+                .spec_of(&volume)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("volume `{}`", volume.name))?;
+            tracing::info!(volume = %volume.name, "serving the volume again");
+            self.engine
+                .call(|reply| Command::AddVolume { spec, reply })
+                .with_context(|| format!("volume `{}`", volume.name))?;
+        }
+        Ok(())
+    }
+
+    fn spec_of(&self, volume: &SavedVolume) -> Result<VolumeSpec, String> {
+        let children: Result<Vec<_>, String> =
+            volume.replicas.iter().map(|uri| parse_replica_uri(uri)).collect();
+        let deadline = match volume.child_deadline_ms {
+            0 => self.child_deadline_ms,
+            ms => ms,
+        };
+        Ok(VolumeSpec {
+            id: volume.id.parse().map_err(|e: cairn_engine::block::ParseIdError| e.to_string())?,
+            name: volume.name.clone(),
+            nqn: volume_nqn(&volume.name),
+            blocks: volume.size_bytes / BLOCK,
+            children: children?,
+            purpose: if volume.created { Purpose::Assemble } else { Purpose::Create },
+            child_deadline_ms: deadline,
+            allowed_hosts: match volume.allowed_hosts.as_slice() {
+                [] => None,
+                hosts => Some(hosts.to_vec()),
+            },
+        })
+    }
+
+    /// Asks the engine without blocking the runtime.
+    async fn ask<T: Send + 'static>(
+        &self,
+        make: impl FnOnce(Reply<T>) -> cairn_engine::thread::Command,
+    ) -> Result<T, Status> {
+        let (tx, rx) = tokio::sync::oneshot::channel();
+        self.engine.send(make(Reply::new(move |result| {
+            // The caller may have hung up.
+            let _delivered = tx.send(result);
+        })));
+        rx.await.unwrap_or(Err(EngineError::Stopped)).map_err(|e| status_of(&e))
+    }
+
+    async fn volume_reports(&self) -> Result<Vec<VolumeReport>, Status> {
+        self.ask(|reply| Command::ListVolumes { reply }).await
+    }
+
+    /// Waits until the volume is served.
+    async fn await_serving(&self, name: &str) -> Result<VolumeReport, Status> {
+        let until = Instant::now() + CREATE_TIMEOUT;
+        loop {
+            let report = self.volume_reports().await?.into_iter().find(|v| v.name == name);
+            let Some(report) = report else {
+                return Err(Status::aborted(format!("volume `{name}` was removed meanwhile")));
+            };
+            if report.serving {
+                return Ok(report);
+            }
+            if report.state == "refused" || Instant::now() > until {
+                return Err(Status::failed_precondition(format!(
+                    "volume `{name}` is {}: {}{}",
+                    report.state,
+                    report.detail,
+                    child_reasons(&report)
+                )));
+            }
+            tokio::time::sleep(CREATE_POLL).await;
+        }
+    }
+
+    fn forget(&self, name: &str) -> Result<(), Status> {
+        let mut state = self.state.lock();
+        state.volumes.retain(|v| v.name != name);
+        state.save().map_err(|e| Status::internal(format!("{e:#}")))
+    }
+
+    fn remember(&self, volume: SavedVolume) -> Result<(), Status> {
+        let mut state = self.state.lock();
+        state.volumes.retain(|v| v.name != volume.name);
+        state.volumes.push(volume);
+        state.save().map_err(|e| Status::internal(format!("{e:#}")))
+    }
+
+    fn pool_message(&self, report: PoolReport) -> v1::Pool {
+        let extent = u64::from(report.usage.extent_bytes);
+        v1::Pool {
+            path: self.paths.path(&report.name),
+            name: report.name,
+            id: report.id.to_string(),
+            state: report.state,
+            capacity_bytes: report.usage.extents_total * extent,
+            free_bytes: report.usage.extents_free * extent,
+            extent_bytes: report.usage.extent_bytes,
+        }
+    }
+
+    fn replica_message(&self, report: ReplicaReport) -> v1::Replica {
+        let uri = self
+            .addresses
+            .first()
+            .map_or_else(String::new, |address| format!("nvme+tcp://{address}/{}", report.nqn));
+        v1::Replica {
+            id: report.id.to_string(),
+            volume_id: report.volume.to_string(),
+            name: report.name,
+            pool: report.pool,
+            state: report.state,
+            size_bytes: report.blocks * u64::from(report.block_size.bytes()),
+            block_size: report.block_size.bytes(),
+            allocated_bytes: report.allocated_bytes,
+            nqn: report.nqn,
+            uri,
+            counters: Some(counters_message(report.counters)),
+        }
+    }
+
+    fn volume_message(&self, report: VolumeReport) -> v1::Volume {
+        let children = report.children.into_iter().map(|child| v1::Child {
+            replica_id: child.replica.to_string(),
+            uri: replica_uri(child.replica, &child.address),
+            state: child.state,
+            reason: child.reason,
+            in_sync: child.in_sync,
+            load: child.load,
+        });
+        let hosts = report.hosts.into_iter().map(|host| v1::Host {
+            nqn: host.nqn,
+            controller: u32::from(host.controller),
+            io_queues: u32::from(host.io_queues),
+        });
+        v1::Volume {
+            id: report.id.to_string(),
+            name: report.name,
+            nqn: report.nqn,
+            size_bytes: report.blocks * BLOCK,
+            block_size: 4096,
+            state: report.state,
+            detail: report.detail,
+            epoch: report.epoch,
+            children: children.collect(),
+            hosts: hosts.collect(),
+            counters: Some(counters_message(report.counters)),
+            in_flight: report.in_flight as u64,
+            addresses: self.addresses.iter().map(ToString::to_string).collect(),
+            serving: report.serving,
+        }
+    }
+}
+
+fn counters_message(counters: ExportCounters) -> v1::IoCounters {
+    v1::IoCounters {
+        reads: counters.reads,
+        writes: counters.writes,
+        flushes: counters.flushes,
+        discards: counters.discards,
+        read_bytes: counters.read_bytes,
+        written_bytes: counters.written_bytes,
+        errors: counters.errors,
+    }
+}
+
+fn child_reasons(report: &VolumeReport) -> String {
+    report
+        .children
+        .iter()
+        .filter(|c| !c.reason.is_empty())
+        .map(|c| format!("; replica {}: {}", c.replica, c.reason))
+        .collect()
+}
+
+fn status_of(error: &EngineError) -> Status {
+    let text = error.to_string();
+    match error {
+        EngineError::NotFound { .. } => Status::not_found(text),
+        EngineError::Exists { .. } => Status::already_exists(text),
+        EngineError::Busy(_) => Status::failed_precondition(text),
+        EngineError::Invalid(_) => Status::invalid_argument(text),
+        EngineError::Storage(_) => Status::internal(text),
+        EngineError::Stopped => Status::unavailable(text),
+    }
+}
+
+fn check_name(kind: &str, name: &str) -> Result<(), Status> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 64 || !name.chars().all(plain) {
+        return Err(Status::invalid_argument(format!(
+            "{kind} name `{name}`: use 1 to 64 letters, digits, '-', '_' and '.'"
+        )));
+    }
+    Ok(())
+}
+
+fn blocks_of(size_bytes: u64) -> Result<u64, Status> {
+    if size_bytes == 0 || !size_bytes.is_multiple_of(BLOCK) {
+        return Err(Status::invalid_argument(format!(
+            "size {size_bytes}: a positive multiple of {BLOCK} bytes"
+        )));
+    }
+    Ok(size_bytes / BLOCK)
+}
+
+fn id_or_new(text: &str) -> Result<u128, Status> {
+    if text.is_empty() {
+        return Ok(uuid::Uuid::new_v4().as_u128());
+    }
+    text.parse::<VolumeId>().map(|id| id.0).map_err(|e| Status::invalid_argument(e.to_string()))
+}
+
+#[tonic::async_trait]
+impl Cairn for Service {
+    async fn get_info(
+        &self,
+        _request: Request<v1::GetInfoRequest>,
+    ) -> Result<Response<v1::GetInfoResponse>, Status> {
+        let f = self.engine.features();
+        let features = [
+            (f.deferred_task_work, "deferred-task-work"),
+            (f.multishot_accept, "multishot-accept"),
+            (f.multishot_receive, "multishot-receive"),
+            (f.registered_files, "registered-files"),
+            (f.registered_buffers, "registered-buffers"),
+        ];
+        Ok(Response::new(v1::GetInfoResponse {
+            name: self.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            nvmf: self.addresses.iter().map(ToString::to_string).collect(),
+            pid: std::process::id(),
+            features: features
+                .iter()
+                .filter(|(on, _)| *on)
+                .map(|(_, name)| (*name).to_owned())
+                .collect(),
+        }))
+    }
+
+    async fn list_pools(
+        &self,
+        _request: Request<v1::ListPoolsRequest>,
+    ) -> Result<Response<v1::ListPoolsResponse>, Status> {
+        let pools = self.ask(|reply| Command::ListPools { reply }).await?;
+        let pools = pools.into_iter().map(|p| self.pool_message(p)).collect();
+        Ok(Response::new(v1::ListPoolsResponse { pools }))
+    }
+
+    async fn create_pool(
+        &self,
+        request: Request<v1::CreatePoolRequest>,
+    ) -> Result<Response<v1::Pool>, Status> {
+        let request = request.into_inner();
+        check_name("pool", &request.name)?;
+        let pools = self.ask(|reply| Command::ListPools { reply }).await?;
+        if pools.iter().any(|p| p.name == request.name) {
+            return Err(Status::already_exists(format!("pool `{}` exists already", request.name)));
+        }
+        let spec = config::Pool {
+            name: request.name.clone(),
+            path: request.path,
+            size: (request.size_bytes > 0).then_some(bytesize::ByteSize(request.size_bytes)),
+            create: true,
+            io: if request.buffered { Io::Buffered } else { Io::Direct },
+        };
+        let (engine, paths) = (self.engine.clone(), self.paths.clone());
+        // Formatting and opening read and write the device.
+        let made = tokio::task::spawn_blocking(move || {
+            let (device, fresh) = serve::attach(&spec, request.force)?;
+            serve::add_pool(&engine, &paths, &spec, device, fresh, true, request.force)
+        });
+        made.await
+            .map_err(|e| Status::internal(e.to_string()))?
+            .map_err(|e| Status::failed_precondition(format!("{e:#}")))?;
+        let pools = self.ask(|reply| Command::ListPools { reply }).await?;
+        let report = pools.into_iter().find(|p| p.name == request.name);
+        let report = report.ok_or_else(|| Status::internal("the pool is not there"))?;
+        Ok(Response::new(self.pool_message(report)))
+    }
+
+    async fn list_replicas(
+        &self,
+        _request: Request<v1::ListReplicasRequest>,
+    ) -> Result<Response<v1::ListReplicasResponse>, Status> {
+        let replicas = self.ask(|reply| Command::ListReplicas { reply }).await?;
+        let replicas = replicas.into_iter().map(|r| self.replica_message(r)).collect();
+        Ok(Response::new(v1::ListReplicasResponse { replicas }))
+    }
+
+    async fn create_replica(
+        &self,
+        request: Request<v1::CreateReplicaRequest>,
+    ) -> Result<Response<v1::Replica>, Status> {
+        let request = request.into_inner();
+        let spec = ReplicaSpec {
+            id: ReplicaId(id_or_new(&request.id)?),
+            volume: VolumeId(id_or_new(&request.volume_id)?),
+            name: request.name,
+            blocks: blocks_of(request.size_bytes)?,
+            block_size: BlockSize::B4096,
+        };
+        let pool = request.pool;
+        let report = self.ask(|reply| Command::CreateReplica { pool, spec, reply }).await?;
+        Ok(Response::new(self.replica_message(report)))
+    }
+
+    async fn delete_replica(
+        &self,
+        request: Request<v1::DeleteReplicaRequest>,
+    ) -> Result<Response<v1::DeleteReplicaResponse>, Status> {
+        let id = request.into_inner().id;
+        let replica =
+            id.parse::<ReplicaId>().map_err(|e| Status::invalid_argument(e.to_string()))?;
+        self.ask(|reply| Command::DeleteReplica { replica, reply }).await?;
+        Ok(Response::new(v1::DeleteReplicaResponse {}))
+    }
+
+    async fn list_volumes(
+        &self,
+        _request: Request<v1::ListVolumesRequest>,
+    ) -> Result<Response<v1::ListVolumesResponse>, Status> {
+        let volumes = self.volume_reports().await?;
+        let volumes = volumes.into_iter().map(|v| self.volume_message(v)).collect();
+        Ok(Response::new(v1::ListVolumesResponse { volumes }))
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<v1::CreateVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        let request = request.into_inner();
+        check_name("volume", &request.name)?;
+        blocks_of(request.size_bytes)?;
+        if self.state.lock().volumes.iter().any(|v| v.name == request.name) {
+            return Err(Status::already_exists(format!(
+                "volume `{}` exists already",
+                request.name
+            )));
+        }
+        let mut saved = SavedVolume {
+            id: VolumeId(id_or_new(&request.id)?).to_string(),
+            name: request.name.clone(),
+            size_bytes: request.size_bytes,
+            replicas: request.replicas,
+            allowed_hosts: request.allowed_hosts,
+            child_deadline_ms: request.child_deadline_ms,
+            created: false,
+        };
+        let spec = self.spec_of(&saved).map_err(Status::invalid_argument)?;
+        // Remembered first: a crash now leaves a volume whose making is taken up again.
+        self.remember(saved.clone())?;
+        let added = self.ask(|reply| Command::AddVolume { spec, reply }).await;
+        let served = match added {
+            Ok(()) => self.await_serving(&request.name).await,
+            Err(status) => {
+                self.forget(&request.name)?;
+                return Err(status);
+            }
+        };
+        match served {
+            Ok(report) => {
+                saved.created = true;
+                self.remember(saved)?;
+                Ok(Response::new(self.volume_message(report)))
+            }
+            Err(status) => {
+                let name = request.name.clone();
+                self.ask(|reply| Command::RemoveVolume { name, reply }).await?;
+                self.forget(&request.name)?;
+                Err(status)
+            }
+        }
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<v1::DeleteVolumeRequest>,
+    ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
+        let name = request.into_inner().name;
+        let wanted = name.clone();
+        self.ask(|reply| Command::RemoveVolume { name: wanted, reply }).await?;
+        self.forget(&name)?;
+        Ok(Response::new(v1::DeleteVolumeResponse {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replica_uris_are_read_as_they_are_written() {
+        let id = "3f2c1a60-5d1c-4b6e-9f0a-2b7f6f1f9a10";
+        for uri in [
+            format!("nvme+tcp://127.0.0.1:4421/nqn.2026-11.io.cairn:replica:{id}"),
+            format!("nvme+tcp://[::1]:4421/nqn.2026-11.io.cairn:replica:{id}"),
+            format!("local:p1/{id}"),
+        ] {
+            let (replica, address) = parse_replica_uri(&uri).unwrap();
+            assert_eq!(replica.to_string(), id);
+            assert_eq!(replica_uri(replica, &address), uri);
+        }
+        for uri in ["", "local:p1", "nvme+tcp://127.0.0.1/x", "http://127.0.0.1:1/replica:1"] {
+            assert!(parse_replica_uri(uri).is_err(), "{uri}");
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Which volumes a process serves: a file in its state folder, replaced whole and durably.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+/// Version of the file.
+const VERSION: u32 = 1;
+
+/// What the file holds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct File {
+    version: u32,
+    volumes: Vec<SavedVolume>,
+}
+
+/// A volume to be served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedVolume {
+    pub(crate) id: String,
+    pub(crate) name: String,
+    pub(crate) size_bytes: u64,
+    /// As in the API: `nvme+tcp://...` or `local:POOL/ID`.
+    pub(crate) replicas: Vec<String>,
+    #[serde(default)]
+    pub(crate) allowed_hosts: Vec<String>,
+    #[serde(default)]
+    pub(crate) child_deadline_ms: u64,
+    /// Whether its first configuration was stored on the replicas.
+    pub(crate) created: bool,
+}
+
+/// The file and what it holds.
+#[derive(Debug)]
+pub(crate) struct State {
+    path: PathBuf,
+    pub(crate) volumes: Vec<SavedVolume>,
+}
+
+impl State {
+    pub(crate) fn load(dir: &Path) -> Result<Self> {
+        std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot make the state folder {}", dir.display()))?;
+        let path = dir.join("volumes.json");
+        let volumes = match std::fs::read(&path) {
+            Ok(bytes) => {
+                let file: File = serde_json::from_slice(&bytes)
+                    .with_context(|| format!("{} is damaged", path.display()))?;
+                if file.version != VERSION {
+                    bail!(
+                        "{} has version {}; this program knows {VERSION}: upgrade it",
+                        path.display(),
+                        file.version
+                    );
+                }
+                file.volumes
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
+        };
+        Ok(Self { path, volumes })
+    }
+
+    /// Stores the list. A crash leaves the old list or the new one.
+    pub(crate) fn save(&self) -> Result<()> {
+        let file = File { version: VERSION, volumes: self.volumes.clone() };
+        let bytes = serde_json::to_vec_pretty(&file)?;
+        let staged = self.path.with_extension("json.new");
+        let store = || -> std::io::Result<()> {
+            let mut out = std::fs::File::create(&staged)?;
+            out.write_all(&bytes)?;
+            out.sync_all()?;
+            std::fs::rename(&staged, &self.path)?;
+            let dir = self.path.parent().unwrap_or(Path::new("."));
+            std::fs::File::open(dir)?.sync_all()
+        };
+        store().with_context(|| format!("cannot store {}", self.path.display()))
+    }
+}

@@ -1,0 +1,288 @@
+//! What the control side asks a shard, and what it hears back. None of this is on the data path.
+
+use std::net::SocketAddr;
+
+use cairn_block::{BlockSize, PoolId, ReplicaId, VolumeId};
+use cairn_nexus::Purpose;
+use cairn_replica::{Pool, ReplicaSpec, Usage};
+
+/// Why a command was not carried out. Each says what was wrong with what.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// There is no such pool, replica or volume.
+    #[error("there is no {kind} `{name}` in this process")]
+    NotFound {
+        /// What was looked for.
+        kind: &'static str,
+        /// By which name.
+        name: String,
+    },
+    /// There is one of that name already.
+    #[error("{kind} `{name}` exists already")]
+    Exists {
+        /// What was to be made.
+        kind: &'static str,
+        /// Under which name.
+        name: String,
+    },
+    /// It is in use.
+    #[error("{0}")]
+    Busy(String),
+    /// The request cannot be met; the text says why.
+    #[error("{0}")]
+    Invalid(String),
+    /// A device failed, or a pool is offline.
+    #[error("{0}")]
+    Storage(String),
+    /// The shard is stopping, or has stopped.
+    #[error("the engine is shutting down")]
+    Stopped,
+}
+
+/// Carries one answer back to whoever asked.
+pub struct Reply<T>(Box<dyn FnOnce(Result<T, EngineError>) + Send>);
+
+impl<T> Reply<T> {
+    /// An answer that is handed to `then`, on the shard's thread: it must not block.
+    pub fn new(then: impl FnOnce(Result<T, EngineError>) + Send + 'static) -> Self {
+        Self(Box::new(then))
+    }
+
+    /// Answers.
+    pub fn send(self, result: Result<T, EngineError>) {
+        (self.0)(result);
+    }
+}
+
+impl<T> std::fmt::Debug for Reply<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reply")
+    }
+}
+
+/// Where a child of a volume is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChildAddress {
+    /// In a pool of this process: its I/O skips the network.
+    Local {
+        /// The pool's name.
+        pool: String,
+    },
+    /// Behind NVMe/TCP.
+    Remote {
+        /// The process that has it.
+        peer: SocketAddr,
+        /// The replica's subsystem.
+        nqn: String,
+    },
+}
+
+/// A volume to be served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeSpec {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its name, for people.
+    pub name: String,
+    /// The subsystem that hosts connect to.
+    pub nqn: String,
+    /// Size in blocks.
+    pub blocks: u64,
+    /// Its replicas and where they are.
+    pub children: Vec<(ReplicaId, ChildAddress)>,
+    /// Whether it is new.
+    pub purpose: Purpose,
+    /// A replica that does not answer for so long is taken out.
+    pub child_deadline_ms: u64,
+    /// Host NQNs that may connect; `None`: any.
+    pub allowed_hosts: Option<Vec<String>>,
+}
+
+/// I/O counted since the start of the process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ExportCounters {
+    /// Reads answered.
+    pub reads: u64,
+    /// Writes and write-zeroes answered.
+    pub writes: u64,
+    /// Flushes answered.
+    pub flushes: u64,
+    /// Discards answered.
+    pub discards: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+}
+
+/// A pool, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolReport {
+    /// Its name in this process.
+    pub name: String,
+    /// Its id on disk.
+    pub id: PoolId,
+    /// How full it is.
+    pub usage: Usage,
+    /// `online`, or why not.
+    pub state: String,
+}
+
+/// A replica, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaReport {
+    /// The pool that it is in.
+    pub pool: String,
+    /// Its id.
+    pub id: ReplicaId,
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Size in blocks.
+    pub blocks: u64,
+    /// Bytes in a block.
+    pub block_size: BlockSize,
+    /// Bytes of the pool that it uses.
+    pub allocated_bytes: u64,
+    /// `live` or `deleting`.
+    pub state: String,
+    /// Its subsystem.
+    pub nqn: String,
+    /// I/O so far.
+    pub counters: ExportCounters,
+}
+
+/// A child, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChildReport {
+    /// Which replica.
+    pub replica: ReplicaId,
+    /// Where it is.
+    pub address: ChildAddress,
+    /// `online`, `out-of-sync`, ...
+    pub state: String,
+    /// Why it is in that state, where there is something to say.
+    pub reason: String,
+    /// Whether it holds every acked write.
+    pub in_sync: bool,
+    /// Requests that it has not answered.
+    pub load: u32,
+}
+
+/// A host connected to a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostReport {
+    /// Its NQN.
+    pub nqn: String,
+    /// The controller that it got.
+    pub controller: u16,
+    /// Its I/O queues.
+    pub io_queues: u16,
+}
+
+/// A volume, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeReport {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Its subsystem.
+    pub nqn: String,
+    /// Size in blocks.
+    pub blocks: u64,
+    /// `online`, `degraded`, ...
+    pub state: String,
+    /// What the state means, or what is missing.
+    pub detail: String,
+    /// Whether hosts are served.
+    pub serving: bool,
+    /// The epoch that it serves in.
+    pub epoch: u64,
+    /// Its replicas.
+    pub children: Vec<ChildReport>,
+    /// Its hosts.
+    pub hosts: Vec<HostReport>,
+    /// I/O so far.
+    pub counters: ExportCounters,
+    /// Requests in flight.
+    pub in_flight: usize,
+}
+
+/// Something asked of a shard. `L` and `D` are the driver's listener and device.
+#[derive(Debug)]
+pub enum Command<L, D> {
+    /// Listen for hosts. `advertise` is what discovery tells them.
+    AddListener {
+        /// The bound socket.
+        listener: L,
+        /// Address told to hosts.
+        advertise: SocketAddr,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Serve an opened pool and export its replicas.
+    AddPool {
+        /// Its name in this process.
+        name: String,
+        /// What it lies on.
+        device: D,
+        /// The opened pool.
+        pool: Box<Pool>,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Tell of the pools.
+    ListPools {
+        /// The answer.
+        reply: Reply<Vec<PoolReport>>,
+    },
+    /// Tell of the replicas.
+    ListReplicas {
+        /// The answer.
+        reply: Reply<Vec<ReplicaReport>>,
+    },
+    /// Make a replica and export it.
+    CreateReplica {
+        /// In which pool.
+        pool: String,
+        /// What it is to be.
+        spec: ReplicaSpec,
+        /// The answer.
+        reply: Reply<ReplicaReport>,
+    },
+    /// Delete a replica; its space returns to the pool.
+    DeleteReplica {
+        /// Which.
+        replica: ReplicaId,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Serve a volume.
+    AddVolume {
+        /// Which.
+        spec: VolumeSpec,
+        /// The answer: that it is coming up, not that it is up.
+        reply: Reply<()>,
+    },
+    /// Stop serving a volume.
+    RemoveVolume {
+        /// By name.
+        name: String,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Tell of the volumes.
+    ListVolumes {
+        /// The answer.
+        reply: Reply<Vec<VolumeReport>>,
+    },
+    /// Finish what is in flight, close every connection, write the pools' tables, and stop.
+    Shutdown {
+        /// The answer, just before the shard stops.
+        reply: Reply<()>,
+    },
+}

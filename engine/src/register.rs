@@ -1,0 +1,90 @@
+//! The volume's register on the wire: vendor-specific admin commands of a replica's subsystem.
+//!
+//! | opcode | name | data | command dwords |
+//! |---|---|---|---|
+//! | C2h | Register Read | register page to the host | |
+//! | C6h | Register Promise | register page to the host | CDW10-11: epoch; bit 63 set: take up again an epoch that was promised |
+//! | C9h | Register Accept | register page to the controller | |
+//!
+//! A refusal because of a newer promise completes with status Internal Path Related: Controller Pathing Error. The page, little-endian:
+//!
+//! ```text
+//! 0  magic "CRNREG1\0"
+//! 8  promised epoch        16 accepted epoch       24 sequence
+//! 32 configuration length (u32), zero (u32)        40 configuration
+//! ```
+
+use cairn_block::Epoch;
+use cairn_nexus::Register;
+
+/// Reads the register.
+pub const OPCODE_READ: u8 = 0xc2;
+/// Promises an epoch and binds this controller to it.
+pub const OPCODE_PROMISE: u8 = 0xc6;
+/// Stores a configuration.
+pub const OPCODE_ACCEPT: u8 = 0xc9;
+/// Set in CDW11 of a promise that takes up an epoch again.
+pub const AGAIN: u32 = 1 << 31;
+/// Bytes of a register page.
+pub const PAGE: u32 = 4096;
+
+const MAGIC: [u8; 8] = *b"CRNREG1\0";
+const HEADER: usize = 40;
+
+/// Writes `register` over the page `out`.
+///
+/// # Panics
+/// Where the configuration does not fit; the nexus bounds it far below that.
+pub fn encode(register: &Register, out: &mut [u8]) {
+    out.fill(0);
+    out[..8].copy_from_slice(&MAGIC);
+    out[8..16].copy_from_slice(&register.promised_epoch.0.to_le_bytes());
+    out[16..24].copy_from_slice(&register.accepted_epoch.0.to_le_bytes());
+    out[24..32].copy_from_slice(&register.seq.to_le_bytes());
+    let len = u32::try_from(register.config.len()).expect("a configuration is short");
+    out[32..36].copy_from_slice(&len.to_le_bytes());
+    out[HEADER..HEADER + register.config.len()].copy_from_slice(&register.config);
+}
+
+/// The register that a page holds, or nothing where it holds none.
+#[must_use]
+pub fn decode(page: &[u8]) -> Option<Register> {
+    let header = page.first_chunk::<HEADER>()?;
+    if header[..8] != MAGIC {
+        return None;
+    }
+    let word = |at: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&header[at..at + 8]);
+        u64::from_le_bytes(bytes)
+    };
+    let len = u32::from_le_bytes([header[32], header[33], header[34], header[35]]);
+    let config = page.get(HEADER..HEADER.checked_add(usize::try_from(len).ok()?)?)?;
+    Some(Register {
+        promised_epoch: Epoch(word(8)),
+        accepted_epoch: Epoch(word(16)),
+        seq: word(24),
+        config: config.to_vec(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_register_survives_its_page() {
+        let register = Register {
+            promised_epoch: Epoch(9),
+            accepted_epoch: Epoch(8),
+            seq: 3,
+            config: vec![1, 2, 3],
+        };
+        let mut page = vec![0xff; PAGE as usize];
+        encode(&register, &mut page);
+        assert_eq!(decode(&page), Some(register));
+        page[33] = 0xff;
+        assert_eq!(decode(&page), None);
+        assert_eq!(decode(&[]), None);
+    }
+}

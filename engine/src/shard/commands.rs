@@ -1,0 +1,226 @@
+//! What the control side asks for.
+
+use std::net::SocketAddr;
+
+use cairn_nexus::{ChildState, Status};
+use cairn_nvmf::target::Port;
+use cairn_reactor::{Driver, Op};
+use cairn_replica::{PoolState, ReplicaSpec, ReplicaState};
+
+use super::io::Export;
+use super::pools::Waiter;
+use super::volumes::{Route, Volume};
+use super::{Shard, Subject, token};
+use crate::control::{
+    ChildReport, Command, EngineError, HostReport, PoolReport, ReplicaReport, Reply, VolumeReport,
+};
+
+impl<D: Driver> Shard<D> {
+    pub(super) fn handle_command(&mut self, command: Command<D::Listener, D::Device>, now: u64) {
+        let stopping = self.stopping.is_some();
+        match command {
+            Command::ListPools { reply } => reply.send(Ok(self.pool_reports())),
+            Command::ListReplicas { reply } => reply.send(Ok(self.replica_reports())),
+            Command::ListVolumes { reply } => reply.send(Ok(self.volume_reports())),
+            Command::Shutdown { reply } => self.begin_shutdown(reply, now),
+            Command::AddListener { reply, .. }
+            | Command::AddPool { reply, .. }
+            | Command::DeleteReplica { reply, .. }
+            | Command::AddVolume { reply, .. }
+            | Command::RemoveVolume { reply, .. }
+                if stopping =>
+            {
+                reply.send(Err(EngineError::Stopped));
+            }
+            Command::CreateReplica { reply, .. } if stopping => {
+                reply.send(Err(EngineError::Stopped));
+            }
+            Command::AddListener { listener, advertise, reply } => {
+                reply.send(self.add_listener(listener, advertise));
+            }
+            Command::AddPool { name, device, pool, reply } => {
+                reply.send(self.add_pool(name, device, *pool));
+            }
+            Command::CreateReplica { pool, spec, reply } => {
+                self.create_replica(&pool, spec, reply);
+            }
+            Command::DeleteReplica { replica, reply } => self.delete_replica(replica, reply),
+            Command::AddVolume { spec, reply } => {
+                let added = self.add_volume(spec, now);
+                reply.send(added);
+            }
+            Command::RemoveVolume { name, reply } => {
+                let found = self.volumes.iter().find(|(_, v)| v.spec.name == name);
+                match found.map(|(at, _)| at) {
+                    Some(at) => self.remove_volume(at, reply),
+                    None => reply.send(Err(EngineError::NotFound { kind: "volume", name })),
+                }
+            }
+        }
+    }
+
+    fn add_listener(
+        &mut self,
+        listener: D::Listener,
+        advertise: SocketAddr,
+    ) -> Result<(), EngineError> {
+        let id = self
+            .driver
+            .attach_listener(listener)
+            .map_err(|e| EngineError::Invalid(format!("listening failed: {e}")))?;
+        let port = Port { traddr: advertise.ip().to_string(), trsvcid: advertise.port() };
+        self.listeners.push((id, port));
+        let ports = self.listeners.iter().map(|(_, port)| port.clone()).collect();
+        self.target.set_ports(ports);
+        self.submit(Op::Accept { listener: id }, token(Subject::Accept, 0, id.0));
+        Ok(())
+    }
+
+    fn create_replica(&mut self, pool: &str, spec: ReplicaSpec, reply: Reply<ReplicaReport>) {
+        let Some(at) = self.pools.iter().position(|p| p.name == pool) else {
+            reply.send(Err(EngineError::NotFound { kind: "pool", name: pool.to_owned() }));
+            return;
+        };
+        let number = u16::try_from(at).expect("fewer than 2^16 pools");
+        let tag = self.control_tag(number, Waiter::Create { id: spec.id, reply });
+        self.pools[at].pool.create_replica(tag, spec, self.driver.memory());
+    }
+
+    fn delete_replica(&mut self, id: cairn_block::ReplicaId, reply: Reply<()>) {
+        let Some((pool, slot, handle)) = self.find_replica(id) else {
+            reply.send(Err(EngineError::NotFound { kind: "replica", name: id.to_string() }));
+            return;
+        };
+        let user = self.volumes.iter().find(|(_, v)| {
+            v.routes
+                .iter()
+                .any(|r| matches!(r, Route::Local { pool: p, slot: s } if *p == pool && *s == slot))
+        });
+        if let Some((_, volume)) = user {
+            reply.send(Err(EngineError::Busy(format!(
+                "replica {id} belongs to volume `{}`, which is served here; remove the volume first",
+                volume.spec.name
+            ))));
+            return;
+        }
+        if let Some(Export::Replica { subsystem, .. }) = self.exports[handle].take() {
+            for conn in self.target.remove_subsystem(subsystem) {
+                self.close_host(conn.0);
+            }
+        }
+        let tag = self.control_tag(pool, Waiter::Delete { reply });
+        self.pools[usize::from(pool)].pool.delete_replica(tag, slot, self.driver.memory());
+    }
+
+    fn pool_reports(&self) -> Vec<PoolReport> {
+        self.pools
+            .iter()
+            .map(|local| PoolReport {
+                name: local.name.clone(),
+                id: local.pool.id(),
+                usage: local.pool.usage(),
+                state: match local.pool.state() {
+                    PoolState::Online => "online".to_owned(),
+                    PoolState::Failed(why) => format!("failed: {why}"),
+                },
+            })
+            .collect()
+    }
+
+    pub(super) fn replica_reports(&self) -> Vec<ReplicaReport> {
+        let mut reports = Vec::new();
+        for (at, local) in self.pools.iter().enumerate() {
+            let extent_bytes = u64::from(local.pool.usage().extent_bytes);
+            for info in local.pool.replicas() {
+                let counters = self.exports.iter().flatten().find_map(|export| match export {
+                    Export::Replica { pool, slot, counters, .. }
+                        if usize::from(*pool) == at && *slot == info.slot =>
+                    {
+                        Some(*counters)
+                    }
+                    _ => None,
+                });
+                reports.push(ReplicaReport {
+                    pool: local.name.clone(),
+                    id: info.id,
+                    volume: info.volume,
+                    nqn: Self::replica_nqn(info.id),
+                    state: if info.state == ReplicaState::Live { "live" } else { "deleting" }
+                        .to_owned(),
+                    blocks: info.blocks,
+                    block_size: info.block_size,
+                    allocated_bytes: info.allocated_extents * extent_bytes,
+                    name: info.name,
+                    counters: counters.unwrap_or_default(),
+                });
+            }
+        }
+        reports
+    }
+
+    fn volume_reports(&self) -> Vec<VolumeReport> {
+        self.volumes.iter().map(|(_, volume)| self.volume_report(volume)).collect()
+    }
+
+    fn volume_report(&self, volume: &Volume) -> VolumeReport {
+        let Status { state, epoch, children, requests, .. } = volume.nexus.status();
+        let children = children
+            .into_iter()
+            .zip(&volume.spec.children)
+            .zip(&volume.routes)
+            .map(|((child, (replica, address)), route)| {
+                let (word, mut reason) = describe(child.state);
+                if let Route::Remote { link } = route {
+                    let (_, error) = self.link_report(*link);
+                    if !error.is_empty() {
+                        let join = if reason.is_empty() { "" } else { "; " };
+                        reason = format!("{reason}{join}{error}");
+                    }
+                }
+                ChildReport {
+                    replica: *replica,
+                    address: address.clone(),
+                    state: word.to_owned(),
+                    reason,
+                    in_sync: child.in_sync,
+                    load: child.load,
+                }
+            })
+            .collect();
+        let hosts = volume.export.map_or_else(Vec::new, |(subsystem, _)| {
+            self.target
+                .controllers(subsystem)
+                .into_iter()
+                .map(|c| HostReport {
+                    nqn: c.hostnqn,
+                    controller: c.cntlid,
+                    io_queues: c.io_queues,
+                })
+                .collect()
+        });
+        VolumeReport {
+            id: volume.spec.id,
+            name: volume.spec.name.clone(),
+            nqn: volume.spec.nqn.clone(),
+            blocks: volume.nexus.blocks(),
+            state: state.word().to_owned(),
+            detail: state.detail().to_owned(),
+            serving: state.is_serving() && volume.export.is_some(),
+            epoch: epoch.0,
+            children,
+            hosts,
+            counters: volume.counters,
+            in_flight: requests,
+        }
+    }
+}
+
+fn describe(state: ChildState) -> (&'static str, String) {
+    match state {
+        ChildState::Disconnected => ("disconnected", String::new()),
+        ChildState::Joining => ("joining", String::new()),
+        ChildState::Online => ("online", String::new()),
+        ChildState::Failing(reason) => ("failing", reason.to_string()),
+        ChildState::OutOfSync(reason) => ("out-of-sync", reason.to_string()),
+    }
+}

@@ -1,0 +1,252 @@
+//! Connections from hosts (and from other processes' nexuses): socket and queue pair.
+
+use std::collections::VecDeque;
+
+use cairn_nvmf::target::{self, ConnId, Outcome, QueueConfig};
+use cairn_reactor::{Chunk, Driver, EndReason, Op, SocketFault, SocketId};
+
+use super::{Shard, Subject, token};
+use crate::register;
+
+/// One connection.
+pub(super) struct Host {
+    socket: SocketId,
+    /// Tells this connection from earlier ones with its number.
+    pub(super) generation: u32,
+    pub(super) queue: target::Queue,
+    /// Received and not yet taken, and how much of the first chunk is.
+    backlog: VecDeque<Chunk>,
+    taken: u32,
+    receiving: bool,
+    pausing: bool,
+    stalled: bool,
+    sending: bool,
+    closing: bool,
+    pub(super) busy: bool,
+}
+
+impl<D: Driver> Shard<D> {
+    pub(super) fn handle_accepted(&mut self, result: Result<SocketId, SocketFault>) {
+        let socket = match result {
+            Ok(socket) => socket,
+            Err(fault) => {
+                tracing::warn!(%fault, "a connection could not be accepted");
+                return;
+            }
+        };
+        let config = QueueConfig::default();
+        let Some(queue) = target::Queue::new(&config, self.driver.memory()) else {
+            tracing::warn!("no buffer for another connection; it is closed (see `buffers`)");
+            self.submit(Op::Close { socket }, token(Subject::HostClose, 0, u32::MAX));
+            return;
+        };
+        self.next_generation = self.next_generation.wrapping_add(1);
+        let at = self.hosts.insert(Host {
+            socket,
+            generation: self.next_generation,
+            queue,
+            backlog: VecDeque::with_capacity(8),
+            taken: 0,
+            receiving: true,
+            pausing: false,
+            stalled: false,
+            sending: false,
+            closing: false,
+            busy: false,
+        });
+        self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));
+    }
+
+    pub(super) fn handle_host_bytes(&mut self, at: u32, chunk: Chunk, now: u64) {
+        match self.hosts.get_mut(at) {
+            Some(host) if !host.closing => {
+                host.backlog.push_back(chunk);
+                self.pump_host(at, now);
+            }
+            _ => self.driver.release_chunk(chunk),
+        }
+    }
+
+    /// Feeds what was received to the queue, and acts on the commands that come of it. Returns
+    /// whether anything was taken.
+    fn pump_host(&mut self, at: u32, now: u64) -> bool {
+        let mut moved = false;
+        loop {
+            let Some(host) = self.hosts.get_mut(at) else { return moved };
+            if host.closing {
+                return moved;
+            }
+            let Some(chunk) = host.backlog.front() else { break };
+            let rest = chunk.slice.from(host.taken);
+            let taken = host.queue.handle_recv(rest, self.driver.memory());
+            moved |= taken > 0;
+            host.taken += taken;
+            let all = host.taken == chunk.slice.len();
+            if all {
+                host.taken = 0;
+                if let Some(chunk) = host.backlog.pop_front() {
+                    self.driver.release_chunk(chunk);
+                }
+            }
+            self.take_commands(at, now);
+            if !all {
+                self.stall_host(at);
+                break;
+            }
+        }
+        let Some(host) = self.hosts.get_mut(at) else { return moved };
+        if host.queue.is_waiting_for_memory() && !host.stalled {
+            host.stalled = true;
+            self.stalled.push(at);
+        }
+        let host = &mut self.hosts[at];
+        if host.backlog.is_empty() && !host.receiving && !host.closing && !host.pausing {
+            host.receiving = true;
+            let socket = host.socket;
+            self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));
+        }
+        self.touch_host(at);
+        moved
+    }
+
+    /// Stops receiving until there is room: the peer's own window does the rest.
+    fn stall_host(&mut self, at: u32) {
+        let Some(host) = self.hosts.get_mut(at) else { return };
+        if host.closing {
+            return;
+        }
+        if host.receiving && !host.pausing {
+            host.pausing = true;
+            let socket = host.socket;
+            self.submit(Op::PauseReceive { socket }, token(Subject::HostReceive, 0, at));
+        }
+        let host = &mut self.hosts[at];
+        if !host.stalled {
+            host.stalled = true;
+            self.stalled.push(at);
+        }
+    }
+
+    pub(super) fn retry_host(&mut self, at: u32, now: u64) -> bool {
+        let Some(host) = self.hosts.get_mut(at) else { return false };
+        host.stalled = false;
+        host.queue.retry(self.driver.memory());
+        self.take_commands(at, now);
+        self.pump_host(at, now)
+    }
+
+    /// Carries out the commands that are complete.
+    fn take_commands(&mut self, at: u32, now: u64) {
+        while let Some(host) = self.hosts.get_mut(at) {
+            let Some(command) = host.queue.poll_command() else { break };
+            let memory = self.driver.memory();
+            match self.target.handle_command(ConnId(at), &mut host.queue, command, now, memory) {
+                Outcome::Done => {
+                    let next = self.target.poll_timeout();
+                    self.wants_timeout(next);
+                }
+                Outcome::Io(io) => self.start_host_io(at, io, now),
+                Outcome::Vendor { slot, namespace, sqe, data } => {
+                    self.start_register_command(at, slot, namespace, &sqe, data);
+                }
+            }
+        }
+        self.touch_host(at);
+    }
+
+    pub(super) fn handle_host_receive_ended(&mut self, at: u32, reason: EndReason) {
+        let Some(host) = self.hosts.get_mut(at) else { return };
+        host.receiving = false;
+        host.pausing = false;
+        if reason == EndReason::Paused {
+            // A retry may have emptied the backlog meanwhile.
+            if host.backlog.is_empty() && !host.closing {
+                host.receiving = true;
+                let socket = host.socket;
+                self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));
+            }
+        } else {
+            self.close_host(at);
+        }
+    }
+
+    pub(super) fn handle_host_sent(&mut self, at: u32, result: Result<(), SocketFault>) {
+        let Some(host) = self.hosts.get_mut(at) else { return };
+        host.sending = false;
+        // Sent or given up: nothing uses the buffers any more.
+        host.queue.tx().handle_sent(self.driver.memory());
+        match result {
+            Ok(()) => self.touch_host(at),
+            Err(_) => self.close_host(at),
+        }
+    }
+
+    /// Ends a connection. Its requests in flight run on; their answers find nobody.
+    pub(super) fn close_host(&mut self, at: u32) {
+        let Some(host) = self.hosts.get_mut(at) else { return };
+        if host.closing {
+            return;
+        }
+        host.closing = true;
+        if let Some(reason) = host.queue.close_reason() {
+            tracing::info!(connection = at, %reason, "connection closed");
+        }
+        let socket = host.socket;
+        while let Some(chunk) = host.backlog.pop_front() {
+            self.driver.release_chunk(chunk);
+        }
+        self.target.handle_disconnect(ConnId(at));
+        self.submit(Op::Close { socket }, token(Subject::HostClose, 0, at));
+    }
+
+    pub(super) fn handle_host_closed(&mut self, at: u32) {
+        let Some(host) = self.hosts.remove(at) else { return };
+        host.queue.close(self.driver.memory());
+        self.stalled.retain(|&s| s != at);
+    }
+
+    /// Sends what has piled up on each connection, a batch each.
+    pub(super) fn flush_hosts(&mut self) {
+        while let Some(at) = self.busy_hosts.pop() {
+            let Some(host) = self.hosts.get_mut(at) else { continue };
+            host.busy = false;
+            if host.closing {
+                continue;
+            }
+            if !host.sending && host.queue.tx().wants_send() {
+                host.queue.tx().take_batch(&mut self.windows);
+                host.sending = true;
+                let op = Op::Send { socket: host.socket, windows: &self.windows };
+                self.driver.submit(op, token(Subject::HostSend, 0, at));
+            } else if host.queue.wants_close() && host.queue.tx().is_idle() {
+                self.close_host(at);
+            }
+        }
+    }
+
+    /// Whether the connection that a request came from is still there.
+    pub(super) fn host_queue(&mut self, at: u32, generation: u32) -> Option<&mut target::Queue> {
+        self.hosts
+            .get_mut(at)
+            .filter(|host| host.generation == generation && !host.closing)
+            .map(|host| &mut host.queue)
+    }
+
+    fn start_register_command(
+        &mut self,
+        at: u32,
+        slot: target::SlotId,
+        namespace: target::NamespaceHandle,
+        sqe: &cairn_nvmf::sqe::Sqe,
+        data: Option<cairn_block::Buf>,
+    ) {
+        let page = data.map(|buf| {
+            let register = register::decode(cairn_block::Memory::bytes(self.memory(), buf.slice()));
+            self.release(buf);
+            register
+        });
+        let generation = self.hosts[at].generation;
+        let asked = super::pools::Origin::Host { conn: at, generation, slot };
+        self.register_command(asked, namespace, sqe, page.flatten());
+    }
+}

@@ -1,0 +1,496 @@
+//! Local pools: disk operations to the driver, requests from hosts, from local nexuses, and
+//! register operations.
+
+use std::collections::VecDeque;
+
+use cairn_block::{Epoch, IoStatus, Memory, ReplicaId};
+use cairn_nexus::{ChildId, Register, Ticket};
+use cairn_nvmf::sqe::Sqe;
+use cairn_nvmf::status::Status;
+use cairn_nvmf::target::{NamespaceConfig, NamespaceHandle, SlotId, SubsystemConfig, status_of};
+use cairn_reactor::{DeviceId, DiskFault, Driver, Op};
+use cairn_replica::{DiskError, DiskId, DiskOp, Pool, PoolState, ReplicaSlot, ReplicaState};
+
+use super::io::Export;
+use super::{Shard, Subject, token};
+use crate::control::{EngineError, ReplicaReport, Reply};
+use crate::register;
+
+/// A pool of this process.
+pub(super) struct LocalPool {
+    pub(super) name: String,
+    pub(super) device: DeviceId,
+    pub(super) pool: Pool,
+    /// Something was submitted or completed since it was last run.
+    pub(super) busy: bool,
+    failed: bool,
+    /// Register operations, one at a time: each sees what the one before it stored.
+    registers: VecDeque<RegisterOp>,
+    register_busy: bool,
+    control: Vec<(u32, Waiter)>,
+    next_control: u32,
+}
+
+/// Who waits for a control operation of a pool.
+pub(super) enum Waiter {
+    Create { id: ReplicaId, reply: Reply<ReplicaReport> },
+    Delete { reply: Reply<()> },
+    Checkpoint,
+}
+
+/// Who asked for a register operation.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Origin {
+    Host { conn: u32, generation: u32, slot: SlotId },
+    Volume { volume: u32, child: ChildId, ticket: Ticket },
+}
+
+#[derive(Debug)]
+pub(super) enum RegisterKind {
+    Read,
+    Promise { epoch: Epoch, again: bool },
+    Accept(Register),
+}
+
+#[derive(Debug)]
+struct RegisterOp {
+    origin: Origin,
+    slot: ReplicaSlot,
+    kind: RegisterKind,
+}
+
+/// Whose a tag is that a pool completes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Owner {
+    Host { io: u32 },
+    Child { volume: u32, child: ChildId, ticket: Ticket },
+    Register,
+    Control { id: u32 },
+}
+
+impl Owner {
+    pub(super) fn tag(self) -> u64 {
+        match self {
+            Self::Host { io } => u64::from(io),
+            Self::Child { volume, child, ticket } => {
+                assert!(volume < 1 << 16, "more than 2^16 volumes");
+                (1 << 56)
+                    | (u64::from(volume) << 40)
+                    | (u64::from(child.0) << 32)
+                    | u64::from(ticket.0)
+            }
+            Self::Register => 2 << 56,
+            Self::Control { id } => (3 << 56) | u64::from(id),
+        }
+    }
+
+    fn of(tag: u64) -> Self {
+        let b = tag.to_le_bytes();
+        let low = u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        match b[7] {
+            0 => Self::Host { io: low },
+            1 => Self::Child {
+                volume: u32::from(u16::from_le_bytes([b[5], b[6]])),
+                child: ChildId(b[4]),
+                ticket: Ticket(low),
+            },
+            2 => Self::Register,
+            _ => Self::Control { id: low },
+        }
+    }
+}
+
+impl<D: Driver> Shard<D> {
+    /// Serves an opened pool: its live replicas become subsystems.
+    pub(super) fn add_pool(
+        &mut self,
+        name: String,
+        device: D::Device,
+        pool: Pool,
+    ) -> Result<(), EngineError> {
+        if self.pools.iter().any(|p| p.name == name) {
+            return Err(EngineError::Exists { kind: "pool", name });
+        }
+        let device = self
+            .driver
+            .attach_device(device)
+            .map_err(|e| EngineError::Storage(format!("pool `{name}`: {e}")))?;
+        let slots: Vec<ReplicaSlot> = pool.replicas().map(|r| r.slot).collect();
+        self.pools.push(LocalPool {
+            name,
+            device,
+            pool,
+            busy: true,
+            failed: false,
+            registers: VecDeque::new(),
+            register_busy: false,
+            control: Vec::new(),
+            next_control: 0,
+        });
+        let at = u16::try_from(self.pools.len() - 1).expect("fewer than 2^16 pools");
+        for slot in slots {
+            self.export_replica(at, slot)?;
+        }
+        Ok(())
+    }
+
+    /// The subsystem of a replica.
+    pub(super) fn replica_nqn(id: ReplicaId) -> String {
+        format!("nqn.2026-11.io.cairn:replica:{id}")
+    }
+
+    pub(super) fn export_replica(
+        &mut self,
+        pool: u16,
+        slot: ReplicaSlot,
+    ) -> Result<(), EngineError> {
+        let local = &self.pools[usize::from(pool)].pool;
+        let info =
+            local.replicas().find(|r| r.slot == slot).filter(|r| r.state == ReplicaState::Live);
+        let Some(info) = info else { return Ok(()) };
+        let subsystem = self
+            .target
+            .add_subsystem(SubsystemConfig {
+                nqn: Self::replica_nqn(info.id),
+                serial: serial_of(info.id.0),
+                cntlid_min: self.config.cntlid_min,
+                cntlid_max: self.config.cntlid_max,
+                allowed_hosts: None,
+                vendor_commands: true,
+                discoverable: false,
+            })
+            .map_err(|e| EngineError::Invalid(e.to_string()))?;
+        let handle = self.export_handle(Export::Replica {
+            pool,
+            slot,
+            id: info.id,
+            subsystem,
+            counters: crate::control::ExportCounters::default(),
+        });
+        let namespace = NamespaceConfig {
+            nsid: 1,
+            handle,
+            blocks: info.blocks,
+            block_size: info.block_size,
+            id: info.id.0,
+            volatile_write_cache: true,
+        };
+        self.target
+            .add_namespace(subsystem, namespace)
+            .map_err(|e| EngineError::Invalid(e.to_string()))
+    }
+
+    /// Where a replica is exported: its pool and its handle.
+    pub(super) fn find_replica(&self, id: ReplicaId) -> Option<(u16, ReplicaSlot, usize)> {
+        self.exports.iter().enumerate().find_map(|(at, export)| match export {
+            Some(Export::Replica { pool, slot, id: found, .. }) if *found == id => {
+                Some((*pool, *slot, at))
+            }
+            _ => None,
+        })
+    }
+
+    pub(super) fn handle_disk(&mut self, pool: u16, id: u32, result: Result<(), DiskFault>) {
+        let local = &mut self.pools[usize::from(pool)];
+        let result = result.map_err(|fault| {
+            tracing::error!(pool = %local.name, %fault, "a disk operation failed");
+            match fault {
+                DiskFault::NoSpace => DiskError::NoSpace,
+                DiskFault::Errno(_) | DiskFault::Short => DiskError::Io,
+            }
+        });
+        local.pool.handle_disk(DiskId(id), result, self.driver.memory());
+        local.busy = true;
+    }
+
+    /// Moves every pool on: completions out, disk operations down.
+    pub(super) fn run_pools(&mut self, now: u64) -> bool {
+        let mut moved = false;
+        for at in 0..self.pools.len() {
+            if !std::mem::take(&mut self.pools[at].busy) {
+                continue;
+            }
+            moved = true;
+            let number = u16::try_from(at).expect("fewer than 2^16 pools");
+            self.pools[at].pool.retry(self.driver.memory());
+            while let Some(done) = self.pools[at].pool.poll_done() {
+                self.pool_done(number, done, now);
+            }
+            self.next_register_op(number);
+            let local = &mut self.pools[at];
+            while let Some(io) = local.pool.poll_disk() {
+                let device = local.device;
+                let op = match io.op {
+                    DiskOp::Read { offset, buf } => Op::Read { device, offset, buf },
+                    DiskOp::Write { offset, buf, fua } => Op::Write { device, offset, buf, fua },
+                    DiskOp::Flush => Op::Flush { device },
+                    DiskOp::Zero { offset, len, punch } => Op::Zero { device, offset, len, punch },
+                };
+                self.driver.submit(op, token(Subject::PoolDisk, number, io.id.0));
+            }
+            if let (PoolState::Failed(why), false) = (local.pool.state(), local.failed) {
+                local.failed = true;
+                tracing::error!(pool = %local.name, why, "the pool is offline");
+            }
+        }
+        moved
+    }
+
+    fn pool_done(&mut self, pool: u16, done: cairn_replica::Done, now: u64) {
+        match Owner::of(done.tag) {
+            Owner::Host { io } => {
+                self.host_io_done(io, done.status, now);
+                self.host_io_released(io, now);
+            }
+            Owner::Child { volume, child, ticket } => {
+                self.child_io_done(volume, child, ticket, done.status, now);
+            }
+            Owner::Register => self.register_stored(pool, done.status, now),
+            Owner::Control { id } => {
+                let local = &mut self.pools[usize::from(pool)];
+                let Some(at) = local.control.iter().position(|(i, _)| *i == id) else { return };
+                let (_, waiter) = local.control.swap_remove(at);
+                let result = match (done.status.is_ok(), done.error) {
+                    (true, _) => Ok(()),
+                    (false, Some(error)) => Err(EngineError::Invalid(error.to_string())),
+                    (false, None) => {
+                        Err(EngineError::Storage(format!("the pool refused: {:?}", done.status)))
+                    }
+                };
+                self.control_done(pool, waiter, result);
+            }
+        }
+    }
+
+    /// A tag for a control operation on a pool, whose end `waiter` is told.
+    pub(super) fn control_tag(&mut self, pool: u16, waiter: Waiter) -> u64 {
+        let local = &mut self.pools[usize::from(pool)];
+        local.next_control = local.next_control.wrapping_add(1);
+        let id = local.next_control;
+        local.control.push((id, waiter));
+        local.busy = true;
+        Owner::Control { id }.tag()
+    }
+
+    fn control_done(&mut self, pool: u16, waiter: Waiter, result: Result<(), EngineError>) {
+        match waiter {
+            Waiter::Create { id, reply } => {
+                let result = result.and_then(|()| {
+                    let slot = self.pools[usize::from(pool)].pool.find(id);
+                    slot.map_or(Ok(()), |slot| self.export_replica(pool, slot))?;
+                    self.replica_reports().into_iter().find(|r| r.id == id).ok_or_else(|| {
+                        EngineError::Storage("the replica was made but is not there".to_owned())
+                    })
+                });
+                reply.send(result);
+            }
+            Waiter::Delete { reply } => reply.send(result),
+            Waiter::Checkpoint => self.checkpoint_done(),
+        }
+    }
+
+    pub(super) fn checkpoint_pools(&mut self) {
+        for at in 0..self.pools.len() {
+            let number = u16::try_from(at).expect("fewer than 2^16 pools");
+            let tag = self.control_tag(number, Waiter::Checkpoint);
+            self.pools[at].pool.checkpoint(tag, self.driver.memory());
+        }
+    }
+
+    // ---- the register
+
+    /// A register command from a connection.
+    pub(super) fn register_command(
+        &mut self,
+        origin: Origin,
+        namespace: NamespaceHandle,
+        sqe: &Sqe,
+        page: Option<Register>,
+    ) {
+        let Some(&mut Export::Replica { pool, slot, .. }) = self.export(namespace) else {
+            self.answer_register(origin, Err(IoStatus::Unsupported));
+            return;
+        };
+        let kind = match (sqe.opcode(), page) {
+            (register::OPCODE_READ, _) => RegisterKind::Read,
+            (register::OPCODE_PROMISE, _) => {
+                let (low, high) = (sqe.cdw(10), sqe.cdw(11));
+                let epoch = (u64::from(high & !register::AGAIN) << 32) | u64::from(low);
+                let again = high & register::AGAIN != 0;
+                RegisterKind::Promise { epoch: Epoch(epoch), again }
+            }
+            (register::OPCODE_ACCEPT, Some(page)) => RegisterKind::Accept(page),
+            (register::OPCODE_ACCEPT, None) => {
+                self.answer_register(origin, Err(IoStatus::InvalidField));
+                return;
+            }
+            _ => {
+                self.answer_register(origin, Err(IoStatus::Unsupported));
+                return;
+            }
+        };
+        self.register_op(origin, pool, slot, kind);
+    }
+
+    pub(super) fn register_op(
+        &mut self,
+        origin: Origin,
+        pool: u16,
+        slot: ReplicaSlot,
+        kind: RegisterKind,
+    ) {
+        let local = &mut self.pools[usize::from(pool)];
+        local.registers.push_back(RegisterOp { origin, slot, kind });
+        local.busy = true;
+    }
+
+    /// Starts the register operations that can be answered, up to one that must be stored.
+    fn next_register_op(&mut self, pool: u16) {
+        loop {
+            let local = &mut self.pools[usize::from(pool)];
+            if local.register_busy {
+                return;
+            }
+            let Some(op) = local.registers.front() else { return };
+            let (origin, slot) = (op.origin, op.slot);
+            let Some(held) = local.pool.register(slot).map(to_nexus) else {
+                local.registers.pop_front();
+                self.answer_register(origin, Err(IoStatus::NotReady));
+                continue;
+            };
+            let stored = match &op.kind {
+                RegisterKind::Read => Some(Ok(held)),
+                RegisterKind::Promise { epoch, again: true } => {
+                    Some(if *epoch == held.promised_epoch {
+                        Ok(held)
+                    } else {
+                        Err(IoStatus::Fenced)
+                    })
+                }
+                RegisterKind::Promise { epoch, again: false } => {
+                    if *epoch > held.promised_epoch {
+                        let promised = Register { promised_epoch: *epoch, ..held };
+                        self.store_register(pool, slot, promised);
+                        None
+                    } else {
+                        Some(Err(IoStatus::Fenced))
+                    }
+                }
+                RegisterKind::Accept(new) => {
+                    let current = (held.accepted_epoch, held.seq);
+                    if new.accepted_epoch >= held.promised_epoch
+                        && (new.accepted_epoch, new.seq) >= current
+                    {
+                        let new = new.clone();
+                        self.store_register(pool, slot, new);
+                        None
+                    } else {
+                        Some(Err(IoStatus::Fenced))
+                    }
+                }
+            };
+            let Some(answer) = stored else { return };
+            let local = &mut self.pools[usize::from(pool)];
+            let Some(op) = local.registers.pop_front() else { return };
+            if let (RegisterKind::Promise { epoch, .. }, Ok(_)) = (&op.kind, &answer) {
+                self.bind_epoch(origin, *epoch);
+            }
+            self.answer_register(origin, answer);
+        }
+    }
+
+    fn store_register(&mut self, pool: u16, slot: ReplicaSlot, register: Register) {
+        let local = &mut self.pools[usize::from(pool)];
+        local.register_busy = true;
+        let stored = cairn_replica::Register {
+            promised_epoch: register.promised_epoch,
+            accepted_epoch: register.accepted_epoch,
+            seq: register.seq,
+            config: register.config,
+        };
+        local.pool.write_register(Owner::Register.tag(), slot, stored, self.driver.memory());
+        local.busy = true;
+    }
+
+    fn register_stored(&mut self, pool: u16, status: IoStatus, _now: u64) {
+        let local = &mut self.pools[usize::from(pool)];
+        local.register_busy = false;
+        local.busy = true;
+        let Some(op) = local.registers.pop_front() else { return };
+        let held = local.pool.register(op.slot).map(to_nexus);
+        let answer = match (status, held) {
+            (IoStatus::Ok, Some(held)) => Ok(held),
+            (IoStatus::Ok, None) => Err(IoStatus::NotReady),
+            (status, _) => Err(status),
+        };
+        if let (RegisterKind::Promise { epoch, .. }, Ok(_)) = (&op.kind, &answer) {
+            self.bind_epoch(op.origin, *epoch);
+        }
+        self.answer_register(op.origin, answer);
+    }
+
+    fn answer_register(&mut self, origin: Origin, answer: Result<Register, IoStatus>) {
+        match origin {
+            Origin::Volume { volume, child, ticket } => {
+                if let Some(v) = self.volumes.get_mut(volume) {
+                    v.register_replies.push_back((child, ticket, answer));
+                    self.touch_volume(volume);
+                }
+            }
+            Origin::Host { conn, generation, slot } => {
+                if self.host_queue(conn, generation).is_none() {
+                    return;
+                }
+                let memory = self.driver.memory();
+                let queue = &mut self.hosts[conn].queue;
+                match answer {
+                    Err(status) => queue.complete(slot, status_of(status), 0, memory),
+                    Ok(_) if queue.data_len(slot) == 0 => {
+                        queue.complete(slot, Status::SUCCESS, 0, memory);
+                    }
+                    Ok(register) => match memory.alloc(register::PAGE) {
+                        Some(page) => {
+                            register::encode(&register, memory.bytes_mut(page.slice()));
+                            queue.complete_with_data(slot, page, memory);
+                        }
+                        None => queue.complete(slot, status_of(IoStatus::NotReady), 0, memory),
+                    },
+                }
+                self.touch_host(conn);
+            }
+        }
+    }
+
+    /// From now on the controller of this connection speaks for `epoch`.
+    fn bind_epoch(&mut self, origin: Origin, epoch: Epoch) {
+        if let Origin::Host { conn, generation, .. } = origin
+            && self.host_queue(conn, generation).is_some()
+        {
+            self.target.set_mark(&self.hosts[conn].queue, epoch.0);
+        }
+    }
+
+    /// Whether a connection speaks for an older epoch than the replica has promised.
+    pub(super) fn is_fenced(&self, conn: u32, pool: u16, slot: ReplicaSlot) -> bool {
+        let promised = self.pools[usize::from(pool)]
+            .pool
+            .register(slot)
+            .map_or(0, |register| register.promised_epoch.0);
+        let speaks_for = self.hosts.get(conn).map_or(0, |host| self.target.mark(&host.queue));
+        promised > speaks_for
+    }
+}
+
+fn to_nexus(register: &cairn_replica::Register) -> Register {
+    Register {
+        promised_epoch: register.promised_epoch,
+        accepted_epoch: register.accepted_epoch,
+        seq: register.seq,
+        config: register.config.clone(),
+    }
+}
+
+/// Twenty characters that tell one subsystem from another.
+pub(super) fn serial_of(id: u128) -> String {
+    format!("CRN{:016x}", (id >> 64) ^ (id & u128::from(u64::MAX)))
+}

@@ -1,0 +1,316 @@
+//! Volumes: a nexus each, its children in local pools or behind links.
+
+use std::collections::VecDeque;
+
+use cairn_block::{BlockSize, IoRequest, IoStatus};
+use cairn_nexus::{
+    ChildId, ChildOp, ChildReply, ChildSpec, Event, Nexus, NexusConfig, Ticket, VolumeState,
+};
+use cairn_nvmf::target::{NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId};
+use cairn_reactor::Driver;
+use cairn_replica::ReplicaSlot;
+
+use super::Shard;
+use super::io::Export;
+use super::links::Link;
+use super::pools::{Origin, Owner, RegisterKind, serial_of};
+use crate::control::{ChildAddress, EngineError, ExportCounters, Reply, VolumeSpec};
+
+/// How a child is reached.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Route {
+    Local { pool: u16, slot: ReplicaSlot },
+    Remote { link: u32 },
+}
+
+/// One volume.
+pub(super) struct Volume {
+    pub(super) spec: VolumeSpec,
+    pub(super) nexus: Nexus,
+    pub(super) routes: Vec<Route>,
+    /// Set once it has served: hosts can connect from then on.
+    pub(super) export: Option<(SubsystemId, NamespaceHandle)>,
+    pub(super) counters: ExportCounters,
+    pub(super) register_replies: VecDeque<(ChildId, Ticket, ChildReply)>,
+    /// Host requests that the nexus has no room for.
+    waiting: VecDeque<(u32, IoRequest)>,
+    removing: Option<Reply<()>>,
+    pub(super) busy: bool,
+}
+
+impl<D: Driver> Shard<D> {
+    pub(super) fn add_volume(&mut self, spec: VolumeSpec, now: u64) -> Result<(), EngineError> {
+        let taken =
+            self.volumes.iter().any(|(_, v)| v.spec.name == spec.name || v.spec.nqn == spec.nqn);
+        if taken {
+            return Err(EngineError::Exists { kind: "volume", name: spec.name });
+        }
+        if spec.children.is_empty() || spec.children.len() > cairn_nexus::MAX_CHILDREN {
+            return Err(EngineError::Invalid(format!(
+                "volume `{}` names {} replicas; it needs 1 to {}",
+                spec.name,
+                spec.children.len(),
+                cairn_nexus::MAX_CHILDREN
+            )));
+        }
+        let mut children = Vec::new();
+        for (replica, address) in &spec.children {
+            let local = matches!(address, ChildAddress::Local { .. });
+            if children.iter().any(|c: &ChildSpec| c.replica == *replica) {
+                return Err(EngineError::Invalid(format!(
+                    "volume `{}` names replica {replica} twice",
+                    spec.name
+                )));
+            }
+            if local && self.find_replica(*replica).is_none() {
+                return Err(EngineError::NotFound { kind: "replica", name: replica.to_string() });
+            }
+            children.push(ChildSpec { replica: *replica, local });
+        }
+        let nexus = Nexus::new(NexusConfig {
+            volume: spec.id,
+            blocks: spec.blocks,
+            children,
+            purpose: spec.purpose,
+            child_deadline_ms: spec.child_deadline_ms,
+            assembly_wait_ms: self.config.assembly_wait_ms,
+            max_requests: self.config.volume_requests,
+        });
+        let addresses = spec.children.clone();
+        let at = self.volumes.insert(Volume {
+            spec,
+            nexus,
+            routes: Vec::new(),
+            export: None,
+            counters: ExportCounters::default(),
+            register_replies: VecDeque::with_capacity(16),
+            waiting: VecDeque::with_capacity(64),
+            removing: None,
+            busy: false,
+        });
+        for (child, (replica, address)) in (0u8..).zip(addresses) {
+            let child = ChildId(child);
+            let route = match address {
+                ChildAddress::Local { .. } => {
+                    let Some((pool, slot, _)) = self.find_replica(replica) else { continue };
+                    Route::Local { pool, slot }
+                }
+                ChildAddress::Remote { peer, nqn } => {
+                    let link = self.links.insert(Link::new(at, child, replica, peer, nqn, now));
+                    self.wants_timeout(Some(now));
+                    Route::Remote { link }
+                }
+            };
+            self.volumes[at].routes.push(route);
+            if let Route::Local { .. } = route {
+                self.volumes[at].nexus.handle_child_up(child, now);
+            }
+        }
+        self.touch_volume(at);
+        Ok(())
+    }
+
+    /// Stops serving: hosts are cut off at once, what is in flight ends, then the volume is gone.
+    pub(super) fn remove_volume(&mut self, at: u32, reply: Reply<()>) {
+        let volume = &mut self.volumes[at];
+        if volume.removing.is_some() {
+            reply.send(Err(EngineError::Busy("the volume is being removed already".to_owned())));
+            return;
+        }
+        volume.removing = Some(reply);
+        if let Some((subsystem, handle)) = volume.export.take() {
+            for conn in self.target.remove_subsystem(subsystem) {
+                self.close_host(conn.0);
+            }
+            self.exports[handle.0 as usize] = None;
+        }
+        self.touch_volume(at);
+    }
+
+    pub(super) fn submit_to_volume(&mut self, at: u32, io: u32, request: IoRequest, now: u64) {
+        let Some(volume) = self.volumes.get_mut(at) else { return };
+        if volume.nexus.has_room() && volume.waiting.is_empty() {
+            volume.nexus.submit(u64::from(io), request, now);
+        } else {
+            volume.waiting.push_back((io, request));
+        }
+        self.touch_volume(at);
+    }
+
+    pub(super) fn child_io_done(
+        &mut self,
+        volume: u32,
+        child: ChildId,
+        ticket: Ticket,
+        status: IoStatus,
+        now: u64,
+    ) {
+        if let Some(v) = self.volumes.get_mut(volume) {
+            v.nexus.handle_io(child, ticket, status, now);
+            self.touch_volume(volume);
+        }
+    }
+
+    /// Moves every volume on: child I/O down, answers up.
+    pub(super) fn run_volumes(&mut self, now: u64) -> bool {
+        let mut moved = false;
+        while let Some(at) = self.busy_volumes.pop() {
+            let Some(volume) = self.volumes.get_mut(at) else { continue };
+            volume.busy = false;
+            moved = true;
+            self.run_volume(at, now);
+        }
+        moved
+    }
+
+    fn run_volume(&mut self, at: u32, now: u64) {
+        while let Some((child, ticket, reply)) = self.volumes[at].register_replies.pop_front() {
+            self.volumes[at].nexus.handle_register(child, ticket, reply, now);
+        }
+        loop {
+            let mut moved = false;
+            while let Some(io) = self.volumes[at].nexus.poll_child() {
+                let route = self.volumes[at].routes[usize::from(io.child.0)];
+                self.send_child(at, route, io, now);
+                moved = true;
+            }
+            while let Some(done) = self.volumes[at].nexus.poll_done() {
+                let io = u32::try_from(done.tag).expect("tags are request numbers");
+                self.host_io_done(io, done.status, now);
+                moved = true;
+            }
+            while let Some(tag) = self.volumes[at].nexus.poll_release() {
+                let io = u32::try_from(tag).expect("tags are request numbers");
+                self.host_io_released(io, now);
+                moved = true;
+            }
+            while self.volumes[at].nexus.has_room()
+                && let Some((io, request)) = self.volumes[at].waiting.pop_front()
+            {
+                self.volumes[at].nexus.submit(u64::from(io), request, now);
+                moved = true;
+            }
+            if !moved {
+                break;
+            }
+        }
+        while let Some(event) = self.volumes[at].nexus.poll_event() {
+            self.volume_event(at, event);
+        }
+        let volume = &mut self.volumes[at];
+        let next = volume.nexus.poll_timeout(now);
+        let finished =
+            volume.removing.is_some() && volume.nexus.in_flight() == 0 && volume.waiting.is_empty();
+        if finished {
+            self.drop_volume(at);
+        } else {
+            self.wants_timeout(next);
+        }
+    }
+
+    fn drop_volume(&mut self, at: u32) {
+        let Some(volume) = self.volumes.remove(at) else { return };
+        for route in volume.routes {
+            if let Route::Remote { link } = route {
+                self.retire_link(link);
+            }
+        }
+        if let Some(reply) = volume.removing {
+            reply.send(Ok(()));
+        }
+    }
+
+    fn send_child(&mut self, at: u32, route: Route, io: cairn_nexus::ChildIo, now: u64) {
+        match (route, io.op) {
+            (Route::Local { pool, slot }, ChildOp::Io(request)) => {
+                let tag = Owner::Child { volume: at, child: io.child, ticket: io.ticket }.tag();
+                let local = &mut self.pools[usize::from(pool)];
+                local.pool.submit(tag, slot, request, self.driver.memory());
+                local.busy = true;
+            }
+            (Route::Local { pool, slot }, op) => {
+                let origin = Origin::Volume { volume: at, child: io.child, ticket: io.ticket };
+                let kind = match op {
+                    ChildOp::Promise { epoch, again } => RegisterKind::Promise { epoch, again },
+                    ChildOp::Accept(register) => RegisterKind::Accept(register),
+                    ChildOp::ReadRegister | ChildOp::Io(_) => RegisterKind::Read,
+                };
+                self.register_op(origin, pool, slot, kind);
+            }
+            (Route::Remote { link }, op) => self.send_remote(link, io.ticket, op, now),
+        }
+    }
+
+    fn volume_event(&mut self, at: u32, event: Event) {
+        let volume = &self.volumes[at];
+        let name = &volume.spec.name;
+        let child = |c: ChildId| volume.spec.children[usize::from(c.0)].0;
+        match event {
+            Event::State(state) => {
+                let (word, detail) = (state.word(), state.detail());
+                match state {
+                    VolumeState::Online | VolumeState::Assembling(_) => {
+                        tracing::info!(volume = %name, state = word, detail, "volume state");
+                    }
+                    _ => tracing::warn!(volume = %name, state = word, detail, "volume state"),
+                }
+                if state.is_serving() && volume.export.is_none() && volume.removing.is_none() {
+                    self.export_volume(at);
+                }
+            }
+            Event::ChildFailing(c, reason) => {
+                tracing::warn!(volume = %name, replica = %child(c), %reason, "replica failed");
+            }
+            Event::ChildOut(c, reason) => tracing::warn!(
+                volume = %name, replica = %child(c), %reason,
+                "replica is out of the in-sync set"
+            ),
+            Event::ChildOnline(c) => {
+                tracing::info!(volume = %name, replica = %child(c), "replica is online");
+            }
+            Event::Committed { epoch, seq } => {
+                tracing::info!(volume = %name, %epoch, seq, "configuration stored");
+            }
+            Event::ResetChild(c) => {
+                if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
+                    self.fail_link(link, "the nexus gave the session up");
+                }
+            }
+        }
+    }
+
+    /// Lets hosts connect.
+    fn export_volume(&mut self, at: u32) {
+        let spec = &self.volumes[at].spec;
+        let (name, id) = (spec.name.clone(), spec.id);
+        let added = self.target.add_subsystem(SubsystemConfig {
+            nqn: spec.nqn.clone(),
+            serial: serial_of(id.0),
+            cntlid_min: self.config.cntlid_min,
+            cntlid_max: self.config.cntlid_max,
+            allowed_hosts: spec.allowed_hosts.clone(),
+            vendor_commands: false,
+            discoverable: true,
+        });
+        let subsystem = match added {
+            Ok(subsystem) => subsystem,
+            Err(error) => {
+                tracing::error!(volume = %name, %error, "the volume cannot be exported");
+                return;
+            }
+        };
+        let handle = self.export_handle(Export::Volume(at));
+        let namespace = NamespaceConfig {
+            nsid: 1,
+            handle,
+            blocks: self.volumes[at].nexus.blocks(),
+            block_size: BlockSize::B4096,
+            id: id.0,
+            volatile_write_cache: true,
+        };
+        if let Err(error) = self.target.add_namespace(subsystem, namespace) {
+            tracing::error!(volume = %name, %error, "the volume cannot be exported");
+        }
+        self.volumes[at].export = Some((subsystem, handle));
+    }
+}
