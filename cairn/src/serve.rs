@@ -204,7 +204,9 @@ pub(crate) fn add_pool(
         extents = usage.extents_total, free = usage.extents_free, "pool opened"
     );
     let name = spec.name.clone();
-    engine.call(|reply| Command::AddPool { name, device: device.0, pool, reply })?;
+    let device_len = cairn_engine::replica::Device::len(&device);
+    let device = device.0;
+    engine.call(|reply| Command::AddPool { name, device, pool, device_len, reply })?;
     paths.insert(&spec.name, &spec.path);
     Ok(())
 }

@@ -256,11 +256,6 @@ impl Cluster {
         socket_path(&self.data, "nexus")
     }
 
-    /// The process ids, replicas first.
-    pub(crate) fn pids(&self) -> Vec<i32> {
-        self.processes.iter().filter_map(|p| i32::try_from(p.child.id()).ok()).collect()
-    }
-
     /// Kills one process at once, as a crash would.
     pub(crate) fn kill(&mut self, at: usize) -> Result<()> {
         let process = &mut self.processes[at];

@@ -232,6 +232,8 @@ pub enum Command<L, D> {
         device: D,
         /// The opened pool.
         pool: Box<Pool>,
+        /// Length of the device in bytes: the pool grows where it is longer than it was.
+        device_len: u64,
         /// The answer.
         reply: Reply<()>,
     },

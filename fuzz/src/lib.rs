@@ -6,19 +6,23 @@
 #![forbid(unsafe_code)]
 
 pub mod mutate;
-// pub mod nvmf;
-// pub mod replica;
+pub mod nvmf;
+pub mod replica;
 
 /// Every target. A row is all that a new one needs.
 const TARGETS: &[Target] = &[
-    // Target::new("nvmf-target-stream", nvmf::target_stream, || nvmf::seeds("target_stream")),
-    // Target::new("nvmf-initiator-stream", nvmf::initiator_stream, || nvmf::seeds("initiator_stream")),
-    // Target::new("nvmf-pdu-header", nvmf::pdu_header, || nvmf::seeds("pdu_header")),
-    // Target::new("replica-open-damaged", replica::open_damaged, replica::seeds),
-    // Target::new("replica-superblock", replica::superblock, replica::seeds),
-    // Target::new("replica-journal", replica::journal, replica::seeds),
-    // Target::new("replica-catalog-page", replica::catalog_page, replica::seeds),
-    // Target::new("replica-table-page", replica::table_page, replica::seeds),
+    Target::new("nvmf-target-stream", nvmf::target_stream, || nvmf::seeds("target_stream")),
+    Target::new("nvmf-initiator-stream", nvmf::initiator_stream, || {
+        nvmf::seeds("initiator_stream")
+    }),
+    Target::new("nvmf-pdu-header", nvmf::pdu_header, || nvmf::seeds("pdu_header")),
+    Target::new("nvmf-identify", nvmf::identify, || nvmf::seeds("identify")),
+    Target::new("nvmf-discovery", nvmf::discovery, || nvmf::seeds("discovery")),
+    Target::new("replica-open-damaged", replica::open_damaged, replica::seeds),
+    Target::new("replica-superblock", replica::superblock, replica::seeds),
+    Target::new("replica-journal", replica::journal, replica::seeds),
+    Target::new("replica-catalog-page", replica::catalog_page, replica::seeds),
+    Target::new("replica-table-page", replica::table_page, replica::seeds),
 ];
 
 /// One decoder under test.

@@ -38,8 +38,8 @@ impl<D: Driver> Shard<D> {
             Command::AddListener { listener, advertise, reply } => {
                 reply.send(self.add_listener(listener, advertise));
             }
-            Command::AddPool { name, device, pool, reply } => {
-                reply.send(self.add_pool(name, device, *pool));
+            Command::AddPool { name, device, pool, device_len, reply } => {
+                reply.send(self.add_pool(name, device, *pool, device_len));
             }
             Command::CreateReplica { pool, spec, reply } => {
                 self.create_replica(&pool, spec, reply);

@@ -36,6 +36,7 @@ pub(super) enum Waiter {
     Create { id: ReplicaId, reply: Reply<ReplicaReport> },
     Delete { reply: Reply<()> },
     Checkpoint,
+    Grow,
 }
 
 /// Who asked for a register operation.
@@ -107,6 +108,7 @@ impl<D: Driver> Shard<D> {
         name: String,
         device: D::Device,
         pool: Pool,
+        device_len: u64,
     ) -> Result<(), EngineError> {
         if self.pools.iter().any(|p| p.name == name) {
             return Err(EngineError::Exists { kind: "pool", name });
@@ -130,6 +132,10 @@ impl<D: Driver> Shard<D> {
         let at = u16::try_from(self.pools.len() - 1).expect("fewer than 2^16 pools");
         for slot in slots {
             self.export_replica(at, slot)?;
+        }
+        if device_len / 4096 > self.pools[usize::from(at)].pool.device_len() / 4096 {
+            let tag = self.control_tag(at, Waiter::Grow);
+            self.pools[usize::from(at)].pool.grow(tag, device_len, self.driver.memory());
         }
         Ok(())
     }
@@ -286,6 +292,12 @@ impl<D: Driver> Shard<D> {
             }
             Waiter::Delete { reply } => reply.send(result),
             Waiter::Checkpoint => self.checkpoint_done(),
+            Waiter::Grow => {
+                if let Err(error) = result {
+                    let pool = &self.pools[usize::from(pool)].name;
+                    tracing::error!(%pool, %error, "the pool did not grow with its device");
+                }
+            }
         }
     }
 
