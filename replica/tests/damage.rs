@@ -1,4 +1,5 @@
 //! Every structure damaged in turn: a clear error, or nothing lost; never a panic.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 

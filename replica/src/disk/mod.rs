@@ -167,3 +167,6 @@ fn put_u32(block: &mut [u8], at: usize, value: u32) {
 fn put_u64(block: &mut [u8], at: usize, value: u64) {
     block[at..at + 8].copy_from_slice(&value.to_le_bytes());
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,101 @@
+use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, VolumeId};
+use proptest::prelude::*;
+
+use super::*;
+
+const POOL: PoolId = PoolId(0x3f2c_1a60_5d1c_4b6e_9f0a_2b7f_6f1f_9a10);
+
+/// The head of a journal block, drawn by hand from `docs/format.md`.
+#[test]
+fn the_header_is_as_drawn() {
+    let mut block = vec![0; BLOCK_LEN];
+    let entry = Entry { state: EntryState::Allocated, slot: 0x102, logical: 0x304, epoch: 5 };
+    let records = [Record { extent: 0x607, entry }].into_iter();
+    JournalBlock::encode(0x1122, 0x42, POOL, records, &mut block);
+    assert_eq!(&block[..8], b"CAIRNJNL");
+    assert_eq!(block[12..16], [1, 0, 0, 0]);
+    assert_eq!(block[16..24], [0x42, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(block[24..32], [0x22, 0x11, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(block[32..36], [0x3f, 0x2c, 0x1a, 0x60]);
+    assert_eq!(block[48..56], [1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(block[64..72], [7, 6, 0, 0, 4, 3, 0, 0]);
+    assert_eq!(block[72..80], [2, 1, 3, 1, 0, 0, 0, 0]);
+    assert_eq!(block[80..88], [5, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(block[88..].iter().all(|&b| b == 0));
+}
+
+#[test]
+fn a_block_elsewhere_or_of_another_pool_does_not_decode() {
+    let mut block = vec![0; BLOCK_LEN];
+    CatalogPage::default().encode(3, 40, POOL, &mut block);
+    assert!(CatalogPage::decode(3, 40, POOL, &block).is_ok());
+    assert_eq!(CatalogPage::decode(3, 41, POOL, &block), Err(BlockError::Address));
+    assert_eq!(CatalogPage::decode(3, 40, PoolId(1), &block), Err(BlockError::Pool));
+    assert!(matches!(CatalogPage::decode(4, 40, POOL, &block), Err(BlockError::Field(_))));
+    assert_eq!(JournalBlock::decode(40, POOL, &block), Err(BlockError::Magic));
+}
+
+prop_compose! {
+    fn page()(
+        sequence in 0..u64::MAX / 2,
+        state in prop::sample::select(vec![CatalogState::Free, CatalogState::Live, CatalogState::Deleting]),
+        ids in any::<(u128, u128)>(),
+        name in "[a-zé€]{0,16}",
+        blocks in 0..=MAX_REPLICA_BYTES / BLOCK,
+        register in any::<(u64, u64, u64)>(),
+        config in prop::collection::vec(any::<u8>(), 0..=CONFIG_MAX),
+    ) -> CatalogPage {
+        CatalogPage {
+            sequence,
+            state,
+            replica: ReplicaId(ids.0),
+            volume: VolumeId(ids.1),
+            name,
+            blocks,
+            block_size: BlockSize::B4096,
+            promised_epoch: Epoch(register.0),
+            accepted_epoch: Epoch(register.1),
+            register_seq: register.2,
+            config,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn catalog_pages_round_trip(page in page(), slot: u16, address in 0u64..1 << 40, flip in 0..BLOCK_LEN * 8) {
+        let mut block = vec![0; BLOCK_LEN];
+        page.encode(slot, address, POOL, &mut block);
+        prop_assert_eq!(CatalogPage::decode(slot, address, POOL, &block), Ok(page));
+        block[flip / 8] ^= 1 << (flip % 8);
+        prop_assert!(CatalogPage::decode(slot, address, POOL, &block).is_err());
+    }
+
+    #[test]
+    fn records_and_entries_round_trip(
+        raw in prop::collection::vec((any::<u32>(), 1u8..4, any::<u16>(), any::<u32>(), any::<u64>()), 0..=125),
+        address in 0u64..1 << 40,
+    ) {
+        let records: Vec<Record> = raw
+            .into_iter()
+            .map(|(extent, state, slot, logical, epoch)| {
+                let state = EntryState::from_byte(state).expect("a known state");
+                Record { extent, entry: Entry { state, slot, logical, epoch } }
+            })
+            .collect();
+        let mut block = vec![0; BLOCK_LEN];
+        JournalBlock::encode(9, address, POOL, records.iter().copied(), &mut block);
+        let head = JournalBlock::decode(address, POOL, &block).expect("it verifies");
+        prop_assert_eq!((head.sequence, head.records), (9, records.len()));
+        for (i, record) in records.iter().enumerate() {
+            prop_assert_eq!(JournalBlock::record(&block, i), Ok(*record));
+        }
+        let entries = u32::try_from(records.len()).expect("at most 125");
+        let page = TablePage { sequence: 4, index: 3, entries, checkpoint: 2, base: 3 };
+        page.encode(address, POOL, records.iter().map(|r| r.entry), &mut block);
+        prop_assert_eq!(TablePage::decode(3, entries, address, POOL, &block), Ok(page));
+        for (i, record) in (0u32..).zip(&records) {
+            prop_assert_eq!(TablePage::entry(&block, i), Ok(record.entry));
+        }
+    }
+}

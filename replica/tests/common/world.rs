@@ -1,0 +1,443 @@
+//! A model of what replicas must hold, beside a pool that is worked at random.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cairn_block::{
+    Buf, BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
+};
+use cairn_replica::{
+    Device, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SparseDevice,
+};
+
+use super::{BLOCK, Disk, EXTENT_BLOCKS, MIB, Sim, options, spec};
+
+/// A value that a block may hold. Zero is zeros; otherwise every word of the block is it.
+type Value = u64;
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    order: u64,
+    value: Value,
+    /// Answered with success. Otherwise it may be there or not.
+    certain: bool,
+}
+
+#[derive(Default)]
+struct ModelReplica {
+    blocks: BTreeMap<u64, Vec<Held>>,
+    size: u64,
+    slot: Option<ReplicaSlot>,
+    registers: Vec<(u64, bool)>,
+    delete_asked: bool,
+}
+
+impl ModelReplica {
+    fn held(&mut self, lba: u64) -> &mut Vec<Held> {
+        self.blocks.entry(lba).or_insert_with(|| vec![Held { order: 0, value: 0, certain: true }])
+    }
+}
+
+enum Asked {
+    Change { id: u128, range: LbaRange, order: u64, durable: bool, buf: Option<Buf> },
+    Read { id: u128, range: LbaRange, buf: Buf },
+    Flush { covered: Vec<(u128, u64, u64)> },
+    Create(u128),
+    Delete(u128),
+    Register(u128, u64),
+    Other,
+}
+
+/// Random requests on random replicas, and what must be read afterwards.
+pub(crate) struct World {
+    pub(crate) sim: Sim,
+    replicas: BTreeMap<u128, ModelReplica>,
+    asked: BTreeMap<u64, Asked>,
+    next_id: u128,
+    order: u64,
+    pub(crate) len: u64,
+}
+
+const REPLICA_EXTENTS: u64 = 6;
+
+impl World {
+    pub(crate) fn new(len: u64, zeroed: bool, seed: u64) -> Self {
+        let mut dev = SparseDevice::new(len);
+        if !zeroed {
+            // Somebody else's bytes, which must never be seen.
+            let noise = vec![0xee; 64 << 10];
+            for at in (MIB..len - MIB).step_by(256 << 10) {
+                dev.write_at(at, &noise).unwrap();
+            }
+        }
+        Pool::format(&mut dev, &options(zeroed)).unwrap();
+        Self {
+            sim: Sim::open(Disk::new(dev), seed),
+            replicas: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            next_id: 1,
+            order: 0,
+            len,
+        }
+    }
+
+    fn busy(&self, id: u128, range: LbaRange) -> bool {
+        self.asked.values().any(|a| match a {
+            Asked::Change { id: i, range: r, .. } | Asked::Read { id: i, range: r, .. } => {
+                *i == id && r.overlaps(range)
+            }
+            _ => false,
+        })
+    }
+
+    /// One random action.
+    pub(crate) fn act(&mut self) {
+        match self.sim.rng.below(100) {
+            0..45 => {
+                self.sim.step();
+            }
+            45..48 if self.replicas.len() < 4 => self.create(),
+            48 => self.delete(),
+            49..52 => self.register(),
+            52..55 => {
+                let tag = self.sim.tag();
+                self.asked.insert(tag, Asked::Other);
+                self.sim.pool.checkpoint(tag, &mut self.sim.mem);
+            }
+            55..61 => self.flush(),
+            _ => self.io(),
+        }
+        if self.sim.check {
+            self.sim.pool.check();
+        }
+        self.collect();
+    }
+
+    fn create(&mut self) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let size = REPLICA_EXTENTS * EXTENT_BLOCKS - self.sim.rng.below(3);
+        let tag = self.sim.tag();
+        self.replicas.insert(id, ModelReplica { size, ..ModelReplica::default() });
+        self.asked.insert(tag, Asked::Create(id));
+        self.sim.pool.create_replica(tag, spec(id, size), &mut self.sim.mem);
+    }
+
+    fn pick(&mut self) -> Option<(u128, ReplicaSlot)> {
+        let live: Vec<_> = self
+            .replicas
+            .iter()
+            .filter(|(_, r)| !r.delete_asked)
+            .filter_map(|(id, r)| Some((*id, r.slot?)))
+            .collect();
+        if live.is_empty() { None } else { Some(live[self.sim.rng.index(live.len())]) }
+    }
+
+    fn delete(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.replicas.get_mut(&id).unwrap().delete_asked = true;
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Delete(id));
+        self.sim.pool.delete_replica(tag, slot, &mut self.sim.mem);
+    }
+
+    fn register(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.order += 1;
+        let value = self.order;
+        self.replicas.get_mut(&id).unwrap().registers.push((value, false));
+        let register = Register {
+            promised_epoch: Epoch(value),
+            accepted_epoch: Epoch(value),
+            seq: value,
+            // Over many sectors, so that it can be torn.
+            config: value.to_le_bytes().repeat(200),
+        };
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Register(id, value));
+        self.sim.pool.write_register(tag, slot, register, &mut self.sim.mem);
+    }
+
+    fn flush(&mut self) {
+        let Some((_, slot)) = self.pick() else { return };
+        let mut covered = Vec::new();
+        for (id, replica) in &self.replicas {
+            for (lba, held) in &replica.blocks {
+                let last = held.iter().rev().find(|h| h.certain).unwrap();
+                covered.push((*id, *lba, last.order));
+            }
+        }
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Flush { covered });
+        let request =
+            IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
+        self.sim.pool.submit(tag, slot, request, &mut self.sim.mem);
+    }
+
+    fn io(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        let size = self.replicas[&id].size;
+        let rng = &mut self.sim.rng;
+        let extent = rng.below(REPLICA_EXTENTS);
+        let (op, start, blocks) = match rng.below(10) {
+            0 => (IoOp::Discard, extent * EXTENT_BLOCKS, EXTENT_BLOCKS * (1 + rng.below(3))),
+            1 => {
+                let (unmap, fua) = (rng.chance(50), rng.chance(30));
+                let op = IoOp::WriteZeroes { unmap, fua };
+                if rng.chance(50) {
+                    (op, extent * EXTENT_BLOCKS, EXTENT_BLOCKS)
+                } else {
+                    (op, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4))
+                }
+            }
+            2 => (IoOp::Discard, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4)),
+            3..5 => (IoOp::Read, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4)),
+            // Sometimes over the edge of an extent.
+            5 => (
+                IoOp::Write { fua: rng.chance(20) },
+                extent * EXTENT_BLOCKS + 254,
+                1 + rng.below(4),
+            ),
+            _ => (
+                IoOp::Write { fua: rng.chance(20) },
+                extent * EXTENT_BLOCKS + rng.below(6),
+                1 + rng.below(3),
+            ),
+        };
+        let blocks = blocks.min(size.saturating_sub(start));
+        if blocks == 0 {
+            return;
+        }
+        let range = LbaRange::new(Lba(start), blocks).unwrap();
+        if self.busy(id, range) {
+            return;
+        }
+        let payload = matches!(op, IoOp::Read | IoOp::Write { .. });
+        let mut buf = None;
+        if payload {
+            let Some(b) = self.sim.mem.alloc(u32::try_from(blocks).unwrap() * 4096) else {
+                return;
+            };
+            buf = Some(b);
+        }
+        let slice = buf.as_ref().map_or(BufSlice::EMPTY, Buf::slice);
+        self.order += 1;
+        let order = self.order;
+        let tag = self.sim.tag();
+        let replica = self.replicas.get_mut(&id).unwrap();
+        match op {
+            IoOp::Read => {
+                self.asked.insert(tag, Asked::Read { id, range, buf: buf.take().unwrap() });
+            }
+            IoOp::Write { fua } => {
+                let value = (u64::try_from(id).unwrap() << 48) | order;
+                let bytes = self.sim.mem.bytes_mut(slice);
+                for word in bytes.chunks_mut(8) {
+                    word.copy_from_slice(&value.to_le_bytes());
+                }
+                for lba in start..start + blocks {
+                    replica.held(lba).push(Held { order, value, certain: false });
+                }
+                self.asked.insert(tag, Asked::Change { id, range, order, durable: fua, buf });
+            }
+            _ => {
+                let durable = matches!(op, IoOp::WriteZeroes { fua: true, .. });
+                for (lba, held) in replica.blocks.range_mut(start..start + blocks) {
+                    assert!(*lba < size);
+                    held.push(Held { order, value: 0, certain: false });
+                }
+                self.asked.insert(tag, Asked::Change { id, range, order, durable, buf: None });
+            }
+        }
+        self.sim.pool.submit(tag, slot, IoRequest { op, range, buf: slice }, &mut self.sim.mem);
+    }
+
+    pub(crate) fn collect(&mut self) {
+        while let Some(done) = self.sim.pool.poll_done() {
+            let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answered(asked, &done);
+        }
+    }
+
+    fn answered(&mut self, asked: Asked, done: &Done) {
+        let ok = done.status.is_ok();
+        match asked {
+            Asked::Change { id, order, durable, buf, .. } => {
+                if let Some(buf) = buf {
+                    self.sim.mem.release(buf);
+                }
+                let Some(replica) = self.replicas.get_mut(&id) else { return };
+                assert!(
+                    ok || done.status == IoStatus::NoSpace || replica.delete_asked,
+                    "{:?}",
+                    done.status
+                );
+                if !ok {
+                    return;
+                }
+                for held in replica.blocks.values_mut() {
+                    if let Some(at) = held.iter().position(|h| h.order == order) {
+                        held[at].certain = true;
+                        if durable {
+                            held.drain(..at);
+                        }
+                    }
+                }
+            }
+            Asked::Read { id, range, buf } => {
+                let bytes = self.sim.mem.bytes(buf.slice()).to_vec();
+                self.sim.mem.release(buf);
+                let Some(replica) = self.replicas.get(&id) else { return };
+                if ok {
+                    for (lba, block) in (range.start().0..).zip(bytes.chunks(BLOCK)) {
+                        verify(id, replica, lba, block, false);
+                    }
+                } else {
+                    assert!(replica.delete_asked, "{:?}", done.status);
+                }
+            }
+            Asked::Flush { covered } => {
+                if !ok {
+                    return;
+                }
+                for (id, lba, order) in covered {
+                    let Some(replica) = self.replicas.get_mut(&id) else { continue };
+                    let held = replica.blocks.get_mut(&lba).unwrap();
+                    if let Some(at) = held.iter().position(|h| h.order == order) {
+                        held.drain(..at);
+                    }
+                }
+            }
+            Asked::Create(id) => {
+                assert!(ok, "{:?}", done.error);
+                let slot = self.sim.pool.find(ReplicaId(id)).unwrap();
+                self.replicas.get_mut(&id).unwrap().slot = Some(slot);
+            }
+            Asked::Delete(id) => {
+                assert!(ok, "{:?}", done.error);
+                assert_eq!(self.sim.pool.find(ReplicaId(id)), None);
+                self.replicas.remove(&id);
+            }
+            Asked::Register(id, value) => {
+                let Some(replica) = self.replicas.get_mut(&id) else { return };
+                assert!(ok || replica.delete_asked, "{:?}", done.error);
+                if ok {
+                    let at = replica.registers.iter().position(|r| r.0 == value).unwrap();
+                    replica.registers.drain(..at);
+                    replica.registers[0].1 = true;
+                }
+            }
+            Asked::Other => assert!(ok, "{:?}", done.error),
+        }
+    }
+
+    /// Crashes, opens again, and verifies all that was promised.
+    pub(crate) fn crash(mut self, power: bool) -> Self {
+        let rng = &mut self.sim.rng;
+        let seed = rng.next();
+        let disk = if power { self.sim.disk.cut(rng) } else { self.sim.disk.kill(rng) };
+        // `flush` at open makes the survivors durable; a second cut in between is the next round's.
+        let sim = Sim::open(disk, seed);
+        let mut world = Self { sim, asked: BTreeMap::new(), ..self };
+        let creating: Vec<u128> =
+            world.replicas.iter().filter(|(_, r)| r.slot.is_none()).map(|(id, _)| *id).collect();
+        for id in creating {
+            if world.sim.pool.find(ReplicaId(id)).is_none() {
+                world.replicas.remove(&id);
+            }
+        }
+        let deleting: Vec<u128> =
+            world.replicas.iter().filter(|(_, r)| r.delete_asked).map(|(id, _)| *id).collect();
+        for id in deleting {
+            if world.sim.pool.find(ReplicaId(id)).is_none() {
+                world.replicas.remove(&id);
+            } else {
+                world.replicas.get_mut(&id).unwrap().delete_asked = false;
+            }
+        }
+        let live: BTreeSet<u128> = world
+            .sim
+            .pool
+            .replicas()
+            .filter(|r| r.state == ReplicaState::Live)
+            .map(|r| r.id.0)
+            .collect();
+        assert!(live.iter().copied().eq(world.replicas.keys().copied()), "replicas came or went");
+        world.verify_all(power);
+        world
+    }
+
+    /// Reads everything. What is read becomes what is held.
+    pub(crate) fn verify_all(&mut self, power: bool) {
+        let ids: Vec<u128> = self.replicas.keys().copied().collect();
+        for id in ids {
+            let slot = self.sim.pool.find(ReplicaId(id)).unwrap();
+            let register = self.sim.pool.register(slot).unwrap();
+            assert!(register.config.chunks(8).all(|c| c == register.seq.to_le_bytes()));
+            let register = register.seq;
+            let replica = self.replicas.get_mut(&id).unwrap();
+            replica.slot = Some(slot);
+            let allowed = &mut replica.registers;
+            let known = allowed.iter().any(|r| r.0 == register)
+                || (register == 0 && allowed.iter().all(|r| !r.1));
+            assert!(known, "register {register} of {id}, not one of {allowed:?}");
+            *allowed = vec![(register, true)];
+            let size = replica.size;
+            for start in (0..size).step_by(256) {
+                let blocks = EXTENT_BLOCKS.min(size - start);
+                let bytes = self.sim.read(slot, start, blocks);
+                let replica = self.replicas.get_mut(&id).unwrap();
+                for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
+                    verify(id, replica, lba, block, power);
+                    settle_block(replica, lba, block);
+                }
+            }
+        }
+    }
+
+    /// Lets everything end. All space that no replica holds must be free again.
+    pub(crate) fn settle(&mut self) {
+        for done in self.sim.settle() {
+            let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answered(asked, &done);
+        }
+        assert!(self.asked.is_empty(), "{} requests are never answered", self.asked.len());
+        assert!(self.sim.pool.is_idle());
+        assert_eq!(self.sim.pool.state(), PoolState::Online);
+        assert_eq!(self.sim.mem.in_use(), 0, "buffers leaked");
+        self.sim.pool.check();
+        let usage = self.sim.pool.usage();
+        assert_eq!(usage.extents_free + usage.extents_allocated, usage.extents_total);
+    }
+}
+
+/// After a crash, a block that was mixed of several writes is whatever it is; it must stay so.
+fn settle_block(replica: &mut ModelReplica, lba: u64, block: &[u8]) {
+    if let Some(held) = replica.blocks.get_mut(&lba) {
+        let first = u64::from_le_bytes(block[..8].try_into().unwrap());
+        let same = block[8..] == block[..BLOCK - 8];
+        if same {
+            *held = vec![Held { order: 0, value: first, certain: true }];
+        } else {
+            for h in held.iter_mut() {
+                h.certain = false;
+            }
+            held[0].certain = true;
+        }
+    }
+}
+
+fn verify(id: u128, replica: &ModelReplica, lba: u64, block: &[u8], power: bool) {
+    let Some(held) = replica.blocks.get(&lba) else {
+        assert!(block == [0; BLOCK], "block {lba} of {id} was never written");
+        return;
+    };
+    let first = held.iter().rposition(|h| h.certain).unwrap();
+    let allowed = if power { &held[..] } else { &held[first..] };
+    for sector in block.chunks(512) {
+        let value = u64::from_le_bytes(sector[..8].try_into().unwrap());
+        assert!(
+            sector[8..] == sector[..504] && allowed.iter().any(|h| h.value == value),
+            "block {lba} of {id} holds {value:#x}; held: {held:x?}"
+        );
+    }
+}
