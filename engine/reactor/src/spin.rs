@@ -2,7 +2,7 @@
 //!
 //! A wake-up costs tens of microseconds on each side, so a short look saves latency when the next
 //! event is close. It burns a core when it is not, so the budget is spent only while it pays: after a
-//! run of failed looks only one sleep in [`PROBE_EVERY`] is preceded by one.
+//! run of failed looks only one sleep in many is preceded by one.
 
 /// Of the last 32 looks, so many must have found something for the next to be worth it.
 const MIN_HITS: u32 = 8;
