@@ -63,8 +63,13 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// The bytes that voters store. Layout: magic[4], version u16, members u16, volume[16],
-    /// blocks u64, lineage u64, reserved[8], then per member id[16], in-sync u8, zeros[7].
+    /// The bytes that voters store, little-endian:
+    ///
+    /// ```text
+    /// 0  magic "CNFG"   4  version u16   6  members u16   8  volume id (16 bytes)
+    /// 24 blocks u64     32 lineage u64   40 zero u64
+    /// 48 per member: replica id (16 bytes), in sync u8, zeros (7 bytes)
+    /// ```
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * VOTER);

@@ -26,7 +26,7 @@ struct Item {
 /// The bytes to send on one connection, in order.
 ///
 /// At most one batch is in flight: [`TxQueue::take_batch`] begins it, [`TxQueue::handle_sent`] ends
-/// it. The ring never overflows: whoever pushes asks for [`TxQueue::free`] before it takes on work.
+/// it. The ring never overflows: whoever pushes asks how much is free before it takes on work.
 #[derive(Debug)]
 pub struct TxQueue {
     ring: Buf,
