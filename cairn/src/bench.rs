@@ -29,7 +29,7 @@ pub(crate) struct BenchArgs {
     bs: ByteSize,
 
     /// Requests in flight, each job.
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=127))]
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=255))]
     qd: u16,
 
     /// Threads, each with a connection of its own.

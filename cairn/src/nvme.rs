@@ -58,7 +58,7 @@ pub(crate) struct HostConfig {
 impl Default for HostConfig {
     fn default() -> Self {
         Self {
-            queue_entries: 128,
+            queue_entries: 256,
             header_digest: false,
             data_digest: false,
             arena_len: 64 << 20,

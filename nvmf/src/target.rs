@@ -72,7 +72,7 @@ impl Default for TargetConfig {
             firmware: env!("CARGO_PKG_VERSION").into(),
             max_data_len: 1 << 20,
             in_capsule_len: 16 << 10,
-            max_queue_entries: 128,
+            max_queue_entries: 256,
             max_io_queues: 64,
             max_controllers: 1024,
         }

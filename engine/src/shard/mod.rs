@@ -64,7 +64,7 @@ impl Default for ShardConfig {
             cntlid_min: 1,
             cntlid_max: 0xffef,
             replica_kato_ms: 5_000,
-            replica_queue_entries: 128,
+            replica_queue_entries: 256,
             replica_header_digest: false,
             replica_data_digest: false,
             volume_requests: 512,

@@ -43,7 +43,7 @@ impl Default for QueueConfig {
             max_data_len: 1 << 20,
             in_capsule_len: 16 << 10,
             max_h2c_data: 1 << 20,
-            max_slots: 128,
+            max_slots: 256,
         }
     }
 }

@@ -180,7 +180,7 @@ fn a_linux_host_finds_its_way() {
     let cntlid = answer.cqe.result();
     assert_eq!((answer.cqe.status(), cntlid), (Status::SUCCESS, 1));
     let cap = host.ok(admin, property_get(0, true), &[]).cqe.result();
-    assert_eq!(cap, 0x820_0f00_007f);
+    assert_eq!(cap, 0x820_0f00_00ff);
     host.ok(admin, property_set(0x0046_0060), &[]);
     host.ok(admin, property_get(0, true), &[]);
     host.ok(admin, property_set(0x0046_0061), &[]);
@@ -194,7 +194,7 @@ fn a_linux_host_finds_its_way() {
     assert_eq!((controller.subnqn.as_str(), controller.firmware.as_str()), (NQN, "0.1.0"));
     assert_eq!((controller.sqes, controller.cqes, controller.kas), (0x66, 0x44, 10));
     assert_eq!((controller.ioccsz, controller.iorcsz, controller.icdoff), (1028, 1, 0));
-    assert_eq!((controller.mdts, controller.maxcmd, controller.cntrltype), (8, 128, 1));
+    assert_eq!((controller.mdts, controller.maxcmd, controller.cntrltype), (8, 256, 1));
     assert!(controller.sgls & 1 == 1 && controller.lpa & 2 == 2 && controller.vwc & 1 == 1);
 
     let effects = host.ok(admin, log_page(0x05, 4096), &[]).data;
@@ -324,7 +324,7 @@ fn connect_says_what_is_wrong() {
             0,
         ),
         (good.with_bytes(44, &[0, 0]), data.clone(), dnr, 44),
-        (good.with_bytes(44, &[128, 0]), data.clone(), dnr, 44),
+        (good.with_bytes(44, &[0, 1]), data.clone(), dnr, 44),
         (with(0, 1, NQN, HOST).0, with(0, 1, NQN, HOST).1, dnr, 0x1_0010),
         (good, with(0, 0xffff, NQN, "host").1, dnr, 0x1_0200),
         (good, with(0, 0xffff, "nqn.x", HOST).1, retry, 0x1_0100),
