@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::cli::{Global, Output, parse_size};
 use crate::nvme::{Host, HostConfig, Target};
+use crate::output::say;
 use crate::pattern::{self, BLOCK, Stamp};
 
 /// Options of `cairn bench`.
@@ -456,7 +457,7 @@ fn report(
             "verified_blocks": verified,
             "server_cpu_s_per_100k": per_100k,
         });
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        say!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
     for (name, s) in [("read", read), ("write", write)] {
@@ -464,7 +465,7 @@ fn report(
             continue;
         }
         let us = |q: f64| s.latency.value_at_quantile(q) as f64 / 1000.0;
-        println!(
+        say!(
             "{name:5}  {:9.0} IOPS  {:8.1} MiB/s  mean {:.1} us  p50 {:.1}  p99 {:.1}  p99.9 {:.1}",
             s.latency.len() as f64 / args.time,
             s.bytes as f64 / args.time / f64::from(1 << 20),
@@ -475,10 +476,10 @@ fn report(
         );
     }
     if args.verify {
-        println!("verified {verified} blocks, all as written");
+        say!("verified {verified} blocks, all as written");
     }
     if let Some(seconds) = per_100k {
-        println!("servers  {seconds:.2} CPU-seconds per 100k I/Os");
+        say!("servers  {seconds:.2} CPU-seconds per 100k I/Os");
     }
     Ok(())
 }

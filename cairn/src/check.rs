@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::client::volumes;
 use crate::nvme::{Host, HostConfig, Target};
+use crate::output::say;
 use crate::pattern::{self, BLOCK, Stamp};
 use crate::up::{Cluster, REPLICAS, VOLUME};
 
@@ -29,9 +30,9 @@ const DEGRADED_TIMEOUT: Duration = Duration::from_secs(15);
 pub(crate) async fn run() -> Result<ExitCode> {
     let started = Instant::now();
     let folder = Scratch::new()?;
-    println!("checking in {}", folder.path.display());
+    say!("checking in {}", folder.path.display());
     let mut cluster =
-        Cluster::start(&folder.path, None, VOLUME_SIZE, |text| println!("  {text}")).await?;
+        Cluster::start(&folder.path, None, VOLUME_SIZE, |text| say!("  {text}")).await?;
     let checked = check(&mut cluster).await;
     if let Err(error) = checked {
         let kept = folder.keep();
@@ -42,13 +43,13 @@ pub(crate) async fn run() -> Result<ExitCode> {
     }
     cluster.stop().await?;
     drop(folder);
-    println!("every byte is right; {:.1} s", started.elapsed().as_secs_f64());
+    say!("every byte is right; {:.1} s", started.elapsed().as_secs_f64());
     Ok(ExitCode::SUCCESS)
 }
 
 async fn check(cluster: &mut Cluster) -> Result<()> {
     let volume = cluster.volume(VOLUME_SIZE).await?;
-    println!("  volume `{VOLUME}` is {}", volume.state);
+    say!("  volume `{VOLUME}` is {}", volume.state);
     let address = volume.addresses.first().context("the nexus exports nothing")?;
     let front =
         Target { peer: address.parse().context("the nexus' address")?, nqn: volume.nqn.clone() };
@@ -59,7 +60,7 @@ async fn check(cluster: &mut Cluster) -> Result<()> {
     let bar = progress("writing through the nexus");
     transfer(&mut host, 0..units / 2, seed, true, &bar)?;
     cluster.kill(VICTIM)?;
-    bar.suspend(|| println!("  killed replica process r{} with SIGKILL", VICTIM + 1));
+    bar.suspend(|| say!("  killed replica process r{} with SIGKILL", VICTIM + 1));
     transfer(&mut host, units / 2..units, seed, true, &bar)?;
     host.request(IoOp::Flush, 0, 0, cairn_engine::block::BufSlice::EMPTY)?;
     bar.finish();
@@ -80,7 +81,7 @@ async fn check(cluster: &mut Cluster) -> Result<()> {
     if in_sync != REPLICAS - 1 {
         bail!("{in_sync} replicas are in sync after one of {REPLICAS} was killed");
     }
-    println!("  the volume is degraded, {in_sync} replicas in sync, no request failed");
+    say!("  the volume is degraded, {in_sync} replicas in sync, no request failed");
 
     let bar = progress("reading back from the nexus");
     transfer(&mut host, 0..units, seed, false, &bar)?;
@@ -110,7 +111,7 @@ fn progress(what: &str) -> ProgressBar {
     }
     bar.set_prefix(what.to_owned());
     if bar.is_hidden() {
-        println!("  {what}");
+        say!("  {what}");
     }
     bar
 }

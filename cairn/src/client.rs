@@ -12,6 +12,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::cli::{Global, Output, parse_size};
 use crate::output;
+use crate::output::say;
 
 /// `cairn pool`.
 #[derive(Debug, Subcommand)]
@@ -268,7 +269,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                     None if global.output == Output::Json => output::list(global.output, &all)?,
                     None => {
                         let texts: Vec<String> = all.iter().map(output::volume_status).collect();
-                        println!("{}", texts.join("\n\n"));
+                        say!("{}", texts.join("\n\n"));
                     }
                 }
             }
@@ -288,7 +289,7 @@ pub(crate) async fn volumes(client: &mut CairnClient<Channel>) -> Result<Vec<v1:
 
 fn show_volume(output: Output, volume: &v1::Volume) -> Result<()> {
     match output {
-        Output::Table => println!("{}", output::volume_status(volume)),
+        Output::Table => say!("{}", output::volume_status(volume)),
         Output::Json => output::one(output, volume)?,
     }
     Ok(())

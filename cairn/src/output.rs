@@ -8,6 +8,21 @@ use serde_json::{Value, json};
 
 use crate::cli::Output;
 
+/// Prints a line. Where nobody reads any more, the program ends quietly, as others in a pipe do.
+pub(crate) fn line(text: std::fmt::Arguments<'_>) {
+    use std::io::Write as _;
+    if writeln!(std::io::stdout(), "{text}").is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// `println!`, without its panic on a closed pipe.
+macro_rules! say {
+    () => { $crate::output::line(format_args!("")) };
+    ($($arg:tt)*) => { $crate::output::line(format_args!($($arg)*)) };
+}
+pub(crate) use say;
+
 /// Something that can be printed both ways.
 pub(crate) trait Show {
     /// Column heads.
@@ -30,10 +45,10 @@ fn table(heads: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
 /// Prints a list.
 pub(crate) fn list<T: Show>(output: Output, items: &[T]) -> Result<()> {
     match output {
-        Output::Table => println!("{}", table(T::HEADS, items.iter().map(Show::row))),
+        Output::Table => say!("{}", table(T::HEADS, items.iter().map(Show::row))),
         Output::Json => {
             let all: Vec<Value> = items.iter().map(Show::json).collect();
-            println!("{}", serde_json::to_string_pretty(&all)?);
+            say!("{}", serde_json::to_string_pretty(&all)?);
         }
     }
     Ok(())
@@ -42,8 +57,8 @@ pub(crate) fn list<T: Show>(output: Output, items: &[T]) -> Result<()> {
 /// Prints one thing.
 pub(crate) fn one<T: Show>(output: Output, item: &T) -> Result<()> {
     match output {
-        Output::Table => println!("{}", table(T::HEADS, [item.row()])),
-        Output::Json => println!("{}", serde_json::to_string_pretty(&item.json())?),
+        Output::Table => say!("{}", table(T::HEADS, [item.row()])),
+        Output::Json => say!("{}", serde_json::to_string_pretty(&item.json())?),
     }
     Ok(())
 }

@@ -18,6 +18,7 @@ use tonic::transport::Channel;
 use crate::cli::parse_size;
 use crate::client::{connect, said, volumes};
 use crate::config::{self, Config};
+use crate::output::say;
 use crate::{check, output};
 
 /// Replicas of the demo volume.
@@ -68,22 +69,22 @@ async fn up(args: &UpArgs) -> Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate())?;
     let started = Instant::now();
     let mut cluster = Cluster::start(&data, Some(args.port), args.size.as_u64(), |text| {
-        println!("{text}");
+        say!("{text}");
     })
     .await?;
     let volume = cluster.volume(args.size.as_u64()).await?;
     let address = volume.addresses.first().cloned().unwrap_or_default();
-    println!(
+    say!(
         "\nvolume `{VOLUME}` ({}) is {} after {:.1} s. To use it on this machine:\n",
         output::size(volume.size_bytes),
         volume.state,
         started.elapsed().as_secs_f64()
     );
-    println!("  sudo modprobe nvme-tcp");
-    println!("  sudo {}", output::connect_line(&address, &volume.nqn));
-    println!("  cairn bench nvme+tcp://{address}/{} --rw randwrite --qd 32", volume.nqn);
-    println!("\nManage it:  cairn volume status --socket {}", cluster.nexus_socket().display());
-    println!("Data and logs are in {}. Ctrl-C ends it; the data stays.\n", data.display());
+    say!("  sudo modprobe nvme-tcp");
+    say!("  sudo {}", output::connect_line(&address, &volume.nqn));
+    say!("  cairn bench nvme+tcp://{address}/{} --rw randwrite --qd 32", volume.nqn);
+    say!("\nManage it:  cairn volume status --socket {}", cluster.nexus_socket().display());
+    say!("Data and logs are in {}. Ctrl-C ends it; the data stays.\n", data.display());
     let screen = console::Term::stdout();
     let live = std::io::stdout().is_terminal();
     let mut shown = String::new();
@@ -101,15 +102,12 @@ async fn up(args: &UpArgs) -> Result<ExitCode> {
             if live {
                 screen.write_line(&text)?;
             } else if old != new {
-                println!("{}", new.unwrap_or(&text));
+                say!("{}", new.unwrap_or(&text));
             }
             shown = text;
         }
         if let Some(name) = cluster.ended()? {
-            println!(
-                "process {name} has ended; its log is {}",
-                data.join(&name).join("log").display()
-            );
+            say!("process {name} has ended; its log is {}", data.join(&name).join("log").display());
         }
         tokio::select! {
             _ = interrupt.recv() => break,
@@ -117,9 +115,9 @@ async fn up(args: &UpArgs) -> Result<ExitCode> {
             () = tokio::time::sleep(REFRESH) => {}
         }
     }
-    println!("\nstopping");
+    say!("\nstopping");
     cluster.stop().await?;
-    println!("stopped; `cairn up --data {}` brings it back", args.data.display());
+    say!("stopped; `cairn up --data {}` brings it back", args.data.display());
     Ok(ExitCode::SUCCESS)
 }
 
