@@ -108,6 +108,15 @@ docs/operations.md tells of every setting.")]
     #[command(subcommand)]
     Volume(client::VolumeCommand),
 
+    /// Print the structures of a pool, read-only, also of a damaged one or one that is in use.
+    #[command(after_help = "\
+Examples:
+  cairn inspect superblock /srv/pool.img
+  cairn inspect extents /dev/nvme1n1 -o json | jq '.[] | select(.state == \"allocated\")'
+
+A pool in use changes while it is read: what two runs say may differ.")]
+    Inspect(crate::inspect::InspectArgs),
+
     /// Put load on a volume or a replica over NVMe/TCP, and measure it.
     #[command(after_help = "\
 Examples:
@@ -137,6 +146,7 @@ impl Cli {
             Command::Pool(command) => client::pool(&global, command),
             Command::Replica(command) => client::replica(&global, command),
             Command::Volume(command) => client::volume(&global, command),
+            Command::Inspect(args) => crate::inspect::run(&global, &args),
             Command::Bench(args) => bench::run(&global, &args),
             Command::Completions { shell } => {
                 let mut command = Self::command();

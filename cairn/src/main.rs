@@ -6,6 +6,7 @@ mod check;
 mod cli;
 mod client;
 mod config;
+mod inspect;
 mod nvme;
 mod output;
 mod pattern;

@@ -1,7 +1,7 @@
 //! Reading a pool's structures without opening it: read-only, and on damaged pools too.
 
 use crate::disk::{
-    BLOCK, BLOCK_LEN, BlockError, Entry, JournalBlock, Record, Superblock, TablePage,
+    BLOCK, BLOCK_LEN, BlockError, CatalogPage, Entry, JournalBlock, Record, Superblock, TablePage,
 };
 use crate::format::entries_of_page;
 use crate::open::read_superblock;
@@ -14,6 +14,17 @@ pub struct SuperblockInfo {
     pub address: u64,
     /// What it holds, or why it does not decode.
     pub content: Result<Superblock, BlockError>,
+}
+
+/// A copy of a catalog page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CatalogInfo {
+    /// The replica slot.
+    pub slot: u16,
+    /// Where it lies, in blocks.
+    pub address: u64,
+    /// What it holds, or why it does not decode.
+    pub content: Result<CatalogPage, BlockError>,
 }
 
 /// A journal block that decodes.
@@ -62,6 +73,25 @@ pub fn inspect_superblock<D: Device>(dev: &mut D) -> Result<Vec<SuperblockInfo>,
         }
         dev.read_at(address * BLOCK, &mut block)?;
         copies.push(SuperblockInfo { address, content: Superblock::decode(address, &block) });
+    }
+    Ok(copies)
+}
+
+/// Every copy of every catalog page.
+///
+/// # Errors
+/// [`PoolError`] where no superblock says where the catalog is.
+pub fn inspect_catalog<D: Device>(dev: &mut D) -> Result<Vec<CatalogInfo>, PoolError> {
+    let (superblock, _) = read_superblock(dev)?;
+    let mut copies = Vec::new();
+    let mut block = vec![0; BLOCK_LEN];
+    for slot in 0..superblock.slots {
+        for copy in [0, 1] {
+            let address = superblock.catalog_address(slot, copy);
+            dev.read_at(address * BLOCK, &mut block)?;
+            let content = CatalogPage::decode(slot, address, superblock.pool, &block);
+            copies.push(CatalogInfo { slot, address, content });
+        }
     }
     Ok(copies)
 }

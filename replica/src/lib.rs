@@ -35,8 +35,8 @@ pub use device::{Device, MemDevice, SparseDevice};
 pub use error::{ControlError, DiskError, PoolError};
 pub use format::{FormatOptions, Probe};
 pub use inspect::{
-    ExtentInfo, JournalInfo, PageInfo, SuperblockInfo, inspect_extents, inspect_journal,
-    inspect_superblock,
+    CatalogInfo, ExtentInfo, JournalInfo, PageInfo, SuperblockInfo, inspect_catalog,
+    inspect_extents, inspect_journal, inspect_superblock,
 };
 pub use pool::{
     DiskId, DiskIo, DiskOp, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot, ReplicaSpec,
