@@ -114,6 +114,7 @@ impl Pool {
         e.slot = alloc.slot;
         e.link = alloc.logical;
         self.extents.allocated += 1;
+        self.sum_allocated(alloc.extent);
         self.dirty_page(alloc.extent);
         let slot = &mut self.slots[usize::from(alloc.slot)];
         slot.map_to(alloc.logical, alloc.extent);

@@ -57,6 +57,7 @@ impl Pool {
         let slot = self.extents.get(extent).slot;
         self.slots[usize::from(slot)].returning -= 1;
         self.extents.returning -= 1;
+        self.drop_sum(extent);
         self.extents.put_free(extent, zeroed);
         self.dirty_page(extent);
     }

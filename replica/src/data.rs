@@ -2,6 +2,7 @@
 
 use cairn_block::{BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
+use crate::DiskError;
 use crate::disk::{BLOCK, EXTENT_BLOCKS};
 use crate::extents::{ExtentState, NIL, extent_offset};
 use crate::flush::Waiter;
@@ -9,6 +10,7 @@ use crate::journal::Owner;
 use crate::pool::{
     DiskOp, Done, HOLE, Mapping, PENDING, Pool, PoolState, Purpose, ReplicaSlot, Slot,
 };
+use crate::sums::{Ready, Verdict};
 
 /// Parts of one request in flight: a discard of everything must not take all the memory.
 const MAX_PARTS: u32 = 64;
@@ -64,7 +66,9 @@ pub(crate) struct Part {
     blocks: u32,
     buf: BufSlice,
     action: Action,
-    /// The next one that waits for the same allocation.
+    /// How often it met a write of its blocks, where it reads.
+    tries: u8,
+    /// The next one that waits for the same allocation, or for the same checksums.
     pub(crate) next: u32,
 }
 
@@ -194,6 +198,26 @@ impl Pool {
                 true
             }
             (Mapping::Extent(extent), action) => {
+                let sum = match self.prepare(extent, action != Action::Read) {
+                    Ready::Now(sum) => sum,
+                    Ready::Wait(sum) => {
+                        self.wait_for_sum(sum, part);
+                        return Ok(true);
+                    }
+                };
+                if action == Action::Read {
+                    if self.reads_zeros(sum, part.first, part.blocks) {
+                        mem.bytes_mut(part.buf).fill(0);
+                        return Ok(false);
+                    }
+                } else {
+                    let data = matches!(action, Action::Write { .. }).then_some(part.buf);
+                    if !self.begin_mutation(sum, part.first, part.blocks, data, mem) {
+                        self.hold_conflict(part);
+                        return Ok(true);
+                    }
+                }
+                let version = self.sum_version(sum);
                 let start = extent_offset(&self.superblock.segments, extent);
                 let offset = ByteOffset(start + u64::from(part.first) * BLOCK);
                 let op = match action {
@@ -204,10 +228,80 @@ impl Pool {
                     }
                     Action::Free => unreachable!("handled above"),
                 };
-                self.issue(op, Purpose::Data { request: part.request, extent }, None);
+                let purpose =
+                    Purpose::Data { request: part.request, extent, version, tries: part.tries };
+                self.issue(op, purpose, None);
                 true
             }
         })
+    }
+
+    /// A device operation on an extent's data is over.
+    pub(crate) fn data_done<M: Memory>(
+        &mut self,
+        op: DiskOp,
+        request: u32,
+        extent: u32,
+        (version, tries): (u32, u8),
+        result: Result<(), DiskError>,
+        mem: &mut M,
+    ) {
+        if self.state != PoolState::Online {
+            self.unpin(extent);
+            self.part_done(request, IoStatus::MediaError, mem);
+            return;
+        }
+        let mut status = match result {
+            Ok(()) => IoStatus::Ok,
+            Err(DiskError::NoSpace) => IoStatus::NoSpace,
+            Err(DiskError::Io) => IoStatus::MediaError,
+        };
+        let start = extent_offset(&self.superblock.segments, extent);
+        let block = |offset: ByteOffset| {
+            u32::try_from((offset.0 - start) / BLOCK).expect("an extent has 256 blocks")
+        };
+        match op {
+            DiskOp::Read { offset, buf } if status.is_ok() => {
+                let first = block(offset);
+                match self.verify(extent, first, buf, version, tries, mem) {
+                    Verdict::Good => {}
+                    Verdict::Bad => status = IoStatus::MediaError,
+                    Verdict::Again => {
+                        let e = *self.extents.get(extent);
+                        let part = Part {
+                            request,
+                            slot: e.slot,
+                            logical: e.link,
+                            first,
+                            blocks: buf.len() >> 12,
+                            buf,
+                            action: Action::Read,
+                            tries: tries + 1,
+                            next: NIL,
+                        };
+                        self.unpin(extent);
+                        self.rerun(part, mem);
+                        return;
+                    }
+                }
+            }
+            DiskOp::Write { offset, .. } | DiskOp::Zero { offset, .. } => {
+                let space = status == IoStatus::NoSpace;
+                self.end_mutation(extent, block(offset), space, mem);
+            }
+            DiskOp::Read { .. } | DiskOp::Flush => {}
+        }
+        self.unpin(extent);
+        self.part_done(request, status, mem);
+    }
+
+    /// Runs a part that is counted as outstanding already.
+    pub(crate) fn rerun<M: Memory>(&mut self, part: Part, mem: &mut M) {
+        match self.run_part(part, mem) {
+            Ok(true) => {}
+            Ok(false) => self.part_done(part.request, IoStatus::Ok, mem),
+            Err(status) => self.part_done(part.request, status, mem),
+        }
     }
 
     /// Takes an extent out of its replica's map. Reads see zeros from here on; the request is answered
@@ -243,11 +337,7 @@ impl Pool {
         while at != NIL {
             let part = self.parts.remove(at);
             at = part.next;
-            match self.run_part(part, mem) {
-                Ok(true) => {}
-                Ok(false) => self.part_done(part.request, IoStatus::Ok, mem),
-                Err(status) => self.part_done(part.request, status, mem),
-            }
+            self.rerun(part, mem);
         }
     }
 
@@ -331,6 +421,7 @@ fn next_part(id: u32, request: &mut Request, slot: &Slot) -> Part {
         blocks,
         buf,
         action,
+        tries: 0,
         next: NIL,
     }
 }

@@ -5,6 +5,12 @@ use std::io;
 /// Why a pool could not be formatted, opened or read.
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
+    /// Made before blocks had checksums.
+    #[error(
+        "the pool was made by a development version without block checksums; copy its data off \
+         with that version and make the pool anew"
+    )]
+    NoChecksums,
     /// The device could not be read or written.
     #[error("the device failed: {0}")]
     Device(#[from] io::Error),

@@ -31,9 +31,15 @@ pub(crate) struct Extent {
     pub(crate) link: u32,
     /// Device operations on its data in flight.
     pub(crate) pins: u32,
+    /// Its checksums in memory, or [`NIL`].
+    pub(crate) sum: u32,
     pub(crate) slot: u16,
     pub(crate) state: ExtentState,
+    /// Marked dirty durably.
+    pub(crate) dirty: bool,
 }
+
+const _: () = assert!(size_of::<Extent>() == 24);
 
 /// A table page in memory.
 #[derive(Debug, Clone, Copy)]
@@ -92,8 +98,10 @@ impl Extents {
             epoch: entry.epoch,
             link: entry.logical,
             pins: 0,
+            sum: NIL,
             slot: entry.slot,
             state,
+            dirty: entry.dirty,
         });
     }
 
@@ -176,6 +184,7 @@ impl Extents {
                 slot: e.slot,
                 logical: e.link,
                 epoch: e.epoch,
+                dirty: e.dirty,
             },
         }
     }
@@ -215,6 +224,18 @@ pub(crate) fn extent_offset(segments: &[Segment], extent: u32) -> u64 {
     for segment in segments {
         if extent - first < segment.extents {
             return segment.data * crate::disk::BLOCK + u64::from(extent - first) * EXTENT;
+        }
+        first += segment.extents;
+    }
+    unreachable!("extent {extent} lies in no segment")
+}
+
+/// Where an extent's checksum page lies, in blocks.
+pub(crate) fn sums_address(segments: &[Segment], extent: u32) -> u64 {
+    let mut first = 0;
+    for segment in segments {
+        if extent - first < segment.extents {
+            return segment.sums_address(extent - first);
         }
         first += segment.extents;
     }

@@ -9,6 +9,8 @@ pub(crate) enum Waiter {
     Journal,
     /// An extent that was zeroed for this allocation.
     Alloc(u32),
+    /// The checksum page of this extent, and the data that it tells of.
+    Sum(u32),
     /// A freed extent that was zeroed.
     Clean(u32),
     /// The checkpoint's or the grow's next step.

@@ -78,7 +78,7 @@ pub(crate) fn plan_segment(start: u64, end: u64) -> Option<Segment> {
     let mut extents = u32::try_from(room).ok()?;
     while extents > 0 {
         let pages = u64::from(extents.div_ceil(ENTRIES_PER_PAGE));
-        let data = (start + 2 * pages).next_multiple_of(EXTENT_BLOCKS);
+        let data = (start + 2 * pages + u64::from(extents)).next_multiple_of(EXTENT_BLOCKS);
         let segment = Segment { table: start, data, extents };
         if segment.end() <= end {
             return Some(segment);
@@ -109,7 +109,7 @@ fn plan(options: &FormatOptions, len: u64) -> Result<Superblock, PoolError> {
         pool: options.pool_id,
         sequence: 1,
         compat: 0,
-        incompat: 0,
+        incompat: crate::disk::INCOMPAT_CHECKSUMS,
         device_len: len,
         sector_size: options.sector_size,
         slots,

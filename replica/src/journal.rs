@@ -15,6 +15,10 @@ pub(crate) enum Owner {
     Alloc(u32),
     /// An extent is given up by part of this request.
     Free { extent: u32, request: u32 },
+    /// An extent is marked dirty.
+    Mark(u32),
+    /// The mark is taken back.
+    Unmark(u32),
     /// Not a record: this request waits for those before it.
     Request(u32),
 }
@@ -90,7 +94,7 @@ impl Pool {
         }
         let sequence = self.journal.head;
         let address = self.superblock.journal_address(sequence);
-        let allocs = &self.allocs;
+        let (allocs, table) = (&self.allocs, &self.extents);
         let records = self.journal.batch.iter().filter_map(|owner| match *owner {
             Owner::Alloc(id) => {
                 let alloc = allocs.get(id);
@@ -99,10 +103,15 @@ impl Pool {
                     slot: alloc.slot,
                     logical: alloc.logical,
                     epoch: 0,
+                    dirty: true,
                 };
                 Some(Record { extent: alloc.extent, entry })
             }
             Owner::Free { extent, .. } => Some(Record { extent, entry: Entry::free(false) }),
+            Owner::Mark(extent) | Owner::Unmark(extent) => {
+                let dirty = matches!(owner, Owner::Mark(_));
+                Some(Record { extent, entry: Entry { dirty, ..table.entry(extent) } })
+            }
             Owner::Request(_) => None,
         });
         let pool = self.superblock.pool;
@@ -126,6 +135,8 @@ impl Pool {
                     self.free_durable(extent);
                     self.part_done(request, IoStatus::Ok, mem);
                 }
+                Owner::Mark(extent) => self.mark_durable(extent, mem),
+                Owner::Unmark(extent) => self.unmark_durable(extent, mem),
                 Owner::Request(request) => self.flusher.next.push(Waiter::Request(request)),
             }
         }

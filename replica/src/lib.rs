@@ -30,6 +30,7 @@ mod maintain;
 mod open;
 mod pool;
 mod slab;
+mod sums;
 
 pub use device::{Device, MemDevice, SparseDevice};
 pub use error::{ControlError, DiskError, PoolError};

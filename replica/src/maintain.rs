@@ -110,14 +110,20 @@ impl Maintenance {
 }
 
 impl Pool {
-    /// Writes all that the journal holds to the table, so that the journal is empty: before a clean stop.
+    /// Writes the checksums of every extent, and all that the journal holds to the table, so that the
+    /// next open has nothing to make good: before a clean stop.
     pub fn checkpoint<M: Memory>(&mut self, tag: u64, mem: &mut M) {
         if let PoolState::Failed(reason) = self.state {
             return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
         }
+        self.wash_all(tag);
+        self.pump(mem);
+    }
+
+    /// Everything has been washed: the table is next.
+    pub(crate) fn begin_checkpoint(&mut self, tag: u64) {
         let number = self.maintenance.want();
         self.maintenance.commands.push((tag, number));
-        self.pump(mem);
     }
 
     /// Uses a device that has become `device_len` bytes long.

@@ -3,7 +3,8 @@
 use crate::control::register_of;
 use crate::disk::{
     BLOCK, BLOCK_LEN, BlockError, CatalogPage, CatalogState, EXTENT_BLOCKS, EntryState,
-    INCOMPAT_KNOWN, JournalBlock, SUPERBLOCK_MAGIC, Segment, Superblock, TablePage, VERSION,
+    INCOMPAT_CHECKSUMS, INCOMPAT_KNOWN, JournalBlock, SUPERBLOCK_MAGIC, Segment, Superblock,
+    TablePage, VERSION,
 };
 use crate::extents::{ExtentState, Extents, Page, page_of};
 use crate::format::{CHUNK_PAGES, digest_of, entries_of_page};
@@ -22,6 +23,7 @@ pub(crate) fn open<D: Device>(dev: &mut D) -> Result<Pool, PoolError> {
     let head = replay(dev, &superblock, &mut table.extents)?;
     build_maps(&mut slots, &table.extents)?;
     table.extents.link_free(0);
+    let stale = table.extents.iter().filter(|(_, e)| e.dirty).map(|(i, _)| i).collect();
     for (address, block) in &repairs {
         dev.write_at(address * BLOCK, block)?;
     }
@@ -29,7 +31,7 @@ pub(crate) fn open<D: Device>(dev: &mut D) -> Result<Pool, PoolError> {
         dev.flush()?;
     }
     let maintenance = Maintenance::new(&superblock, table.last_checkpoint, table.digest);
-    Ok(Pool::new(superblock, copy, table.extents, slots, Journal::new(head), maintenance))
+    Ok(Pool::new(superblock, copy, table.extents, slots, Journal::new(head), maintenance, stale))
 }
 
 /// The newest superblock that verifies, and which copy it is.
@@ -71,6 +73,9 @@ pub(crate) fn read_superblock<D: Device>(dev: &mut D) -> Result<(Superblock, u64
     let unknown = superblock.incompat & !INCOMPAT_KNOWN;
     if unknown != 0 {
         return Err(PoolError::UnknownFeature { bits: unknown });
+    }
+    if superblock.incompat & INCOMPAT_CHECKSUMS == 0 {
+        return Err(PoolError::NoChecksums);
     }
     if superblock.device_len > dev.len() {
         return Err(PoolError::DeviceShrunk { recorded: superblock.device_len, found: dev.len() });

@@ -15,6 +15,7 @@ use crate::flush::{Flusher, Waiter};
 use crate::journal::Journal;
 use crate::maintain::Maintenance;
 use crate::slab::Slab;
+use crate::sums::Sums;
 use crate::{ControlError, Device, DiskError, FormatOptions, PoolError, Probe};
 
 /// Where a replica's catalog page is; names the replica while the pool is open.
@@ -243,7 +244,15 @@ pub(crate) enum Purpose {
     Data {
         request: u32,
         extent: u32,
+        /// Of the extent's checksums when it was issued.
+        version: u32,
+        /// How often a read met a write of its blocks.
+        tries: u8,
     },
+    /// Reads the checksum page of an extent, or all of the extent to hash it.
+    SumLoad(u32),
+    /// Writes the checksum page of an extent.
+    SumWrite(u32),
     Flush,
     Journal,
     /// Zeroes an extent for this allocation.
@@ -291,6 +300,7 @@ pub struct Pool {
     pub(crate) journal: Journal,
     pub(crate) flusher: Flusher,
     pub(crate) maintenance: Maintenance,
+    pub(crate) sums: Sums,
     pub(crate) jobs: VecDeque<Job>,
     pub(crate) out: VecDeque<u32>,
     pub(crate) done: VecDeque<Done>,
@@ -329,6 +339,7 @@ impl Pool {
         slots: Vec<Slot>,
         journal: Journal,
         maintenance: Maintenance,
+        stale: VecDeque<u32>,
     ) -> Self {
         let deleting = slots.iter().filter(|s| s.deleting).count();
         Self {
@@ -347,6 +358,7 @@ impl Pool {
             journal,
             flusher: Flusher::with_capacity(WARM),
             maintenance,
+            sums: Sums::new(stale),
             jobs: VecDeque::new(),
             out: VecDeque::with_capacity(WARM),
             done: VecDeque::with_capacity(WARM),
@@ -430,6 +442,7 @@ impl Pool {
         self.requests.len()
             + self.jobs.iter().filter(|job| job.tag.is_some()).count()
             + self.maintenance.commands()
+            + self.sums.commands.len()
     }
 
     /// Whether nothing is under way: no request, no command, no device operation, no deletion.
@@ -440,6 +453,7 @@ impl Pool {
             && self.jobs.is_empty()
             && self.deleting == 0
             && self.maintenance.is_idle()
+            && self.sums.is_idle()
     }
 
     /// The next operation for the device. They may be performed in any order.
@@ -465,15 +479,14 @@ impl Pool {
     ) {
         let issued = self.issued.remove(id.0);
         let buf = issued.buf;
-        if let Purpose::Data { request, extent } = issued.purpose {
-            self.unpin(extent);
-            let status = match result {
-                _ if self.state != PoolState::Online => IoStatus::MediaError,
-                Ok(()) => IoStatus::Ok,
-                Err(DiskError::NoSpace) => IoStatus::NoSpace,
-                Err(DiskError::Io) => IoStatus::MediaError,
-            };
-            self.part_done(request, status, mem);
+        if let Purpose::Data { request, extent, version, tries } = issued.purpose {
+            self.data_done(issued.op, request, extent, (version, tries), result, mem);
+        } else if let (Purpose::SumLoad(extent), true) =
+            (issued.purpose, self.state == PoolState::Online)
+        {
+            let buf = buf.expect("checksums are read into a buffer");
+            self.sum_loaded(extent, result, buf.slice(), mem);
+            mem.release(buf);
         } else {
             if let Some(buf) = buf {
                 mem.release(buf);
@@ -492,7 +505,11 @@ impl Pool {
         mem: &mut M,
     ) {
         match purpose {
-            Purpose::Data { .. } => unreachable!("handled before"),
+            Purpose::Data { .. } | Purpose::SumLoad(_) => unreachable!("handled before"),
+            Purpose::SumWrite(extent) => match result {
+                Ok(()) => self.sum_written(extent),
+                Err(_) => self.fail("a write of checksums failed", mem),
+            },
             Purpose::AllocZero(alloc) => self.alloc_zeroed(alloc, result, mem),
             Purpose::CleanZero(extent) => self.clean_zeroed(extent, result),
             Purpose::Flush => match result {
@@ -524,6 +541,7 @@ impl Pool {
                 Waiter::Journal => self.journal_durable(mem),
                 Waiter::Alloc(alloc) => self.log_alloc(alloc),
                 Waiter::Clean(extent) => self.cleaned(extent),
+                Waiter::Sum(extent) => self.sum_flushed(extent),
                 Waiter::Maintain => self.maintain_flushed(),
                 Waiter::Catalog(slot) => self.catalog_durable(slot),
             }
@@ -544,6 +562,7 @@ impl Pool {
         self.pump_deletions();
         self.pump_clean();
         self.pump_allocs(mem);
+        self.pump_sums(mem);
         self.pump_journal(mem);
         self.pump_maintenance(mem);
         self.pump_catalog(mem);
@@ -560,7 +579,7 @@ impl Pool {
         self.out.push_back(id);
     }
 
-    fn unpin(&mut self, extent: u32) {
+    pub(crate) fn unpin(&mut self, extent: u32) {
         let e = self.extents.get_mut(extent);
         assert!(e.pins > 0, "I/O on extent {extent} completed twice");
         e.pins -= 1;
@@ -594,6 +613,7 @@ impl Pool {
         self.need_extent.clear();
         self.to_clean.clear();
         self.journal.clear();
+        self.sums.clear();
         self.flusher.clear();
         for (_, request) in self.requests.iter_mut() {
             request.give_up();
@@ -613,7 +633,12 @@ impl Pool {
             self.finish(request);
         }
         let jobs = core::mem::take(&mut self.jobs);
-        let tags = jobs.iter().filter_map(|job| job.tag).chain(self.maintenance.take_commands());
+        let washing = core::mem::take(&mut self.sums.commands);
+        let tags = jobs
+            .iter()
+            .filter_map(|job| job.tag)
+            .chain(self.maintenance.take_commands())
+            .chain(washing);
         let error = ControlError::PoolFailed(reason);
         self.done.extend(tags.map(|tag| Done {
             tag,

@@ -15,7 +15,7 @@ const LEN: u64 = 16 * MIB;
 
 /// A pool with a replica whose extents went through a checkpoint, and more in the journal.
 fn used_pool() -> (SparseDevice, Superblock) {
-    let mut sim = Sim::formatted(LEN, true, 1);
+    let mut sim = Sim::formatted(LEN, true, 4);
     let slot = sim.create(7, 8);
     let tag = sim.tag();
     let register = Register { promised_epoch: Epoch(9), seq: 3, ..Register::default() };
@@ -47,7 +47,7 @@ fn flip(dev: &mut SparseDevice, block: u64) {
 }
 
 fn intact(dev: SparseDevice) {
-    let mut sim = Sim::open(Disk::new(dev), 2);
+    let mut sim = Sim::open(Disk::new(dev), 4);
     let slot = sim.pool.find(cairn_block::ReplicaId(7)).unwrap();
     assert_eq!(sim.pool.register(slot).unwrap().promised_epoch, Epoch(9));
     for extent in 0..6u64 {

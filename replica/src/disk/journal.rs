@@ -55,6 +55,7 @@ impl JournalBlock {
             put_u16(block, at + 8, record.entry.slot);
             block[at + 10] = record.entry.state.to_byte();
             block[at + 11] = KIND_SET;
+            block[at + 12] = record.entry.flags();
             put_u64(block, at + 16, record.entry.epoch);
             count += 1;
         }
@@ -93,6 +94,7 @@ impl JournalBlock {
             slot: get_u16(block, at + 8),
             logical: get_u32(block, at + 4),
             epoch: get_u64(block, at + 16),
+            dirty: Entry::dirty_of(block[at + 12]),
         };
         Ok(Record { extent: get_u32(block, at), entry })
     }

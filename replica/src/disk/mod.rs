@@ -6,6 +6,7 @@
 
 mod catalog;
 mod journal;
+mod sums;
 mod superblock;
 mod table;
 
@@ -13,9 +14,11 @@ pub use catalog::{
     CATALOG_MAGIC, CONFIG_MAX, CatalogPage, CatalogState, MAX_REPLICA_BYTES, NAME_MAX,
 };
 pub use journal::{JOURNAL_MAGIC, JournalBlock, RECORDS_PER_BLOCK, Record};
+pub use sums::{BlockSums, SUMS_MAGIC, block_crc};
 pub(crate) use superblock::MAX_EXTENTS;
 pub use superblock::{
-    COMPAT_KNOWN, INCOMPAT_KNOWN, MAX_SEGMENTS, SUPERBLOCK_MAGIC, Segment, Superblock, VERSION,
+    COMPAT_KNOWN, INCOMPAT_CHECKSUMS, INCOMPAT_KNOWN, MAX_SEGMENTS, SUPERBLOCK_MAGIC, Segment,
+    Superblock, VERSION,
 };
 pub use table::{ENTRIES_PER_PAGE, Entry, EntryState, TABLE_MAGIC, TablePage};
 

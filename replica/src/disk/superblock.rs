@@ -14,7 +14,9 @@ pub const VERSION: u16 = 1;
 /// Features that an older program may ignore.
 pub const COMPAT_KNOWN: u64 = 0;
 /// Features without which the pool must not be opened.
-pub const INCOMPAT_KNOWN: u64 = 0;
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_CHECKSUMS;
+/// Every block has a checksum: see the checksum pages. Every pool has this feature.
+pub const INCOMPAT_CHECKSUMS: u64 = 1;
 /// Segments that fit: the first, and one for each time the pool was grown.
 pub const MAX_SEGMENTS: usize = 64;
 
@@ -52,6 +54,12 @@ impl Segment {
     #[must_use]
     pub fn end(&self) -> u64 {
         self.data + u64::from(self.extents) * EXTENT_BLOCKS
+    }
+
+    /// Where the checksum page of its extent `local` lies.
+    #[must_use]
+    pub fn sums_address(&self, local: u32) -> u64 {
+        self.table + 2 * u64::from(self.pages()) + u64::from(local)
     }
 
     /// Where copy `copy` (0 or 1) of its page `page` lies.
@@ -200,7 +208,7 @@ impl Superblock {
             if segment.table < at || segment.table > end || segment.data > end {
                 return Err(BlockError::Field("a segment's place"));
             }
-            if segment.data < segment.page_address(0, 2) {
+            if segment.data < segment.sums_address(segment.extents) {
                 return Err(BlockError::Field("a segment's table"));
             }
             at = segment.end();

@@ -58,6 +58,21 @@ pub struct Entry {
     pub logical: u32,
     /// The stamp of the first write under a configuration. Zero until it is used.
     pub epoch: u64,
+    /// Whether its checksums on the device may be behind its data.
+    pub dirty: bool,
+}
+
+/// The bit of an entry's flags that says that it is dirty.
+const DIRTY: u8 = 1;
+
+impl Entry {
+    pub(crate) fn flags(&self) -> u8 {
+        if self.dirty { DIRTY } else { 0 }
+    }
+
+    pub(crate) fn dirty_of(flags: u8) -> bool {
+        flags & DIRTY != 0
+    }
 }
 
 impl Entry {
@@ -65,7 +80,7 @@ impl Entry {
     #[must_use]
     pub const fn free(zeroed: bool) -> Self {
         let state = if zeroed { EntryState::FreeZeroed } else { EntryState::FreeUnzeroed };
-        Self { state, slot: 0, logical: 0, epoch: 0 }
+        Self { state, slot: 0, logical: 0, epoch: 0, dirty: false }
     }
 }
 
@@ -102,6 +117,7 @@ impl TablePage {
         let mut count = 0;
         for (entry, at) in entries.zip((ENTRIES_AT..).step_by(ENTRY_LEN)) {
             block[at] = entry.state.to_byte();
+            block[at + 1] = entry.flags();
             put_u16(block, at + 2, entry.slot);
             put_u32(block, at + 4, entry.logical);
             put_u64(block, at + 8, entry.epoch);
@@ -154,6 +170,7 @@ impl TablePage {
             slot: get_u16(block, at + 2),
             logical: get_u32(block, at + 4),
             epoch: get_u64(block, at + 8),
+            dirty: Entry::dirty_of(block[at + 1]),
         })
     }
 }

@@ -9,7 +9,8 @@ const POOL: PoolId = PoolId(0x3f2c_1a60_5d1c_4b6e_9f0a_2b7f_6f1f_9a10);
 #[test]
 fn the_header_is_as_drawn() {
     let mut block = vec![0; BLOCK_LEN];
-    let entry = Entry { state: EntryState::Allocated, slot: 0x102, logical: 0x304, epoch: 5 };
+    let entry =
+        Entry { state: EntryState::Allocated, slot: 0x102, logical: 0x304, epoch: 5, dirty: false };
     let records = [Record { extent: 0x607, entry }].into_iter();
     JournalBlock::encode(0x1122, 0x42, POOL, records, &mut block);
     assert_eq!(&block[..8], b"CAIRNJNL");
@@ -80,7 +81,7 @@ proptest! {
             .into_iter()
             .map(|(extent, state, slot, logical, epoch)| {
                 let state = EntryState::from_byte(state).expect("a known state");
-                Record { extent, entry: Entry { state, slot, logical, epoch } }
+                Record { extent, entry: Entry { state, slot, logical, epoch, dirty: epoch % 2 == 1 } }
             })
             .collect();
         let mut block = vec![0; BLOCK_LEN];

@@ -1,0 +1,159 @@
+//! Block checksums: what rot, a misdirected write, a crash and a clean stop come to.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use cairn_block::{IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
+use cairn_replica::{Device, ReplicaSlot, inspect_superblock};
+use common::{Disk, EXTENT_BLOCKS, MIB, Sim};
+
+const WRITE: IoOp = IoOp::Write { fua: false };
+
+/// Reads one block; its bytes, or how it failed.
+fn read(sim: &mut Sim, slot: ReplicaSlot, lba: u64) -> Result<Vec<u8>, IoStatus> {
+    let buf = sim.mem.alloc(4096).unwrap();
+    let tag = sim.tag();
+    let range = LbaRange::new(Lba(lba), 1).unwrap();
+    let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
+    sim.pool.submit(tag, slot, request, &mut sim.mem);
+    let status = sim.wait(tag).status;
+    let bytes = sim.mem.bytes(buf.slice()).to_vec();
+    sim.mem.release(buf);
+    if status.is_ok() { Ok(bytes) } else { Err(status) }
+}
+
+/// The first byte of the data on the device.
+fn data_start(sim: &mut Sim) -> u64 {
+    let copies = inspect_superblock(&mut sim.disk.now).unwrap();
+    copies[0].content.as_ref().unwrap().segments[0].data * 4096
+}
+
+/// The first byte of the checksum page of the first extent.
+fn sums_start(sim: &mut Sim) -> u64 {
+    let copies = inspect_superblock(&mut sim.disk.now).unwrap();
+    copies[0].content.as_ref().unwrap().segments[0].sums_address(0) * 4096
+}
+
+fn flip(disk: &mut Disk, byte: u64, bit: u8) {
+    let at = byte & !4095;
+    let mut block = vec![0; 4096];
+    disk.now.read_at(at, &mut block).unwrap();
+    block[usize::try_from(byte - at).unwrap()] ^= 1 << bit;
+    disk.now.write_at(at, &block).unwrap();
+}
+
+/// What block `lba` of a full extent holds.
+fn value(lba: u64) -> u8 {
+    u8::try_from(lba % 250 + 1).unwrap()
+}
+
+/// A pool with one replica whose first extent is full.
+fn full_extent(seed: u64) -> (Sim, ReplicaSlot) {
+    let mut sim = Sim::formatted(16 * MIB, true, seed);
+    let slot = sim.create(1, 8);
+    for lba in 0..EXTENT_BLOCKS {
+        assert!(sim.request(slot, WRITE, lba, 1, value(lba)).is_ok());
+    }
+    (sim, slot)
+}
+
+#[test]
+fn every_flipped_bit_is_seen_and_nothing_else_is_refused() {
+    for seed in 0..4 {
+        let (mut sim, slot) = full_extent(seed);
+        let start = data_start(&mut sim);
+        let mut bad = std::collections::BTreeSet::new();
+        for _ in 0..60 {
+            let byte = sim.rng.below(MIB);
+            let bit = u8::try_from(sim.rng.below(8)).unwrap();
+            if bad.insert(byte / 4096) {
+                flip(&mut sim.disk, start + byte, bit);
+            }
+        }
+        for lba in 0..EXTENT_BLOCKS {
+            let found = read(&mut sim, slot, lba);
+            if bad.contains(&lba) {
+                assert_eq!(found, Err(IoStatus::MediaError), "block {lba}");
+            } else {
+                assert_eq!(found.unwrap(), vec![value(lba); 4096], "block {lba}");
+            }
+        }
+        assert_eq!(sim.pool.checksum_mismatches(), bad.len() as u64);
+        // Written again it is right again.
+        for &lba in &bad {
+            assert!(sim.request(slot, WRITE, lba, 1, 9).is_ok());
+            assert!(read(&mut sim, slot, lba).is_ok());
+        }
+    }
+}
+
+#[test]
+fn a_block_in_anothers_place_does_not_verify() {
+    let (mut sim, slot) = full_extent(0);
+    let start = data_start(&mut sim);
+    let mut block = vec![0; 4096];
+    sim.disk.now.read_at(start + 3 * 4096, &mut block).unwrap();
+    sim.disk.now.write_at(start + 4 * 4096, &block).unwrap();
+    assert!(read(&mut sim, slot, 3).is_ok());
+    assert_eq!(read(&mut sim, slot, 4), Err(IoStatus::MediaError));
+}
+
+#[test]
+fn a_block_that_was_never_written_reads_as_zeros_whatever_is_there() {
+    let mut sim = Sim::formatted(16 * MIB, true, 0);
+    let slot = sim.create(1, 8);
+    assert!(sim.request(slot, WRITE, 0, 1, 7).is_ok());
+    let start = data_start(&mut sim);
+    flip(&mut sim.disk, start + 5 * 4096, 3);
+    assert_eq!(read(&mut sim, slot, 5), Ok(vec![0; 4096]));
+    // In one request with a block that was.
+    assert_eq!(sim.read(slot, 0, 8)[4096..], vec![0; 7 * 4096]);
+}
+
+#[test]
+fn a_clean_stop_leaves_nothing_to_hash_and_a_kill_does() {
+    for kill in [false, true] {
+        let (mut sim, slot) = full_extent(0);
+        if !kill {
+            sim.checkpoint();
+            assert_eq!(sim.pool.dirty_extents(), 0);
+        }
+        let disk = sim.disk.kill(&mut sim.rng);
+        let mut sim = Sim::open(disk, 0);
+        assert_eq!(sim.pool.dirty_extents(), u64::from(kill));
+        for lba in (0..EXTENT_BLOCKS).rev() {
+            assert_eq!(read(&mut sim, slot, lba).unwrap(), vec![value(lba); 4096]);
+        }
+        // And what is read from a clean page is held to it.
+        let start = data_start(&mut sim);
+        flip(&mut sim.disk, start + 77 * 4096 + 9, 0);
+        assert_eq!(read(&mut sim, slot, 77), Err(IoStatus::MediaError));
+    }
+}
+
+#[test]
+fn a_rotten_checksum_page_is_an_error_and_not_a_wrong_read() {
+    let (mut sim, slot) = full_extent(0);
+    sim.checkpoint();
+    let disk = sim.disk.kill(&mut sim.rng);
+    let mut sim = Sim::open(disk, 0);
+    let at = sums_start(&mut sim);
+    flip(&mut sim.disk, at + 300, 2);
+    assert_eq!(read(&mut sim, slot, 1), Err(IoStatus::MediaError));
+    // The rest of the pool serves.
+    assert!(sim.request(slot, WRITE, 5 * EXTENT_BLOCKS, 1, 3).is_ok());
+    assert!(read(&mut sim, slot, 5 * EXTENT_BLOCKS).is_ok());
+}
+
+/// Steady overwrites of extents that are dirty write their data and nothing else.
+#[test]
+fn a_steady_overwrite_logs_nothing() {
+    let (mut sim, slot) = full_extent(0);
+    sim.settle();
+    let flushes = sim.disk.flushes;
+    for round in 0..200 {
+        let lba = sim.rng.below(EXTENT_BLOCKS);
+        assert!(sim.request(slot, WRITE, lba, 1, round).is_ok());
+    }
+    assert_eq!(sim.disk.flushes, flushes);
+}
