@@ -129,6 +129,39 @@ pub(crate) struct Pool {
     pub(crate) create: bool,
     #[serde(default)]
     pub(crate) io: Io,
+    /// Extents whose checksums are kept in memory, about 1.1 KiB each.
+    #[serde(default = "cached_extents")]
+    pub(crate) cached_extents: usize,
+    /// Extents that may be dirty: what a crash makes the next start read and hash.
+    #[serde(default = "dirty_extents")]
+    pub(crate) dirty_extents: usize,
+    /// Neither hash nor verify blocks: to measure what that costs, in memory pools alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) disable_checksums_for_benchmark: bool,
+}
+
+fn cached_extents() -> usize {
+    16_384
+}
+
+fn dirty_extents() -> usize {
+    4_096
+}
+
+impl Pool {
+    /// A pool with the usual settings.
+    pub(crate) fn new(name: &str, path: String, size: Option<ByteSize>, create: bool) -> Self {
+        Self {
+            name: name.to_owned(),
+            path,
+            size,
+            create,
+            io: Io::Direct,
+            cached_extents: cached_extents(),
+            dirty_extents: dirty_extents(),
+            disable_checksums_for_benchmark: false,
+        }
+    }
 }
 
 impl Config {
@@ -158,6 +191,12 @@ impl Config {
         for (i, pool) in self.pools.iter().enumerate() {
             if pool.name.is_empty() || !pool.name.chars().all(plain) {
                 bail!("pool name \"{}\": use letters, digits, '-', '_' and '.'", pool.name);
+            }
+            if pool.disable_checksums_for_benchmark && !pool.path.starts_with("mem:") {
+                bail!(
+                    "disable_checksums_for_benchmark is for mem: pools, not for \"{}\"",
+                    pool.path
+                );
             }
             if self.pools[..i].iter().any(|other| other.name == pool.name) {
                 bail!("two pools are named \"{}\"", pool.name);

@@ -69,7 +69,8 @@ pub(crate) fn size(bytes: u64) -> String {
 }
 
 impl Show for v1::Pool {
-    const HEADS: &'static [&'static str] = &["POOL", "STATE", "SIZE", "FREE", "PATH", "ID"];
+    const HEADS: &'static [&'static str] =
+        &["POOL", "STATE", "SIZE", "FREE", "BAD READS", "PATH", "ID"];
 
     fn row(&self) -> Vec<String> {
         vec![
@@ -77,6 +78,7 @@ impl Show for v1::Pool {
             self.state.clone(),
             size(self.capacity_bytes),
             size(self.free_bytes),
+            self.checksum_mismatches.to_string(),
             self.path.clone(),
             self.id.clone(),
         ]
@@ -86,7 +88,8 @@ impl Show for v1::Pool {
         json!({
             "name": self.name, "id": self.id, "path": self.path, "state": self.state,
             "capacity_bytes": self.capacity_bytes, "free_bytes": self.free_bytes,
-            "extent_bytes": self.extent_bytes,
+            "extent_bytes": self.extent_bytes, "dirty_extents": self.dirty_extents,
+            "checksum_mismatches": self.checksum_mismatches,
         })
     }
 }

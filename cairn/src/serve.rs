@@ -197,11 +197,17 @@ pub(crate) fn add_pool(
         Pool::format(&mut device, &options)?;
         tracing::info!(pool = %spec.name, id = %options.pool_id, "pool made");
     }
-    let pool = Box::new(Pool::open(&mut device)?);
+    let mut pool = Box::new(Pool::open(&mut device)?);
+    pool.set_checksum_limits(spec.cached_extents, spec.dirty_extents);
+    if spec.disable_checksums_for_benchmark {
+        tracing::warn!(pool = %spec.name, "blocks are neither hashed nor verified");
+        pool.disable_checksums_for_benchmark();
+    }
     let usage = pool.usage();
     tracing::info!(
         pool = %spec.name, id = %pool.id(),
-        extents = usage.extents_total, free = usage.extents_free, "pool opened"
+        extents = usage.extents_total, free = usage.extents_free, dirty = pool.dirty_extents(),
+        "pool opened"
     );
     let name = spec.name.clone();
     let device_len = cairn_engine::replica::Device::len(&device);

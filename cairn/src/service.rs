@@ -211,6 +211,8 @@ impl Service {
             capacity_bytes: report.usage.extents_total * extent,
             free_bytes: report.usage.extents_free * extent,
             extent_bytes: report.usage.extent_bytes,
+            dirty_extents: report.dirty_extents,
+            checksum_mismatches: report.checksum_mismatches,
         }
     }
 
@@ -372,13 +374,11 @@ impl Cairn for Service {
         if pools.iter().any(|p| p.name == request.name) {
             return Err(Status::already_exists(format!("pool `{}` exists already", request.name)));
         }
-        let spec = config::Pool {
-            name: request.name.clone(),
-            path: request.path,
-            size: (request.size_bytes > 0).then_some(bytesize::ByteSize(request.size_bytes)),
-            create: true,
-            io: if request.buffered { Io::Buffered } else { Io::Direct },
-        };
+        let size = (request.size_bytes > 0).then_some(bytesize::ByteSize(request.size_bytes));
+        let mut spec = config::Pool::new(&request.name, request.path, size, true);
+        if request.buffered {
+            spec.io = Io::Buffered;
+        }
         let (engine, paths) = (self.engine.clone(), self.paths.clone());
         // Formatting and opening read and write the device.
         let made = tokio::task::spawn_blocking(move || {

@@ -179,13 +179,9 @@ impl Cluster {
             let dir = data.join(&name);
             // Room for the volume, the pool's own tables, and a little more.
             let pool_size = ByteSize(size_bytes + size_bytes / 16 + (64 << 20));
-            let pool = config::Pool {
-                name: "pool".to_owned(),
-                path: dir.join("pool.img").display().to_string(),
-                size: (!dir.join("pool.img").exists()).then_some(pool_size),
-                create: true,
-                io: config::Io::Direct,
-            };
+            let path = dir.join("pool.img");
+            let size = (!path.exists()).then_some(pool_size);
+            let pool = config::Pool::new("pool", path.display().to_string(), size, true);
             let (process, mut client) = start_process(data, &name, port_of(i), vec![pool]).await?;
             tell(&format!("started {name} on {}", process.address));
             processes.push(process);

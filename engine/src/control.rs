@@ -126,6 +126,10 @@ pub struct PoolReport {
     pub id: PoolId,
     /// How full it is.
     pub usage: Usage,
+    /// Extents that a crash now would make the next start read and hash.
+    pub dirty_extents: u64,
+    /// Reads that did not verify since the pool was opened.
+    pub checksum_mismatches: u64,
     /// `online`, or why not.
     pub state: String,
 }

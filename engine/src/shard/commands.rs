@@ -119,6 +119,8 @@ impl<D: Driver> Shard<D> {
                 name: local.name.clone(),
                 id: local.pool.id(),
                 usage: local.pool.usage(),
+                dirty_extents: local.pool.dirty_extents(),
+                checksum_mismatches: local.pool.checksum_mismatches(),
                 state: match local.pool.state() {
                     PoolState::Online => "online".to_owned(),
                     PoolState::Failed(why) => format!("failed: {why}"),
