@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask tidy`, `cargo xtask test`.
+//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`.
 #![forbid(unsafe_code)]
 
 mod install;
@@ -25,6 +25,13 @@ enum Task {
     Tidy,
     /// Run the test suites; the last line is `N passed, N failed, N skipped`.
     Test(suites::Options),
+    /// Crash the pool in many ways, recover it, and hold it to its model: the options are those of the
+    /// crash tester (`--states N`, `--seed S`, `--threads N`).
+    #[command(disable_help_flag = true)]
+    Crash {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -42,5 +49,10 @@ fn run() -> Result<bool> {
     match Args::parse().task {
         Task::Tidy => tidy::run(),
         Task::Test(options) => suites::run(&options),
+        Task::Crash { options } => {
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let tester = ["run", "-q", "--release", "-p", "cairn-fuzz", "--bin", "crash", "--"];
+            Ok(std::process::Command::new(cargo).args(tester).args(options).status()?.success())
+        }
     }
 }

@@ -41,6 +41,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "doc", what: "cargo doc, warnings denied", run: doc },
     Suite { name: "deny", what: "licences, sources, advisories", run: deny },
     Suite { name: "fuzz", what: "each fuzz target for a few seconds", run: fuzz },
+    Suite { name: "crash", what: "the pool, crashed and recovered", run: crash },
     Suite { name: "check", what: "cairn up --check", run: check },
     Suite { name: "guest", what: "a Linux guest uses a volume", run: guest },
 ];
@@ -270,6 +271,11 @@ fn deny(bench: &Bench) -> Result<Counts> {
 fn fuzz(bench: &Bench) -> Result<Counts> {
     let ended = bench.cargo(&["run", "-q", "-p", "cairn-fuzz", "--", "--total-seconds", "20"])?;
     Ok(last_line(&bench.output()).checked(ended))
+}
+
+fn crash(bench: &Bench) -> Result<Counts> {
+    let tester = ["run", "-q", "-p", "cairn-fuzz", "--bin", "crash", "--", "--states", "3000"];
+    bench.cargo(&tester).map(Counts::of)
 }
 
 fn check(bench: &Bench) -> Result<Counts> {
