@@ -8,7 +8,6 @@
 #![allow(clippy::unwrap_used, reason = "the harness is shared with the tests, where it is usual")]
 
 // The harness of the replica's own tests: one model, one disk.
-#[allow(dead_code, unused_imports, reason = "not every test uses all of it")]
 #[path = "../../../replica/tests/common/mod.rs"]
 mod common;
 
