@@ -85,12 +85,13 @@ pub enum ChildOp {
     Io(IoRequest),
     /// Tell what the register holds.
     ReadRegister,
-    /// Promise to accept nothing older than this epoch, and bind the session to it. With `again`,
-    /// the epoch is the one that was promised; without, it must be newer.
+    /// Promise to accept nothing older than this epoch, and bind the session to it. The epoch must be
+    /// newer than the one that was promised; with `again`, it may be that one.
     Promise {
         /// The epoch.
         epoch: Epoch,
-        /// Whether this session takes up an epoch that was promised before.
+        /// Whether the nexus has the epoch already: this child may have promised it before, or have
+        /// been away when a majority did.
         again: bool,
     },
     /// Store this register durably, unless a newer epoch was promised.

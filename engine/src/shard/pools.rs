@@ -360,14 +360,11 @@ impl<D: Driver> Shard<D> {
             };
             let stored = match &op.kind {
                 RegisterKind::Read => Some(Ok(held)),
-                RegisterKind::Promise { epoch, again: true } => {
-                    Some(if *epoch == held.promised_epoch {
-                        Ok(held)
-                    } else {
-                        Err(IoStatus::Fenced)
-                    })
+                // Taken up again by a session of the nexus that has this epoch.
+                RegisterKind::Promise { epoch, again: true } if *epoch == held.promised_epoch => {
+                    Some(Ok(held))
                 }
-                RegisterKind::Promise { epoch, again: false } => {
+                RegisterKind::Promise { epoch, .. } => {
                     if *epoch > held.promised_epoch {
                         let promised = Register { promised_epoch: *epoch, ..held };
                         self.store_register(pool, slot, promised);
