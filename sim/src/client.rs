@@ -477,7 +477,7 @@ impl Client {
         if !ok {
             self.errors += 1;
             self.again(&request);
-            self.next_at = self.driver.now_ns() + MS;
+            self.next_at = self.driver.now_ns() + self.rng.below(20 * MS);
         }
         if let Some(buf) = request.buf {
             self.driver.memory().release(buf);
