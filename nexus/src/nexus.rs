@@ -405,9 +405,12 @@ impl Nexus {
             c.state = ChildState::Disconnected;
         }
         if self.assembly.is_some() {
-            self.assembly_child_down(child);
+            self.assembly_child_down(child, now_ms);
         }
         self.commit_refused(child);
+        if self.assembly.is_some() {
+            self.assembly_check_commit(now_ms);
+        }
         self.unpark();
         self.settle(now_ms);
     }
@@ -454,6 +457,9 @@ impl Nexus {
             self.handle_assembly_reply(child, round, reply, now_ms);
         } else {
             self.handle_rejoin_reply(child, &reply);
+        }
+        if self.assembly.is_some() {
+            self.assembly_check_commit(now_ms);
         }
         self.settle(now_ms);
     }
@@ -699,7 +705,7 @@ impl Nexus {
     }
 
     /// A child came back while the volume serves: bind its session to the epoch.
-    fn rejoin(&mut self, child: ChildId) {
+    pub(crate) fn rejoin(&mut self, child: ChildId) {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
         self.ask(child, round, ChildOp::Promise { epoch, again: true });
