@@ -157,13 +157,9 @@ impl Nexus {
                 assembly.deadline_ms = Some(now_ms + RETRY_MS);
             }
             (Stage::Gather | Stage::Promise, Err(_)) => {
+                // One that cannot store its promise does not keep a majority from going on.
                 self.assembly_child_down(child, now_ms);
                 self.push_event(Event::ResetChild(child));
-                if self.assembling().stage == Stage::Promise {
-                    let assembly = self.assembling();
-                    assembly.stage = Stage::Stuck;
-                    assembly.deadline_ms = Some(now_ms + RETRY_MS);
-                }
             }
             (Stage::Commit | Stage::Stuck, _) => {}
         }
