@@ -173,9 +173,16 @@ impl Run {
         while !self.cluster.clients_are_done() {
             let now = self.cluster.world().now_ns();
             assert!(now < limit, "the hosts' work does not end: {:?}", self.cluster.volumes());
-            if now >= next_fault {
+            if now >= next_fault && self.count == self.most {
+                // Whoever looks after the cluster restarts a process whose pool has gone offline.
+                if self.count > 0 {
+                    self.restart_victim();
+                }
+                next_fault = now + 5_000 * MS;
+            } else if now >= next_fault {
                 self.hurt();
-                next_fault = now + MS + self.rng.below(2 * pace);
+                let last = self.count == self.most;
+                next_fault = now + if last { 10_000 * MS } else { MS + self.rng.below(2 * pace) };
             }
             self.repair(now);
             let next = self.repairs.iter().map(|(at, _)| *at).fold(next_fault, u64::min);
@@ -203,6 +210,18 @@ impl Run {
         for what in due {
             self.mend(what);
         }
+    }
+
+    fn restart_victim(&mut self) {
+        self.cluster.world().heal();
+        self.mend(Repair::Disk(self.victim));
+        if self.cluster.is_local(self.victim) {
+            self.cluster.kill_nexus();
+        } else {
+            self.cluster.kill_replica(self.victim);
+            self.mend(Repair::StartReplica(self.victim));
+        }
+        self.mend(Repair::StartNexus);
     }
 
     fn mend(&mut self, what: Repair) {
@@ -235,7 +254,8 @@ impl Run {
             (self.faults.everywhere, 3),
         ];
         let kinds: Vec<u8> = kinds.iter().filter(|(on, _)| *on).map(|(_, kind)| *kind).collect();
-        if kinds.is_empty() || self.count == self.most {
+        if kinds.is_empty() {
+            self.most = 0;
             return;
         }
         self.count += 1;
