@@ -480,8 +480,7 @@ impl Nexus {
             slot.failed = ChildSet(slot.failed.0 | late.0);
             slot.fault = IoStatus::TimedOut;
             for child in late.iter() {
-                // The last member is not given up: there would be nobody to serve instead.
-                if self.in_sync != ChildSet::of(child) {
+                if !self.is_last(child) {
                     self.fail_child(child, FaultReason::DeadlineMissed);
                     self.events.push_back(Event::ResetChild(child));
                 }
@@ -692,9 +691,15 @@ impl Nexus {
 
     // ---- children
 
+    /// Whether nobody but this member would be left once those that are failing are out. It is not
+    /// given up: there would be nobody to serve instead.
+    fn is_last(&self, child: ChildId) -> bool {
+        self.in_sync.without(self.failing()).without(ChildSet::of(child)).is_empty()
+    }
+
     /// The child is to leave the in-sync set. Nothing that it missed is acked before that is stored.
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
-        let last = self.in_sync == ChildSet::of(child);
+        let last = self.is_last(child);
         let c = self.child(child);
         if last || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
             return;
