@@ -482,8 +482,7 @@ impl Cluster {
             let Some(((first, a), rest)) = contents.split_first() else { continue };
             for (other, b) in rest {
                 for (lba, (x, y)) in (0u64..).zip(a.chunks(PAGE).zip(b.chunks(PAGE))) {
-                    let (x, y) =
-                        (history.borrow().decode(lba, x), history.borrow().decode(lba, y));
+                    let (x, y) = (history.borrow().decode(lba, x), history.borrow().decode(lba, y));
                     assert!(
                         x == y || history.borrow().may_differ(lba),
                         "volume {volume} block {lba}: in-sync replica {first} holds {x}, {other} \

@@ -19,6 +19,10 @@ pub(crate) type Page = Option<Rc<[u8; PAGE]>>;
 pub struct DiskTrouble {
     /// Each operation takes up to so much longer, in nanoseconds.
     pub slow_ns: u64,
+    /// Of a thousand operations so many take up to `late_ns` longer, as where a device collects garbage.
+    pub late_per_mille: u64,
+    /// How late those are at most, in nanoseconds.
+    pub late_ns: u64,
     /// Operations started before this time complete after it.
     pub hung_until_ns: u64,
     /// Of a thousand operations so many fail with EIO.

@@ -4,10 +4,8 @@ use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use cairn_block::{Buf, BufSlice, HeapMemory, Memory};
-use cairn_engine::reactor::{
-    Chunk, Completion, DeviceId, Driver, ListenerId, Op, Token,
-};
+use cairn_block::{Buf, HeapMemory, Memory};
+use cairn_engine::reactor::{Chunk, Completion, DeviceId, Driver, ListenerId, Op, Token};
 
 use crate::disk::{PAGE, page_of};
 use crate::net::checksum;
@@ -70,9 +68,12 @@ impl SimDriver {
                 }
             }
             DiskWork::Write { buf, data, .. } => {
-                let same = self.memory.bytes(buf).chunks(PAGE).zip(&data).all(|(now, page)| {
-                    page.as_ref().is_some_and(|page| now == &page[..])
-                });
+                let same = self
+                    .memory
+                    .bytes(buf)
+                    .chunks(PAGE)
+                    .zip(&data)
+                    .all(|(now, page)| page.as_ref().is_some_and(|page| now == &page[..]));
                 assert!(same, "the buffer of a write changed while it was in flight");
             }
             DiskWork::Flush { .. } | DiskWork::Zero { .. } => {}
@@ -106,8 +107,7 @@ impl SimDriver {
             Inbox::Sent { socket, token, result } => {
                 let sent = self.world().sent_windows(self.node, socket);
                 if let Some((windows, sum)) = sent {
-                    let now =
-                        windows.iter().fold(0, |sum, &w| checksum(sum, self.memory.bytes(w)));
+                    let now = windows.iter().fold(0, |sum, &w| checksum(sum, self.memory.bytes(w)));
                     assert_eq!(now, sum, "what was sent changed while it was in flight");
                 }
                 Completion::Sent { token, result }
@@ -171,11 +171,7 @@ impl Driver for SimDriver {
             Op::Receive { socket } => self.world().receive(self.node, socket, token),
             Op::PauseReceive { socket } => self.world().pause_receive(self.node, socket),
             Op::Send { socket, windows } => {
-                let memory = &self.memory;
-                let mut bytes = |window: BufSlice, take: &mut dyn FnMut(&[u8])| {
-                    take(memory.bytes(window));
-                };
-                self.world.borrow_mut().send(self.node, socket, token, windows, &mut bytes);
+                self.world.borrow_mut().send(self.node, socket, token, windows, &self.memory);
             }
             Op::Close { socket } => self.world().close(self.node, socket, token),
         }
@@ -222,4 +218,3 @@ impl Driver for SimDriver {
         }
     }
 }
-

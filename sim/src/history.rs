@@ -163,8 +163,7 @@ impl History {
             assert!(
                 admissible,
                 "volume {} block {lba}: a read ({invoked}..{now}) returned {value}; writes: {:?}",
-                self.volume,
-                block.writes
+                self.volume, block.writes
             );
             block.reads.push(Read { value, invoked, ended: now });
             self.judged += 1;
@@ -203,18 +202,13 @@ impl History {
                 if (other_end, other_begin, other) == (end, begin, value) {
                     continue;
                 }
-                let clash = if other_end < other_begin {
-                    other_end < begin && end < other_begin
-                } else {
-                    end < other_begin && other_end < begin
-                };
+                // Two that were there for a while overlap, or one came and went inside the other.
+                let clash = end < other_begin && other_end < begin;
                 assert!(
                     !clash,
                     "volume {} block {at}: value {value} was there from {end} to {begin}, and \
                      {other} meanwhile ({other_end}, {other_begin}); writes {:?}, reads {:?}",
-                    self.volume,
-                    block.writes,
-                    block.reads
+                    self.volume, block.writes, block.reads
                 );
             }
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 
-use cairn_block::BufSlice;
+use cairn_block::{BufSlice, HeapMemory, Memory};
 use cairn_engine::reactor::{EndReason, SocketFault, SocketId, Token};
 
 use crate::world::{CHUNK, Inbox, MS, Machine, NodeId, US, World};
@@ -21,16 +21,37 @@ const ECONNREFUSED: i32 = 111;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum NetEvent {
     /// A connect reaches its peer.
-    Connect { request: usize },
+    Connect {
+        request: usize,
+    },
     /// Bytes of `side` reach the other one.
-    Arrive { conn: usize, side: usize, bytes: usize },
+    Arrive {
+        conn: usize,
+        side: usize,
+        bytes: usize,
+    },
     /// The end of `side`'s stream reaches the other one.
-    Fin { conn: usize, side: usize },
+    Fin {
+        conn: usize,
+        side: usize,
+    },
     /// `side` learns that the connection is broken.
-    Broken { conn: usize, side: usize },
-    SendDone { conn: usize, side: usize },
-    PauseDone { conn: usize, side: usize },
-    CloseDone { conn: usize, side: usize },
+    Broken {
+        conn: usize,
+        side: usize,
+    },
+    SendDone {
+        conn: usize,
+        side: usize,
+    },
+    PauseDone {
+        conn: usize,
+        side: usize,
+    },
+    CloseDone {
+        conn: usize,
+        side: usize,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -249,7 +270,7 @@ impl World {
         id: SocketId,
         token: Token,
         windows: &[BufSlice],
-        bytes: &mut dyn FnMut(BufSlice, &mut dyn FnMut(&[u8])),
+        memory: &HeapMemory,
     ) {
         let found = self.net.find(node, id);
         let Some((conn, side)) = found.filter(|&(c, s)| {
@@ -269,19 +290,18 @@ impl World {
         assert!(!windows.is_empty() && windows.len() <= 256, "a send of {} windows", windows.len());
         let mut sum = 0;
         for &window in windows {
-            bytes(window, &mut |b| {
-                sum = checksum(sum, b);
-                end.out.extend(b);
-            });
+            let bytes = memory.bytes(window);
+            sum = checksum(sum, bytes);
+            end.out.extend(bytes);
         }
         end.send = Some(SendInFlight { token, windows: windows.to_vec(), sum });
         self.pump(conn, side);
     }
 
     pub(crate) fn close(&mut self, node: NodeId, id: SocketId, token: Token) {
-        let Some((conn, side)) = self.net.find(node, id).filter(|&(c, s)| {
-            self.net.conns[c].sides[s].closing.is_none()
-        }) else {
+        let Some((conn, side)) =
+            self.net.find(node, id).filter(|&(c, s)| self.net.conns[c].sides[s].closing.is_none())
+        else {
             self.deliver(node, Inbox::Closed { token });
             return;
         };
@@ -295,7 +315,11 @@ impl World {
     }
 
     /// The windows of the send in flight, when its end is reported, and what they held at its start.
-    pub(crate) fn sent_windows(&mut self, node: NodeId, id: SocketId) -> Option<(Vec<BufSlice>, u64)> {
+    pub(crate) fn sent_windows(
+        &mut self,
+        node: NodeId,
+        id: SocketId,
+    ) -> Option<(Vec<BufSlice>, u64)> {
         let (conn, side) = self.net.find(node, id)?;
         let send = self.net.conns[conn].sides[side].send.take()?;
         Some((send.windows, send.sum))
@@ -321,7 +345,12 @@ impl World {
 
     /// Nothing passes from one machine to the other for so long.
     pub fn block(&mut self, from: Machine, to: Machine, for_ns: u64) {
-        self.say(format_args!("nothing from machine {} to {} for {} ms", from.0, to.0, for_ns / MS));
+        self.say(format_args!(
+            "nothing from machine {} to {} for {} ms",
+            from.0,
+            to.0,
+            for_ns / MS
+        ));
         let until = self.now + for_ns;
         let entry = self.net.blocked.entry((from, to)).or_default();
         *entry = (*entry).max(until);
@@ -492,7 +521,8 @@ impl World {
                     && !end.gone
                     && !end.broken
                 {
-                    let item = Inbox::Sent { socket: end.socket, token: send.token, result: Ok(()) };
+                    let item =
+                        Inbox::Sent { socket: end.socket, token: send.token, result: Ok(()) };
                     let node = end.node;
                     self.deliver_sent(node, item);
                 }
@@ -548,9 +578,7 @@ impl World {
         }
         let moved = end.wire.drain(..bytes);
         peer.rx.extend(moved);
-        let to = peer.node;
         self.note(4, conn as u64 * 2 + side as u64, bytes as u64);
-        let _ = to;
         self.hand_over(conn, 1 - side);
     }
 
@@ -587,8 +615,7 @@ impl World {
         let Some(token) = end.closing else { return };
         if let Some(send) = &end.send {
             // Bytes that were not out when the socket was shut down never go.
-            let result =
-                if end.out.is_empty() { Ok(()) } else { Err(SocketFault::Errno(EPIPE)) };
+            let result = if end.out.is_empty() { Ok(()) } else { Err(SocketFault::Errno(EPIPE)) };
             let item = Inbox::Sent { socket, token: send.token, result };
             self.deliver_sent(node, item);
         }

@@ -346,8 +346,21 @@ impl Run {
     fn hurt_everything(&mut self) {
         let slow = self.rng.below(80 * MS);
         let pools = 0..self.cluster.replicas();
-        match self.rng.below(2) {
+        match self.rng.below(3) {
             0 => {
+                let late = self.rng.below(2_000 * MS);
+                for at in pools {
+                    let disk = self.cluster.disk(at);
+                    let mut world = self.cluster.world();
+                    world.disk(disk).trouble.late_per_mille = 50;
+                    world.disk(disk).trouble.late_ns = late;
+                    drop(world);
+                    self.later(4_000 * MS, Repair::Disk(at));
+                }
+                let ms = late / MS;
+                self.cluster.world().say(format_args!("every pool is late now and then ({ms} ms)"));
+            }
+            1 => {
                 for at in pools {
                     let machine = self.cluster.machine_of(at);
                     self.cluster.world().reset(NEXUS, machine, 1000);

@@ -6,9 +6,7 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use cairn_block::BufSlice;
-use cairn_engine::reactor::{
-    DiskFault, EndReason, SocketFault, SocketId, Token,
-};
+use cairn_engine::reactor::{DiskFault, EndReason, SocketFault, SocketId, Token};
 
 use crate::disk::{PAGE, Page, SimDisk};
 use crate::net::{Net, NetEvent};
@@ -37,7 +35,7 @@ pub(crate) const US: u64 = 1_000;
 pub const MS: u64 = 1_000_000;
 
 /// What waits for a node's next poll.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Inbox {
     Disk { op: usize },
     Accepted { token: Token, socket: SocketId },
@@ -219,11 +217,8 @@ impl World {
         target.inbox.push_back(item);
         if !target.wake_scheduled {
             target.wake_scheduled = true;
-            let delay = if self.rng.chance(20) {
-                self.rng.below(500 * US)
-            } else {
-                self.rng.below(4 * US)
-            };
+            let delay =
+                if self.rng.chance(20) { self.rng.below(500 * US) } else { self.rng.below(4 * US) };
             self.at(self.now + delay, Event::Wake(node));
         }
     }
@@ -258,7 +253,7 @@ impl World {
                     return None;
                 }
             }
-            let Some(Reverse((time, _, event))) = self.events.pop() else { return None };
+            let Reverse((time, _, event)) = self.events.pop()?;
             self.now = self.now.max(time);
             self.steps += 1;
             let node = match event {
@@ -330,7 +325,10 @@ impl World {
         let quick = 10 * US + self.rng.below(100 * US);
         let latency = if self.rng.chance(15) { quick + self.rng.below(5 * MS) } else { quick };
         let start = self.now.max(trouble.hung_until_ns);
-        let slow = self.rng.below(trouble.slow_ns.max(1));
+        let mut slow = self.rng.below(trouble.slow_ns.max(1));
+        if self.rng.chance(trouble.late_per_mille) {
+            slow += self.rng.below(trouble.late_ns.max(1));
+        }
         self.at(start + latency + slow, Event::Disk { op, serial });
     }
 
