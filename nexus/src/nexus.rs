@@ -425,7 +425,9 @@ impl Nexus {
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
         if slot.phase == Phase::Answered {
+            self.leave_if_over(at);
             self.release_if_free(at);
+            self.settle(now_ms);
             return;
         }
         if !slot.failed.has(child) {
@@ -638,12 +640,20 @@ impl Nexus {
     fn answer(&mut self, at: u16, status: IoStatus) {
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
-        let (tag, mutation) = (slot.tag, slot.request.op.is_mutation());
+        let tag = slot.tag;
         self.done.push_back(Done { tag, status });
-        if mutation {
+        self.leave_if_over(at);
+        self.release_if_free(at);
+    }
+
+    /// Lets requests that overlap an answered mutation go on, once no member is still at work on it: a
+    /// member that is only late could otherwise do it after them.
+    fn leave_if_over(&mut self, at: u16) {
+        let slot = self.slots.slot(at);
+        let mutation = slot.request.op.is_mutation();
+        if mutation && slot.outstanding.and(self.in_sync).is_empty() {
             self.ranges.leave(at);
         }
-        self.release_if_free(at);
     }
 
     fn release_if_free(&mut self, at: u16) {
@@ -655,6 +665,11 @@ impl Nexus {
 
     /// Looks again at every mutation that runs: the in-sync set has changed.
     pub(crate) fn look_again(&mut self) {
+        let answered = self.slots.iter().filter(|(_, s)| s.phase == Phase::Answered);
+        let answered: Vec<u16> = answered.map(|(at, _)| at).collect();
+        for at in answered {
+            self.leave_if_over(at);
+        }
         let running = self.slots.iter().filter(|(_, s)| s.phase == Phase::Running);
         self.ready.extend(running.map(|(at, _)| at));
     }
