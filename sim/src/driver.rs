@@ -56,7 +56,7 @@ impl SimDriver {
             DiskWork::Read { buf, data, .. } => {
                 let bytes = self.memory.bytes_mut(buf);
                 assert!(
-                    bytes.iter().all(|&b| b == NOT_YET),
+                    bytes.chunks(PAGE).all(|page| page == [NOT_YET; PAGE]),
                     "somebody wrote to the buffer of a read in flight"
                 );
                 for (to, page) in bytes.chunks_mut(PAGE).zip(&data) {

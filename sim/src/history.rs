@@ -235,7 +235,7 @@ impl History {
         let word = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("eight bytes"));
         let value = word(&bytes[..8]);
         let right = if value == 0 {
-            bytes.iter().all(|&b| b == 0)
+            bytes == [0; PAGE]
         } else {
             words(self.volume, lba, value)
                 .zip(bytes.chunks_exact(8))

@@ -15,6 +15,7 @@ pub mod history;
 pub mod net;
 pub mod rng;
 pub mod scenario;
+mod stream;
 pub mod world;
 
 pub use client::{Client, Workload};

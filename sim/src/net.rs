@@ -1,11 +1,12 @@
 //! The network: connections as byte streams that are cut up, delayed, reset and partitioned.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use cairn_block::{BufSlice, HeapMemory, Memory};
 use cairn_engine::reactor::{EndReason, SocketFault, SocketId, Token};
 
+use crate::stream::Stream;
 use crate::world::{CHUNK, Inbox, MS, Machine, NodeId, US, World};
 
 /// Bytes that may be on their way in one direction.
@@ -81,14 +82,14 @@ struct Side {
     /// Sends fail from now on.
     broken: bool,
     /// Sent and not yet on the wire.
-    out: VecDeque<u8>,
+    out: Stream,
     /// On the wire towards the other side.
-    wire: VecDeque<u8>,
+    wire: Stream,
     /// When the last of it arrives.
     last_arrival: u64,
     fin_sent: bool,
     /// Arrived and not yet received.
-    rx: VecDeque<u8>,
+    rx: Stream,
     rx_end: Option<EndReason>,
 }
 
@@ -103,11 +104,11 @@ impl Side {
             closing: None,
             gone: false,
             broken: false,
-            out: VecDeque::new(),
-            wire: VecDeque::new(),
+            out: Stream::default(),
+            wire: Stream::default(),
             last_arrival: 0,
             fin_sent: false,
-            rx: VecDeque::new(),
+            rx: Stream::default(),
             rx_end: None,
         }
     }
@@ -292,7 +293,7 @@ impl World {
         for &window in windows {
             let bytes = memory.bytes(window);
             sum = checksum(sum, bytes);
-            end.out.extend(bytes);
+            end.out.push(bytes);
         }
         end.send = Some(SendInFlight { token, windows: windows.to_vec(), sum });
         self.pump(conn, side);
@@ -437,8 +438,7 @@ impl World {
             }
             let bytes = if self.rng.chance(100) { 1 + self.rng.index(most) } else { most };
             let end = &mut self.net.conns[conn].sides[side];
-            let moved = end.out.drain(..bytes);
-            end.wire.extend(moved);
+            end.out.move_to(bytes, &mut end.wire);
             let at = (self.now + self.latency()).max(self.net.conns[conn].sides[side].last_arrival);
             self.net.conns[conn].sides[side].last_arrival = at;
             self.net_at(at, NetEvent::Arrive { conn, side, bytes });
@@ -485,7 +485,8 @@ impl World {
             };
             let staging = &mut target.staging[usize::from(chunk)];
             staging.clear();
-            staging.extend(end.rx.drain(..len));
+            staging.extend_from_slice(end.rx.front(len));
+            end.rx.skip(len);
             self.deliver(node, Inbox::Received { socket, token, chunk, len });
             self.pump(conn, 1 - side);
         }
@@ -571,13 +572,12 @@ impl World {
         let bytes = bytes.min(end.wire.len());
         let refused = peer.gone || peer.closing.is_some();
         if refused {
-            end.wire.drain(..bytes);
+            end.wire.skip(bytes);
             let at = self.now + self.latency();
             self.net_at(at, NetEvent::Broken { conn, side });
             return;
         }
-        let moved = end.wire.drain(..bytes);
-        peer.rx.extend(moved);
+        end.wire.move_to(bytes, &mut peer.rx);
         self.note(4, conn as u64 * 2 + side as u64, bytes as u64);
         self.hand_over(conn, 1 - side);
     }

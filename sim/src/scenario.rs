@@ -388,6 +388,10 @@ impl Run {
             }
         }
         self.mend(Repair::StartNexus);
+        // Where a pool has gone offline and its replica was the last in sync, somebody must.
+        if self.faults.replica && (self.faults.everywhere || self.rng.chance(300)) {
+            self.restart_victim();
+        }
         self.cluster.verify();
         let verified = self.cluster.run_while(RECOVERY_NS, Cluster::clients_are_done);
         let state = self.cluster.volumes();

@@ -86,3 +86,10 @@ fn payload_does_not_change_while_it_is_sent() {
 fn the_last_member_is_never_given_up() {
     check([791].into_iter(), |seed| run(seed, None));
 }
+
+/// What an earlier session had sent to a replica, or what had missed its deadline there, landed over
+/// later writes that had been acked.
+#[test]
+fn late_writes_do_not_land_over_acked_ones() {
+    check([10064, 10207, 10311, 10339, 10506, 10633].into_iter(), |seed| run(seed, None));
+}
