@@ -3,7 +3,7 @@
 //! | opcode | name | data | command dwords |
 //! |---|---|---|---|
 //! | C2h | Register Read | register page to the host | |
-//! | C6h | Register Promise | register page to the host | CDW10-11: epoch; bit 63 set: take up again an epoch that was promised |
+//! | C6h | Register Promise | register page to the host | CDW10-11: epoch, newer than the one promised; bit 63 set: that one will do too |
 //! | C9h | Register Accept | register page to the controller | |
 //!
 //! A refusal because of a newer promise completes with status Internal Path Related: Controller Pathing Error. The page, little-endian:

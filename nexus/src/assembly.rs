@@ -4,6 +4,7 @@
 use cairn_block::{Epoch, IoStatus};
 
 use crate::children::{ChildState, FaultReason};
+use crate::commit::Commit;
 use crate::config::{Config, Register};
 use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus, Purpose, VolumeState};
 use crate::slots::ChildSet;
@@ -30,6 +31,8 @@ pub(crate) struct Assembly {
     /// What each child's register held when it was last heard.
     registers: Vec<Option<Register>>,
     promised: ChildSet,
+    /// This nexus has sent out the new volume's first configuration: a replica may hold it.
+    offered: bool,
     /// Go on with who is there at this time.
     deadline_ms: Option<u64>,
 }
@@ -41,6 +44,7 @@ impl Assembly {
             round: 0,
             registers: vec![None; children],
             promised: ChildSet::EMPTY,
+            offered: false,
             deadline_ms: None,
         }
     }
@@ -70,10 +74,23 @@ impl Nexus {
         let _ = child;
     }
 
-    pub(crate) fn assembly_child_down(&mut self, child: ChildId) {
+    pub(crate) fn assembly_child_down(&mut self, child: ChildId, now_ms: u64) {
         let assembly = self.assembling();
         assembly.registers[usize::from(child.0)] = None;
         assembly.promised = assembly.promised.without(ChildSet::of(child));
+        // It may have been the last whose promise was waited for.
+        if assembly.stage == Stage::Promise {
+            self.try_decide(now_ms);
+        }
+    }
+
+    /// Starts over where the first configuration can no longer reach a majority.
+    pub(crate) fn assembly_check_commit(&mut self, now_ms: u64) {
+        let stuck = self.commit.as_ref().is_some_and(Commit::is_stuck);
+        if stuck && self.assembling().stage == Stage::Commit {
+            self.commit = None;
+            self.stuck(now_ms);
+        }
     }
 
     /// Starts over with everybody who is connected.
@@ -131,9 +148,7 @@ impl Nexus {
                 let assembly = self.assembling();
                 assembly.registers[usize::from(child.0)] = Some(register);
                 assembly.promised = assembly.promised.with(child);
-                if assembly.heard().without(assembly.promised).is_empty() {
-                    self.decide(now_ms);
-                }
+                self.try_decide(now_ms);
             }
             (Stage::Promise, Err(IoStatus::Fenced)) => {
                 // Somebody took a newer epoch between the read and the promise: look again.
@@ -142,13 +157,9 @@ impl Nexus {
                 assembly.deadline_ms = Some(now_ms + RETRY_MS);
             }
             (Stage::Gather | Stage::Promise, Err(_)) => {
-                self.assembly_child_down(child);
+                // One that cannot store its promise does not keep a majority from going on.
+                self.assembly_child_down(child, now_ms);
                 self.push_event(Event::ResetChild(child));
-                if self.assembling().stage == Stage::Promise {
-                    let assembly = self.assembling();
-                    assembly.stage = Stage::Stuck;
-                    assembly.deadline_ms = Some(now_ms + RETRY_MS);
-                }
             }
             (Stage::Commit | Stage::Stuck, _) => {}
         }
@@ -198,12 +209,20 @@ impl Nexus {
         }
     }
 
+    fn try_decide(&mut self, now_ms: u64) {
+        let assembly = self.assembling();
+        if assembly.heard().without(assembly.promised).is_empty() {
+            self.decide(now_ms);
+        }
+    }
+
     /// A majority has promised: the highest configuration among them is the volume's.
     fn decide(&mut self, now_ms: u64) {
         if self.assembling().promised.len() < self.majority() {
             self.stuck(now_ms);
             return;
         }
+        let offered = self.assembling().offered;
         let registers = &self.assembling().registers;
         let highest = registers
             .iter()
@@ -215,10 +234,12 @@ impl Nexus {
             (Purpose::Create, None) => {
                 self.seq = 0;
                 let all = self.assembling().promised;
-                self.assembling().stage = Stage::Commit;
+                let assembly = self.assembling();
+                assembly.stage = Stage::Commit;
+                assembly.offered = true;
                 self.commit_target(all);
             }
-            (Purpose::Create, Some(_)) => self.refuse(
+            (Purpose::Create, Some(_)) if !offered => self.refuse(
                 "a replica belongs to a volume already; create the volume from empty replicas",
             ),
             (Purpose::Assemble, None) => {
@@ -226,7 +247,7 @@ impl Nexus {
                     "no replica holds a configuration; the volume was never created on them",
                 );
             }
-            (Purpose::Assemble, Some(register)) => match Config::decode(&register.config) {
+            (_, Some(register)) => match Config::decode(&register.config) {
                 Ok(config) => self.adopt(&config, now_ms),
                 Err(e) => self.refuse(&format!("the stored configuration cannot be read: {e}")),
             },
@@ -290,14 +311,20 @@ impl Nexus {
 
     /// The epoch's first configuration is stored: serve.
     pub(crate) fn assembled(&mut self) {
-        self.assembly = None;
+        let promised = self.assembly.take().map_or(ChildSet::EMPTY, |assembly| assembly.promised);
         for child in self.in_sync.iter() {
-            if self.child(child).connected {
-                self.child(child).state = ChildState::Online;
+            self.child(child).state = match (self.child(child).connected, promised.has(child)) {
+                (true, true) => ChildState::Online,
+                (true, false) => ChildState::Joining,
+                (false, _) => ChildState::Disconnected,
+            };
+            if self.child(child).state == ChildState::Online {
                 self.push_event(Event::ChildOnline(child));
-            } else {
-                self.child(child).state = ChildState::Disconnected;
             }
+        }
+        // Those that came while others were promising are not bound to the epoch yet.
+        for child in self.connected().without(promised).iter() {
+            self.rejoin(child);
         }
     }
 }

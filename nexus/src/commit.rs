@@ -42,7 +42,7 @@ impl Nexus {
         self.commit_target(target);
     }
 
-    fn failing(&self) -> ChildSet {
+    pub(crate) fn failing(&self) -> ChildSet {
         (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| match c.state {
             ChildState::Failing(_) => set.with(ChildId(i)),
             _ => set,

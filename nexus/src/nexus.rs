@@ -85,12 +85,13 @@ pub enum ChildOp {
     Io(IoRequest),
     /// Tell what the register holds.
     ReadRegister,
-    /// Promise to accept nothing older than this epoch, and bind the session to it. With `again`,
-    /// the epoch is the one that was promised; without, it must be newer.
+    /// Promise to accept nothing older than this epoch, and bind the session to it. The epoch must be
+    /// newer than the one that was promised; with `again`, it may be that one.
     Promise {
         /// The epoch.
         epoch: Epoch,
-        /// Whether this session takes up an epoch that was promised before.
+        /// Whether the nexus has the epoch already: this child may have promised it before, or have
+        /// been away when a majority did.
         again: bool,
     },
     /// Store this register durably, unless a newer epoch was promised.
@@ -404,9 +405,12 @@ impl Nexus {
             c.state = ChildState::Disconnected;
         }
         if self.assembly.is_some() {
-            self.assembly_child_down(child);
+            self.assembly_child_down(child, now_ms);
         }
         self.commit_refused(child);
+        if self.assembly.is_some() {
+            self.assembly_check_commit(now_ms);
+        }
         self.unpark();
         self.settle(now_ms);
     }
@@ -421,7 +425,9 @@ impl Nexus {
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
         if slot.phase == Phase::Answered {
+            self.leave_if_over(at);
             self.release_if_free(at);
+            self.settle(now_ms);
             return;
         }
         if !slot.failed.has(child) {
@@ -454,6 +460,9 @@ impl Nexus {
         } else {
             self.handle_rejoin_reply(child, &reply);
         }
+        if self.assembly.is_some() {
+            self.assembly_check_commit(now_ms);
+        }
         self.settle(now_ms);
     }
 
@@ -473,8 +482,7 @@ impl Nexus {
             slot.failed = ChildSet(slot.failed.0 | late.0);
             slot.fault = IoStatus::TimedOut;
             for child in late.iter() {
-                // The last member is not given up: there would be nobody to serve instead.
-                if self.in_sync != ChildSet::of(child) {
+                if !self.is_last(child) {
                     self.fail_child(child, FaultReason::DeadlineMissed);
                     self.events.push_back(Event::ResetChild(child));
                 }
@@ -632,12 +640,20 @@ impl Nexus {
     fn answer(&mut self, at: u16, status: IoStatus) {
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
-        let (tag, mutation) = (slot.tag, slot.request.op.is_mutation());
+        let tag = slot.tag;
         self.done.push_back(Done { tag, status });
-        if mutation {
+        self.leave_if_over(at);
+        self.release_if_free(at);
+    }
+
+    /// Lets requests that overlap an answered mutation go on, once no member is still at work on it: a
+    /// member that is only late could otherwise do it after them.
+    fn leave_if_over(&mut self, at: u16) {
+        let slot = self.slots.slot(at);
+        let mutation = slot.request.op.is_mutation();
+        if mutation && slot.outstanding.and(self.in_sync).is_empty() {
             self.ranges.leave(at);
         }
-        self.release_if_free(at);
     }
 
     fn release_if_free(&mut self, at: u16) {
@@ -649,6 +665,11 @@ impl Nexus {
 
     /// Looks again at every mutation that runs: the in-sync set has changed.
     pub(crate) fn look_again(&mut self) {
+        let answered = self.slots.iter().filter(|(_, s)| s.phase == Phase::Answered);
+        let answered: Vec<u16> = answered.map(|(at, _)| at).collect();
+        for at in answered {
+            self.leave_if_over(at);
+        }
         let running = self.slots.iter().filter(|(_, s)| s.phase == Phase::Running);
         self.ready.extend(running.map(|(at, _)| at));
     }
@@ -685,9 +706,15 @@ impl Nexus {
 
     // ---- children
 
+    /// Whether nobody but this member would be left once those that are failing are out. It is not
+    /// given up: there would be nobody to serve instead.
+    fn is_last(&self, child: ChildId) -> bool {
+        self.in_sync.without(self.failing()).without(ChildSet::of(child)).is_empty()
+    }
+
     /// The child is to leave the in-sync set. Nothing that it missed is acked before that is stored.
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
-        let last = self.in_sync == ChildSet::of(child);
+        let last = self.is_last(child);
         let c = self.child(child);
         if last || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
             return;
@@ -698,7 +725,7 @@ impl Nexus {
     }
 
     /// A child came back while the volume serves: bind its session to the epoch.
-    fn rejoin(&mut self, child: ChildId) {
+    pub(crate) fn rejoin(&mut self, child: ChildId) {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
         self.ask(child, round, ChildOp::Promise { epoch, again: true });

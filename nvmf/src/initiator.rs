@@ -452,9 +452,14 @@ impl Session {
         self.queues[at].free_slots().saturating_sub(reserved)
     }
 
-    /// The next request that has ended.
+    /// The next request that has ended. To be asked after received bytes and after a sent batch.
     pub fn poll_completion(&mut self) -> Option<Completed> {
-        self.completions.pop_front()
+        if let Some(completed) = self.completions.pop_front() {
+            return Some(completed);
+        }
+        let sent = (0u16..).zip(&mut self.queues);
+        let mut sent = sent.filter_map(|(q, queue)| Some((QueueIndex(q), queue.poll_sent()?)));
+        sent.next().and_then(|(q, done)| completed(q, &done))
     }
 
     /// After [`Session::fail`]: the tag of the next request that will never complete. Whether it was
@@ -467,7 +472,10 @@ impl Session {
     pub fn fail(&mut self) {
         self.step = Step::Failed;
         self.events.clear();
-        for queue in &mut self.queues {
+        for (q, queue) in (0u16..).zip(&mut self.queues) {
+            while let Some(done) = queue.poll_unsent() {
+                self.completions.extend(completed(QueueIndex(q), &done));
+            }
             self.abandoned.extend(queue.abandon().filter_map(|owner| match owner {
                 Owner::User(tag) => Some(tag),
                 Owner::Setup | Owner::KeepAlive => None,
@@ -527,17 +535,8 @@ impl Session {
         mem: &mut M,
     ) -> Result<(), SessionError> {
         match done.owner {
-            Owner::User(tag) => {
-                let io_status =
-                    if done.damaged { IoStatus::TransferError } else { done.status.io_status() };
-                self.completions.push_back(Completed {
-                    queue: q,
-                    tag,
-                    status: done.status,
-                    io_status,
-                    result: done.result,
-                    data_len: done.data_len,
-                });
+            Owner::User(_) => {
+                self.completions.extend(completed(q, done));
                 Ok(())
             }
             Owner::KeepAlive => {
@@ -547,6 +546,14 @@ impl Session {
             Owner::Setup => self.handle_setup(q, done, now_ms, mem),
         }
     }
+}
+
+/// What the caller is told of a command of its own.
+fn completed(queue: QueueIndex, done: &Done) -> Option<Completed> {
+    let Owner::User(tag) = done.owner else { return None };
+    let io_status = if done.damaged { IoStatus::TransferError } else { done.status.io_status() };
+    let Done { status, result, data_len, .. } = *done;
+    Some(Completed { queue, tag, status, io_status, result, data_len })
 }
 
 fn refused_unless_success(command: &'static str, done: &Done) -> Result<(), SessionError> {

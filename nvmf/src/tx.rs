@@ -125,6 +125,11 @@ impl TxQueue {
         self.sent + self.in_flight as u64 >= mark
     }
 
+    /// Whether all that was queued up to `mark` was sent.
+    pub(crate) fn was_sent(&self, mark: u64) -> bool {
+        self.sent >= mark
+    }
+
     pub(crate) fn push_header<M: Memory>(&mut self, header: &Header, mem: &mut M) {
         self.push_bytes(header.encode().as_bytes(), mem);
     }

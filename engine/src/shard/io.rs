@@ -149,11 +149,11 @@ impl<D: Driver> Shard<D> {
             _ => BufSlice::EMPTY,
         };
         let request = IoRequest { op: io.op, range: io.range, buf };
-        let (namespace, conn) = (io.namespace, io.conn);
+        let (namespace, conn, generation) = (io.namespace, io.conn, io.generation);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => self.submit_to_volume(volume, at, request, now),
             Some(&Export::Replica { pool, slot, .. }) => {
-                if self.is_fenced(conn, pool, slot) {
+                if self.is_fenced(conn, generation, pool, slot) {
                     self.finish(at, IoStatus::Fenced, now);
                 } else {
                     let tag = Owner::Host { io: at }.tag();
@@ -193,6 +193,16 @@ impl<D: Driver> Shard<D> {
         if let Some(buf) = self.ios.remove(at).and_then(|io| io.buf) {
             self.release(buf);
         }
+        self.drained(at);
+    }
+
+    /// The host requests in hand that are for a replica.
+    pub(super) fn ios_on(&self, pool: u16, slot: ReplicaSlot) -> Vec<u32> {
+        let on = |io: &HostIo| {
+            let export = self.exports.get(io.namespace.0 as usize).and_then(Option::as_ref);
+            matches!(export, Some(Export::Replica { pool: p, slot: s, .. }) if (*p, *s) == (pool, slot))
+        };
+        self.ios.iter().filter(|(_, io)| on(io)).map(|(at, _)| at).collect()
     }
 
     fn answer(&mut self, at: u32, status: IoStatus) {

@@ -114,6 +114,8 @@ pub struct Shard<D: Driver> {
     exports: Vec<Option<io::Export>>,
     /// Host requests that wait for a buffer.
     waiting_ios: VecDeque<u32>,
+    /// Promises that wait for earlier requests to end.
+    drains: Vec<pools::Drain>,
     /// Connections with bytes that could not be taken yet.
     stalled: Vec<u32>,
     /// Connections, links, volumes and pools that something happened to in this turn.
@@ -163,6 +165,7 @@ impl<D: Driver> Shard<D> {
             pools: Vec::new(),
             exports: Vec::new(),
             waiting_ios: VecDeque::with_capacity(1024),
+            drains: Vec::new(),
             stalled: Vec::with_capacity(64),
             busy_hosts: Vec::with_capacity(256),
             busy_links: Vec::with_capacity(256),

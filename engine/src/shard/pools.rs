@@ -53,6 +53,17 @@ pub(super) enum RegisterKind {
     Accept(Register),
 }
 
+/// A promise that is stored, but not answered before what the replica had in hand for earlier
+/// sessions is over: none of it may land after the first write of the new one.
+#[derive(Debug)]
+pub(super) struct Drain {
+    origin: Origin,
+    epoch: Epoch,
+    answer: Register,
+    /// Requests to wait for.
+    ios: Vec<u32>,
+}
+
 #[derive(Debug)]
 struct RegisterOp {
     origin: Origin,
@@ -372,14 +383,11 @@ impl<D: Driver> Shard<D> {
             };
             let stored = match &op.kind {
                 RegisterKind::Read => Some(Ok(held)),
-                RegisterKind::Promise { epoch, again: true } => {
-                    Some(if *epoch == held.promised_epoch {
-                        Ok(held)
-                    } else {
-                        Err(IoStatus::Fenced)
-                    })
+                // Taken up again by a session of the nexus that has this epoch.
+                RegisterKind::Promise { epoch, again: true } if *epoch == held.promised_epoch => {
+                    Some(Ok(held))
                 }
-                RegisterKind::Promise { epoch, again: false } => {
+                RegisterKind::Promise { epoch, .. } => {
                     if *epoch > held.promised_epoch {
                         let promised = Register { promised_epoch: *epoch, ..held };
                         self.store_register(pool, slot, promised);
@@ -404,10 +412,7 @@ impl<D: Driver> Shard<D> {
             let Some(answer) = stored else { return };
             let local = &mut self.pools[usize::from(pool)];
             let Some(op) = local.registers.pop_front() else { return };
-            if let (RegisterKind::Promise { epoch, .. }, Ok(_)) = (&op.kind, &answer) {
-                self.bind_epoch(origin, *epoch);
-            }
-            self.answer_register(origin, answer);
+            self.finish_register_op(pool, &op, answer);
         }
     }
 
@@ -435,10 +440,45 @@ impl<D: Driver> Shard<D> {
             (IoStatus::Ok, None) => Err(IoStatus::NotReady),
             (status, _) => Err(status),
         };
-        if let (RegisterKind::Promise { epoch, .. }, Ok(_)) = (&op.kind, &answer) {
-            self.bind_epoch(op.origin, *epoch);
+        self.finish_register_op(pool, &op, answer);
+    }
+
+    /// Answers; a promise only once nothing is in hand for the sessions before it.
+    fn finish_register_op(
+        &mut self,
+        pool: u16,
+        op: &RegisterOp,
+        answer: Result<Register, IoStatus>,
+    ) {
+        let (RegisterKind::Promise { epoch, .. }, Ok(answer)) = (&op.kind, &answer) else {
+            self.answer_register(op.origin, answer);
+            return;
+        };
+        // From here on, what comes on an earlier session of this host is refused.
+        self.bind_epoch(op.origin, *epoch);
+        let ios = self.ios_on(pool, op.slot);
+        let drain = Drain { origin: op.origin, epoch: *epoch, answer: answer.clone(), ios };
+        self.drains.push(drain);
+        self.finish_drains();
+    }
+
+    /// A host's request is over.
+    pub(super) fn drained(&mut self, io: u32) {
+        if self.drains.is_empty() {
+            return;
         }
-        self.answer_register(op.origin, answer);
+        for drain in &mut self.drains {
+            drain.ios.retain(|&other| other != io);
+        }
+        self.finish_drains();
+    }
+
+    fn finish_drains(&mut self) {
+        while let Some(at) = self.drains.iter().position(|drain| drain.ios.is_empty()) {
+            let Drain { origin, epoch, answer, .. } = self.drains.swap_remove(at);
+            tracing::debug!(%epoch, "promised, and drained");
+            self.answer_register(origin, Ok(answer));
+        }
     }
 
     fn answer_register(&mut self, origin: Origin, answer: Result<Register, IoStatus>) {
@@ -483,12 +523,19 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Whether a connection speaks for an older epoch than the replica has promised.
-    pub(super) fn is_fenced(&self, conn: u32, pool: u16, slot: ReplicaSlot) -> bool {
+    pub(super) fn is_fenced(
+        &self,
+        conn: u32,
+        generation: u32,
+        pool: u16,
+        slot: ReplicaSlot,
+    ) -> bool {
         let promised = self.pools[usize::from(pool)]
             .pool
             .register(slot)
             .map_or(0, |register| register.promised_epoch.0);
-        let speaks_for = self.hosts.get(conn).map_or(0, |host| self.target.mark(&host.queue));
+        let host = self.hosts.get(conn).filter(|host| host.generation == generation);
+        let speaks_for = host.map_or(0, |host| self.target.mark(&host.queue));
         promised > speaks_for
     }
 }

@@ -105,6 +105,9 @@ pub(super) struct HostQueue {
     /// Ring bytes kept for all entries.
     reserve: u32,
     done: VecDeque<Done>,
+    /// Writes that were answered while the batch with their payload is still being sent, and the mark
+    /// that must have been sent.
+    unsent: VecDeque<(u64, Done)>,
 }
 
 impl HostQueue {
@@ -125,6 +128,7 @@ impl HostQueue {
             free: (0..usable).rev().collect(),
             reserve: 0,
             done: VecDeque::with_capacity(n),
+            unsent: VecDeque::with_capacity(n),
         })
     }
 
@@ -158,6 +162,17 @@ impl HostQueue {
 
     pub(super) fn poll_done(&mut self) -> Option<Done> {
         self.done.pop_front()
+    }
+
+    /// The next write whose payload was still being sent when its answer came, and is not any more.
+    pub(super) fn poll_sent(&mut self) -> Option<Done> {
+        let (mark, _) = self.unsent.front()?;
+        if self.tx.was_sent(*mark) { self.poll_unsent() } else { None }
+    }
+
+    /// As [`HostQueue::poll_sent`], once nothing is sent any more.
+    pub(super) fn poll_unsent(&mut self) -> Option<Done> {
+        self.unsent.pop_front().map(|(_, done)| done)
     }
 
     /// The owners of the commands that never completed, who are told no more of them.
@@ -414,7 +429,15 @@ impl HostQueue {
         let short = !entry.reads && entry.moved < entry.window.len();
         let damaged = entry.damaged || (status.is_success() && short);
         let data_len = if entry.reads { entry.moved } else { 0 };
-        self.done.push_back(Done { owner, status, result, data_len, damaged });
+        let done = Done { owner, status, result, data_len, damaged };
+        // The answer may overtake the report that its payload was sent; until then the payload is the
+        // sender's.
+        let payload = !entry.reads && !entry.window.is_empty();
+        if payload && !self.tx.was_sent(mark) {
+            self.unsent.push_back((mark, done));
+        } else {
+            self.done.push_back(done);
+        }
         Ok(())
     }
 }

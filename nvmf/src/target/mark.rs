@@ -3,14 +3,24 @@
 use super::{Queue, Target};
 
 impl Target {
-    /// Attaches `mark` to the controller of a connected queue.
+    /// Attaches `mark` to the controller of a connected queue. It is the host's only one in this
+    /// subsystem that has a mark from now on: what still comes on the connections of an earlier one
+    /// is late.
     pub fn set_mark(&mut self, queue: &Queue, mark: u64) {
         let Some(binding) = queue.binding else { return };
-        let slot = self.controllers.get_mut(binding.controller as usize);
-        if let Some(controller) = slot.and_then(Option::as_mut)
-            && controller.generation == binding.generation
-        {
-            controller.mark = mark;
+        let at = binding.controller as usize;
+        let bound = self.controllers.get(at).and_then(Option::as_ref);
+        let Some(bound) = bound.filter(|c| c.generation == binding.generation) else { return };
+        let (kind, hostid, hostnqn) = (bound.kind, bound.hostid, bound.hostnqn.clone());
+        for (i, slot) in self.controllers.iter_mut().enumerate() {
+            let Some(controller) = slot else { continue };
+            if i == at {
+                controller.mark = mark;
+            } else if (controller.kind, controller.hostid) == (kind, hostid)
+                && controller.hostnqn == hostnqn
+            {
+                controller.mark = 0;
+            }
         }
     }
 

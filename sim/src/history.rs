@@ -1,0 +1,363 @@
+//! What hosts did to a volume and what they saw, and whether a register per block explains it.
+//!
+//! Each write carries a value of its own, so a read tells which write it saw. A block is checked from
+//! one *taint* to the next: a write that failed, or that a nexus died over, may have reached some
+//! replicas and not others, and the block may read either way until a later write is acked.
+
+use crate::disk::PAGE;
+use crate::rng::mix;
+
+/// A write that has not ended.
+const OPEN: u64 = u64::MAX;
+
+#[derive(Debug, Clone, Copy)]
+struct Write {
+    value: u64,
+    invoked: u64,
+    ended: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Read {
+    value: u64,
+    invoked: u64,
+    ended: u64,
+}
+
+#[derive(Debug, Default)]
+struct Block {
+    writes: Vec<Write>,
+    reads: Vec<Read>,
+    tainted_at: Option<u64>,
+    /// Reads that began earlier are not judged.
+    since: u64,
+}
+
+/// All that happened to one volume.
+#[derive(Debug)]
+pub struct History {
+    volume: u64,
+    blocks: Vec<Block>,
+    clock: u64,
+    next_value: u64,
+    /// Reads that were judged.
+    pub judged: u64,
+    /// Writes that were acked.
+    pub acked: u64,
+}
+
+impl History {
+    /// A new volume of `blocks` blocks, all of them zeros.
+    #[must_use]
+    pub fn new(volume: u64, blocks: usize) -> Self {
+        let zeros = Write { value: 0, invoked: 0, ended: 0 };
+        let fresh = || Block { writes: vec![zeros], ..Block::default() };
+        Self {
+            volume,
+            blocks: (0..blocks).map(|_| fresh()).collect(),
+            clock: 1,
+            next_value: 1,
+            judged: 0,
+            acked: 0,
+        }
+    }
+
+    /// Size in blocks.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// The time of an event: each has its own.
+    pub fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// A value that was never written.
+    pub fn fresh_value(&mut self) -> u64 {
+        self.next_value += 1;
+        self.next_value
+    }
+
+    /// A write of `value` (0: of zeros) to each of the blocks was submitted. Returns its time.
+    pub fn write_began(&mut self, lba: u64, blocks: u64, value: u64) -> u64 {
+        let invoked = self.tick();
+        for block in self.range(lba, blocks) {
+            block.writes.push(Write { value, invoked, ended: OPEN });
+        }
+        invoked
+    }
+
+    /// The write was acked.
+    pub fn write_acked(&mut self, lba: u64, blocks: u64, invoked: u64) {
+        let now = self.tick();
+        self.acked += 1;
+        for block in self.range(lba, blocks) {
+            let Some(write) = block.writes.iter_mut().find(|w| w.invoked == invoked) else {
+                continue;
+            };
+            write.ended = now;
+            if block.tainted_at.is_some_and(|at| at < invoked) {
+                block.tainted_at = None;
+                block.since = now;
+                block.reads.clear();
+                block.writes.retain(|w| w.ended >= invoked);
+            }
+        }
+    }
+
+    /// The write was answered with an error: it may have been done in part, and must not be done later.
+    pub fn write_failed(&mut self, lba: u64, blocks: u64, invoked: u64) {
+        let now = self.tick();
+        for at in lba..lba + blocks {
+            self.taint(at, now, |w| w.invoked == invoked);
+        }
+    }
+
+    /// The nexus is dead. What it had not acked may have been done in part, and must not be done once
+    /// another nexus serves.
+    pub fn nexus_died(&mut self) {
+        let now = self.tick();
+        for at in 0..self.blocks.len() as u64 {
+            self.taint(at, now, |w| w.ended == OPEN);
+        }
+    }
+
+    fn taint(&mut self, lba: u64, now: u64, gone: impl Fn(&Write) -> bool) {
+        let at = usize::try_from(lba).expect("a small volume");
+        if self.blocks[at].writes.iter().any(&gone) {
+            self.judge(at);
+            let block = &mut self.blocks[at];
+            block.writes.retain(|w| !gone(w));
+            block.reads.clear();
+            block.tainted_at = Some(now);
+        }
+    }
+
+    /// Whether replicas may differ in this block.
+    #[must_use]
+    pub fn may_differ(&self, lba: u64) -> bool {
+        let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
+        block.tainted_at.is_some() || block.writes.iter().any(|w| w.ended == OPEN)
+    }
+
+    /// A read that began at `invoked` returned `bytes`.
+    ///
+    /// # Panics
+    /// Where it returned what it must not.
+    pub fn read_ended(&mut self, lba: u64, bytes: &[u8], invoked: u64) {
+        let now = self.tick();
+        for (lba, bytes) in (lba..).zip(bytes.chunks(PAGE)) {
+            let value = self.decode(lba, bytes);
+            let block = &mut self.blocks[usize::try_from(lba).expect("a small volume")];
+            if block.tainted_at.is_some() || invoked < block.since {
+                continue;
+            }
+            let admissible = block.writes.iter().any(|w| {
+                let over = |later: &Write| {
+                    later.value != value && later.invoked > w.ended && later.ended < invoked
+                };
+                w.value == value && w.invoked < now && !block.writes.iter().any(over)
+            });
+            assert!(
+                admissible,
+                "volume {} block {lba}: a read ({invoked}..{now}) returned {value}; writes: {:?}",
+                self.volume, block.writes
+            );
+            block.reads.push(Read { value, invoked, ended: now });
+            self.judged += 1;
+        }
+    }
+
+    /// Judges what has not been judged.
+    ///
+    /// # Panics
+    /// Where a block's reads went back.
+    pub fn judge_all(&mut self) {
+        for at in 0..self.blocks.len() {
+            self.judge(at);
+        }
+    }
+
+    /// Each value has a zone: from when it was first known to be there to when it last was. Zones of
+    /// values that were there for a while do not overlap, and no value comes and goes inside another's.
+    fn judge(&mut self, at: usize) {
+        let block = &self.blocks[at];
+        let mut zones = Vec::with_capacity(block.writes.len());
+        for write in &block.writes {
+            let (mut first_end, mut last_begin) = (write.ended, write.invoked);
+            if write.value != 0 {
+                for read in block.reads.iter().filter(|r| r.value == write.value) {
+                    first_end = first_end.min(read.ended);
+                    last_begin = last_begin.max(read.invoked);
+                }
+            }
+            if first_end != OPEN {
+                zones.push((first_end, last_begin, write.value));
+            }
+        }
+        for &(end, begin, value) in zones.iter().filter(|(end, begin, _)| end < begin) {
+            for &(other_end, other_begin, other) in &zones {
+                if (other_end, other_begin, other) == (end, begin, value) {
+                    continue;
+                }
+                // Two that were there for a while overlap, or one came and went inside the other.
+                let clash = end < other_begin && other_end < begin;
+                assert!(
+                    !clash,
+                    "volume {} block {at}: value {value} was there from {end} to {begin}, and \
+                     {other} meanwhile ({other_end}, {other_begin}); writes {:?}, reads {:?}",
+                    self.volume, block.writes, block.reads
+                );
+            }
+        }
+    }
+
+    fn range(&mut self, lba: u64, blocks: u64) -> &mut [Block] {
+        let at = |n: u64| usize::try_from(n).expect("a small volume");
+        &mut self.blocks[at(lba)..at(lba + blocks)]
+    }
+
+    /// Fills a block with what a write of `value` puts there.
+    pub fn encode(&self, lba: u64, value: u64, out: &mut [u8]) {
+        for (i, word) in words(self.volume, lba, value).zip(out.chunks_exact_mut(8)) {
+            word.copy_from_slice(&i.to_le_bytes());
+        }
+    }
+
+    /// The value that a block holds.
+    ///
+    /// # Panics
+    /// Where the block holds what was never written there.
+    #[must_use]
+    pub fn decode(&self, lba: u64, bytes: &[u8]) -> u64 {
+        let word = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("eight bytes"));
+        let value = word(&bytes[..8]);
+        let right = if value == 0 {
+            bytes == [0; PAGE]
+        } else {
+            words(self.volume, lba, value)
+                .zip(bytes.chunks_exact(8))
+                .all(|(want, got)| want == word(got))
+        };
+        let (volume, block) = (word(&bytes[8..16]), word(&bytes[16..24]));
+        assert!(
+            right,
+            "volume {} block {lba} holds a block that was never written there: value {value}, \
+             of volume {volume} block {block}, or a part of it",
+            self.volume
+        );
+        assert!(value <= self.next_value, "volume {} block {lba} holds {value}", self.volume);
+        value
+    }
+}
+
+fn words(volume: u64, lba: u64, value: u64) -> impl Iterator<Item = u64> {
+    let seed = mix(value ^ mix(lba ^ mix(volume)));
+    (0..PAGE as u64 / 8).map(move |i| match i {
+        0 => value,
+        1 => volume,
+        2 => lba,
+        _ => seed.wrapping_mul(2 * i + 1),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(history: &mut History, value: u64) {
+        let invoked = history.tick();
+        read_since(history, value, invoked);
+    }
+
+    fn read_since(history: &mut History, value: u64, invoked: u64) {
+        let mut page = [0; PAGE];
+        if value != 0 {
+            history.encode(0, value, &mut page);
+        }
+        history.read_ended(0, &page, invoked);
+    }
+
+    fn write(history: &mut History) -> u64 {
+        let value = history.fresh_value();
+        let at = history.write_began(0, 1, value);
+        history.write_acked(0, 1, at);
+        value
+    }
+
+    #[test]
+    fn reads_see_the_last_write_or_a_concurrent_one() {
+        let mut history = History::new(1, 1);
+        read(&mut history, 0);
+        let a = write(&mut history);
+        read(&mut history, a);
+        let b = history.fresh_value();
+        let at = history.write_began(0, 1, b);
+        read(&mut history, a);
+        read(&mut history, b);
+        history.write_acked(0, 1, at);
+        read(&mut history, b);
+        history.judge_all();
+        assert_eq!(history.judged, 5);
+    }
+
+    #[test]
+    #[should_panic(expected = "a read")]
+    fn a_stale_read_is_caught() {
+        let mut history = History::new(1, 1);
+        let a = write(&mut history);
+        let _b = write(&mut history);
+        read(&mut history, a);
+    }
+
+    #[test]
+    #[should_panic(expected = "a read")]
+    fn a_lost_first_write_is_caught() {
+        let mut history = History::new(1, 1);
+        let _a = write(&mut history);
+        read(&mut history, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "meanwhile")]
+    fn a_read_that_goes_back_is_caught() {
+        let mut history = History::new(1, 1);
+        let a = write(&mut history);
+        let b = history.fresh_value();
+        let at = history.write_began(0, 1, b);
+        read(&mut history, b);
+        read(&mut history, a);
+        history.write_acked(0, 1, at);
+        history.judge_all();
+    }
+
+    #[test]
+    fn after_a_failure_anything_goes_until_the_next_ack() {
+        let mut history = History::new(1, 1);
+        let a = write(&mut history);
+        let b = history.fresh_value();
+        let at = history.write_began(0, 1, b);
+        history.write_failed(0, 1, at);
+        read(&mut history, a);
+        read(&mut history, b);
+        read(&mut history, a);
+        assert!(history.may_differ(0));
+        let c = write(&mut history);
+        read(&mut history, c);
+        history.judge_all();
+        assert!(!history.may_differ(0));
+    }
+
+    #[test]
+    #[should_panic(expected = "a read")]
+    fn a_failed_write_that_lands_later_is_caught() {
+        let mut history = History::new(1, 1);
+        let b = history.fresh_value();
+        let at = history.write_began(0, 1, b);
+        history.write_failed(0, 1, at);
+        let _c = write(&mut history);
+        read(&mut history, b);
+    }
+}

@@ -1,0 +1,95 @@
+//! Whole clusters under faults, a few hundred seeds of them. A failure names its seed;
+//! `cargo run -p cairn-sim -- --seed S --trace` shows it again.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use cairn_sim::scenario::{Faults, Outcome, run, run_with};
+
+fn check(seeds: impl Iterator<Item = u64>, one: impl Fn(u64) -> Outcome) {
+    let (mut judged, mut acked) = (0, 0);
+    for seed in seeds {
+        match catch_unwind(AssertUnwindSafe(|| one(seed))) {
+            Ok(outcome) => {
+                judged += outcome.judged;
+                acked += outcome.acked;
+            }
+            Err(_) => panic!(
+                "seed {seed} failed; see it with: cargo run -p cairn-sim -- --seed {seed} --trace"
+            ),
+        }
+    }
+    assert!(judged > 500 && acked > 50, "{judged} blocks judged, {acked} writes acked");
+}
+
+// In four parts, so that the test runner uses more than one core.
+
+#[test]
+fn seeds_0_to_39() {
+    check(0..40, |seed| run(seed, None));
+}
+
+#[test]
+fn seeds_40_to_79() {
+    check(40..80, |seed| run(seed, None));
+}
+
+#[test]
+fn seeds_80_to_119() {
+    check(80..120, |seed| run(seed, None));
+}
+
+#[test]
+fn seeds_120_to_159() {
+    check(120..160, |seed| run(seed, None));
+}
+
+#[test]
+fn nothing_fails_where_nothing_goes_wrong() {
+    for seed in 5000..5010 {
+        let outcome = run_with(seed, Faults::NONE, None);
+        assert_eq!(outcome.errors, 0, "seed {seed}: a host saw an error");
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    for seed in 7000..7006 {
+        assert_eq!(run(seed, None), run(seed, None), "seed {seed}");
+    }
+    assert_ne!(run(1, None).trace_hash, run(2, None).trace_hash);
+}
+
+/// A replica that was away while a nexus took a new epoch refused that epoch when it came back, and
+/// the nexus took this for a newer nexus and fenced itself.
+#[test]
+fn a_replica_that_missed_an_epoch_does_not_fence_the_nexus() {
+    check([44, 48].into_iter(), |seed| run(seed, None));
+}
+
+/// Assembly hung when no majority was left for the epoch's first configuration (30), and started over
+/// for ever beside a replica whose pool was offline (283).
+#[test]
+fn assembly_outlives_its_voters() {
+    check([30, 283].into_iter(), |seed| run(seed, None));
+}
+
+/// The answer to a write overtook the report that its payload was sent, and the payload's buffer was
+/// used again under the send.
+#[test]
+fn payload_does_not_change_while_it_is_sent() {
+    check([271].into_iter(), |seed| run(seed, None));
+}
+
+/// Two members failed one after the other before the first was out: both were given up, and the volume
+/// was left with an in-sync set of one that it did not use.
+#[test]
+fn the_last_member_is_never_given_up() {
+    check([791].into_iter(), |seed| run(seed, None));
+}
+
+/// What an earlier session had sent to a replica, or what had missed its deadline there, landed over
+/// later writes that had been acked.
+#[test]
+fn late_writes_do_not_land_over_acked_ones() {
+    check([10064, 10207, 10311, 10339, 10506, 10633].into_iter(), |seed| run(seed, None));
+}
