@@ -230,9 +230,12 @@ impl Cluster {
 
     fn add_pool(&mut self, node: NodeId, at: usize) {
         let device = self.disks[at];
-        let pool = Pool::open(self.world.borrow_mut().disk(device));
+        let mut world = self.world.borrow_mut();
+        let device_len = world.disk(device).len();
+        let pool = Pool::open(world.disk(device));
         let pool = Box::new(pool.expect("a pool opens after a crash"));
-        self.command(node, |reply| Command::AddPool { name: pool_name(at), device, pool, reply })
+        drop(world);
+        self.command(node, |reply| Command::AddPool { name: pool_name(at), device, pool, device_len, reply })
             .expect("the pool is new to the process");
     }
 

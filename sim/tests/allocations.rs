@@ -16,7 +16,7 @@ use cairn_engine::reactor::{
     Arena, Attach, Chunk, Completion, DeviceId, Driver, DriverConfig, ListenerId, MemRegion, Op,
     SocketId, Token, UringDriver,
 };
-use cairn_engine::replica::{FormatOptions, Pool, ReplicaSpec};
+use cairn_engine::replica::{Device, FormatOptions, Pool, ReplicaSpec};
 use cairn_engine::{ChildAddress, Command, EngineError, Reply, Shard, ShardConfig, VolumeSpec};
 
 const BLOCKS: u64 = 1024;
@@ -139,7 +139,9 @@ impl Shards {
         Pool::format(&mut device, &options).unwrap();
         let pool = Box::new(Pool::open(&mut device).unwrap());
         let name = "pool".to_owned();
-        self.command(at, |reply| Command::AddPool { name, device: device.0, pool, reply });
+        let device_len = Device::len(&device);
+        let device = device.0;
+        self.command(at, |reply| Command::AddPool { name, device, pool, device_len, reply });
         let id = ReplicaId(at as u128 + 1);
         let spec = ReplicaSpec {
             id,
