@@ -172,9 +172,10 @@ impl Nexus {
         }
         assembly.deadline_ms = None;
         match assembly.stage {
-            Stage::Gather => self.promise(),
+            Stage::Gather => self.promise(now_ms),
             Stage::Stuck => self.gather(now_ms),
-            Stage::Promise | Stage::Commit => {}
+            Stage::Promise => self.promise_timeout(now_ms),
+            Stage::Commit => {}
         }
     }
 
@@ -185,19 +186,29 @@ impl Nexus {
         let assembly = self.assembling();
         let heard = assembly.heard().len();
         if heard == all {
-            self.promise();
+            self.promise(now_ms);
         } else if !create && heard >= majority && assembly.deadline_ms.is_none() {
             assembly.deadline_ms = Some(now_ms + wait);
         }
     }
 
-    fn promise(&mut self) {
+    /// Goes on without those that do not answer: their disk hangs, or what they drain does.
+    fn promise_timeout(&mut self, now_ms: u64) {
+        let assembly = self.assembling();
+        for child in assembly.heard().without(assembly.promised).iter() {
+            self.assembling().registers[usize::from(child.0)] = None;
+            self.push_event(Event::ResetChild(child));
+        }
+        self.try_decide(now_ms);
+    }
+
+    fn promise(&mut self, now_ms: u64) {
         self.round += 1;
-        let round = self.round;
+        let (round, limit) = (self.round, self.config.child_deadline_ms);
         let assembly = self.assembling();
         assembly.stage = Stage::Promise;
         assembly.round = round;
-        assembly.deadline_ms = None;
+        assembly.deadline_ms = Some(now_ms + limit);
         assembly.promised = ChildSet::EMPTY;
         let highest =
             assembly.registers.iter().flatten().map(|r| r.promised_epoch).max().unwrap_or_default();

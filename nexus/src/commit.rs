@@ -77,11 +77,11 @@ impl Nexus {
             refused: ChildSet::EMPTY,
             majority: self.majority(),
         });
+        // A member that is failing votes too: it may be needed for a majority, and what failed may be
+        // its data alone.
         let voters: Vec<ChildId> = (0u8..)
             .zip(&self.children)
-            .filter(|(_, c)| {
-                c.connected && !matches!(c.state, ChildState::Failing(_) | ChildState::Disconnected)
-            })
+            .filter(|(_, c)| c.connected)
             .map(|(i, _)| ChildId(i))
             .collect();
         for child in voters {

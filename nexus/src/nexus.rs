@@ -239,6 +239,8 @@ pub struct Nexus {
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
     slots: Slots,
+    /// Slots of answered requests whose buffer a child that was given up still has.
+    lingering: usize,
     ranges: Ranges,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
@@ -271,8 +273,9 @@ impl Nexus {
                 session: 0,
             })
             .collect();
-        let capacity = config.max_requests;
-        let queue = usize::from(capacity);
+        let queue = usize::from(config.max_requests);
+        // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
+        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX);
         Self {
             state: VolumeState::Assembling("waiting for its replicas".to_owned()),
             children,
@@ -283,7 +286,8 @@ impl Nexus {
             round: 0,
             commit: None,
             assembly: Some(Assembly::new(n)),
-            slots: Slots::new(capacity),
+            slots: Slots::new(slots),
+            lingering: 0,
             ranges: Ranges::new(queue),
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
@@ -334,7 +338,9 @@ impl Nexus {
     /// Whether [`Nexus::submit`] takes one more.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.slots.in_use() < self.slots.capacity()
+        let unanswered = self.slots.in_use() - self.lingering;
+        unanswered < usize::from(self.config.max_requests)
+            && self.slots.in_use() < self.slots.capacity()
     }
 
     /// Requests that still use a buffer or await an answer.
@@ -481,11 +487,17 @@ impl Nexus {
             }
             slot.failed = ChildSet(slot.failed.0 | late.0);
             slot.fault = IoStatus::TimedOut;
+            let reads = slot.request.op == IoOp::Read;
             for child in late.iter() {
                 if !self.is_last(child) {
                     self.fail_child(child, FaultReason::DeadlineMissed);
                     self.events.push_back(Event::ResetChild(child));
                 }
+            }
+            if reads && late.iter().any(|c| self.children[usize::from(c.0)].local) {
+                // No session can be reset to get the buffer back from a local disk that hangs, so the
+                // read cannot go to another member itself: the host asks again, and that one does.
+                self.answer(at, IoStatus::NotReady);
             }
             self.look(at, now_ms);
         }
@@ -641,6 +653,7 @@ impl Nexus {
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
         let tag = slot.tag;
+        self.lingering += 1;
         self.done.push_back(Done { tag, status });
         self.leave_if_over(at);
         self.release_if_free(at);
@@ -659,6 +672,7 @@ impl Nexus {
     fn release_if_free(&mut self, at: u16) {
         if self.slots.slot(at).outstanding.is_empty() {
             let slot = self.slots.remove(at);
+            self.lingering -= 1;
             self.released.push_back(slot.tag);
         }
     }
