@@ -365,6 +365,15 @@ impl<D: Driver> Shard<D> {
             }
             let Some(op) = local.registers.front() else { return };
             let (origin, slot) = (op.origin, op.slot);
+            // Whoever asked is gone, and with it perhaps the replica: the slot may be another's now.
+            if let Origin::Host { conn, generation, .. } = origin
+                && self.host_queue(conn, generation).is_none()
+            {
+                self.pools[usize::from(pool)].registers.pop_front();
+                continue;
+            }
+            let local = &mut self.pools[usize::from(pool)];
+            let Some(op) = local.registers.front() else { return };
             let Some(held) = local.pool.register(slot).map(to_nexus) else {
                 local.registers.pop_front();
                 self.answer_register(origin, Err(IoStatus::NotReady));
@@ -372,14 +381,12 @@ impl<D: Driver> Shard<D> {
             };
             let stored = match &op.kind {
                 RegisterKind::Read => Some(Ok(held)),
-                RegisterKind::Promise { epoch, again: true } => {
-                    Some(if *epoch == held.promised_epoch {
-                        Ok(held)
-                    } else {
-                        Err(IoStatus::Fenced)
-                    })
+                RegisterKind::Promise { epoch, again: true } if *epoch == held.promised_epoch => {
+                    Some(Ok(held))
                 }
-                RegisterKind::Promise { epoch, again: false } => {
+                // A majority has promised an epoch that is taken up again, so it is its nexus's
+                // alone: a replica that was away then promises it now.
+                RegisterKind::Promise { epoch, .. } => {
                     if *epoch > held.promised_epoch {
                         let promised = Register { promised_epoch: *epoch, ..held };
                         self.store_register(pool, slot, promised);
@@ -393,7 +400,9 @@ impl<D: Driver> Shard<D> {
                     if new.accepted_epoch >= held.promised_epoch
                         && (new.accepted_epoch, new.seq) >= current
                     {
-                        let new = new.clone();
+                        // The promise never goes back, whatever the page says of it.
+                        let promised = new.promised_epoch.max(new.accepted_epoch);
+                        let new = Register { promised_epoch: promised, ..new.clone() };
                         self.store_register(pool, slot, new);
                         None
                     } else {
