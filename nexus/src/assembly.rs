@@ -61,13 +61,20 @@ impl Nexus {
         self.assembly.as_mut().expect("called while assembling")
     }
 
-    pub(crate) fn assembly_child_up(&mut self, child: ChildId, now_ms: u64) {
-        let stage = self.assembling().stage;
-        if matches!(stage, Stage::Stuck | Stage::Gather) {
-            self.gather(now_ms);
+    pub(crate) fn assembly_child_up(&mut self, child: ChildId) {
+        let (stage, round) = (self.assembling().stage, self.assembling().round);
+        match stage {
+            // Those that were heard are not asked again, or one that comes and goes would hold
+            // the others up for ever.
+            Stage::Gather if round > 0 => {
+                self.ask(child, round, ChildOp::ReadRegister);
+                self.tell_what_is_missing();
+            }
+            Stage::Gather | Stage::Stuck => self.gather(),
+            // It goes on with who was there; this one is bound once the volume serves.
+            Stage::Promise => {}
+            Stage::Commit => self.resume_commit(child),
         }
-        // Later stages go on with who was there; this one is bound once the volume serves.
-        let _ = child;
     }
 
     pub(crate) fn assembly_child_down(&mut self, child: ChildId) {
@@ -77,7 +84,7 @@ impl Nexus {
     }
 
     /// Starts over with everybody who is connected.
-    fn gather(&mut self, now_ms: u64) {
+    fn gather(&mut self) {
         self.round += 1;
         let round = self.round;
         let assembly = self.assembling();
@@ -90,7 +97,7 @@ impl Nexus {
         for child in self.connected().iter() {
             self.ask(child, round, ChildOp::ReadRegister);
         }
-        self.tell_what_is_missing(now_ms);
+        self.tell_what_is_missing();
     }
 
     fn connected(&self) -> ChildSet {
@@ -99,7 +106,7 @@ impl Nexus {
         })
     }
 
-    fn tell_what_is_missing(&mut self, _now_ms: u64) {
+    fn tell_what_is_missing(&mut self) {
         let connected = self.connected();
         let missing: Vec<String> = (0u8..)
             .zip(&self.children)
@@ -131,9 +138,7 @@ impl Nexus {
                 let assembly = self.assembling();
                 assembly.registers[usize::from(child.0)] = Some(register);
                 assembly.promised = assembly.promised.with(child);
-                if assembly.heard().without(assembly.promised).is_empty() {
-                    self.decide(now_ms);
-                }
+                self.decide_if_all_promised(now_ms);
             }
             (Stage::Promise, Err(IoStatus::Fenced)) => {
                 // Somebody took a newer epoch between the read and the promise: look again.
@@ -144,13 +149,19 @@ impl Nexus {
             (Stage::Gather | Stage::Promise, Err(_)) => {
                 self.assembly_child_down(child);
                 self.push_event(Event::ResetChild(child));
+                // One whose disk is gone does not keep the others from serving.
                 if self.assembling().stage == Stage::Promise {
-                    let assembly = self.assembling();
-                    assembly.stage = Stage::Stuck;
-                    assembly.deadline_ms = Some(now_ms + RETRY_MS);
+                    self.decide_if_all_promised(now_ms);
                 }
             }
             (Stage::Commit | Stage::Stuck, _) => {}
+        }
+    }
+
+    fn decide_if_all_promised(&mut self, now_ms: u64) {
+        let assembly = self.assembling();
+        if assembly.heard().without(assembly.promised).is_empty() {
+            self.decide(now_ms);
         }
     }
 
@@ -162,7 +173,7 @@ impl Nexus {
         assembly.deadline_ms = None;
         match assembly.stage {
             Stage::Gather => self.promise(),
-            Stage::Stuck => self.gather(now_ms),
+            Stage::Stuck => self.gather(),
             Stage::Promise | Stage::Commit => {}
         }
     }
@@ -170,7 +181,7 @@ impl Nexus {
     /// Goes on once everybody was heard, or a majority and the wait is over.
     fn try_promise(&mut self, now_ms: u64) {
         let (all, majority) = (self.children.len(), self.majority());
-        let (create, wait) = (self.config.purpose == Purpose::Create, self.config.assembly_wait_ms);
+        let (create, wait) = (self.is_new(), self.config.assembly_wait_ms);
         let assembly = self.assembling();
         let heard = assembly.heard().len();
         if heard == all {
@@ -213,12 +224,16 @@ impl Nexus {
             .cloned();
         match (self.config.purpose, highest) {
             (Purpose::Create, None) => {
-                self.seq = 0;
                 let all = self.assembling().promised;
+                if all.len() < self.children.len() {
+                    self.stuck(now_ms);
+                    return;
+                }
+                self.seq = 0;
                 self.assembling().stage = Stage::Commit;
                 self.commit_target(all);
             }
-            (Purpose::Create, Some(_)) => self.refuse(
+            (Purpose::Create, Some(_)) if self.is_new() => self.refuse(
                 "a replica belongs to a volume already; create the volume from empty replicas",
             ),
             (Purpose::Assemble, None) => {
@@ -226,11 +241,21 @@ impl Nexus {
                     "no replica holds a configuration; the volume was never created on them",
                 );
             }
-            (Purpose::Assemble, Some(register)) => match Config::decode(&register.config) {
+            (_, Some(register)) => match Config::decode(&register.config) {
                 Ok(config) => self.adopt(&config, now_ms),
                 Err(e) => self.refuse(&format!("the stored configuration cannot be read: {e}")),
             },
         }
+    }
+
+    /// Whether the volume is to be made and nobody tells of it yet. A process that was killed may
+    /// not have lived to remember that it had made it.
+    fn is_new(&self) -> bool {
+        let mut registers = self.assembly.iter().flat_map(|a| &a.registers).flatten();
+        let ours = |register: &Register| {
+            Config::decode(&register.config).is_ok_and(|c| c.volume == self.config.volume)
+        };
+        self.config.purpose == Purpose::Create && !registers.any(ours)
     }
 
     fn adopt(&mut self, config: &Config, now_ms: u64) {
@@ -290,13 +315,17 @@ impl Nexus {
 
     /// The epoch's first configuration is stored: serve.
     pub(crate) fn assembled(&mut self) {
-        self.assembly = None;
+        let Some(assembly) = self.assembly.take() else { return };
         for child in self.in_sync.iter() {
-            if self.child(child).connected {
+            if !self.child(child).connected {
+                self.child(child).state = ChildState::Disconnected;
+            } else if assembly.promised.has(child) {
                 self.child(child).state = ChildState::Online;
                 self.push_event(Event::ChildOnline(child));
             } else {
-                self.child(child).state = ChildState::Disconnected;
+                // It came back since it promised: that session is not bound to the epoch.
+                self.child(child).state = ChildState::Joining;
+                self.rejoin(child);
             }
         }
     }
