@@ -44,14 +44,10 @@ pub(super) struct HostIo {
 
 impl<D: Driver> Shard<D> {
     pub(super) fn export_handle(&mut self, export: Export) -> NamespaceHandle {
-        let at = match self.exports.iter().position(Option::is_none) {
-            Some(at) => at,
-            None => {
-                self.exports.push(None);
-                self.exports.len() - 1
-            }
-        };
-        self.exports[at] = Some(export);
+        // A handle is not used again: requests that wait, and discards that go on range by range,
+        // name what they are for by it.
+        let at = self.exports.len();
+        self.exports.push(Some(export));
         NamespaceHandle(u32::try_from(at).expect("fewer than 2^32 exports"))
     }
 
@@ -149,11 +145,11 @@ impl<D: Driver> Shard<D> {
             _ => BufSlice::EMPTY,
         };
         let request = IoRequest { op: io.op, range: io.range, buf };
-        let (namespace, conn) = (io.namespace, io.conn);
+        let (namespace, conn, generation) = (io.namespace, io.conn, io.generation);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => self.submit_to_volume(volume, at, request, now),
             Some(&Export::Replica { pool, slot, .. }) => {
-                if self.is_fenced(conn, pool, slot) {
+                if self.is_fenced(conn, generation, pool, slot) {
                     self.finish(at, IoStatus::Fenced, now);
                 } else {
                     let tag = Owner::Host { io: at }.tag();

@@ -43,7 +43,7 @@ pub(super) enum Waiter {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Origin {
     Host { conn: u32, generation: u32, slot: SlotId },
-    Volume { volume: u32, child: ChildId, ticket: Ticket },
+    Volume { volume: u32, generation: u32, child: ChildId, ticket: Ticket },
 }
 
 #[derive(Debug)]
@@ -452,8 +452,9 @@ impl<D: Driver> Shard<D> {
 
     fn answer_register(&mut self, origin: Origin, answer: Result<Register, IoStatus>) {
         match origin {
-            Origin::Volume { volume, child, ticket } => {
-                if let Some(v) = self.volumes.get_mut(volume) {
+            Origin::Volume { volume, generation, child, ticket } => {
+                if let Some(v) = self.volumes.get_mut(volume).filter(|v| v.generation == generation)
+                {
                     v.register_replies.push_back((child, ticket, answer));
                     self.touch_volume(volume);
                 }
@@ -492,12 +493,19 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Whether a connection speaks for an older epoch than the replica has promised.
-    pub(super) fn is_fenced(&self, conn: u32, pool: u16, slot: ReplicaSlot) -> bool {
+    pub(super) fn is_fenced(
+        &self,
+        conn: u32,
+        generation: u32,
+        pool: u16,
+        slot: ReplicaSlot,
+    ) -> bool {
         let promised = self.pools[usize::from(pool)]
             .pool
             .register(slot)
             .map_or(0, |register| register.promised_epoch.0);
-        let speaks_for = self.hosts.get(conn).map_or(0, |host| self.target.mark(&host.queue));
+        let host = self.hosts.get(conn).filter(|host| host.generation == generation);
+        let speaks_for = host.map_or(0, |host| self.target.mark(&host.queue));
         promised > speaks_for
     }
 }

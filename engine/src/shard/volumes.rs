@@ -19,14 +19,23 @@ use crate::control::{ChildAddress, EngineError, ExportCounters, Reply, VolumeSpe
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
-    Local { pool: u16, slot: ReplicaSlot },
-    Remote { link: u32 },
+    Local {
+        pool: u16,
+        slot: ReplicaSlot,
+    },
+    Remote {
+        link: u32,
+    },
+    /// The volume is being removed; the link's number may be another's.
+    Gone,
 }
 
 /// One volume.
 pub(super) struct Volume {
     pub(super) spec: VolumeSpec,
     pub(super) nexus: Nexus,
+    /// Tells this volume from earlier ones with its number.
+    pub(super) generation: u32,
     pub(super) routes: Vec<Route>,
     /// Set once it has served: hosts can connect from then on.
     pub(super) export: Option<(SubsystemId, NamespaceHandle)>,
@@ -77,9 +86,11 @@ impl<D: Driver> Shard<D> {
             max_requests: self.config.volume_requests,
         });
         let addresses = spec.children.clone();
+        self.next_generation = self.next_generation.wrapping_add(1);
         let at = self.volumes.insert(Volume {
             spec,
             nexus,
+            generation: self.next_generation,
             routes: Vec::new(),
             export: None,
             counters: ExportCounters::default(),
@@ -110,7 +121,8 @@ impl<D: Driver> Shard<D> {
         Ok(())
     }
 
-    /// Stops serving: hosts are cut off at once, what is in flight ends, then the volume is gone.
+    /// Stops serving: hosts and replicas are cut off at once, what is held is let go of, what is in
+    /// flight ends, then the volume is gone.
     pub(super) fn remove_volume(&mut self, at: u32, reply: Reply<()>) {
         let volume = &mut self.volumes[at];
         if volume.removing.is_some() {
@@ -123,6 +135,13 @@ impl<D: Driver> Shard<D> {
                 self.close_host(conn.0);
             }
             self.exports[handle.0 as usize] = None;
+        }
+        self.volumes[at].nexus.close();
+        for child in 0..self.volumes[at].routes.len() {
+            if let Route::Remote { link } = self.volumes[at].routes[child] {
+                self.volumes[at].routes[child] = Route::Gone;
+                self.retire_link(link);
+            }
         }
         self.touch_volume(at);
     }
@@ -210,11 +229,7 @@ impl<D: Driver> Shard<D> {
 
     fn drop_volume(&mut self, at: u32) {
         let Some(volume) = self.volumes.remove(at) else { return };
-        for route in volume.routes {
-            if let Route::Remote { link } = route {
-                self.retire_link(link);
-            }
-        }
+        self.detach_links(at);
         if let Some(reply) = volume.removing {
             reply.send(Ok(()));
         }
@@ -229,7 +244,9 @@ impl<D: Driver> Shard<D> {
                 local.busy = true;
             }
             (Route::Local { pool, slot }, op) => {
-                let origin = Origin::Volume { volume: at, child: io.child, ticket: io.ticket };
+                let generation = self.volumes[at].generation;
+                let (child, ticket) = (io.child, io.ticket);
+                let origin = Origin::Volume { volume: at, generation, child, ticket };
                 let kind = match op {
                     ChildOp::Promise { epoch, again } => RegisterKind::Promise { epoch, again },
                     ChildOp::Accept(register) => RegisterKind::Accept(register),
@@ -238,6 +255,7 @@ impl<D: Driver> Shard<D> {
                 self.register_op(origin, pool, slot, kind);
             }
             (Route::Remote { link }, op) => self.send_remote(link, io.ticket, op, now),
+            (Route::Gone, _) => self.refuse_remote(at, io.child, io.ticket, now),
         }
     }
 
