@@ -1,6 +1,8 @@
 //! Whole engines on io_uring in one process, over loopback, with the links between them cut and
 //! mended by the test.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -247,4 +249,29 @@ fn the_link_of_a_removed_volume_does_not_touch_the_next_one() {
     thread::sleep(Duration::from_millis(3_500));
     let volume = engine.volume();
     assert_eq!(volume.children[0].state, "online", "{volume:#?}");
+}
+
+/// What a person types as a replica's address went to the initiator as it was; a name too long for
+/// a Connect was a panic there, which ended the engine with all its volumes. A local replica that
+/// is too small was taken, and failed at the first write past its end.
+#[test]
+fn children_that_cannot_be_are_refused() {
+    let engine = Engine::with_replica(1);
+    let spec = |blocks, child| VolumeSpec {
+        id: VolumeId(99),
+        name: "v".to_owned(),
+        nqn: "nqn.2026-11.io.cairn:v".to_owned(),
+        blocks,
+        children: vec![child],
+        purpose: Purpose::Create,
+        child_deadline_ms: 2_000,
+        allowed_hosts: None,
+    };
+    let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+    let long = ChildAddress::Remote { peer, nqn: format!("nqn.{}", "x".repeat(300)) };
+    let local = ChildAddress::Local { pool: "p".to_owned() };
+    for spec in [spec(BLOCKS, (ReplicaId(2), long)), spec(BLOCKS + 1, (ReplicaId(1), local))] {
+        let refused = engine.call(|reply| Command::AddVolume { spec, reply });
+        assert!(matches!(refused, Err(EngineError::Invalid(_))), "{refused:?}");
+    }
 }

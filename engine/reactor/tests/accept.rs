@@ -1,6 +1,8 @@
 //! Accepting when the process has no descriptor left. Alone in its file: it changes a limit of the
 //! whole process.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};

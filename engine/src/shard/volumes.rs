@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, IoRequest, IoStatus};
+use cairn_block::{BlockSize, IoRequest, IoStatus, ReplicaId};
 use cairn_nexus::{
     ChildId, ChildOp, ChildReply, ChildSpec, Event, Nexus, NexusConfig, Ticket, VolumeState,
 };
-use cairn_nvmf::target::{NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId};
+use cairn_nvmf::target::{
+    MAX_NQN_LEN, NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId,
+};
 use cairn_reactor::Driver;
 use cairn_replica::ReplicaSlot;
 
@@ -71,8 +73,14 @@ impl<D: Driver> Shard<D> {
                     spec.name
                 )));
             }
-            if local && self.find_replica(*replica).is_none() {
-                return Err(EngineError::NotFound { kind: "replica", name: replica.to_string() });
+            match address {
+                ChildAddress::Local { .. } => self.check_local(*replica, spec.blocks)?,
+                ChildAddress::Remote { nqn, .. } if nqn.len() > MAX_NQN_LEN => {
+                    return Err(EngineError::Invalid(format!(
+                        "replica {replica}: an NQN has at most {MAX_NQN_LEN} bytes"
+                    )));
+                }
+                ChildAddress::Remote { .. } => {}
             }
             children.push(ChildSpec { replica: *replica, local });
         }
@@ -118,6 +126,21 @@ impl<D: Driver> Shard<D> {
             }
         }
         self.touch_volume(at);
+        Ok(())
+    }
+
+    /// Whether a replica in a pool of this process can be a child of a volume so large.
+    fn check_local(&self, id: ReplicaId, blocks: u64) -> Result<(), EngineError> {
+        let missing = || EngineError::NotFound { kind: "replica", name: id.to_string() };
+        let (pool, slot, _) = self.find_replica(id).ok_or_else(missing)?;
+        let pool = &self.pools[usize::from(pool)].pool;
+        let found = pool.replicas().find(|r| r.slot == slot).ok_or_else(missing)?;
+        if found.blocks < blocks {
+            return Err(EngineError::Invalid(format!(
+                "replica {id} is too small: it has {} blocks, the volume {blocks}",
+                found.blocks
+            )));
+        }
         Ok(())
     }
 
