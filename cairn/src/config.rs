@@ -177,8 +177,9 @@ impl Config {
 
     fn check(&self) -> Result<()> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if self.name.is_empty() || !self.name.chars().all(plain) {
-            bail!("name = \"{}\": use letters, digits, '-', '_' and '.'", self.name);
+        // It is part of an NQN.
+        if self.name.is_empty() || self.name.len() > 64 || !self.name.chars().all(plain) {
+            bail!("name = \"{}\": use 1 to 64 letters, digits, '-', '_' and '.'", self.name);
         }
         let [low, high] = self.nvmf.controller_ids;
         if low == 0 || low > high || high > 0xffef {

@@ -3,11 +3,14 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use cairn_engine::control::Command;
 use cairn_engine::device::PoolDevice;
-use cairn_engine::reactor::{Attach, BlockFile, DriverConfig, Features, IoMode, MemRegion};
+use cairn_engine::reactor::{
+    Attach, BlockFile, DriverConfig, Features, IoMode, MemRegion, OpenError,
+};
 use cairn_engine::replica::{FormatOptions, Pool, Probe};
 use cairn_engine::{EngineHandle, ShardConfig, block::PoolId};
 use clap::Args;
@@ -18,6 +21,11 @@ use tokio_stream::wrappers::UnixListenerStream;
 use crate::config::{self, Config, Io};
 use crate::service::{PoolPaths, Service};
 use crate::state::State;
+
+/// What a process that was killed had open may be in use for so long after it.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often it is tried meanwhile.
+const RELEASE_POLL: Duration = Duration::from_millis(50);
 
 /// Options of `cairn serve`.
 #[derive(Debug, Args)]
@@ -53,12 +61,21 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .enable_all()
         .build()?;
     let service = Arc::new(Service::new(&config, engine.clone(), addresses, paths, state));
-    service.resume_volumes()?;
-    let served = runtime.block_on(serve(&config, service, args.exit_with_stdin));
+    service.resume_volumes();
+    // An engine that panicked serves nothing: the process ends, for its supervisor to start again.
+    let (ended, engine_ended) = tokio::sync::oneshot::channel();
+    let thread = std::thread::spawn(move || {
+        let joined = thread.join();
+        // The API may have ended before.
+        let _told = ended.send(());
+        joined
+    });
+    let served = runtime.block_on(serve(&config, service, args.exit_with_stdin, engine_ended));
     tracing::info!("draining");
     let stopped = engine.call(|reply| Command::Shutdown { reply });
     runtime.shutdown_background();
-    thread.join().map_err(|_| anyhow!("the engine's thread panicked; see the log above"))?;
+    let joined = thread.join().and_then(|joined| joined);
+    joined.map_err(|_| anyhow!("the engine's thread panicked; see the log above"))?;
     served?;
     stopped?;
     tracing::info!("stopped");
@@ -101,8 +118,24 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// Tries for a while: the kernel takes the sockets and files of a process that was killed away only
+/// some time after it is gone, when it has taken down its ring.
+fn patiently<T, E>(
+    in_use: impl Fn(&E) -> bool,
+    mut attempt: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    let until = Instant::now() + RELEASE_TIMEOUT;
+    loop {
+        match attempt() {
+            Err(e) if in_use(&e) && Instant::now() < until => std::thread::sleep(RELEASE_POLL),
+            done => return done,
+        }
+    }
+}
+
 fn listen(engine: &EngineHandle, config: &Config, wanted: SocketAddr) -> Result<SocketAddr> {
-    let (listener, bound) = cairn_engine::thread::listen(wanted)
+    let taken = |e: &std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse;
+    let (listener, bound) = patiently(taken, || cairn_engine::thread::listen(wanted))
         .with_context(|| format!("cannot listen on {wanted} (is another process there?)"))?;
     let advertise = match config.nvmf.advertise {
         Some(ip) => SocketAddr::new(ip, bound.port()),
@@ -123,7 +156,8 @@ pub(crate) fn open_pool(
     pool: &config::Pool,
 ) -> Result<()> {
     let context = || format!("pool `{}` at {}", pool.name, pool.path);
-    let (device, fresh) = attach(pool, false).with_context(context)?;
+    let busy = |e: &anyhow::Error| matches!(e.downcast_ref(), Some(OpenError::Busy { .. }));
+    let (device, fresh) = patiently(busy, || attach(pool, false)).with_context(context)?;
     add_pool(engine, paths, pool, device, fresh, pool.create, false).with_context(context)
 }
 
@@ -217,7 +251,12 @@ pub(crate) fn add_pool(
     Ok(())
 }
 
-async fn serve(config: &Config, service: Arc<Service>, exit_with_stdin: bool) -> Result<()> {
+async fn serve(
+    config: &Config,
+    service: Arc<Service>,
+    exit_with_stdin: bool,
+    engine_ended: tokio::sync::oneshot::Receiver<()>,
+) -> Result<()> {
     let socket = config.socket();
     if let Some(parent) = socket.parent() {
         std::fs::create_dir_all(parent)
@@ -237,6 +276,7 @@ async fn serve(config: &Config, service: Arc<Service>, exit_with_stdin: bool) ->
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM"),
             _ = interrupt.recv() => tracing::info!("SIGINT"),
+            _ = engine_ended => tracing::error!("the engine has ended"),
             () = stdin_closed(), if exit_with_stdin => tracing::info!("the parent is gone"),
         }
     };

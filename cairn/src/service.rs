@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cairn_api::v1::{self, cairn_server::Cairn};
 use cairn_engine::block::{BlockSize, ReplicaId, VolumeId};
 use cairn_engine::control::{Command, Reply};
 use cairn_engine::nexus::Purpose;
+use cairn_engine::nvmf::target::MAX_NQN_LEN;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
     ChildAddress, EngineError, EngineHandle, ExportCounters, PoolReport, ReplicaReport,
@@ -75,8 +76,16 @@ fn parse_replica_uri(uri: &str) -> Result<(ReplicaId, ChildAddress), String> {
     let rest = uri.strip_prefix("nvme+tcp://").ok_or_else(wrong)?;
     let (peer, nqn) = rest.split_once('/').ok_or_else(wrong)?;
     let (_, replica) = nqn.rsplit_once("replica:").ok_or_else(wrong)?;
+    if !is_nqn(nqn) {
+        return Err(wrong());
+    }
     let peer = resolve(peer).ok_or_else(wrong)?;
     Ok((id(replica)?, ChildAddress::Remote { peer, nqn: nqn.to_owned() }))
+}
+
+/// Whether it can be said in a Connect: `nqn.` and at most 223 bytes.
+fn is_nqn(text: &str) -> bool {
+    text.starts_with("nqn.") && text.len() <= MAX_NQN_LEN && !text.contains('\0')
 }
 
 /// An address as it is written, or what its name resolves to now.
@@ -111,19 +120,18 @@ impl Service {
     }
 
     /// Serves again what was served before.
-    pub(crate) fn resume_volumes(&self) -> Result<()> {
+    pub(crate) fn resume_volumes(&self) {
         let saved = self.state.lock().volumes.clone();
         for volume in saved {
-            let spec = self
-                .spec_of(&volume)
-                .map_err(anyhow::Error::msg)
-                .with_context(|| format!("volume `{}`", volume.name))?;
             tracing::info!(volume = %volume.name, "serving the volume again");
-            self.engine
-                .call(|reply| Command::AddVolume { spec, reply })
-                .with_context(|| format!("volume `{}`", volume.name))?;
+            let added = self.spec_of(&volume).map_err(anyhow::Error::msg).and_then(|spec| {
+                Ok(self.engine.call(|reply| Command::AddVolume { spec, reply })?)
+            });
+            // The other volumes are served all the same.
+            if let Err(error) = added {
+                tracing::error!(volume = %volume.name, "the volume is not served: {error:#}");
+            }
         }
-        Ok(())
     }
 
     fn spec_of(&self, volume: &SavedVolume) -> Result<VolumeSpec, String> {
@@ -189,16 +197,25 @@ impl Service {
     }
 
     fn forget(&self, name: &str) -> Result<(), Status> {
+        self.change(|volumes| volumes.retain(|v| v.name != name))
+    }
+
+    /// Changes the list of volumes. Where it cannot be stored it stays as it was.
+    fn change(&self, change: impl FnOnce(&mut Vec<SavedVolume>)) -> Result<(), Status> {
         let mut state = self.state.lock();
-        state.volumes.retain(|v| v.name != name);
-        state.save().map_err(|e| Status::internal(format!("{e:#}")))
+        let before = state.volumes.clone();
+        change(&mut state.volumes);
+        state.save().map_err(|e| {
+            state.volumes = before;
+            Status::internal(format!("{e:#}"))
+        })
     }
 
     fn remember(&self, volume: SavedVolume) -> Result<(), Status> {
-        let mut state = self.state.lock();
-        state.volumes.retain(|v| v.name != volume.name);
-        state.volumes.push(volume);
-        state.save().map_err(|e| Status::internal(format!("{e:#}")))
+        self.change(|volumes| {
+            volumes.retain(|v| v.name != volume.name);
+            volumes.push(volume);
+        })
     }
 
     fn pool_message(&self, report: PoolReport) -> v1::Pool {
@@ -494,7 +511,14 @@ impl Cairn for Service {
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
         let name = request.into_inner().name;
         let wanted = name.clone();
-        self.ask(|reply| Command::RemoveVolume { name: wanted, reply }).await?;
+        let removed = self.ask(|reply| Command::RemoveVolume { name: wanted, reply }).await;
+        match removed {
+            // It could not be served, or an earlier call could not store that it was removed.
+            Err(status)
+                if status.code() == tonic::Code::NotFound
+                    && self.state.lock().volumes.iter().any(|v| v.name == name) => {}
+            removed => removed?,
+        }
         self.forget(&name)?;
         Ok(Response::new(v1::DeleteVolumeResponse {}))
     }
@@ -516,7 +540,10 @@ mod tests {
             assert_eq!(replica.to_string(), id);
             assert_eq!(replica_uri(replica, &address), uri);
         }
-        for uri in ["", "local:p1", "nvme+tcp://127.0.0.1/x", "http://127.0.0.1:1/replica:1"] {
+        // So long an NQN is a panic further down.
+        let long = format!("nvme+tcp://127.0.0.1:1/nqn.{}:replica:{id}", "x".repeat(200));
+        for uri in [&long, "", "local:p1", "nvme+tcp://127.0.0.1/x", "http://127.0.0.1:1/replica:1"]
+        {
             assert!(parse_replica_uri(uri).is_err(), "{uri}");
         }
     }

@@ -31,8 +31,6 @@ pub(crate) struct Assembly {
     /// What each child's register held when it was last heard.
     registers: Vec<Option<Register>>,
     promised: ChildSet,
-    /// This nexus has sent out the new volume's first configuration: a replica may hold it.
-    offered: bool,
     /// Go on with who is there at this time.
     deadline_ms: Option<u64>,
 }
@@ -44,7 +42,6 @@ impl Assembly {
             round: 0,
             registers: vec![None; children],
             promised: ChildSet::EMPTY,
-            offered: false,
             deadline_ms: None,
         }
     }
@@ -65,13 +62,20 @@ impl Nexus {
         self.assembly.as_mut().expect("called while assembling")
     }
 
-    pub(crate) fn assembly_child_up(&mut self, child: ChildId, now_ms: u64) {
-        let stage = self.assembling().stage;
-        if matches!(stage, Stage::Stuck | Stage::Gather) {
-            self.gather(now_ms);
+    pub(crate) fn assembly_child_up(&mut self, child: ChildId) {
+        let (stage, round) = (self.assembling().stage, self.assembling().round);
+        match stage {
+            // Those that were heard are not asked again, or one that comes and goes would hold
+            // the others up for ever.
+            Stage::Gather if round > 0 => {
+                self.ask(child, round, ChildOp::ReadRegister);
+                self.tell_what_is_missing();
+            }
+            Stage::Gather | Stage::Stuck => self.gather(),
+            // It goes on with who was there; this one is bound once the volume serves.
+            Stage::Promise => {}
+            Stage::Commit => self.resume_commit(child),
         }
-        // Later stages go on with who was there; this one is bound once the volume serves.
-        let _ = child;
     }
 
     pub(crate) fn assembly_child_down(&mut self, child: ChildId, now_ms: u64) {
@@ -94,7 +98,7 @@ impl Nexus {
     }
 
     /// Starts over with everybody who is connected.
-    fn gather(&mut self, now_ms: u64) {
+    fn gather(&mut self) {
         self.round += 1;
         let round = self.round;
         let assembly = self.assembling();
@@ -107,7 +111,7 @@ impl Nexus {
         for child in self.connected().iter() {
             self.ask(child, round, ChildOp::ReadRegister);
         }
-        self.tell_what_is_missing(now_ms);
+        self.tell_what_is_missing();
     }
 
     fn connected(&self) -> ChildSet {
@@ -116,7 +120,7 @@ impl Nexus {
         })
     }
 
-    fn tell_what_is_missing(&mut self, _now_ms: u64) {
+    fn tell_what_is_missing(&mut self) {
         let connected = self.connected();
         let missing: Vec<String> = (0u8..)
             .zip(&self.children)
@@ -173,7 +177,7 @@ impl Nexus {
         assembly.deadline_ms = None;
         match assembly.stage {
             Stage::Gather => self.promise(now_ms),
-            Stage::Stuck => self.gather(now_ms),
+            Stage::Stuck => self.gather(),
             Stage::Promise => self.promise_timeout(now_ms),
             Stage::Commit => {}
         }
@@ -182,7 +186,7 @@ impl Nexus {
     /// Goes on once everybody was heard, or a majority and the wait is over.
     fn try_promise(&mut self, now_ms: u64) {
         let (all, majority) = (self.children.len(), self.majority());
-        let (create, wait) = (self.config.purpose == Purpose::Create, self.config.assembly_wait_ms);
+        let (create, wait) = (self.is_new(), self.config.assembly_wait_ms);
         let assembly = self.assembling();
         let heard = assembly.heard().len();
         if heard == all {
@@ -233,7 +237,6 @@ impl Nexus {
             self.stuck(now_ms);
             return;
         }
-        let offered = self.assembling().offered;
         let registers = &self.assembling().registers;
         let highest = registers
             .iter()
@@ -243,14 +246,15 @@ impl Nexus {
             .cloned();
         match (self.config.purpose, highest) {
             (Purpose::Create, None) => {
-                self.seq = 0;
                 let all = self.assembling().promised;
-                let assembly = self.assembling();
-                assembly.stage = Stage::Commit;
-                assembly.offered = true;
+                if all.len() < self.children.len() {
+                    self.stuck(now_ms);
+                    return;
+                }
+                self.assembling().stage = Stage::Commit;
                 self.commit_target(all);
             }
-            (Purpose::Create, Some(_)) if !offered => self.refuse(
+            (Purpose::Create, Some(_)) if self.is_new() => self.refuse(
                 "a replica belongs to a volume already; create the volume from empty replicas",
             ),
             (Purpose::Assemble, None) => {
@@ -263,6 +267,16 @@ impl Nexus {
                 Err(e) => self.refuse(&format!("the stored configuration cannot be read: {e}")),
             },
         }
+    }
+
+    /// Whether the volume is to be made and nobody tells of it yet. A process that was killed may
+    /// not have lived to remember that it had made it.
+    fn is_new(&self) -> bool {
+        let mut registers = self.assembly.iter().flat_map(|a| &a.registers).flatten();
+        let ours = |register: &Register| {
+            Config::decode(&register.config).is_ok_and(|c| c.volume == self.config.volume)
+        };
+        self.config.purpose == Purpose::Create && !registers.any(ours)
     }
 
     fn adopt(&mut self, config: &Config, now_ms: u64) {

@@ -93,13 +93,32 @@ impl Nexus {
     /// Asks one more voter, which has just come back.
     pub(crate) fn resume_commit(&mut self, child: ChildId) {
         let Some(commit) = self.commit.as_mut() else { return };
-        if commit.acks.has(child) {
+        if commit.acks.has(child) || commit.asked.without(commit.refused).has(child) {
             return;
         }
         commit.asked = commit.asked.with(child);
         commit.refused = commit.refused.without(ChildSet::of(child));
         let (round, register) = (commit.round, commit.register.clone());
         self.ask(child, round, ChildOp::Accept(register));
+    }
+
+    /// Voters that are there and could not store the configuration.
+    fn unwilling(&self) -> ChildSet {
+        let refused = self.commit.as_ref().map_or(ChildSet::EMPTY, |c| c.refused);
+        (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| {
+            if c.connected && refused.has(ChildId(i)) { set.with(ChildId(i)) } else { set }
+        })
+    }
+
+    pub(crate) fn has_to_ask_again(&self) -> bool {
+        !self.unwilling().is_empty()
+    }
+
+    /// Asks the voters again that had no room, or no memory, the last time.
+    pub(crate) fn ask_again(&mut self) {
+        for child in self.unwilling().iter() {
+            self.resume_commit(child);
+        }
     }
 
     /// The voter will not answer any more.

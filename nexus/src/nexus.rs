@@ -152,7 +152,8 @@ pub enum VolumeState {
     Online,
     /// Serving with fewer replicas than it has.
     Degraded,
-    /// A replica failed and no majority can store that: writes are held until one can.
+    /// A replica failed and no majority can store that, or no replica in sync is there: requests
+    /// are held.
     Suspended,
     /// A newer nexus has taken the volume over: nothing is served here.
     Fenced,
@@ -188,8 +189,8 @@ impl VolumeState {
             Self::Online => "every replica is in sync",
             Self::Degraded => "serving with fewer replicas than configured",
             Self::Suspended => {
-                "a replica failed and no majority of the replicas can be reached to record it; \
-                 writes are held until one can"
+                "requests are held until the replicas are back: too few can be reached to record \
+                 that one failed, or none that is in sync"
             }
             Self::Fenced => "a newer nexus has taken this volume over",
         }
@@ -244,7 +245,7 @@ pub struct Nexus {
     ranges: Ranges,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
-    /// Mutations that wait for a child which is joining.
+    /// Requests that wait for a child which is joining, or for any to come back.
     parked: Vec<u16>,
     child_ios: VecDeque<ChildIo>,
     done: VecDeque<Done>,
@@ -374,6 +375,7 @@ impl Nexus {
             ok: ChildSet::EMPTY,
             failed: ChildSet::EMPTY,
             fault: IoStatus::PathError,
+            refused: false,
             started_ms: now_ms,
         };
         let at = self.slots.insert(slot).expect("the caller asked `has_room`");
@@ -392,7 +394,7 @@ impl Nexus {
             c.state = ChildState::Joining;
         }
         if self.assembly.is_some() {
-            self.assembly_child_up(child, now_ms);
+            self.assembly_child_up(child);
         } else {
             self.rejoin(child);
         }
@@ -417,6 +419,7 @@ impl Nexus {
         if self.assembly.is_some() {
             self.assembly_check_commit(now_ms);
         }
+        self.update_state();
         self.unpark();
         self.settle(now_ms);
     }
@@ -442,6 +445,7 @@ impl Nexus {
             } else {
                 slot.failed = slot.failed.with(child);
                 slot.fault = status;
+                slot.refused |= status != IoStatus::PathError;
             }
         }
         // The plain case, first: everybody in sync has done it.
@@ -474,33 +478,13 @@ impl Nexus {
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now_ms: u64) {
-        let limit = self.config.child_deadline_ms;
-        for at in 0..self.slots.capacity() {
-            let at = u16::try_from(at).expect("as many slots as a u16 counts");
-            let Some(slot) = self.slots.get(at) else { continue };
-            if slot.phase != Phase::Running || now_ms.saturating_sub(slot.started_ms) < limit {
-                continue;
-            }
-            let late = slot.outstanding.without(slot.failed);
-            if late.is_empty() {
-                continue;
-            }
-            slot.failed = ChildSet(slot.failed.0 | late.0);
-            slot.fault = IoStatus::TimedOut;
-            let reads = slot.request.op == IoOp::Read;
-            for child in late.iter() {
-                if !self.is_last(child) {
-                    self.fail_child(child, FaultReason::DeadlineMissed);
-                    self.events.push_back(Event::ResetChild(child));
-                }
-            }
-            if reads && late.iter().any(|c| self.children[usize::from(c.0)].local) {
-                // No session can be reset to get the buffer back from a local disk that hangs, so the
-                // read cannot go to another member itself: the host asks again, and that one does.
-                self.answer(at, IoStatus::NotReady);
-            }
-            self.look(at, now_ms);
+        let late = self.late_children(now_ms);
+        // Where everybody is late nobody is given up: there would be nobody to serve instead.
+        if !self.in_sync.without(self.failing()).without(late).is_empty() {
+            self.give_up(late, now_ms);
         }
+        self.ask_again();
+        self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
         }
@@ -511,11 +495,16 @@ impl Nexus {
     #[must_use]
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.config.child_deadline_ms / 8).max(10);
-        let busy = self.slots.in_use() > 0;
-        match &self.assembly {
-            Some(assembly) => assembly.poll_timeout(),
-            None => busy.then_some(now_ms + tick),
-        }
+        let busy = self.slots.in_use() > 0 || self.has_to_ask_again();
+        let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
+        [assembly, busy.then_some(now_ms + tick)].into_iter().flatten().min()
+    }
+
+    /// Stops for good: what is in flight is answered, and buffers are released as the children
+    /// let go of them.
+    pub fn close(&mut self) {
+        self.set_state(VolumeState::Refused("it is being removed".to_owned()));
+        self.answer_all();
     }
 
     /// The next operation for a child.
@@ -553,6 +542,42 @@ impl Nexus {
         self.child_ios.push_back(ChildIo { child, ticket, op });
     }
 
+    /// Children with a request that has missed its deadline.
+    fn late_children(&self, now_ms: u64) -> ChildSet {
+        let limit = self.config.child_deadline_ms;
+        self.slots
+            .iter()
+            .filter(|(_, slot)| slot.is_late(now_ms, limit))
+            .fold(ChildSet::EMPTY, |set, (_, slot)| {
+                ChildSet(set.0 | slot.outstanding.without(slot.failed).0)
+            })
+    }
+
+    fn give_up(&mut self, late: ChildSet, now_ms: u64) {
+        for child in late.iter() {
+            self.fail_child(child, FaultReason::DeadlineMissed);
+            self.events.push_back(Event::ResetChild(child));
+        }
+        let limit = self.config.child_deadline_ms;
+        for at in 0..self.slots.capacity() {
+            let at = u16::try_from(at).expect("as many slots as a u16 counts");
+            let Some(slot) = self.slots.get(at) else { continue };
+            let missed = slot.outstanding.without(slot.failed);
+            if slot.is_late(now_ms, limit) && !missed.is_empty() {
+                slot.failed = ChildSet(slot.failed.0 | missed.0);
+                slot.fault = IoStatus::TimedOut;
+                let reads = slot.request.op == IoOp::Read;
+                if reads && missed.iter().any(|c| self.children[usize::from(c.0)].local) {
+                    // No session can be reset to get the buffer back from a local disk that hangs, so
+                    // the read cannot go to another member itself: the host asks again, and that
+                    // one does.
+                    self.answer(at, IoStatus::NotReady);
+                }
+                self.look(at, now_ms);
+            }
+        }
+    }
+
     /// The slot's turn has come: hand it to the children.
     fn start(&mut self, at: u16, now_ms: u64) {
         let slot = self.slots.slot(at);
@@ -562,12 +587,12 @@ impl Nexus {
             self.read(at, now_ms);
             return;
         }
-        if self.in_sync.iter().any(|c| self.children[usize::from(c.0)].state == ChildState::Joining)
-        {
-            self.parked.push(at);
+        let joining = |c: ChildId| self.children[usize::from(c.0)].state == ChildState::Joining;
+        if self.in_sync.iter().any(joining) || !self.in_sync.iter().any(|c| self.is_usable(c)) {
+            self.park(at);
             return;
         }
-        let request = slot.request;
+        let request = self.slots.slot(at).request;
         for child in self.in_sync.iter() {
             if self.is_usable(child) {
                 self.emit(child, at, request);
@@ -595,7 +620,8 @@ impl Nexus {
     /// Sends a read to the best child that has not failed it: a local one, else the least loaded.
     fn read(&mut self, at: u16, now_ms: u64) {
         let slot = self.slots.slot(at);
-        let (tried, request, fault) = (slot.failed, slot.request, slot.fault);
+        let (tried, request, fault, refused) =
+            (slot.failed, slot.request, slot.fault, slot.refused);
         slot.started_ms = now_ms;
         let best =
             self.in_sync.without(tried).iter().filter(|&c| self.is_usable(c)).min_by_key(|&c| {
@@ -604,6 +630,10 @@ impl Nexus {
             });
         match best {
             Some(child) => self.emit(child, at, request),
+            // Who is away may come back with it, or leave the in-sync set.
+            None if !refused || self.in_sync.iter().any(|c| !self.is_usable(c)) => {
+                self.park(at);
+            }
             None => self.answer(at, fault),
         }
     }
@@ -632,9 +662,22 @@ impl Nexus {
         if !missing.without(failed).is_empty() {
             return;
         }
+        if missing == in_sync && !slot.refused {
+            // Every session was lost: who has it and who has not is not known. It is done again
+            // when somebody is back.
+            if outstanding.is_empty() {
+                (slot.ok, slot.failed) = (ChildSet::EMPTY, ChildSet::EMPTY);
+                self.park(at);
+            }
+            return;
+        }
         if missing == in_sync {
             // Nobody did it: the members are as alike as before, and the host is told.
-            self.answer(at, fault);
+            if fault == IoStatus::Fenced {
+                self.fence();
+            } else {
+                self.answer(at, fault);
+            }
             return;
         }
         // Some did it and some did not: those that did not must go before the ack.
@@ -654,6 +697,7 @@ impl Nexus {
         slot.phase = Phase::Answered;
         let tag = slot.tag;
         self.lingering += 1;
+        self.parked.retain(|&parked| parked != at);
         self.done.push_back(Done { tag, status });
         self.leave_if_over(at);
         self.release_if_free(at);
@@ -688,7 +732,13 @@ impl Nexus {
         self.ready.extend(running.map(|(at, _)| at));
     }
 
-    /// Lets the mutations go on that waited for a child to join.
+    fn park(&mut self, at: u16) {
+        if !self.parked.contains(&at) {
+            self.parked.push(at);
+        }
+    }
+
+    /// Looks again at what waited for a child to join or to come back.
     pub(crate) fn unpark(&mut self) {
         self.ready.extend(self.parked.drain(..));
     }
@@ -757,7 +807,12 @@ impl Nexus {
                 } else {
                     ChildState::OutOfSync(FaultReason::Stale)
                 };
+                for &at in &self.parked {
+                    let slot = self.slots.slot(at);
+                    slot.failed = slot.failed.without(ChildSet::of(child));
+                }
                 self.unpark();
+                self.update_state();
                 self.resume_commit(child);
             }
             Ok(_) => self.resume_commit(child),
@@ -769,6 +824,10 @@ impl Nexus {
     /// A newer epoch was promised elsewhere: stop, and say so.
     pub(crate) fn fence(&mut self) {
         self.set_state(VolumeState::Fenced);
+        self.answer_all();
+    }
+
+    fn answer_all(&mut self) {
         self.commit = None;
         let open: Vec<u16> = self
             .slots
@@ -797,7 +856,8 @@ impl Nexus {
             return;
         }
         let stuck = self.commit.as_ref().is_some_and(Commit::is_stuck);
-        let state = if stuck {
+        let alone = !self.in_sync.iter().any(|c| self.children[usize::from(c.0)].connected);
+        let state = if stuck || alone {
             VolumeState::Suspended
         } else if self.in_sync.len() == self.children.len() {
             VolumeState::Online

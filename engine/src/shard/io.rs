@@ -44,14 +44,10 @@ pub(super) struct HostIo {
 
 impl<D: Driver> Shard<D> {
     pub(super) fn export_handle(&mut self, export: Export) -> NamespaceHandle {
-        let at = match self.exports.iter().position(Option::is_none) {
-            Some(at) => at,
-            None => {
-                self.exports.push(None);
-                self.exports.len() - 1
-            }
-        };
-        self.exports[at] = Some(export);
+        // A handle is not used again: requests that wait, and discards that go on range by range,
+        // name what they are for by it.
+        let at = self.exports.len();
+        self.exports.push(Some(export));
         NamespaceHandle(u32::try_from(at).expect("fewer than 2^32 exports"))
     }
 

@@ -22,6 +22,8 @@ const BACKOFF_MIN_MS: u64 = 50;
 const BACKOFF_MAX_MS: u64 = 1_000;
 /// The queue that block I/O goes on.
 const IO_QUEUE: QueueIndex = QueueIndex(1);
+/// The volume of a link that has none any more: the number may be another volume's by then.
+const NO_VOLUME: u32 = u32::MAX;
 /// The queue that register commands go on.
 const ADMIN_QUEUE: QueueIndex = QueueIndex(0);
 
@@ -248,6 +250,16 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// The volume is gone: what its links still answer is for nobody.
+    pub(super) fn detach_links(&mut self, volume: u32) {
+        for at in self.links.keys() {
+            if self.links[at].volume == volume {
+                self.links[at].volume = NO_VOLUME;
+                self.retire_link(at);
+            }
+        }
+    }
+
     fn finish_link_if_closed(&mut self, at: u32, now: u64) {
         let Some(link) = self.links.get_mut(at) else { return };
         let open = link.queues.iter().any(|q| q.socket.is_some() || q.connecting);
@@ -307,6 +319,15 @@ impl<D: Driver> Shard<D> {
         if let Some(v) = self.volumes.get_mut(volume) {
             v.register_replies.push_back((child, ticket, reply));
             self.touch_volume(volume);
+        }
+    }
+
+    /// An operation for a replica whose link is gone.
+    pub(super) fn refuse_remote(&mut self, volume: u32, child: ChildId, ticket: Ticket, now: u64) {
+        if ticket.is_register() {
+            self.register_reply(volume, child, ticket, Err(IoStatus::PathError));
+        } else {
+            self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
         }
     }
 
@@ -386,6 +407,8 @@ impl<D: Driver> Shard<D> {
         loop {
             let Some(link) = self.links.get_mut(at) else { return moved };
             if link.stage == Stage::Closing {
+                // It may have failed with no socket to close.
+                self.finish_link_if_closed(at, now);
                 return moved;
             }
             let Some(session) = link.session.as_mut() else { return moved };

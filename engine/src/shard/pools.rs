@@ -43,7 +43,7 @@ pub(super) enum Waiter {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Origin {
     Host { conn: u32, generation: u32, slot: SlotId },
-    Volume { volume: u32, child: ChildId, ticket: Ticket },
+    Volume { volume: u32, generation: u32, child: ChildId, ticket: Ticket },
 }
 
 #[derive(Debug)]
@@ -376,6 +376,15 @@ impl<D: Driver> Shard<D> {
             }
             let Some(op) = local.registers.front() else { return };
             let (origin, slot) = (op.origin, op.slot);
+            // Whoever asked is gone, and with it perhaps the replica: the slot may be another's now.
+            if let Origin::Host { conn, generation, .. } = origin
+                && self.host_queue(conn, generation).is_none()
+            {
+                self.pools[usize::from(pool)].registers.pop_front();
+                continue;
+            }
+            let local = &mut self.pools[usize::from(pool)];
+            let Some(op) = local.registers.front() else { return };
             let Some(held) = local.pool.register(slot).map(to_nexus) else {
                 local.registers.pop_front();
                 self.answer_register(origin, Err(IoStatus::NotReady));
@@ -383,10 +392,11 @@ impl<D: Driver> Shard<D> {
             };
             let stored = match &op.kind {
                 RegisterKind::Read => Some(Ok(held)),
-                // Taken up again by a session of the nexus that has this epoch.
                 RegisterKind::Promise { epoch, again: true } if *epoch == held.promised_epoch => {
                     Some(Ok(held))
                 }
+                // A majority has promised an epoch that is taken up again, so it is its nexus's
+                // alone: a replica that was away then promises it now.
                 RegisterKind::Promise { epoch, .. } => {
                     if *epoch > held.promised_epoch {
                         let promised = Register { promised_epoch: *epoch, ..held };
@@ -401,7 +411,9 @@ impl<D: Driver> Shard<D> {
                     if new.accepted_epoch >= held.promised_epoch
                         && (new.accepted_epoch, new.seq) >= current
                     {
-                        let new = new.clone();
+                        // The promise never goes back, whatever the page says of it.
+                        let promised = new.promised_epoch.max(new.accepted_epoch);
+                        let new = Register { promised_epoch: promised, ..new.clone() };
                         self.store_register(pool, slot, new);
                         None
                     } else {
@@ -483,8 +495,9 @@ impl<D: Driver> Shard<D> {
 
     fn answer_register(&mut self, origin: Origin, answer: Result<Register, IoStatus>) {
         match origin {
-            Origin::Volume { volume, child, ticket } => {
-                if let Some(v) = self.volumes.get_mut(volume) {
+            Origin::Volume { volume, generation, child, ticket } => {
+                if let Some(v) = self.volumes.get_mut(volume).filter(|v| v.generation == generation)
+                {
                     v.register_replies.push_back((child, ticket, answer));
                     self.touch_volume(volume);
                 }

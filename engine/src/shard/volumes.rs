@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, IoRequest, IoStatus};
+use cairn_block::{BlockSize, IoRequest, IoStatus, ReplicaId};
 use cairn_nexus::{
     ChildId, ChildOp, ChildReply, ChildSpec, Event, Nexus, NexusConfig, Ticket, VolumeState,
 };
-use cairn_nvmf::target::{NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId};
+use cairn_nvmf::target::{
+    MAX_NQN_LEN, NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId,
+};
 use cairn_reactor::Driver;
 use cairn_replica::ReplicaSlot;
 
@@ -19,14 +21,23 @@ use crate::control::{ChildAddress, EngineError, ExportCounters, Reply, VolumeSpe
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
-    Local { pool: u16, slot: ReplicaSlot },
-    Remote { link: u32 },
+    Local {
+        pool: u16,
+        slot: ReplicaSlot,
+    },
+    Remote {
+        link: u32,
+    },
+    /// The volume is being removed; the link's number may be another's.
+    Gone,
 }
 
 /// One volume.
 pub(super) struct Volume {
     pub(super) spec: VolumeSpec,
     pub(super) nexus: Nexus,
+    /// Tells this volume from earlier ones with its number.
+    pub(super) generation: u32,
     pub(super) routes: Vec<Route>,
     /// Set once it has served: hosts can connect from then on.
     pub(super) export: Option<(SubsystemId, NamespaceHandle)>,
@@ -62,8 +73,14 @@ impl<D: Driver> Shard<D> {
                     spec.name
                 )));
             }
-            if local && self.find_replica(*replica).is_none() {
-                return Err(EngineError::NotFound { kind: "replica", name: replica.to_string() });
+            match address {
+                ChildAddress::Local { .. } => self.check_local(*replica, spec.blocks)?,
+                ChildAddress::Remote { nqn, .. } if nqn.len() > MAX_NQN_LEN => {
+                    return Err(EngineError::Invalid(format!(
+                        "replica {replica}: an NQN has at most {MAX_NQN_LEN} bytes"
+                    )));
+                }
+                ChildAddress::Remote { .. } => {}
             }
             children.push(ChildSpec { replica: *replica, local });
         }
@@ -77,9 +94,11 @@ impl<D: Driver> Shard<D> {
             max_requests: self.config.volume_requests,
         });
         let addresses = spec.children.clone();
+        self.next_generation = self.next_generation.wrapping_add(1);
         let at = self.volumes.insert(Volume {
             spec,
             nexus,
+            generation: self.next_generation,
             routes: Vec::new(),
             export: None,
             counters: ExportCounters::default(),
@@ -110,7 +129,23 @@ impl<D: Driver> Shard<D> {
         Ok(())
     }
 
-    /// Stops serving: hosts are cut off at once, what is in flight ends, then the volume is gone.
+    /// Whether a replica in a pool of this process can be a child of a volume so large.
+    fn check_local(&self, id: ReplicaId, blocks: u64) -> Result<(), EngineError> {
+        let missing = || EngineError::NotFound { kind: "replica", name: id.to_string() };
+        let (pool, slot, _) = self.find_replica(id).ok_or_else(missing)?;
+        let pool = &self.pools[usize::from(pool)].pool;
+        let found = pool.replicas().find(|r| r.slot == slot).ok_or_else(missing)?;
+        if found.blocks < blocks {
+            return Err(EngineError::Invalid(format!(
+                "replica {id} is too small: it has {} blocks, the volume {blocks}",
+                found.blocks
+            )));
+        }
+        Ok(())
+    }
+
+    /// Stops serving: hosts and replicas are cut off at once, what is held is let go of, what is in
+    /// flight ends, then the volume is gone.
     pub(super) fn remove_volume(&mut self, at: u32, reply: Reply<()>) {
         let volume = &mut self.volumes[at];
         if volume.removing.is_some() {
@@ -123,6 +158,13 @@ impl<D: Driver> Shard<D> {
                 self.close_host(conn.0);
             }
             self.exports[handle.0 as usize] = None;
+        }
+        self.volumes[at].nexus.close();
+        for child in 0..self.volumes[at].routes.len() {
+            if let Route::Remote { link } = self.volumes[at].routes[child] {
+                self.volumes[at].routes[child] = Route::Gone;
+                self.retire_link(link);
+            }
         }
         self.touch_volume(at);
     }
@@ -210,11 +252,7 @@ impl<D: Driver> Shard<D> {
 
     fn drop_volume(&mut self, at: u32) {
         let Some(volume) = self.volumes.remove(at) else { return };
-        for route in volume.routes {
-            if let Route::Remote { link } = route {
-                self.retire_link(link);
-            }
-        }
+        self.detach_links(at);
         if let Some(reply) = volume.removing {
             reply.send(Ok(()));
         }
@@ -229,7 +267,9 @@ impl<D: Driver> Shard<D> {
                 local.busy = true;
             }
             (Route::Local { pool, slot }, op) => {
-                let origin = Origin::Volume { volume: at, child: io.child, ticket: io.ticket };
+                let generation = self.volumes[at].generation;
+                let (child, ticket) = (io.child, io.ticket);
+                let origin = Origin::Volume { volume: at, generation, child, ticket };
                 let kind = match op {
                     ChildOp::Promise { epoch, again } => RegisterKind::Promise { epoch, again },
                     ChildOp::Accept(register) => RegisterKind::Accept(register),
@@ -238,6 +278,7 @@ impl<D: Driver> Shard<D> {
                 self.register_op(origin, pool, slot, kind);
             }
             (Route::Remote { link }, op) => self.send_remote(link, io.ticket, op, now),
+            (Route::Gone, _) => self.refuse_remote(at, io.child, io.ticket, now),
         }
     }
 

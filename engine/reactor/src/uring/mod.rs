@@ -98,7 +98,13 @@ enum Kind {
     Wake = 6,
     /// Cancellations and link timeouts: their own outcome tells nothing.
     Ignored = 7,
+    /// The wait before accepting is tried again.
+    AcceptRetry = 8,
 }
+
+/// How long a listener rests when the system has no descriptor or memory for a connection: asking
+/// again at once fails at once, and burns the core.
+static ACCEPT_REST: types::Timespec = types::Timespec::new().nsec(200_000_000);
 
 impl Kind {
     fn user_data(self, index: u32) -> u64 {
@@ -114,6 +120,7 @@ impl Kind {
             5 => Self::Send,
             6 => Self::Wake,
             7 => Self::Ignored,
+            8 => Self::AcceptRetry,
             other => unreachable!("the ring returned user data of kind {other}"),
         };
         #[expect(clippy::cast_possible_truncation, reason = "the index is the low half")]
@@ -368,6 +375,7 @@ impl UringDriver {
                     self.arm_wake();
                     out.push(Completion::Woken);
                 }
+                Kind::AcceptRetry => self.arm_accept(index),
                 Kind::Ignored => {}
             }
         }
@@ -387,8 +395,17 @@ impl UringDriver {
         };
         let accepted = self.sockets.adopt(&mut self.core, result);
         out.push(Completion::Accepted { token, result: accepted });
-        if !more {
-            self.arm_accept(index);
+        if more {
+            return;
+        }
+        match -result {
+            libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM => {
+                let rest = opcode::Timeout::new(&raw const ACCEPT_REST)
+                    .build()
+                    .user_data(Kind::AcceptRetry.user_data(index));
+                self.core.push(&rest);
+            }
+            _ => self.arm_accept(index),
         }
     }
 
@@ -461,7 +478,6 @@ impl Driver for UringDriver {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>, deadline_ns: Option<u64>) {
-        let before = out.len();
         let wait = deadline_ns.map(|at| Duration::from_nanos(at.saturating_sub(self.now_ns())));
         let may_wait = !self.core.has_work() && wait.is_none_or(|w| !w.is_zero());
         let budget = if may_wait { self.spinner.budget_ns() } else { 0 };
@@ -487,10 +503,9 @@ impl Driver for UringDriver {
             }
         }
         self.reap(out);
-        if out.len() == before {
-            // The sockets that ran out of receive buffers are armed again as buffers come back.
-            self.sockets.rearm(&mut self.core, &self.recv);
-        }
+        // Sockets that ran out of receive buffers are armed again as buffers come back; those of a
+        // socket that is being closed come back here.
+        self.sockets.rearm(&mut self.core, &self.recv);
     }
 
     fn now_ns(&self) -> u64 {

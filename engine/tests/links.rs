@@ -1,0 +1,277 @@
+//! Whole engines on io_uring in one process, over loopback, with the links between them cut and
+//! mended by the test.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use cairn_engine::block::{BlockSize, PoolId, ReplicaId, VolumeId};
+use cairn_engine::control::{Command, Reply};
+use cairn_engine::device::PoolDevice;
+use cairn_engine::nexus::Purpose;
+use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
+use cairn_engine::replica::{Device as _, FormatOptions, Pool, ReplicaSpec};
+use cairn_engine::{
+    ChildAddress, EngineError, EngineHandle, ShardConfig, VolumeReport, VolumeSpec,
+};
+
+const BLOCKS: u64 = 2048;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A process in miniature: a shard on a thread of its own.
+struct Engine {
+    handle: EngineHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Engine {
+    fn start() -> Self {
+        let driver = DriverConfig { arena_len: 16 << 20, ..DriverConfig::default() };
+        let shard = ShardConfig { assembly_wait_ms: 200, ..ShardConfig::default() };
+        let (handle, thread) = cairn_engine::start(driver, shard).unwrap();
+        Self { handle, thread: Some(thread) }
+    }
+
+    /// With a pool `p` in memory and an empty replica of this id in it.
+    fn with_replica(id: u128) -> Self {
+        let engine = Self::start();
+        let mut device = PoolDevice(Attach::Memory(MemRegion::new(64 << 20).unwrap()));
+        let options = FormatOptions {
+            pool_id: PoolId(id),
+            device_is_zeroed: true,
+            sector_size: 4096,
+            force: false,
+        };
+        Pool::format(&mut device, &options).unwrap();
+        let pool = Box::new(Pool::open(&mut device).unwrap());
+        let device_len = device.len();
+        engine
+            .call(|reply| Command::AddPool {
+                name: "p".to_owned(),
+                device: device.0,
+                pool,
+                device_len,
+                reply,
+            })
+            .unwrap();
+        let spec = ReplicaSpec {
+            id: ReplicaId(id),
+            volume: VolumeId(99),
+            name: String::new(),
+            blocks: BLOCKS,
+            block_size: BlockSize::B4096,
+        };
+        engine.call(|reply| Command::CreateReplica { pool: "p".to_owned(), spec, reply }).unwrap();
+        engine
+    }
+
+    fn call<T: Send + 'static>(
+        &self,
+        make: impl FnOnce(Reply<T>) -> cairn_engine::thread::Command,
+    ) -> Result<T, EngineError> {
+        self.handle.call(make)
+    }
+
+    fn listen(&self) -> SocketAddr {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let (listener, advertise) = cairn_engine::thread::listen(any).unwrap();
+        self.call(|reply| Command::AddListener { listener, advertise, reply }).unwrap();
+        advertise
+    }
+
+    fn add_volume(&self, purpose: Purpose, children: Vec<(ReplicaId, ChildAddress)>) {
+        let spec = VolumeSpec {
+            id: VolumeId(99),
+            name: "v".to_owned(),
+            nqn: "nqn.2026-11.io.cairn:v".to_owned(),
+            blocks: BLOCKS,
+            children,
+            purpose,
+            child_deadline_ms: 2_000,
+            allowed_hosts: None,
+        };
+        self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
+    }
+
+    fn remove_volume(&self) {
+        self.call(|reply| Command::RemoveVolume { name: "v".to_owned(), reply }).unwrap();
+    }
+
+    fn volume(&self) -> VolumeReport {
+        self.call(|reply| Command::ListVolumes { reply }).unwrap().remove(0)
+    }
+
+    /// Waits until the volume looks as it should.
+    fn wait(&self, what: &str, wanted: impl Fn(&VolumeReport) -> bool) -> VolumeReport {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let volume = self.volume();
+            if wanted(&volume) {
+                return volume;
+            }
+            assert!(Instant::now() < until, "{what}: {volume:#?}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let stopped = self.call(|reply| Command::Shutdown { reply });
+        if let Some(thread) = self.thread.take() {
+            let joined = thread.join();
+            if !thread::panicking() {
+                stopped.unwrap();
+                joined.unwrap();
+            }
+        }
+    }
+}
+
+/// A cable between two engines that can be unplugged.
+struct Cable {
+    address: SocketAddr,
+    plugged: Arc<AtomicBool>,
+}
+
+impl Cable {
+    fn to(peer: SocketAddr) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let plugged = Arc::new(AtomicBool::new(true));
+        let seen = Arc::clone(&plugged);
+        thread::spawn(move || {
+            for near in listener.incoming() {
+                let near = near.unwrap();
+                if !seen.load(Ordering::Acquire) {
+                    continue;
+                }
+                let Ok(far) = TcpStream::connect(peer) else { continue };
+                for (mut from, mut to) in [
+                    (near.try_clone().unwrap(), far.try_clone().unwrap()),
+                    (far.try_clone().unwrap(), near.try_clone().unwrap()),
+                ] {
+                    let plugged = Arc::clone(&seen);
+                    thread::spawn(move || {
+                        let mut bytes = [0; 64 << 10];
+                        from.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+                        while plugged.load(Ordering::Acquire) {
+                            match from.read(&mut bytes) {
+                                Ok(0) => break,
+                                Ok(n) if to.write_all(&bytes[..n]).is_ok() => {}
+                                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                                _ => break,
+                            }
+                        }
+                        let _gone = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                    });
+                }
+            }
+        });
+        Self { address, plugged }
+    }
+
+    fn plug(&self, plugged: bool) {
+        self.plugged.store(plugged, Ordering::Release);
+    }
+
+    fn child(&self, id: u128) -> (ReplicaId, ChildAddress) {
+        remote(id, self.address)
+    }
+}
+
+fn remote(id: u128, peer: SocketAddr) -> (ReplicaId, ChildAddress) {
+    let nqn = format!("nqn.2026-11.io.cairn:replica:{}", ReplicaId(id));
+    (ReplicaId(id), ChildAddress::Remote { peer, nqn })
+}
+
+/// A volume is assembled from two replicas while the third is away, so the third has not promised
+/// the new epoch. When it came back, it answered the nexus that took the epoch up there as if a
+/// newer nexus had been before it; the nexus believed it was fenced and served nothing any more.
+#[test]
+fn a_replica_that_missed_the_promise_does_not_fence_the_volume() {
+    let replicas: Vec<Engine> = (1..=3).map(Engine::with_replica).collect();
+    let cables: Vec<Cable> = replicas.iter().map(|r| Cable::to(r.listen())).collect();
+    let children: Vec<_> = (1..=3).zip(&cables).map(|(id, cable)| cable.child(id)).collect();
+    let nexus = Engine::start();
+    nexus.add_volume(Purpose::Create, children.clone());
+    nexus.wait("created", |v| v.serving);
+    nexus.remove_volume();
+
+    cables[2].plug(false);
+    nexus.add_volume(Purpose::Assemble, children);
+    let volume = nexus.wait("assembled", |v| v.serving);
+    assert!(!volume.children[2].in_sync);
+
+    cables[2].plug(true);
+    nexus.wait("the third is back", |v| !v.children[2].reason.contains(';') || !v.serving);
+    thread::sleep(Duration::from_millis(200));
+    let volume = nexus.volume();
+    assert_eq!((volume.state.as_str(), volume.serving), ("degraded", true), "{volume:#?}");
+}
+
+/// An address that takes a connection and never answers it: its queue is full.
+fn black_hole() -> (Vec<TcpStream>, std::os::fd::OwnedFd, SocketAddr) {
+    use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrIn};
+    use std::os::fd::AsRawFd as _;
+    let family = AddressFamily::Inet;
+    let fd = socket::socket(family, SockType::Stream, SockFlag::empty(), None).unwrap();
+    socket::bind(fd.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
+    socket::listen(&fd, Backlog::new(0).unwrap()).unwrap();
+    let bound: SockaddrIn = socket::getsockname(fd.as_raw_fd()).unwrap();
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, bound.port()));
+    let mut held = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+        held.push(stream);
+    }
+    (held, fd, address)
+}
+
+/// A volume is removed while the connection to its replica is still being tried, and another volume
+/// gets its number. When the connect gave up at last, it told the other volume that its replica was
+/// gone; a local replica is never connected again, so that volume stood still from then on.
+#[test]
+fn the_link_of_a_removed_volume_does_not_touch_the_next_one() {
+    let (_held, _fd, nowhere) = black_hole();
+    let engine = Engine::with_replica(1);
+    engine.add_volume(Purpose::Assemble, vec![remote(2, nowhere)]);
+    thread::sleep(Duration::from_millis(200));
+    engine.remove_volume();
+    let local = ChildAddress::Local { pool: "p".to_owned() };
+    engine.add_volume(Purpose::Create, vec![(ReplicaId(1), local)]);
+    engine.wait("created", |v| v.serving);
+    // The connect gives up after three seconds.
+    thread::sleep(Duration::from_millis(3_500));
+    let volume = engine.volume();
+    assert_eq!(volume.children[0].state, "online", "{volume:#?}");
+}
+
+/// What a person types as a replica's address went to the initiator as it was; a name too long for
+/// a Connect was a panic there, which ended the engine with all its volumes. A local replica that
+/// is too small was taken, and failed at the first write past its end.
+#[test]
+fn children_that_cannot_be_are_refused() {
+    let engine = Engine::with_replica(1);
+    let spec = |blocks, child| VolumeSpec {
+        id: VolumeId(99),
+        name: "v".to_owned(),
+        nqn: "nqn.2026-11.io.cairn:v".to_owned(),
+        blocks,
+        children: vec![child],
+        purpose: Purpose::Create,
+        child_deadline_ms: 2_000,
+        allowed_hosts: None,
+    };
+    let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+    let long = ChildAddress::Remote { peer, nqn: format!("nqn.{}", "x".repeat(300)) };
+    let local = ChildAddress::Local { pool: "p".to_owned() };
+    for spec in [spec(BLOCKS, (ReplicaId(2), long)), spec(BLOCKS + 1, (ReplicaId(1), local))] {
+        let refused = engine.call(|reply| Command::AddVolume { spec, reply });
+        assert!(matches!(refused, Err(EngineError::Invalid(_))), "{refused:?}");
+    }
+}
