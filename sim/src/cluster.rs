@@ -235,8 +235,14 @@ impl Cluster {
         let pool = Pool::open(world.disk(device));
         let pool = Box::new(pool.expect("a pool opens after a crash"));
         drop(world);
-        self.command(node, |reply| Command::AddPool { name: pool_name(at), device, pool, device_len, reply })
-            .expect("the pool is new to the process");
+        self.command(node, |reply| Command::AddPool {
+            name: pool_name(at),
+            device,
+            pool,
+            device_len,
+            reply,
+        })
+        .expect("the pool is new to the process");
     }
 
     /// Starts the process of a pool.

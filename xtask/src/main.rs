@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`.
+//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask sim`.
 #![forbid(unsafe_code)]
 
 mod install;
@@ -32,6 +32,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`,
+    /// `--seed S`, `--trace`).
+    #[command(disable_help_flag = true)]
+    Sim {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -49,10 +56,15 @@ fn run() -> Result<bool> {
     match Args::parse().task {
         Task::Tidy => tidy::run(),
         Task::Test(options) => suites::run(&options),
-        Task::Crash { options } => {
-            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let tester = ["run", "-q", "--release", "-p", "cairn-fuzz", "--bin", "crash", "--"];
-            Ok(std::process::Command::new(cargo).args(tester).args(options).status()?.success())
-        }
+        Task::Crash { options } => tool(&["-p", "cairn-fuzz", "--bin", "crash"], &options),
+        Task::Sim { options } => tool(&["-p", "cairn-sim"], &options),
     }
+}
+
+/// Runs a tool of the workspace, built for speed, with the caller's options.
+fn tool(which: &[&str], options: &[String]) -> Result<bool> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut run = std::process::Command::new(cargo);
+    run.args(["run", "-q", "--release"]).args(which).arg("--").args(options);
+    Ok(run.status()?.success())
 }
