@@ -852,7 +852,8 @@ impl Nexus {
 
     /// Online, degraded or suspended, by the in-sync set and what could not be stored.
     pub(crate) fn update_state(&mut self) {
-        if self.assembly.is_some() || self.state == VolumeState::Fenced {
+        let over = matches!(self.state, VolumeState::Fenced | VolumeState::Refused(_));
+        if self.assembly.is_some() || over {
             return;
         }
         let stuck = self.commit.as_ref().is_some_and(Commit::is_stuck);

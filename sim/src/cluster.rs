@@ -340,6 +340,17 @@ impl Cluster {
         }
     }
 
+    /// Kills the process of a pool, if it runs, and what its disk had not been told to flush may be
+    /// lost. A nexus does not tell this from a kill yet, and takes the replica back as in sync.
+    pub fn cut_power(&mut self, at: usize) {
+        self.kill_replica(at);
+        let disk = self.disks[at];
+        let mut world = self.world();
+        world.say(format_args!("pool {at} loses power"));
+        let mut rng = world.rng.fork();
+        world.disk(disk).lose_power(&mut rng);
+    }
+
     /// Kills the nexus, if it runs.
     pub fn kill_nexus(&mut self) {
         if let Some(node) = self.nexus.take() {

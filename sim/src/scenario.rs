@@ -174,8 +174,9 @@ impl Run {
             let now = self.cluster.world().now_ns();
             assert!(now < limit, "the hosts' work does not end: {:?}", self.cluster.volumes());
             if now >= next_fault && self.count == self.most {
-                // Whoever looks after the cluster restarts a process whose pool has gone offline.
-                if self.count > 0 {
+                // Three replicas go on without one. Where there is no majority besides, whoever looks
+                // after the cluster restarts a process whose pool has gone offline or hangs.
+                if self.count > 0 && (self.cluster.replicas() < 3 || self.faults.everywhere) {
                     self.restart_victim();
                 }
                 next_fault = now + 5_000 * MS;
@@ -277,6 +278,7 @@ impl Run {
         let disk = self.cluster.disk(victim);
         let long = [20 * MS, 300 * MS, 4_000 * MS][self.rng.index(3)];
         let short = self.rng.below(long);
+        let for_good = !self.faults.everywhere && self.rng.chance(200);
         match self.rng.below(7) {
             0 if !self.cluster.is_local(victim) => {
                 self.cluster.kill_replica(victim);
@@ -302,8 +304,10 @@ impl Run {
             }
             4 => {
                 let mut world = self.cluster.world();
-                let until = world.now_ns() + short;
-                world.say(format_args!("pool {victim} hangs for {} ms", short / MS));
+                // For good, as far as this run goes, or for a while.
+                let time = if for_good { 2 * WORK_NS } else { short };
+                let until = world.now_ns() + time;
+                world.say(format_args!("pool {victim} hangs for {} ms", time / MS));
                 world.disk(disk).trouble.hung_until_ns = until;
             }
             5 => {
