@@ -99,6 +99,7 @@ fn shard_config(config: &Config) -> ShardConfig {
     ShardConfig {
         node_nqn: format!("nqn.2026-11.io.cairn:node:{}", config.name),
         node_id: node.as_u128(),
+        incarnation: boot_id().unwrap_or(node.as_u128()),
         cntlid_min: config.nvmf.controller_ids[0],
         cntlid_max: config.nvmf.controller_ids[1],
         replica_header_digest: config.nexus.header_digest,
@@ -106,6 +107,13 @@ fn shard_config(config: &Config) -> ShardConfig {
         assembly_wait_ms: config.nexus.assembly_wait_ms,
         ..ShardConfig::default()
     }
+}
+
+/// Which boot of the machine this is. Where it is not told, every process counts as another one: then a
+/// replica that restarts with writes that were not flushed is taken out, which is safe.
+fn boot_id() -> Option<u128> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(uuid::Uuid::parse_str(text.trim()).ok()?.as_u128())
 }
 
 /// A connection is a descriptor: take as many as the hard limit allows.

@@ -11,7 +11,8 @@
 //! ```text
 //! 0  magic "CRNREG1\0"
 //! 8  promised epoch        16 accepted epoch       24 sequence
-//! 32 configuration length (u32), zero (u32)        40 configuration
+//! 32 configuration length (u32), zero (u32)        40 incarnation of the machine, in answers (16 bytes)
+//! 56 configuration
 //! ```
 
 use cairn_block::Epoch;
@@ -29,7 +30,7 @@ pub const AGAIN: u32 = 1 << 31;
 pub const PAGE: u32 = 4096;
 
 const MAGIC: [u8; 8] = *b"CRNREG1\0";
-const HEADER: usize = 40;
+const HEADER: usize = 56;
 
 /// Writes `register` over the page `out`.
 ///
@@ -43,6 +44,7 @@ pub fn encode(register: &Register, out: &mut [u8]) {
     out[24..32].copy_from_slice(&register.seq.to_le_bytes());
     let len = u32::try_from(register.config.len()).expect("a configuration is short");
     out[32..36].copy_from_slice(&len.to_le_bytes());
+    out[40..56].copy_from_slice(&register.incarnation.to_le_bytes());
     out[HEADER..HEADER + register.config.len()].copy_from_slice(&register.config);
 }
 
@@ -58,6 +60,8 @@ pub fn decode(page: &[u8]) -> Option<Register> {
         bytes.copy_from_slice(&header[at..at + 8]);
         u64::from_le_bytes(bytes)
     };
+    let mut incarnation = [0; 16];
+    incarnation.copy_from_slice(&header[40..56]);
     let len = u32::from_le_bytes([header[32], header[33], header[34], header[35]]);
     let config = page.get(HEADER..HEADER.checked_add(usize::try_from(len).ok()?)?)?;
     Some(Register {
@@ -65,6 +69,7 @@ pub fn decode(page: &[u8]) -> Option<Register> {
         accepted_epoch: Epoch(word(16)),
         seq: word(24),
         config: config.to_vec(),
+        incarnation: u128::from_le_bytes(incarnation),
     })
 }
 
@@ -79,6 +84,7 @@ mod tests {
             accepted_epoch: Epoch(8),
             seq: 3,
             config: vec![1, 2, 3],
+            incarnation: 77,
         };
         let mut page = vec![0xff; PAGE as usize];
         encode(&register, &mut page);

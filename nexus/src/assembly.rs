@@ -336,7 +336,13 @@ impl Nexus {
 
     /// The epoch's first configuration is stored: serve.
     pub(crate) fn assembled(&mut self) {
-        let promised = self.assembly.take().map_or(ChildSet::EMPTY, |assembly| assembly.promised);
+        let Some(assembly) = self.assembly.take() else { return };
+        for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
+            if let Some(register) = register {
+                child.incarnation = register.incarnation;
+            }
+        }
+        let promised = assembly.promised;
         for child in self.in_sync.iter() {
             self.child(child).state = match (self.child(child).connected, promised.has(child)) {
                 (true, true) => ChildState::Online,

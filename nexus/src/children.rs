@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use cairn_block::{IoStatus, ReplicaId};
+use cairn_block::{IoOp, IoStatus, ReplicaId};
 
 /// Where a child stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub enum FaultReason {
     Stale,
     /// It is not the replica that it should be.
     Foreign,
+    /// Its machine started anew, and writes that no flush had covered may be gone.
+    LostPower,
 }
 
 impl fmt::Display for FaultReason {
@@ -41,6 +43,9 @@ impl fmt::Display for FaultReason {
             Self::DeadlineMissed => f.write_str("a request missed its deadline"),
             Self::Unreachable => f.write_str("a write came while it was unreachable"),
             Self::Stale => f.write_str("it missed writes while it was away"),
+            Self::LostPower => {
+                f.write_str("its machine started anew with writes that were not flushed yet")
+            }
             Self::Foreign => f.write_str("it belongs to another volume or has another size"),
         }
     }
@@ -56,4 +61,33 @@ pub(crate) struct Child {
     pub(crate) load: u32,
     /// Counts sessions, so that an answer of an earlier one is known as such.
     pub(crate) session: u32,
+    /// Which life of its machine the last session was with.
+    pub(crate) incarnation: u128,
+    /// Writes that it has completed, and how many of them a flush has covered.
+    pub(crate) written: u64,
+    pub(crate) flushed: u64,
+    /// Flushes under way: the slot, and the writes completed when it was sent.
+    pub(crate) flushing: Vec<(u16, u64)>,
+}
+
+impl Child {
+    /// A request that it was sent is done.
+    pub(crate) fn note_done(&mut self, at: u16, op: IoOp) {
+        match op {
+            IoOp::Write { fua: true } | IoOp::WriteZeroes { fua: true, .. } | IoOp::Read => {}
+            IoOp::Write { .. } | IoOp::WriteZeroes { .. } | IoOp::Discard => self.written += 1,
+            IoOp::Flush => {
+                let found = self.flushing.iter().position(|&(slot, _)| slot == at);
+                if let Some(i) = found {
+                    let (_, covered) = self.flushing.swap_remove(i);
+                    self.flushed = self.flushed.max(covered);
+                }
+            }
+        }
+    }
+
+    /// Whether it comes back from a loss of power that may have cost it acked writes.
+    pub(crate) fn lost_writes(&self, incarnation: u128) -> bool {
+        self.incarnation != incarnation && self.written > self.flushed
+    }
 }

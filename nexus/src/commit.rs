@@ -67,6 +67,7 @@ impl Nexus {
             accepted_epoch: self.epoch,
             seq: self.seq,
             config: config.encode(),
+            incarnation: 0,
         };
         self.commit = Some(Commit {
             round: self.round,

@@ -24,6 +24,9 @@ pub struct Register {
     pub seq: u64,
     /// The accepted configuration, encoded; empty where there is none yet.
     pub config: Vec<u8>,
+    /// Told with every answer and stored nowhere: which life of the replica's machine this is. A
+    /// machine that lost power has another one, and its disks' volatile caches are empty.
+    pub incarnation: u128,
 }
 
 /// Who holds the volume's data, and how large it is.

@@ -272,6 +272,10 @@ impl Nexus {
                 state: ChildState::Disconnected,
                 load: 0,
                 session: 0,
+                incarnation: 0,
+                written: 0,
+                flushed: 0,
+                flushing: Vec::with_capacity(16),
             })
             .collect();
         let queue = usize::from(config.max_requests);
@@ -428,8 +432,14 @@ impl Nexus {
     pub fn handle_io(&mut self, child: ChildId, ticket: Ticket, status: IoStatus, now_ms: u64) {
         assert!(!ticket.is_register(), "a block request's ticket");
         let at = u16::try_from(ticket.0).expect("a slot number");
+        let op = self.slots.slot(at).request.op;
         let c = self.child(child);
         c.load -= 1;
+        if status.is_ok() {
+            c.note_done(at, op);
+        } else if op == IoOp::Flush {
+            c.flushing.retain(|&(slot, _)| slot != at);
+        }
         let slot = self.slots.slot(at);
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
@@ -610,7 +620,11 @@ impl Nexus {
     }
 
     fn emit(&mut self, child: ChildId, at: u16, request: IoRequest) {
-        self.child(child).load += 1;
+        let c = self.child(child);
+        c.load += 1;
+        if request.op == IoOp::Flush {
+            c.flushing.push((at, c.written));
+        }
         let slot = self.slots.slot(at);
         slot.outstanding = slot.outstanding.with(child);
         let op = ChildOp::Io(request);
@@ -800,7 +814,15 @@ impl Nexus {
             return;
         }
         match reply {
-            Ok(_) if self.child(child).state == ChildState::Joining => {
+            Ok(held) if self.child(child).state == ChildState::Joining => {
+                let lost = self.child(child).lost_writes(held.incarnation);
+                self.child(child).incarnation = held.incarnation;
+                if lost && self.in_sync.has(child) && !self.is_last(child) {
+                    self.fail_child(child, FaultReason::LostPower);
+                    self.unpark();
+                    self.resume_commit(child);
+                    return;
+                }
                 self.child(child).state = if self.in_sync.has(child) {
                     self.events.push_back(Event::ChildOnline(child));
                     ChildState::Online

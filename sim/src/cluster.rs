@@ -73,6 +73,8 @@ pub struct Cluster {
     nexus: Option<NodeId>,
     clients: Vec<NodeId>,
     histories: Vec<Rc<RefCell<History>>>,
+    /// How often each machine has lost power.
+    lives: Vec<u128>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -130,6 +132,7 @@ impl Cluster {
             .collect();
         let mut cluster = Self {
             world,
+            lives: vec![0; config.replicas + 2],
             processes: Vec::new(),
             disks,
             replicas: vec![None; config.replicas],
@@ -201,6 +204,7 @@ impl Cluster {
         ShardConfig {
             node_nqn: format!("nqn.2026-11.io.cairn:node:{}", machine.0),
             node_id: machine.0 as u128 + 1,
+            incarnation: self.lives[machine.0],
             cntlid_min: 1 + number * 1000,
             cntlid_max: 1000 + number * 1000,
             replica_kato_ms: self.config.replica_kato_ms,
@@ -349,6 +353,9 @@ impl Cluster {
         world.say(format_args!("pool {at} loses power"));
         let mut rng = world.rng.fork();
         world.disk(disk).lose_power(&mut rng);
+        drop(world);
+        let machine = self.machine_of(at);
+        self.lives[machine.0] += 1;
     }
 
     /// Kills the nexus, if it runs.

@@ -54,10 +54,10 @@ fn a_replica_that_was_killed_while_idle_is_in_sync() {
     }
 }
 
-/// What a machine had in its disks' volatile caches does not. No write failed meanwhile, so the nexus
-/// takes the replica back as in sync, and acked writes are gone without the host having seen a failure.
+/// What a machine had in its disks' volatile caches does not. No write had failed meanwhile, so the nexus
+/// took the replica back as in sync, and acked writes were gone without the host having seen a failure.
+/// Now the register tells which life of its machine a replica is in.
 #[test]
-#[ignore = "fails: a replica that lost its volatile cache is taken back as in sync"]
 fn a_replica_that_lost_power_while_idle_is_not_in_sync() {
     for seed in 0..10 {
         let mut cluster = cluster(seed);

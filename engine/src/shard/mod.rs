@@ -37,6 +37,9 @@ pub struct ShardConfig {
     pub node_nqn: String,
     /// The host identifier of its initiators.
     pub node_id: u128,
+    /// Which life of the machine this is: another one after a loss of power, the same after a restart
+    /// of the process alone.
+    pub incarnation: u128,
     /// First of the controller ids that this process hands out; nodes that serve one subsystem
     /// must not overlap.
     pub cntlid_min: u16,
@@ -61,6 +64,7 @@ impl Default for ShardConfig {
         Self {
             node_nqn: "nqn.2026-11.io.cairn:node".to_owned(),
             node_id: 1,
+            incarnation: 0,
             cntlid_min: 1,
             cntlid_max: 0xffef,
             replica_kato_ms: 5_000,

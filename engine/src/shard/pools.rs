@@ -369,6 +369,7 @@ impl<D: Driver> Shard<D> {
 
     /// Starts the register operations that can be answered, up to one that must be stored.
     fn next_register_op(&mut self, pool: u16) {
+        let life = self.config.incarnation;
         loop {
             let local = &mut self.pools[usize::from(pool)];
             if local.register_busy {
@@ -385,7 +386,7 @@ impl<D: Driver> Shard<D> {
             }
             let local = &mut self.pools[usize::from(pool)];
             let Some(op) = local.registers.front() else { return };
-            let Some(held) = local.pool.register(slot).map(to_nexus) else {
+            let Some(held) = local.pool.register(slot).map(|r| to_nexus(r, life)) else {
                 local.registers.pop_front();
                 self.answer_register(origin, Err(IoStatus::NotReady));
                 continue;
@@ -442,11 +443,12 @@ impl<D: Driver> Shard<D> {
     }
 
     fn register_stored(&mut self, pool: u16, status: IoStatus, _now: u64) {
+        let life = self.config.incarnation;
         let local = &mut self.pools[usize::from(pool)];
         local.register_busy = false;
         local.busy = true;
         let Some(op) = local.registers.pop_front() else { return };
-        let held = local.pool.register(op.slot).map(to_nexus);
+        let held = local.pool.register(op.slot).map(|r| to_nexus(r, life));
         let answer = match (status, held) {
             (IoStatus::Ok, Some(held)) => Ok(held),
             (IoStatus::Ok, None) => Err(IoStatus::NotReady),
@@ -553,12 +555,13 @@ impl<D: Driver> Shard<D> {
     }
 }
 
-fn to_nexus(register: &cairn_replica::Register) -> Register {
+fn to_nexus(register: &cairn_replica::Register, incarnation: u128) -> Register {
     Register {
         promised_epoch: register.promised_epoch,
         accepted_epoch: register.accepted_epoch,
         seq: register.seq,
         config: register.config.clone(),
+        incarnation,
     }
 }
 
