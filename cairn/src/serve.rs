@@ -23,7 +23,7 @@ use crate::service::{PoolPaths, Service};
 use crate::state::State;
 
 /// What a process that was killed had open may be in use for so long after it.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often it is tried meanwhile.
 const RELEASE_POLL: Duration = Duration::from_millis(50);
 
@@ -128,14 +128,20 @@ fn raise_descriptor_limit() {
 
 /// Tries for a while: the kernel takes the sockets and files of a process that was killed away only
 /// some time after it is gone, when it has taken down its ring.
-fn patiently<T, E>(
+fn patiently<T, E: std::fmt::Display>(
     in_use: impl Fn(&E) -> bool,
     mut attempt: impl FnMut() -> Result<T, E>,
 ) -> Result<T, E> {
     let until = Instant::now() + RELEASE_TIMEOUT;
+    let mut told = false;
     loop {
         match attempt() {
-            Err(e) if in_use(&e) && Instant::now() < until => std::thread::sleep(RELEASE_POLL),
+            Err(e) if in_use(&e) && Instant::now() < until => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::info!("waiting: {e}");
+                }
+                std::thread::sleep(RELEASE_POLL);
+            }
             done => return done,
         }
     }
