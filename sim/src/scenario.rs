@@ -393,7 +393,8 @@ impl Run {
         }
         self.mend(Repair::StartNexus);
         // Where a pool has gone offline and its replica was the last in sync, somebody must.
-        if self.faults.replica && (self.faults.everywhere || self.rng.chance(300)) {
+        let alone = self.faults.everywhere || self.cluster.replicas() < 3;
+        if self.faults.replica && (alone || self.rng.chance(300)) {
             self.restart_victim();
         }
         self.cluster.verify();

@@ -59,39 +59,42 @@ fn the_same_seed_gives_the_same_run() {
     assert_ne!(run(1, None).trace_hash, run(2, None).trace_hash);
 }
 
+// Each of the following seeds failed with the fix of its bug taken out, as the scenario is now: where
+// the scenario changes, they may stop showing it.
+
 /// A replica that was away while a nexus took a new epoch refused that epoch when it came back, and
 /// the nexus took this for a newer nexus and fenced itself.
 #[test]
 fn a_replica_that_missed_an_epoch_does_not_fence_the_nexus() {
-    check([44, 48].into_iter(), |seed| run(seed, None));
+    check([44, 53].into_iter(), |seed| run(seed, None));
 }
 
-/// Assembly hung when no majority was left for the epoch's first configuration (30), and started over
-/// for ever beside a replica whose pool was offline (283); it waited for one whose disk hung (161, 174).
+/// Assembly hung when no majority was left for the epoch's first configuration (241, 677), and started
+/// over for ever beside a replica whose pool was offline (74); it waited for one whose disk hung.
 #[test]
 fn assembly_outlives_its_voters() {
-    check([30, 161, 174, 283].into_iter(), |seed| run(seed, None));
+    check([74, 161, 174, 241, 677].into_iter(), |seed| run(seed, None));
 }
 
 /// The answer to a write overtook the report that its payload was sent, and the payload's buffer was
 /// used again under the send.
 #[test]
 fn payload_does_not_change_while_it_is_sent() {
-    check([271].into_iter(), |seed| run(seed, None));
+    check([201].into_iter(), |seed| run(seed, None));
 }
 
 /// Two members failed one after the other before the first was out: both were given up, and the volume
 /// was left with an in-sync set of one that it did not use.
 #[test]
 fn the_last_member_is_never_given_up() {
-    check([791].into_iter(), |seed| run(seed, None));
+    check([29, 791].into_iter(), |seed| run(seed, None));
 }
 
 /// What an earlier session had sent to a replica, or what had missed its deadline there, landed over
 /// later writes that had been acked.
 #[test]
 fn late_writes_do_not_land_over_acked_ones() {
-    check([10064, 10207, 10311, 10339, 10506, 10633].into_iter(), |seed| run(seed, None));
+    check([180, 494, 1206, 10064, 10311, 10339].into_iter(), |seed| run(seed, None));
 }
 
 /// A read at a local disk that hung was never answered (352); a failing member was not asked for its
