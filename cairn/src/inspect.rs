@@ -82,13 +82,13 @@ pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<ExitCode> {
         Structure::Table => {
             let (pages, _) = inspect_extents(&mut dev).with_context(context)?;
             output::list(global.output, &pages)?;
-            pages.iter().all(|p| p.head.is_ok())
+            pages.iter().all(|p| p.head.is_ok() || p.blank)
         }
         Structure::Extents => {
             let (pages, mut extents) = inspect_extents(&mut dev).with_context(context)?;
             extents.retain(|e| args.all || e.entry.state == EntryState::Allocated);
             output::list(global.output, &extents)?;
-            pages.iter().all(|p| p.head.is_ok())
+            pages.iter().all(|p| p.head.is_ok() || p.blank)
         }
     };
     // A damaged copy is told by the exit code too; a torn older copy is usual after a crash.
@@ -264,6 +264,7 @@ impl Show for PageInfo {
                 p.entries.to_string(),
                 p.checkpoint.to_string(),
             ],
+            Err(_) if self.blank => vec![self.address.to_string(), "never written".to_owned()],
             Err(e) => vec![self.address.to_string(), damage(e)],
         }
     }
@@ -275,6 +276,7 @@ impl Show for PageInfo {
                 "sequence": p.sequence, "entries": p.entries, "checkpoint": p.checkpoint,
                 "base": p.base,
             }),
+            Err(_) if self.blank => json!({"block": self.address, "state": "never written"}),
             Err(e) => json!({"block": self.address, "state": damage(e)}),
         }
     }

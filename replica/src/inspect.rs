@@ -47,6 +47,8 @@ pub struct PageInfo {
     pub address: u64,
     /// Its head, or why it does not decode.
     pub head: Result<TablePage, BlockError>,
+    /// All zeros: a copy that was never written.
+    pub blank: bool,
 }
 
 /// What the table says of an extent, the journal not applied.
@@ -151,7 +153,8 @@ pub fn inspect_extents<D: Device>(
                     });
                     best = Some((page.sequence, entries.collect()));
                 }
-                pages.push(PageInfo { address, head });
+                let blank = block.iter().all(|&b| b == 0);
+                pages.push(PageInfo { address, head, blank });
             }
             extents.extend(best.into_iter().flat_map(|(_, entries)| entries));
             first += count;

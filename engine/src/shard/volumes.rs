@@ -74,7 +74,7 @@ impl<D: Driver> Shard<D> {
                 )));
             }
             match address {
-                ChildAddress::Local { .. } => self.check_local(*replica, spec.blocks)?,
+                ChildAddress::Local { pool } => self.check_local(pool, *replica, spec.blocks)?,
                 ChildAddress::Remote { nqn, .. } if nqn.len() > MAX_NQN_LEN => {
                     return Err(EngineError::Invalid(format!(
                         "replica {replica}: an NQN has at most {MAX_NQN_LEN} bytes"
@@ -130,10 +130,18 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Whether a replica in a pool of this process can be a child of a volume so large.
-    fn check_local(&self, id: ReplicaId, blocks: u64) -> Result<(), EngineError> {
-        let missing = || EngineError::NotFound { kind: "replica", name: id.to_string() };
+    fn check_local(&self, name: &str, id: ReplicaId, blocks: u64) -> Result<(), EngineError> {
+        let missing =
+            || EngineError::NotFound { kind: "replica", name: format!("local:{name}/{id}") };
         let (pool, slot, _) = self.find_replica(id).ok_or_else(missing)?;
-        let pool = &self.pools[usize::from(pool)].pool;
+        let local = &self.pools[usize::from(pool)];
+        if local.name != name {
+            return Err(EngineError::Invalid(format!(
+                "replica {id} is in pool `{}`, not in `{name}`",
+                local.name
+            )));
+        }
+        let pool = &local.pool;
         let found = pool.replicas().find(|r| r.slot == slot).ok_or_else(missing)?;
         if found.blocks < blocks {
             return Err(EngineError::Invalid(format!(
