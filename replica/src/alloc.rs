@@ -7,6 +7,7 @@ use crate::disk::EXTENT;
 use crate::extents::{ExtentState, NIL, extent_offset};
 use crate::flush::Waiter;
 use crate::journal::Owner;
+use crate::member::Import;
 use crate::pool::{DiskOp, HOLE, Pool, Purpose};
 
 /// An allocation under way.
@@ -19,11 +20,20 @@ pub(crate) struct Alloc {
     /// The parts that wait for it.
     pub(crate) first: u32,
     pub(crate) last: u32,
+    /// It was asked for by itself, not by a write.
+    pub(crate) import: Option<Import>,
 }
 
 impl Pool {
     pub(crate) fn start_alloc(&mut self, slot: u16, logical: u32) -> u32 {
-        let id = self.allocs.insert(Alloc { slot, logical, extent: NIL, first: NIL, last: NIL });
+        let id = self.allocs.insert(Alloc {
+            slot,
+            logical,
+            extent: NIL,
+            first: NIL,
+            last: NIL,
+            import: None,
+        });
         self.map_pending(slot, logical, id);
         self.slots[usize::from(slot)].allocs += 1;
         self.need_extent.push_back(id);
@@ -90,6 +100,9 @@ impl Pool {
         let slot = &mut self.slots[usize::from(alloc.slot)];
         slot.map_to(alloc.logical, HOLE);
         slot.allocs -= 1;
+        if let Some(import) = alloc.import {
+            self.import_done(import.tag, status);
+        }
         self.fail_waiting(alloc.first, status, mem);
     }
 
@@ -120,6 +133,12 @@ impl Pool {
         slot.map_to(alloc.logical, alloc.extent);
         slot.allocs -= 1;
         slot.allocated += 1;
+        if let Some(import) = alloc.import {
+            if import.incoming {
+                self.extents.incoming.push(alloc.extent);
+            }
+            self.import_done(import.tag, IoStatus::Ok);
+        }
         self.run_waiting(alloc.first, mem);
     }
 }

@@ -49,7 +49,18 @@ pub(crate) struct Job {
 impl Pool {
     /// Creates a replica: thin, and reading as zeros.
     pub fn create_replica<M: Memory>(&mut self, tag: u64, spec: ReplicaSpec, mem: &mut M) {
-        let slot = match self.check_create(&spec) {
+        self.create_in(tag, None, spec, mem);
+    }
+
+    /// Creates a replica in a slot of the caller's choice, which is free, or in the first that is.
+    pub(crate) fn create_in<M: Memory>(
+        &mut self,
+        tag: u64,
+        wanted: Option<u16>,
+        spec: ReplicaSpec,
+        mem: &mut M,
+    ) {
+        let slot = match self.check_create(&spec, wanted) {
             Ok(slot) => slot,
             Err(error) => return self.refuse_command(tag, error),
         };
@@ -67,7 +78,7 @@ impl Pool {
         self.pump(mem);
     }
 
-    fn check_create(&self, spec: &ReplicaSpec) -> Result<u16, ControlError> {
+    fn check_create(&self, spec: &ReplicaSpec, wanted: Option<u16>) -> Result<u16, ControlError> {
         if let PoolState::Failed(reason) = self.state {
             return Err(ControlError::PoolFailed(reason));
         }
@@ -87,7 +98,7 @@ impl Pool {
         }
         (0u16..)
             .zip(&self.slots)
-            .find(|(_, slot)| slot.is_free())
+            .find(|&(i, slot)| slot.is_free() && wanted.is_none_or(|w| w == i))
             .map(|(i, _)| i)
             .ok_or(ControlError::NoFreeSlot(self.slots.len()))
     }

@@ -176,7 +176,8 @@ impl Pool {
     fn run_part<M: Memory>(&mut self, part: Part, mem: &mut M) -> Result<bool, IoStatus> {
         let slot = &self.slots[usize::from(part.slot)];
         Ok(match (slot.mapping(part.logical), part.action) {
-            (Mapping::Hole, Action::Write { .. }) if !slot.is_live() => {
+            // To a read that waited while its replica was deleted, what is gone is not zeros.
+            (Mapping::Hole, Action::Write { .. } | Action::Read) if !slot.is_live() => {
                 return Err(IoStatus::PathError);
             }
             (Mapping::Hole | Mapping::Pending(_), Action::Read) => {

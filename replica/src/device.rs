@@ -40,6 +40,28 @@ pub trait Device {
     fn zero(&mut self, offset: u64, len: u64) -> io::Result<()>;
 }
 
+impl<D: Device + ?Sized> Device for &mut D {
+    fn len(&self) -> u64 {
+        (**self).len()
+    }
+
+    fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        (**self).read_at(offset, buf)
+    }
+
+    fn write_at(&mut self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        (**self).write_at(offset, buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        (**self).flush()
+    }
+
+    fn zero(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        (**self).zero(offset, len)
+    }
+}
+
 fn past_end() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "past the end of the device")
 }

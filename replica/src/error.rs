@@ -21,10 +21,12 @@ pub enum PoolError {
     #[error("the device holds data that is not a Cairn pool; nothing was touched")]
     Foreign,
     /// Format was refused, because a pool is there.
-    #[error("the device already holds pool {id}; use force to destroy it")]
+    #[error("the device already holds {what}; to destroy that, use force")]
     HoldsPool {
         /// The pool that is there.
         id: cairn_block::PoolId,
+        /// What of it would be lost.
+        what: String,
     },
     /// Format was refused, because something else is there.
     #[error(
@@ -97,6 +99,88 @@ pub enum PoolError {
         /// The page's index.
         page: u32,
     },
+    /// A device that the pool cannot be whole without was not given.
+    #[error(
+        "device {device} of pool {pool} is missing: give its path too. Where it is gone for good, open \
+         the pool without it (`without = [\"{device}\"]`): what only it held is then lost"
+    )]
+    MemberMissing {
+        /// The pool.
+        pool: cairn_block::PoolId,
+        /// The device.
+        device: cairn_block::PoolDeviceId,
+    },
+    /// A device that the pool cannot be whole without is missing, and a damaged one was given.
+    #[error(
+        "device {device} of pool {pool} is missing, and all copies of the superblock are damaged on one \
+         of the devices that were given: inspect that one. Where the device is gone for good, open the \
+         pool without it (`without = [\"{device}\"]`): what only it held is then lost"
+    )]
+    MemberDamaged {
+        /// The pool.
+        pool: cairn_block::PoolId,
+        /// The device.
+        device: cairn_block::PoolDeviceId,
+    },
+    /// Two devices that are not of one pool were given.
+    #[error(
+        "device {device} belongs to pool {found}, not to pool {wanted} as the devices before it; give \
+         only devices of one pool"
+    )]
+    OtherPool {
+        /// The device.
+        device: cairn_block::PoolDeviceId,
+        /// Its pool.
+        found: cairn_block::PoolId,
+        /// The others' pool.
+        wanted: cairn_block::PoolId,
+    },
+    /// The same device was given twice, or one is a copy of another.
+    #[error("device {0} was given twice, or a copy of it: give each device once")]
+    MemberTwice(cairn_block::PoolDeviceId),
+    /// A device that the pool does not have any more.
+    #[error(
+        "device {device} was removed from pool {pool} and holds nothing of it: leave it out, or add it \
+         anew with force"
+    )]
+    MemberRemoved {
+        /// The pool.
+        pool: cairn_block::PoolId,
+        /// The device.
+        device: cairn_block::PoolDeviceId,
+    },
+    /// A device of the right pool that the pool has never heard of.
+    #[error(
+        "device {device} says that it belongs to pool {pool}, whose other devices do not know it: it is \
+         out of date; leave it out"
+    )]
+    MemberUnknown {
+        /// The pool.
+        pool: cairn_block::PoolId,
+        /// The device.
+        device: cairn_block::PoolDeviceId,
+    },
+    /// Devices went on without each other.
+    #[error(
+        "devices {first} and {second} of pool {pool} went on without each other: their lists of devices \
+         differ and neither is newer. Open the pool with one side's devices only"
+    )]
+    MembersDisagree {
+        /// The pool.
+        pool: cairn_block::PoolId,
+        /// A device of one side.
+        first: cairn_block::PoolDeviceId,
+        /// A device of the other.
+        second: cairn_block::PoolDeviceId,
+    },
+    /// More devices, or fewer, than a pool can have.
+    #[error("a pool has from 1 to {max} devices; {given} were given")]
+    MemberCount {
+        /// How many were given.
+        given: usize,
+        /// The most.
+        max: usize,
+    },
     /// The structures verify one by one and contradict each other.
     #[error("the pool's metadata contradicts itself: {0}")]
     Inconsistent(&'static str),
@@ -160,6 +244,9 @@ pub enum ControlError {
     /// The superblock has no room for another segment, or extents cannot be counted.
     #[error("the pool was grown {0} times already, or would have too many extents")]
     GrowLimit(usize),
+    /// The command about a device of the pool cannot be carried out; the text says why.
+    #[error("{0}")]
+    Device(String),
     /// The pool is offline.
     #[error("the pool is offline: {0}")]
     PoolFailed(&'static str),

@@ -59,6 +59,8 @@ pub(crate) struct Extents {
     pub(crate) allocated: u32,
     /// Extents on their way to a free list.
     pub(crate) returning: u32,
+    /// Allocated extents that are unfinished copies: few, and mostly none.
+    pub(crate) incoming: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -92,6 +94,8 @@ impl Extents {
         let state = match entry.state {
             EntryState::FreeUnzeroed => ExtentState::FreeUnzeroed,
             EntryState::FreeZeroed => ExtentState::FreeZeroed,
+            // A copy that was cut off. The extent that it was made of is still where it was.
+            EntryState::Allocated if entry.incoming => ExtentState::FreeUnzeroed,
             EntryState::Allocated => ExtentState::Allocated,
         };
         self.all.push(Extent {
@@ -101,7 +105,7 @@ impl Extents {
             sum: NIL,
             slot: entry.slot,
             state,
-            dirty: entry.dirty,
+            dirty: entry.dirty && !entry.incoming,
         });
     }
 
@@ -144,6 +148,7 @@ impl Extents {
         let e = &mut self.all[extent as usize];
         assert_eq!(e.pins, 0, "extent {extent} is given back while I/O is in flight to it");
         e.state = state;
+        self.incoming.retain(|&i| i != extent);
         e.slot = 0;
         e.epoch = 0;
         e.link = list.head;
@@ -185,6 +190,7 @@ impl Extents {
                 logical: e.link,
                 epoch: e.epoch,
                 dirty: e.dirty,
+                incoming: self.incoming.contains(&extent),
             },
         }
     }

@@ -1,10 +1,10 @@
 //! Making a pool, and looking whether there is one.
 
-use cairn_block::PoolId;
+use cairn_block::{PoolDeviceId, PoolId};
 
 use crate::disk::{
-    BLOCK, BLOCK_LEN, CatalogPage, ENTRIES_PER_PAGE, EXTENT, EXTENT_BLOCKS, Entry,
-    SUPERBLOCK_MAGIC, Segment, Superblock, TablePage, VERSION,
+    BLOCK, BLOCK_LEN, CatalogPage, CatalogState, ENTRIES_PER_PAGE, EXTENT, EXTENT_BLOCKS, Entry,
+    MemberState, Membership, SUPERBLOCK_MAGIC, Segment, Superblock, TablePage, VERSION,
 };
 use crate::{Device, PoolError};
 
@@ -23,7 +23,7 @@ pub struct FormatOptions {
 }
 
 /// What a device holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
     /// Zeros, as far as a superblock and its neighbours would reach.
     Blank,
@@ -33,6 +33,12 @@ pub enum Probe {
         id: PoolId,
         /// Its format version.
         version: u16,
+        /// Which device of the pool it is; zero where no copy of the superblock verifies.
+        device: PoolDeviceId,
+        /// The devices of the pool, as this one knows them.
+        membership: Membership,
+        /// The replicas in it, by name and id, as far as the catalog can be read: what would be lost.
+        replicas: Vec<String>,
     },
     /// Something else.
     Foreign,
@@ -56,20 +62,103 @@ pub(crate) fn probe<D: Device>(dev: &mut D) -> Result<Probe, PoolError> {
         dev.read_at(0, &mut head)?;
     }
     let mut marked = None;
+    let mut best: Option<(Superblock, u16)> = None;
     for (address, block) in (0u64..2).zip(head.chunks(BLOCK_LEN)) {
         if block[..8] == SUPERBLOCK_MAGIC {
             let version = u16::from_le_bytes([block[12], block[13]]);
             match Superblock::decode(address, block) {
-                Ok(superblock) => return Ok(Probe::Pool { id: superblock.pool, version }),
+                Ok(superblock) => {
+                    if best.as_ref().is_none_or(|(b, _)| b.sequence < superblock.sequence) {
+                        best = Some((superblock, version));
+                    }
+                }
                 Err(_) => marked = Some(version),
             }
         }
     }
+    if let Some((superblock, version)) = best {
+        let replicas = replicas_of(dev, &superblock)?;
+        let (id, device, membership) = (superblock.pool, superblock.device, superblock.membership);
+        return Ok(Probe::Pool { id, version, device, membership, replicas });
+    }
     if let Some(version) = marked {
-        return Ok(Probe::Pool { id: PoolId(0), version });
+        return Ok(Probe::Pool {
+            id: PoolId(0),
+            version,
+            device: PoolDeviceId(0),
+            membership: Membership::default(),
+            replicas: Vec::new(),
+        });
     }
     let blank = head.iter().all(|&b| b == 0);
     Ok(if blank { Probe::Blank } else { Probe::Foreign })
+}
+
+/// The replicas that the catalog names: the newer copy of each page that verifies.
+fn replicas_of<D: Device>(dev: &mut D, superblock: &Superblock) -> Result<Vec<String>, PoolError> {
+    let mut found = Vec::new();
+    if superblock.segments.is_empty() {
+        // It has features unknown here: where its catalog is was not looked at.
+        return Ok(found);
+    }
+    let mut block = vec![0; BLOCK_LEN];
+    for slot in 0..superblock.slots {
+        let mut best: Option<CatalogPage> = None;
+        for copy in [0, 1] {
+            let address = superblock.catalog_address(slot, copy);
+            if (address + 1) * BLOCK > dev.len() {
+                return Ok(found);
+            }
+            dev.read_at(address * BLOCK, &mut block)?;
+            if let Ok(page) = CatalogPage::decode(slot, address, superblock.pool, &block)
+                && best.as_ref().is_none_or(|b| b.sequence < page.sequence)
+            {
+                best = Some(page);
+            }
+        }
+        if let Some(page) = best.filter(|page| page.state == CatalogState::Live) {
+            found.push(if page.name.is_empty() {
+                page.replica.to_string()
+            } else {
+                format!("`{}` ({})", page.name, page.replica)
+            });
+        }
+    }
+    Ok(found)
+}
+
+/// What a person reads of replicas that would be lost.
+pub(crate) fn told(replicas: &[String]) -> String {
+    const SHOWN: usize = 4;
+    if replicas.is_empty() {
+        return "no replica".to_owned();
+    }
+    let what = if replicas.len() == 1 { "replica" } else { "replicas" };
+    let names = replicas[..replicas.len().min(SHOWN)].join(", ");
+    let more = match replicas.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        n => format!(" and {n} more"),
+    };
+    format!("{} {what}: {names}{more}", replicas.len())
+}
+
+impl std::fmt::Display for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Blank => write!(f, "nothing"),
+            Self::Foreign => write!(f, "data that is not a pool"),
+            Self::Pool { id, .. } if id.0 == 0 => {
+                write!(f, "a pool whose superblock is damaged or of another version")
+            }
+            Self::Pool { id, membership, replicas, .. } => {
+                match membership.members.iter().filter(|m| m.state.is_needed()).count() {
+                    0 | 1 => write!(f, "pool {id}")?,
+                    n => write!(f, "one of the {n} devices of pool {id}")?,
+                }
+                write!(f, " with {}", told(replicas))
+            }
+        }
+    }
 }
 
 /// A segment in `blocks`, which begin at block `start`: as many extents as fit with their table.
@@ -90,14 +179,14 @@ pub(crate) fn plan_segment(start: u64, end: u64) -> Option<Segment> {
 }
 
 /// Where everything lies on a new pool. Small pools get a small catalog and a small journal.
-fn plan(options: &FormatOptions, len: u64) -> Result<Superblock, PoolError> {
+fn plan(options: &FormatOptions, identity: &Identity, len: u64) -> Result<Superblock, PoolError> {
     if len < MIN_DEVICE {
         return Err(PoolError::TooSmall { len, min: MIN_DEVICE });
     }
     if len > MAX_DEVICE {
         return Err(PoolError::TooLarge { len, max: MAX_DEVICE });
     }
-    let slots = u16::try_from((len >> 20).clamp(16, 256)).unwrap_or(256);
+    let slots = identity.slots.unwrap_or_else(|| slots_for(len));
     let journal_blocks = (len / 64).clamp(256 << 10, 4 << 20) / BLOCK;
     let catalog = 2;
     let journal = catalog + 2 * u64::from(slots);
@@ -120,7 +209,31 @@ fn plan(options: &FormatOptions, len: u64) -> Result<Superblock, PoolError> {
         checkpoint: 0,
         table_digest: digest,
         segments: vec![segment],
+        device: identity.device,
+        membership: identity.membership.clone(),
     })
+}
+
+/// Which device a new pool, or a new part of one, is.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) device: PoolDeviceId,
+    pub(crate) membership: Membership,
+    /// Replica slots, where the other devices of the pool say how many.
+    pub(crate) slots: Option<u16>,
+}
+
+impl Identity {
+    /// A pool of one device, which has the pool's id.
+    pub(crate) fn alone(pool: PoolId) -> Self {
+        let device = PoolDeviceId(pool.0);
+        Self { device, membership: Membership::alone(device, MemberState::Live), slots: None }
+    }
+}
+
+/// Replica slots of a pool on a device of `len` bytes.
+pub(crate) fn slots_for(len: u64) -> u16 {
+    u16::try_from((len >> 20).clamp(16, 256)).unwrap_or(256)
 }
 
 /// What one page adds to the table's digest. Any mixing will do that makes sums of pages differ.
@@ -135,18 +248,34 @@ pub(crate) fn entries_of_page(segment: &Segment, page: u32) -> u32 {
     (segment.extents - page * ENTRIES_PER_PAGE).min(ENTRIES_PER_PAGE)
 }
 
-pub(crate) fn format<D: Device>(dev: &mut D, options: &FormatOptions) -> Result<(), PoolError> {
+/// Whether `format` with these options would be refused, and why.
+pub(crate) fn check<D: Device>(
+    dev: &mut D,
+    options: &FormatOptions,
+    identity: &Identity,
+) -> Result<Superblock, PoolError> {
     if ![512, 1024, 2048, 4096].contains(&options.sector_size) {
         return Err(PoolError::SectorSize(options.sector_size));
     }
-    let superblock = plan(options, dev.len())?;
+    let superblock = plan(options, identity, dev.len())?;
     if !options.force {
         match probe(dev)? {
             Probe::Blank => {}
-            Probe::Pool { id, .. } => return Err(PoolError::HoldsPool { id }),
             Probe::Foreign => return Err(PoolError::HoldsData),
+            probe @ Probe::Pool { id, .. } => {
+                return Err(PoolError::HoldsPool { id, what: probe.to_string() });
+            }
         }
     }
+    Ok(superblock)
+}
+
+pub(crate) fn format<D: Device>(
+    dev: &mut D,
+    options: &FormatOptions,
+    identity: &Identity,
+) -> Result<(), PoolError> {
+    let superblock = check(dev, options, identity)?;
     // The superblocks go first and come last: a format cut off half-way leaves no pool behind.
     dev.zero(0, 2 * BLOCK)?;
     dev.flush()?;

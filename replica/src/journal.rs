@@ -19,6 +19,8 @@ pub(crate) enum Owner {
     Mark(u32),
     /// The mark is taken back.
     Unmark(u32),
+    /// A copy is finished: its extent belongs to its replica.
+    Arrived { extent: u32, tag: u64 },
     /// Not a record: this request waits for those before it.
     Request(u32),
 }
@@ -88,9 +90,18 @@ impl Pool {
         let Some(buf) = mem.alloc(BLOCK_BYTES) else { return };
         let mut records = 0;
         while records < RECORDS_PER_BLOCK {
+            // A record is made of the entry as it is durable. So the end of a copy, which changes the
+            // flag beside the mark, shares no block with a record that changes the mark.
+            let alone = matches!(self.journal.pending.front(), Some(Owner::Arrived { .. }));
+            if alone && records > 0 {
+                break;
+            }
             let Some(owner) = self.journal.pending.pop_front() else { break };
             records += usize::from(!matches!(owner, Owner::Request(_)));
             self.journal.batch.push(owner);
+            if alone {
+                break;
+            }
         }
         let sequence = self.journal.head;
         let address = self.superblock.journal_address(sequence);
@@ -104,6 +115,7 @@ impl Pool {
                     logical: alloc.logical,
                     epoch: 0,
                     dirty: true,
+                    incoming: alloc.import.is_some_and(|import| import.incoming),
                 };
                 Some(Record { extent: alloc.extent, entry })
             }
@@ -111,6 +123,9 @@ impl Pool {
             Owner::Mark(extent) | Owner::Unmark(extent) => {
                 let dirty = matches!(owner, Owner::Mark(_));
                 Some(Record { extent, entry: Entry { dirty, ..table.entry(extent) } })
+            }
+            Owner::Arrived { extent, .. } => {
+                Some(Record { extent, entry: Entry { incoming: false, ..table.entry(extent) } })
             }
             Owner::Request(_) => None,
         });
@@ -137,6 +152,7 @@ impl Pool {
                 }
                 Owner::Mark(extent) => self.mark_durable(extent, mem),
                 Owner::Unmark(extent) => self.unmark_durable(extent, mem),
+                Owner::Arrived { extent, tag } => self.arrived(extent, tag),
                 Owner::Request(request) => self.flusher.next.push(Waiter::Request(request)),
             }
         }

@@ -27,6 +27,8 @@ mod format;
 mod inspect;
 mod journal;
 mod maintain;
+mod member;
+mod multi;
 mod open;
 mod pool;
 mod slab;
@@ -38,6 +40,9 @@ pub use format::{FormatOptions, Probe};
 pub use inspect::{
     CatalogInfo, ExtentInfo, JournalInfo, PageInfo, SuperblockInfo, inspect_catalog,
     inspect_extents, inspect_journal, inspect_superblock,
+};
+pub use multi::{
+    DeviceOptions, DrainInfo, MAX_DEVICES, MemberInfo, MultiPool, OpenOptions, OpenedSet, SetAside,
 };
 pub use pool::{
     DiskId, DiskIo, DiskOp, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot, ReplicaSpec,

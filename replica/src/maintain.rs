@@ -6,7 +6,8 @@ use cairn_block::{ByteOffset, IoStatus, Memory};
 
 use crate::ControlError;
 use crate::disk::{
-    BLOCK, BLOCK_BYTES, Entry, MAX_EXTENTS, MAX_SEGMENTS, Segment, Superblock, TablePage,
+    BLOCK, BLOCK_BYTES, Entry, MAX_EXTENTS, MAX_SEGMENTS, Membership, Segment, Superblock,
+    TablePage,
 };
 use crate::extents::{Page, page_place};
 use crate::flush::Waiter;
@@ -15,6 +16,8 @@ use crate::pool::{DiskOp, Done, Pool, PoolState, Purpose};
 
 /// Table pages in flight together.
 const MAX_PAGES: u32 = 16;
+/// Bytes that a wipe zeroes at the start of the device: what `probe` looks at.
+const WIPED: u64 = 64 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Work {
@@ -22,11 +25,19 @@ enum Work {
     Checkpoint { number: u64, tail: u64 },
     /// A new segment, if there is room for one.
     Grow { tag: u64, segment: Option<Segment> },
+    /// A new list of the pool's devices.
+    Members { tag: u64 },
+    /// The device is taken out of its pool: nothing that marks it as a pool is to be left.
+    Wipe { tag: u64 },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Idle,
+    /// The superblocks are being zeroed.
+    Wiping {
+        in_flight: u8,
+    },
     /// The new segment's table is being zeroed.
     Zeroing,
     /// Table pages are being written; `next` is the first not looked at.
@@ -61,6 +72,10 @@ pub(crate) struct Maintenance {
     /// Commands that wait for a checkpoint.
     commands: Vec<(u64, u64)>,
     grows: VecDeque<(u64, u64)>,
+    memberships: VecDeque<(u64, Membership)>,
+    wipe: Option<u64>,
+    /// Nothing is left to work with.
+    pub(crate) wiped: bool,
 }
 
 impl Maintenance {
@@ -75,6 +90,9 @@ impl Maintenance {
             wanted: last,
             commands: Vec::new(),
             grows: VecDeque::new(),
+            memberships: VecDeque::new(),
+            wipe: None,
+            wiped: false,
         }
     }
 
@@ -88,14 +106,20 @@ impl Maintenance {
     pub(crate) fn commands(&self) -> usize {
         let growing = self.stage != Stage::Idle
             && !matches!(self.stage, Stage::Others { .. })
-            && matches!(self.work, Work::Grow { .. });
-        self.commands.len() + self.grows.len() + usize::from(growing)
+            && !matches!(self.work, Work::Checkpoint { .. });
+        self.commands.len()
+            + self.grows.len()
+            + self.memberships.len()
+            + usize::from(self.wipe.is_some())
+            + usize::from(growing)
     }
 
     pub(crate) fn take_commands(&mut self) -> Vec<u64> {
         let mut tags: Vec<u64> = self.commands.drain(..).map(|(tag, _)| tag).collect();
         tags.extend(self.grows.drain(..).map(|(tag, _)| tag));
-        if let (Work::Grow { tag, .. }, false) =
+        tags.extend(self.memberships.drain(..).map(|(tag, _)| tag));
+        tags.extend(self.wipe.take());
+        if let (Work::Grow { tag, .. } | Work::Members { tag } | Work::Wipe { tag }, false) =
             (self.work, matches!(self.stage, Stage::Idle | Stage::Others { .. }))
         {
             tags.push(tag);
@@ -135,6 +159,30 @@ impl Pool {
         self.pump(mem);
     }
 
+    /// Stores a new list of the pool's devices in this one's superblock.
+    pub(crate) fn set_membership<M: Memory>(
+        &mut self,
+        tag: u64,
+        membership: Membership,
+        mem: &mut M,
+    ) {
+        if let PoolState::Failed(reason) = self.state {
+            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
+        }
+        self.maintenance.memberships.push_back((tag, membership));
+        self.pump(mem);
+    }
+
+    /// Makes the device one that holds no pool. Nothing may be in flight; nothing can be done with it
+    /// afterwards.
+    pub(crate) fn wipe<M: Memory>(&mut self, tag: u64, mem: &mut M) {
+        if let PoolState::Failed(reason) = self.state {
+            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
+        }
+        self.maintenance.wipe = Some(tag);
+        self.pump(mem);
+    }
+
     pub(crate) fn pump_maintenance<M: Memory>(&mut self, mem: &mut M) {
         if self.maintenance.stage == Stage::Idle {
             self.start_maintenance();
@@ -143,7 +191,7 @@ impl Pool {
             Stage::Pages { .. } => match self.maintenance.work {
                 Work::Checkpoint { number, .. } => self.pump_pages(number, mem),
                 Work::Grow { segment: Some(segment), .. } => self.pump_new_pages(&segment, mem),
-                Work::Grow { segment: None, .. } => unreachable!("no segment has no pages"),
+                work => unreachable!("{work:?} writes no pages"),
             },
             Stage::First => self.pump_first(mem),
             Stage::Others { sent, in_flight } => self.pump_others(sent, in_flight, mem),
@@ -159,6 +207,23 @@ impl Pool {
             }
         }
         let m = &mut self.maintenance;
+        if let Some((tag, membership)) = m.memberships.pop_front() {
+            m.staged.clone_from(&self.superblock);
+            m.staged.membership = membership;
+            m.staged.sequence += 1;
+            m.work = Work::Members { tag };
+            m.stage = Stage::First;
+            return;
+        }
+        if let Some(tag) = m.wipe.take() {
+            m.work = Work::Wipe { tag };
+            m.stage = Stage::Wiping { in_flight: 2 };
+            for (offset, len) in [(0, WIPED), (self.superblock.backup() * BLOCK, BLOCK)] {
+                let op = DiskOp::Zero { offset: ByteOffset(offset), len, punch: false };
+                self.issue(op, Purpose::Maintain, None);
+            }
+            return;
+        }
         let used = self.journal.head - self.superblock.journal_tail;
         if m.wanted <= m.started && used < self.superblock.journal_blocks / 2 {
             return;
@@ -314,6 +379,13 @@ impl Pool {
         let m = &mut self.maintenance;
         match &mut m.stage {
             Stage::Zeroing => m.stage = Stage::Pages { next: 0, in_flight: 0 },
+            Stage::Wiping { in_flight } => {
+                *in_flight -= 1;
+                if *in_flight == 0 {
+                    m.stage = Stage::PagesFlush;
+                    self.flusher.next.push(Waiter::Maintain);
+                }
+            }
             Stage::Pages { in_flight, .. } => *in_flight -= 1,
             Stage::FirstWrite => {
                 m.stage = Stage::FirstFlush;
@@ -331,6 +403,12 @@ impl Pool {
 
     pub(crate) fn maintain_flushed(&mut self) {
         match self.maintenance.stage {
+            Stage::PagesFlush if matches!(self.maintenance.work, Work::Wipe { .. }) => {
+                let Work::Wipe { tag } = self.maintenance.work else { return };
+                self.maintenance.stage = Stage::Idle;
+                self.maintenance.wiped = true;
+                self.done.push_back(Done { tag, status: IoStatus::Ok, error: None });
+            }
             Stage::PagesFlush => self.stage_superblock(),
             Stage::FirstFlush => {
                 self.superblock_copy = 1 - self.superblock_copy;
@@ -339,6 +417,10 @@ impl Pool {
                 match self.maintenance.work {
                     Work::Checkpoint { number, .. } => self.checkpoint_durable(number),
                     Work::Grow { tag, segment } => self.grown(tag, segment),
+                    Work::Members { tag } => {
+                        self.done.push_back(Done { tag, status: IoStatus::Ok, error: None });
+                    }
+                    Work::Wipe { .. } => unreachable!("a wipe writes no superblock"),
                 }
             }
             stage => unreachable!("nothing was flushed in stage {stage:?}"),
@@ -362,7 +444,7 @@ impl Pool {
                 m.staged.table_digest = m.staged.table_digest.wrapping_add(added);
                 m.digest = m.digest.wrapping_add(added);
             }
-            Work::Grow { segment: None, .. } => {}
+            Work::Grow { segment: None, .. } | Work::Members { .. } | Work::Wipe { .. } => {}
         }
         m.staged.sequence += 1;
         m.stage = Stage::First;

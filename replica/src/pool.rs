@@ -302,6 +302,8 @@ pub struct Pool {
     pub(crate) maintenance: Maintenance,
     pub(crate) sums: Sums,
     pub(crate) jobs: VecDeque<Job>,
+    /// Tags of allocations and arrivals that were asked for by themselves.
+    pub(crate) moves: Vec<u64>,
     pub(crate) out: VecDeque<u32>,
     pub(crate) done: VecDeque<Done>,
 }
@@ -315,12 +317,12 @@ impl Pool {
         crate::format::probe(dev)
     }
 
-    /// Makes an empty pool of the whole device.
+    /// Makes an empty pool of the whole device. Its device id is the pool's id.
     ///
     /// # Errors
     /// [`PoolError`]: among others where the device holds something and `force` is not set.
     pub fn format<D: Device>(dev: &mut D, options: &FormatOptions) -> Result<(), PoolError> {
-        crate::format::format(dev, options)
+        crate::format::format(dev, options, &crate::format::Identity::alone(options.pool_id))
     }
 
     /// Opens the pool on a device, and recovers what a crash left behind. Deletions that were cut off
@@ -360,6 +362,7 @@ impl Pool {
             maintenance,
             sums: Sums::new(stale),
             jobs: VecDeque::new(),
+            moves: Vec::new(),
             out: VecDeque::with_capacity(WARM),
             done: VecDeque::with_capacity(WARM),
         }
@@ -443,6 +446,7 @@ impl Pool {
             + self.jobs.iter().filter(|job| job.tag.is_some()).count()
             + self.maintenance.commands()
             + self.sums.commands.len()
+            + self.moves.len()
     }
 
     /// Whether nothing is under way: no request, no command, no device operation, no deletion.
@@ -547,6 +551,9 @@ impl Pool {
             }
         }
         self.flusher.current = waiters;
+        if self.maintenance.wiped {
+            self.fail("the device was removed from its pool", mem);
+        }
     }
 
     /// Tries again whatever waited for memory.
@@ -608,6 +615,7 @@ impl Pool {
                 mem.release(buf);
             }
         }
+        self.map_unfreed();
         self.parts.clear();
         self.allocs.clear();
         self.need_extent.clear();
@@ -638,7 +646,8 @@ impl Pool {
             .iter()
             .filter_map(|job| job.tag)
             .chain(self.maintenance.take_commands())
-            .chain(washing);
+            .chain(washing)
+            .chain(core::mem::take(&mut self.moves));
         let error = ControlError::PoolFailed(reason);
         self.done.extend(tags.map(|tag| Done {
             tag,

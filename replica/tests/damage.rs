@@ -95,7 +95,7 @@ fn what_is_not_ours_is_said_to_be() {
     Pool::format(&mut dev, &force).unwrap();
     assert!(matches!(
         Pool::format(&mut dev, &options(true)),
-        Err(PoolError::HoldsPool { id: PoolId(0xca1) })
+        Err(PoolError::HoldsPool { id: PoolId(0xca1), .. })
     ));
     assert!(matches!(error(SparseDevice::new(4096)), PoolError::TooSmall { .. }));
     let mut small = MemDevice::new(1 << 20);

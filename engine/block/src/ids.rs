@@ -67,6 +67,10 @@ id! {
     /// Names a pool: the devices or files that replicas live on.
     PoolId
 }
+id! {
+    /// Names one device of a pool, whatever path it is found under.
+    PoolDeviceId
+}
 
 /// A generation of a volume's configuration. It never decreases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

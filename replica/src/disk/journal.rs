@@ -95,6 +95,7 @@ impl JournalBlock {
             logical: get_u32(block, at + 4),
             epoch: get_u64(block, at + 16),
             dirty: Entry::dirty_of(block[at + 12]),
+            incoming: Entry::incoming_of(block[at + 12]),
         };
         Ok(Record { extent: get_u32(block, at), entry })
     }

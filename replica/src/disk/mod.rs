@@ -17,8 +17,8 @@ pub use journal::{JOURNAL_MAGIC, JournalBlock, RECORDS_PER_BLOCK, Record};
 pub use sums::{BlockSums, SUMS_MAGIC, block_crc};
 pub(crate) use superblock::MAX_EXTENTS;
 pub use superblock::{
-    COMPAT_KNOWN, INCOMPAT_CHECKSUMS, INCOMPAT_KNOWN, MAX_SEGMENTS, SUPERBLOCK_MAGIC, Segment,
-    Superblock, VERSION,
+    COMPAT_KNOWN, INCOMPAT_CHECKSUMS, INCOMPAT_KNOWN, MAX_MEMBERS, MAX_SEGMENTS, MemberEntry,
+    MemberState, Membership, SUPERBLOCK_MAGIC, Segment, Superblock, VERSION,
 };
 pub use table::{ENTRIES_PER_PAGE, Entry, EntryState, TABLE_MAGIC, TablePage};
 

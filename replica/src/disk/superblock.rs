@@ -1,10 +1,10 @@
 //! The superblock: what the pool is and where everything in it lies.
 
-use cairn_block::PoolId;
+use cairn_block::{PoolDeviceId, PoolId};
 
 use super::{
-    BLOCK, BlockError, ENTRIES_PER_PAGE, EXTENT_BLOCKS, HEADER_LEN, Header, get_u16, get_u32,
-    get_u64, put_u16, put_u32, put_u64, seal,
+    BLOCK, BlockError, ENTRIES_PER_PAGE, EXTENT_BLOCKS, HEADER_LEN, Header, get_bytes, get_u16,
+    get_u32, get_u64, put_u16, put_u32, put_u64, seal,
 };
 
 /// What a superblock begins with.
@@ -19,6 +19,8 @@ pub const INCOMPAT_KNOWN: u64 = INCOMPAT_CHECKSUMS;
 pub const INCOMPAT_CHECKSUMS: u64 = 1;
 /// Segments that fit: the first, and one for each time the pool was grown.
 pub const MAX_SEGMENTS: usize = 64;
+/// Devices that a pool can have, and member entries that fit.
+pub const MAX_MEMBERS: usize = 64;
 
 /// More extents than this cannot be mapped: the map's top bit is taken.
 pub(crate) const MAX_EXTENTS: u64 = (1 << 31) - 2;
@@ -30,7 +32,130 @@ const MAX_ADDRESS: u64 = 1 << 44;
 const FIXED: usize = HEADER_LEN + 12 * 8;
 const SEGMENT_LEN: usize = 24;
 const _: () = assert!(FIXED == 144);
-const _: () = assert!(FIXED + MAX_SEGMENTS * SEGMENT_LEN <= 4096);
+const DEVICE_AT: usize = FIXED + MAX_SEGMENTS * SEGMENT_LEN;
+const LOST_AT: usize = DEVICE_AT + 32;
+const MEMBERS_AT: usize = LOST_AT + 32;
+const MEMBER_LEN: usize = 24;
+const _: () = assert!(DEVICE_AT == 1680 && MEMBERS_AT == 1744);
+const _: () = assert!(MEMBERS_AT + MAX_MEMBERS * MEMBER_LEN <= 4096);
+const _: () = assert!(MAX_SLOTS as usize == 4 * 64);
+
+/// What a device is to its pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemberState {
+    /// It holds extents and gets new ones.
+    Live,
+    /// Its extents are on their way to other devices; it gets no new ones.
+    Draining,
+    /// The pool went on without it: what it holds is out of date.
+    Failed,
+    /// It was drained and taken out.
+    Removed,
+    /// Made for the pool, and not taken in yet. Only ever in its own superblock.
+    Joining,
+}
+
+impl MemberState {
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::Live => 1,
+            Self::Draining => 2,
+            Self::Failed => 3,
+            Self::Removed => 4,
+            Self::Joining => 5,
+        }
+    }
+
+    fn from_byte(byte: u8) -> Result<Self, BlockError> {
+        match byte {
+            1 => Ok(Self::Live),
+            2 => Ok(Self::Draining),
+            3 => Ok(Self::Failed),
+            4 => Ok(Self::Removed),
+            5 => Ok(Self::Joining),
+            _ => Err(BlockError::Field("state of a member")),
+        }
+    }
+
+    /// Whether the pool cannot be whole without it.
+    #[must_use]
+    pub fn is_needed(self) -> bool {
+        matches!(self, Self::Live | Self::Draining)
+    }
+}
+
+/// A device of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemberEntry {
+    /// The device.
+    pub id: PoolDeviceId,
+    /// What it is to the pool.
+    pub state: MemberState,
+}
+
+/// The devices of a pool, as all of them are told.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Membership {
+    /// The highest is right. Its upper half counts how often the pool went on without a device, so that
+    /// whatever a device that was left behind may have stored last is never the highest.
+    pub generation: u64,
+    /// A bit for each replica slot: its extents that are mapped nowhere may have been on a device that
+    /// is gone, and do not read as zeros.
+    pub lost: [u64; 4],
+    /// At most [`MAX_MEMBERS`], none twice.
+    pub members: Vec<MemberEntry>,
+}
+
+impl Membership {
+    /// One device alone.
+    #[must_use]
+    pub fn alone(id: PoolDeviceId, state: MemberState) -> Self {
+        Self { members: vec![MemberEntry { id, state }], ..Self::default() }
+    }
+
+    /// What `id` is to the pool; nothing where the pool does not know it.
+    #[must_use]
+    pub fn state_of(&self, id: PoolDeviceId) -> Option<MemberState> {
+        self.members.iter().find(|m| m.id == id).map(|m| m.state)
+    }
+
+    /// Whether what `slot` does not map may have been lost.
+    #[must_use]
+    pub fn is_lost(&self, slot: u16) -> bool {
+        self.lost.get(usize::from(slot / 64)).is_some_and(|word| word >> (slot % 64) & 1 != 0)
+    }
+
+    /// Takes note whether what `slot` does not map may have been lost.
+    pub fn set_lost(&mut self, slot: u16, lost: bool) {
+        let word = &mut self.lost[usize::from(slot / 64)];
+        *word &= !(1 << (slot % 64));
+        *word |= u64::from(lost) << (slot % 64);
+    }
+
+    /// Gives a device a state. The oldest of those that are gone makes room for a new one.
+    pub fn set(&mut self, id: PoolDeviceId, state: MemberState) {
+        if let Some(member) = self.members.iter_mut().find(|m| m.id == id) {
+            member.state = state;
+            return;
+        }
+        if self.members.len() >= MAX_MEMBERS
+            && let Some(at) = self.members.iter().position(|m| !m.state.is_needed())
+        {
+            self.members.remove(at);
+        }
+        self.members.push(MemberEntry { id, state });
+    }
+
+    /// The next generation of an orderly change.
+    pub fn advance(&mut self) {
+        self.generation += 1;
+    }
+
+    /// The next generation where a device is left behind.
+    pub fn leave_behind(&mut self) {
+        self.generation = ((self.generation >> 32) + 1) << 32;
+    }
+}
 
 /// A run of extents, and the part of the allocation table that describes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +225,10 @@ pub struct Superblock {
     pub table_digest: u64,
     /// The extents, oldest segment first.
     pub segments: Vec<Segment>,
+    /// The device that this superblock is on.
+    pub device: PoolDeviceId,
+    /// It and the others of the pool.
+    pub membership: Membership,
 }
 
 impl Superblock {
@@ -129,6 +258,19 @@ impl Superblock {
             put_u64(block, at + 8, segment.data);
             put_u32(block, at + 16, segment.extents);
         }
+        block[DEVICE_AT..DEVICE_AT + 16].copy_from_slice(&self.device.to_bytes());
+        put_u64(block, DEVICE_AT + 16, self.membership.generation);
+        let members = &self.membership.members;
+        assert!(members.len() <= MAX_MEMBERS, "members are counted before they are added");
+        put_u32(block, DEVICE_AT + 24, u32::try_from(members.len()).expect("at most 64"));
+        for (i, word) in self.membership.lost.iter().enumerate() {
+            put_u64(block, LOST_AT + 8 * i, *word);
+        }
+        for (i, member) in members.iter().enumerate() {
+            let at = MEMBERS_AT + i * MEMBER_LEN;
+            block[at..at + 16].copy_from_slice(&member.id.to_bytes());
+            block[at + 16] = member.state.to_byte();
+        }
         seal(block);
     }
 
@@ -153,6 +295,8 @@ impl Superblock {
             checkpoint: get_u64(block, 112),
             table_digest: get_u64(block, 120),
             segments: Vec::new(),
+            device: PoolDeviceId::from_bytes(get_bytes(block, DEVICE_AT)),
+            membership: Membership::default(),
         };
         if superblock.incompat & !INCOMPAT_KNOWN != 0 {
             // What follows may mean something else.
@@ -172,6 +316,15 @@ impl Superblock {
                 data: get_u64(block, at + 8),
                 extents: get_u32(block, at + 16),
             });
+        }
+        superblock.membership = decode_membership(block)?;
+        if superblock.membership.members.is_empty() {
+            // Written before pools had several devices: it is the only one.
+            superblock.device = PoolDeviceId(superblock.pool.0);
+            superblock.membership = Membership::alone(superblock.device, MemberState::Live);
+        }
+        if superblock.membership.state_of(superblock.device).is_none() {
+            return Err(BlockError::Field("the device is not one of its own members"));
         }
         superblock.verify()?;
         Ok(superblock)
@@ -242,4 +395,26 @@ impl Superblock {
     pub fn journal_address(&self, sequence: u64) -> u64 {
         self.journal + sequence % self.journal_blocks
     }
+}
+
+fn decode_membership(block: &[u8]) -> Result<Membership, BlockError> {
+    let mut membership =
+        Membership { generation: get_u64(block, DEVICE_AT + 16), ..Membership::default() };
+    let count = get_u32(block, DEVICE_AT + 24) as usize;
+    if count > MAX_MEMBERS || membership.generation > u64::MAX / 2 {
+        return Err(BlockError::Field("count or generation of the members"));
+    }
+    for (i, word) in membership.lost.iter_mut().enumerate() {
+        *word = get_u64(block, LOST_AT + 8 * i);
+    }
+    for i in 0..count {
+        let at = MEMBERS_AT + i * MEMBER_LEN;
+        let id = PoolDeviceId::from_bytes(get_bytes(block, at));
+        if membership.state_of(id).is_some() {
+            return Err(BlockError::Field("a device is a member twice"));
+        }
+        let state = MemberState::from_byte(block[at + 16])?;
+        membership.members.push(MemberEntry { id, state });
+    }
+    Ok(membership)
 }

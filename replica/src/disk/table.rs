@@ -60,18 +60,27 @@ pub struct Entry {
     pub epoch: u64,
     /// Whether its checksums on the device may be behind its data.
     pub dirty: bool,
+    /// Whether it is a copy that is being made of another device's extent, and no part of the replica
+    /// until that is done: open frees it.
+    pub incoming: bool,
 }
 
 /// The bit of an entry's flags that says that it is dirty.
 const DIRTY: u8 = 1;
+/// The bit that says that it is an unfinished copy.
+const INCOMING: u8 = 2;
 
 impl Entry {
     pub(crate) fn flags(&self) -> u8 {
-        if self.dirty { DIRTY } else { 0 }
+        (if self.dirty { DIRTY } else { 0 }) | (if self.incoming { INCOMING } else { 0 })
     }
 
     pub(crate) fn dirty_of(flags: u8) -> bool {
         flags & DIRTY != 0
+    }
+
+    pub(crate) fn incoming_of(flags: u8) -> bool {
+        flags & INCOMING != 0
     }
 }
 
@@ -80,7 +89,7 @@ impl Entry {
     #[must_use]
     pub const fn free(zeroed: bool) -> Self {
         let state = if zeroed { EntryState::FreeZeroed } else { EntryState::FreeUnzeroed };
-        Self { state, slot: 0, logical: 0, epoch: 0, dirty: false }
+        Self { state, slot: 0, logical: 0, epoch: 0, dirty: false, incoming: false }
     }
 }
 
@@ -171,6 +180,7 @@ impl TablePage {
             logical: get_u32(block, at + 4),
             epoch: get_u64(block, at + 8),
             dirty: Entry::dirty_of(block[at + 1]),
+            incoming: Entry::incoming_of(block[at + 1]),
         })
     }
 }

@@ -1,4 +1,4 @@
-use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, VolumeId};
+use cairn_block::{BlockSize, Epoch, PoolDeviceId, PoolId, ReplicaId, VolumeId};
 use proptest::prelude::*;
 
 use super::*;
@@ -9,8 +9,14 @@ const POOL: PoolId = PoolId(0x3f2c_1a60_5d1c_4b6e_9f0a_2b7f_6f1f_9a10);
 #[test]
 fn the_header_is_as_drawn() {
     let mut block = vec![0; BLOCK_LEN];
-    let entry =
-        Entry { state: EntryState::Allocated, slot: 0x102, logical: 0x304, epoch: 5, dirty: false };
+    let entry = Entry {
+        state: EntryState::Allocated,
+        slot: 0x102,
+        logical: 0x304,
+        epoch: 5,
+        dirty: false,
+        incoming: true,
+    };
     let records = [Record { extent: 0x607, entry }].into_iter();
     JournalBlock::encode(0x1122, 0x42, POOL, records, &mut block);
     assert_eq!(&block[..8], b"CAIRNJNL");
@@ -20,7 +26,7 @@ fn the_header_is_as_drawn() {
     assert_eq!(block[32..36], [0x3f, 0x2c, 0x1a, 0x60]);
     assert_eq!(block[48..56], [1, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(block[64..72], [7, 6, 0, 0, 4, 3, 0, 0]);
-    assert_eq!(block[72..80], [2, 1, 3, 1, 0, 0, 0, 0]);
+    assert_eq!(block[72..80], [2, 1, 3, 1, 2, 0, 0, 0]);
     assert_eq!(block[80..88], [5, 0, 0, 0, 0, 0, 0, 0]);
     assert!(block[88..].iter().all(|&b| b == 0));
 }
@@ -81,7 +87,7 @@ proptest! {
             .into_iter()
             .map(|(extent, state, slot, logical, epoch)| {
                 let state = EntryState::from_byte(state).expect("a known state");
-                Record { extent, entry: Entry { state, slot, logical, epoch, dirty: epoch % 2 == 1 } }
+                Record { extent, entry: Entry { state, slot, logical, epoch, dirty: epoch % 2 == 1, incoming: epoch % 3 == 1 } }
             })
             .collect();
         let mut block = vec![0; BLOCK_LEN];
@@ -99,4 +105,64 @@ proptest! {
             prop_assert_eq!(TablePage::entry(&block, i), Ok(record.entry));
         }
     }
+}
+
+#[test]
+fn the_list_of_devices_is_as_drawn() {
+    let mut superblock = Superblock {
+        pool: POOL,
+        sequence: 7,
+        compat: 0,
+        incompat: INCOMPAT_CHECKSUMS,
+        device_len: 8 << 20,
+        sector_size: 512,
+        slots: 16,
+        catalog: 2,
+        journal: 34,
+        journal_blocks: 64,
+        journal_tail: 1,
+        checkpoint: 0,
+        table_digest: 0,
+        segments: vec![Segment { table: 98, data: 256, extents: 4 }],
+        device: PoolDeviceId(0x0a0b << 112),
+        membership: Membership::alone(PoolDeviceId(0x0a0b << 112), MemberState::Draining),
+    };
+    superblock.membership.generation = 0x0102;
+    superblock.membership.set_lost(65, true);
+    let mut block = vec![0; BLOCK_LEN];
+    superblock.encode(1, &mut block);
+    assert_eq!(block[1680..1683], [0x0a, 0x0b, 0]);
+    assert_eq!(block[1696..1706], [2, 1, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(block[1712..1722], [0, 0, 0, 0, 0, 0, 0, 0, 2, 0]);
+    assert_eq!(block[1744..1747], [0x0a, 0x0b, 0]);
+    assert_eq!(block[1760], 2);
+    assert!(block[1761..].iter().all(|&b| b == 0));
+    assert_eq!(Superblock::decode(1, &block), Ok(superblock.clone()));
+    // A device that its own list does not name.
+    block[1680] = 9;
+    reseal(&mut block);
+    assert!(matches!(Superblock::decode(1, &block), Err(BlockError::Field(_))));
+    // From before there was a list.
+    block[1680..].fill(0);
+    reseal(&mut block);
+    let old = Superblock::decode(1, &block).expect("it decodes");
+    assert_eq!(old.device.0, POOL.0);
+    assert_eq!(old.membership, Membership::alone(old.device, MemberState::Live));
+}
+
+#[test]
+fn a_full_list_of_devices_makes_room_for_new_ones() {
+    let mut membership = Membership::default();
+    for id in 0..64 {
+        let state = if id == 3 { MemberState::Removed } else { MemberState::Live };
+        membership.set(PoolDeviceId(id), state);
+    }
+    membership.set(PoolDeviceId(64), MemberState::Live);
+    assert_eq!(membership.members.len(), MAX_MEMBERS);
+    assert_eq!(membership.state_of(PoolDeviceId(3)), None);
+    let before = membership.generation;
+    membership.leave_behind();
+    let mut behind = Membership { generation: before, ..Membership::default() };
+    behind.advance();
+    assert!(membership.generation > behind.generation + 1_000_000);
 }

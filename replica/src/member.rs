@@ -1,0 +1,193 @@
+//! What a pool is asked for where it is one device of several: see [`crate::MultiPool`].
+
+use cairn_block::{IoStatus, Memory, PoolDeviceId};
+
+use crate::alloc::Alloc;
+use crate::disk::{BLOCK, BLOCK_LEN, CatalogPage, CatalogState, Membership};
+use crate::extents::ExtentState;
+use crate::journal::Owner;
+use crate::pool::{Deletion, Done, Mapping, Pool, PoolState, ReplicaSlot};
+use crate::{ControlError, Device, PoolError};
+
+/// An allocation that is asked for by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Import {
+    pub(crate) tag: u64,
+    /// The extent is to be a copy: it is its replica's only once [`Pool::arrive`] says so.
+    pub(crate) incoming: bool,
+}
+
+impl Pool {
+    /// Whether this device holds a logical extent of a replica, or is about to: there is an extent for
+    /// it, or an allocation under way. Where it does, no other device of the pool may get one. Whatever
+    /// reads through to another layer's extent of the same index must count here too.
+    #[must_use]
+    pub fn maps(&self, slot: ReplicaSlot, logical: u32) -> bool {
+        self.slots
+            .get(usize::from(slot.0))
+            .is_some_and(|slot| slot.mapping(logical) != Mapping::Hole)
+    }
+
+    /// The logical extent after the last one that a replica can have here.
+    pub(crate) fn mapped_end(&self, slot: u16) -> u32 {
+        let len = self.slots.get(usize::from(slot)).map_or(0, |slot| slot.map.len());
+        u32::try_from(len).expect("a map has at most 2^31 entries")
+    }
+
+    /// The pool failed: what was being freed may still be mapped on stable storage, so no other device
+    /// may take its place.
+    pub(crate) fn map_unfreed(&mut self) {
+        let slots = &mut self.slots;
+        for (index, extent) in self.extents.iter().filter(|(_, e)| e.state == ExtentState::Freeing)
+        {
+            slots[usize::from(extent.slot)].map_to(extent.link, index);
+        }
+    }
+
+    /// Extents of a replica on this device, those on their way among them.
+    pub(crate) fn extents_in(&self, slot: u16) -> u64 {
+        self.slots
+            .get(usize::from(slot))
+            .map_or(0, |slot| u64::from(slot.allocated) + u64::from(slot.allocs))
+    }
+
+    /// Extents that have to leave before the device can.
+    pub(crate) fn extents_left(&self) -> u64 {
+        u64::from(self.extents.allocated) + self.allocs.len() as u64
+    }
+
+    /// Extents that wait for nothing but their zeroing.
+    pub(crate) fn extents_returning(&self) -> bool {
+        self.extents.returning > 0 || self.deleting > 0
+    }
+
+    pub(crate) fn slot_count(&self) -> u16 {
+        self.superblock.slots
+    }
+
+    pub(crate) fn is_slot_free(&self, slot: u16) -> bool {
+        self.slots.get(usize::from(slot)).is_some_and(crate::pool::Slot::is_free)
+    }
+
+    /// The size in blocks of a live replica.
+    pub(crate) fn live_blocks(&self, slot: u16) -> Option<u64> {
+        self.slots.get(usize::from(slot)).filter(|s| s.is_live()).map(|s| s.page.blocks)
+    }
+
+    pub(crate) fn page(&self, slot: u16) -> &CatalogPage {
+        &self.slots[usize::from(slot)].page
+    }
+
+    /// Operations at the device.
+    pub(crate) fn at_device(&self) -> usize {
+        self.issued.len() - self.out.len()
+    }
+
+    /// Which device this is.
+    #[must_use]
+    pub fn device_id(&self) -> PoolDeviceId {
+        self.superblock.device
+    }
+
+    /// The devices of the pool, as this one knows them.
+    #[must_use]
+    pub fn membership(&self) -> &Membership {
+        &self.superblock.membership
+    }
+
+    /// Allocates an extent that reads as zeros for a logical extent that has none. With `incoming` it is
+    /// freed at the next open, unless [`Pool::arrive`] was answered before.
+    pub(crate) fn import<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: u16,
+        logical: u32,
+        incoming: bool,
+        mem: &mut M,
+    ) {
+        if let PoolState::Failed(reason) = self.state {
+            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
+        }
+        if !self.slots[usize::from(slot)].is_live() || self.maps(ReplicaSlot(slot), logical) {
+            let error = ControlError::NoSuchReplica(slot);
+            return self.refuse(tag, IoStatus::PathError, error);
+        }
+        let alloc = self.start_alloc(slot, logical);
+        let alloc: &mut Alloc = self.allocs.get_mut(alloc);
+        alloc.import = Some(Import { tag, incoming });
+        self.moves.push(tag);
+        self.pump(mem);
+    }
+
+    /// A copy is whole and durable: it is its replica's from now on.
+    pub(crate) fn arrive<M: Memory>(&mut self, tag: u64, slot: u16, logical: u32, mem: &mut M) {
+        if let PoolState::Failed(reason) = self.state {
+            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
+        }
+        let Mapping::Extent(extent) = self.slots[usize::from(slot)].mapping(logical) else {
+            return self.refuse(tag, IoStatus::PathError, ControlError::NoSuchReplica(slot));
+        };
+        self.moves.push(tag);
+        self.journal.push(Owner::Arrived { extent, tag });
+        self.pump(mem);
+    }
+
+    pub(crate) fn import_done(&mut self, tag: u64, status: IoStatus) {
+        self.moves.retain(|&t| t != tag);
+        self.done.push_back(Done { tag, status, error: None });
+    }
+
+    /// The record that an extent is no copy any more is durable.
+    pub(crate) fn arrived(&mut self, extent: u32, tag: u64) {
+        if self.extents.get(extent).state == ExtentState::Allocated {
+            self.extents.incoming.retain(|&i| i != extent);
+            self.dirty_page(extent);
+        }
+        self.import_done(tag, IoStatus::Ok);
+    }
+
+    // ---- at open
+
+    /// Replaces a catalog page, durably, before the pool serves.
+    pub(crate) fn rewrite_page<D: Device>(
+        &mut self,
+        dev: &mut D,
+        index: u16,
+        mut page: CatalogPage,
+    ) -> Result<(), PoolError> {
+        let slot = &mut self.slots[usize::from(index)];
+        page.sequence = slot.page.sequence + 1;
+        let mut block = vec![0; BLOCK_LEN];
+        for copy in [1 - slot.durable_copy, slot.durable_copy] {
+            let address = self.superblock.catalog_address(index, copy);
+            page.encode(index, address, self.superblock.pool, &mut block);
+            dev.write_at(address * BLOCK, &block)?;
+            dev.flush()?;
+        }
+        slot.register = crate::control::register_of(&page);
+        if page.state == CatalogState::Deleting && !slot.deleting {
+            slot.deleting = true;
+            slot.deletion = Deletion::Extents(0);
+            self.deleting += 1;
+        }
+        slot.page = page;
+        Ok(())
+    }
+
+    /// Replaces the list of devices, durably, before the pool serves.
+    pub(crate) fn rewrite_membership<D: Device>(
+        &mut self,
+        dev: &mut D,
+        membership: &Membership,
+    ) -> Result<(), PoolError> {
+        self.superblock.membership.clone_from(membership);
+        self.superblock.sequence += 1;
+        let mut block = vec![0; BLOCK_LEN];
+        for address in [1 - self.superblock_copy, self.superblock_copy, self.superblock.backup()] {
+            self.superblock.encode(address, &mut block);
+            dev.write_at(address * BLOCK, &block)?;
+            dev.flush()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,564 @@
+//! A model of what replicas must hold, beside a pool of several devices that is worked at random.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cairn_block::{
+    Buf, BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
+};
+use cairn_replica::disk::MemberState;
+use cairn_replica::{Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState};
+
+use crate::common::{BLOCK, Disk, EXTENT_BLOCKS, MIB, Rng, spec};
+use crate::set::{Seen, Set, formatted};
+
+/// A value that a block may hold. Zero is zeros; otherwise every word of the block is it.
+type Value = u64;
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    order: u64,
+    value: Value,
+    /// Answered with success. Otherwise it may be there or not.
+    certain: bool,
+}
+
+#[derive(Default)]
+struct ModelReplica {
+    blocks: BTreeMap<u64, Vec<Held>>,
+    size: u64,
+    slot: Option<ReplicaSlot>,
+    registers: Vec<(u64, bool)>,
+    delete_asked: bool,
+}
+
+impl ModelReplica {
+    fn held(&mut self, lba: u64) -> &mut Vec<Held> {
+        self.blocks.entry(lba).or_insert_with(|| vec![Held { order: 0, value: 0, certain: true }])
+    }
+}
+
+enum Asked {
+    Change { id: u128, range: LbaRange, order: u64, durable: bool, buf: Option<Buf> },
+    Read { id: u128, range: LbaRange, buf: Buf },
+    Flush { covered: Vec<(u128, u64, u64)> },
+    Create(u128),
+    Delete(u128),
+    Register(u128, u64),
+    Add,
+    Remove,
+    Other,
+}
+
+/// Random requests on random replicas, and what must be read afterwards.
+pub(crate) struct World {
+    pub(crate) set: Set,
+    replicas: BTreeMap<u128, ModelReplica>,
+    asked: BTreeMap<u64, Asked>,
+    next_id: u128,
+    order: u64,
+    next_device: u128,
+    /// Devices may die.
+    pub(crate) deaths: bool,
+    /// One did: what it held may be errors, and nothing else.
+    died: bool,
+    total: Seen,
+}
+
+const REPLICA_EXTENTS: u64 = 6;
+
+impl World {
+    pub(crate) fn new(lens: &[u64], seed: u64) -> Self {
+        Self {
+            set: Set::open(formatted(lens), seed, &[]).unwrap(),
+            replicas: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            next_id: 1,
+            order: 0,
+            next_device: 100,
+            deaths: false,
+            died: false,
+            total: Seen::default(),
+        }
+    }
+
+    pub(crate) fn seen(&self) -> Seen {
+        let mut seen = self.total;
+        seen.add(&self.set.seen);
+        seen
+    }
+
+    /// Adds a device, or begins to remove one; or lets one die.
+    fn change_devices(&mut self) {
+        let members = self.set.pool.members();
+        let live: Vec<_> =
+            members.iter().filter(|m| m.state == MemberState::Live && m.number.is_some()).collect();
+        let joining = members.iter().any(|m| m.state == MemberState::Joining);
+        match self.set.rng.below(if self.deaths { 12 } else { 8 }) {
+            0..3 if live.len() < 4 && !joining => {
+                if self.set.pool.state() != PoolState::Online {
+                    return;
+                }
+                self.next_device += 1;
+                let len = (8 + self.set.rng.below(16)) * MIB;
+                let tag = self.set.add(self.next_device, len);
+                self.asked.insert(tag, Asked::Add);
+            }
+            3..=7 if live.len() > 1 => {
+                let id = live[self.set.rng.index(live.len())].id;
+                let tag = self.set.remove(id.0);
+                self.asked.insert(tag, Asked::Remove);
+            }
+            8.. if live.len() > 1 && !self.died => {
+                let number = live[self.set.rng.index(live.len())].number.unwrap();
+                let disk = self.set.disks[usize::from(number)].as_mut().unwrap();
+                if self.set.rng.chance(50) {
+                    disk.fail_flush = true;
+                } else {
+                    disk.fail_write = true;
+                }
+                self.died = true;
+            }
+            _ => {}
+        }
+    }
+
+    fn busy(&self, id: u128, range: LbaRange) -> bool {
+        self.asked.values().any(|a| match a {
+            Asked::Change { id: i, range: r, .. } | Asked::Read { id: i, range: r, .. } => {
+                *i == id && r.overlaps(range)
+            }
+            _ => false,
+        })
+    }
+
+    /// One random action.
+    pub(crate) fn act(&mut self) {
+        match self.set.rng.below(100) {
+            0..45 => {
+                self.set.step();
+            }
+            45..48 if self.replicas.len() < 4 => self.create(),
+            48 => self.delete(),
+            49..52 => self.register(),
+            52..55 => {
+                let tag = self.set.tag();
+                self.asked.insert(tag, Asked::Other);
+                self.set.pool.checkpoint(tag, &mut self.set.mem);
+            }
+            55..60 => self.flush(),
+            60..62 => self.change_devices(),
+            62 => self.set.pool.retry(&mut self.set.mem),
+            _ => self.io(),
+        }
+        if self.set.check {
+            self.set.pool.check();
+        }
+        self.collect();
+    }
+
+    fn create(&mut self) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let size = REPLICA_EXTENTS * EXTENT_BLOCKS - self.set.rng.below(3);
+        let tag = self.set.tag();
+        self.replicas.insert(id, ModelReplica { size, ..ModelReplica::default() });
+        self.asked.insert(tag, Asked::Create(id));
+        self.set.pool.create_replica(tag, spec(id, size), &mut self.set.mem);
+    }
+
+    fn pick(&mut self) -> Option<(u128, ReplicaSlot)> {
+        let live: Vec<_> = self
+            .replicas
+            .iter()
+            .filter(|(_, r)| !r.delete_asked)
+            .filter_map(|(id, r)| Some((*id, r.slot?)))
+            .collect();
+        if live.is_empty() { None } else { Some(live[self.set.rng.index(live.len())]) }
+    }
+
+    fn delete(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.replicas.get_mut(&id).unwrap().delete_asked = true;
+        let tag = self.set.tag();
+        self.asked.insert(tag, Asked::Delete(id));
+        self.set.pool.delete_replica(tag, slot, &mut self.set.mem);
+    }
+
+    fn register(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.order += 1;
+        let value = self.order;
+        self.replicas.get_mut(&id).unwrap().registers.push((value, false));
+        let register = Register {
+            promised_epoch: Epoch(value),
+            accepted_epoch: Epoch(value),
+            seq: value,
+            // Over many sectors, so that it can be torn.
+            config: value.to_le_bytes().repeat(200),
+        };
+        let tag = self.set.tag();
+        self.asked.insert(tag, Asked::Register(id, value));
+        self.set.pool.write_register(tag, slot, register, &mut self.set.mem);
+    }
+
+    fn flush(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        let mut covered = Vec::new();
+        for (lba, held) in &self.replicas[&id].blocks {
+            let last = held.iter().rev().find(|h| h.certain).unwrap();
+            covered.push((id, *lba, last.order));
+        }
+        let tag = self.set.tag();
+        self.asked.insert(tag, Asked::Flush { covered });
+        let request =
+            IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
+        self.set.pool.submit(tag, slot, request, &mut self.set.mem);
+    }
+
+    fn io(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        let size = self.replicas[&id].size;
+        let rng = &mut self.set.rng;
+        let extent = rng.below(REPLICA_EXTENTS);
+        let (op, start, blocks) = match rng.below(10) {
+            0 => (IoOp::Discard, extent * EXTENT_BLOCKS, EXTENT_BLOCKS * (1 + rng.below(3))),
+            1 => {
+                let (unmap, fua) = (rng.chance(50), rng.chance(30));
+                let op = IoOp::WriteZeroes { unmap, fua };
+                if rng.chance(50) {
+                    (op, extent * EXTENT_BLOCKS, EXTENT_BLOCKS)
+                } else {
+                    (op, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4))
+                }
+            }
+            2 => (IoOp::Discard, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4)),
+            3..5 => (IoOp::Read, extent * EXTENT_BLOCKS + rng.below(4), 1 + rng.below(4)),
+            // Sometimes over the edge of an extent.
+            5 => (
+                IoOp::Write { fua: rng.chance(20) },
+                extent * EXTENT_BLOCKS + 254,
+                1 + rng.below(4),
+            ),
+            _ => (
+                IoOp::Write { fua: rng.chance(20) },
+                extent * EXTENT_BLOCKS + rng.below(6),
+                1 + rng.below(3),
+            ),
+        };
+        let blocks = blocks.min(size.saturating_sub(start));
+        if blocks == 0 {
+            return;
+        }
+        let range = LbaRange::new(Lba(start), blocks).unwrap();
+        if self.busy(id, range) {
+            return;
+        }
+        let payload = matches!(op, IoOp::Read | IoOp::Write { .. });
+        let mut buf = None;
+        if payload {
+            let Some(b) = self.set.mem.alloc(u32::try_from(blocks).unwrap() * 4096) else {
+                return;
+            };
+            buf = Some(b);
+        }
+        let slice = buf.as_ref().map_or(BufSlice::EMPTY, Buf::slice);
+        self.order += 1;
+        let order = self.order;
+        let tag = self.set.tag();
+        let replica = self.replicas.get_mut(&id).unwrap();
+        match op {
+            IoOp::Read => {
+                self.asked.insert(tag, Asked::Read { id, range, buf: buf.take().unwrap() });
+            }
+            IoOp::Write { fua } => {
+                let value = (u64::try_from(id).unwrap() << 48) | order;
+                let bytes = self.set.mem.bytes_mut(slice);
+                for word in bytes.chunks_mut(8) {
+                    word.copy_from_slice(&value.to_le_bytes());
+                }
+                for lba in start..start + blocks {
+                    replica.held(lba).push(Held { order, value, certain: false });
+                }
+                self.asked.insert(tag, Asked::Change { id, range, order, durable: fua, buf });
+            }
+            _ => {
+                let durable = matches!(op, IoOp::WriteZeroes { fua: true, .. });
+                for (lba, held) in replica.blocks.range_mut(start..start + blocks) {
+                    assert!(*lba < size);
+                    held.push(Held { order, value: 0, certain: false });
+                }
+                self.asked.insert(tag, Asked::Change { id, range, order, durable, buf: None });
+            }
+        }
+        self.set.pool.submit(tag, slot, IoRequest { op, range, buf: slice }, &mut self.set.mem);
+    }
+
+    pub(crate) fn collect(&mut self) {
+        while let Some(done) = self.set.pool.poll_done() {
+            let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answered(asked, &done);
+        }
+    }
+
+    fn answered(&mut self, asked: Asked, done: &Done) {
+        let ok = done.status.is_ok();
+        match asked {
+            Asked::Change { id, order, durable, buf, .. } => {
+                if let Some(buf) = buf {
+                    self.set.mem.release(buf);
+                }
+                let Some(replica) = self.replicas.get_mut(&id) else { return };
+                assert!(
+                    ok || done.status == IoStatus::NoSpace || replica.delete_asked || self.died,
+                    "{:?}",
+                    done.status
+                );
+                if !ok {
+                    return;
+                }
+                for held in replica.blocks.values_mut() {
+                    if let Some(at) = held.iter().position(|h| h.order == order) {
+                        held[at].certain = true;
+                        if durable {
+                            held.drain(..at);
+                        }
+                    }
+                }
+            }
+            Asked::Read { id, range, buf } => {
+                let bytes = self.set.mem.bytes(buf.slice()).to_vec();
+                self.set.mem.release(buf);
+                let Some(replica) = self.replicas.get(&id) else { return };
+                if ok {
+                    for (lba, block) in (range.start().0..).zip(bytes.chunks(BLOCK)) {
+                        verify(id, replica, lba, block, false);
+                    }
+                    self.set.seen.good_reads += 1;
+                } else {
+                    assert!(replica.delete_asked || self.died, "{:?}", done.status);
+                    self.set.seen.lost_reads += 1;
+                }
+            }
+            Asked::Flush { covered } => {
+                if !ok {
+                    return;
+                }
+                for (id, lba, order) in covered {
+                    let Some(replica) = self.replicas.get_mut(&id) else { continue };
+                    let held = replica.blocks.get_mut(&lba).unwrap();
+                    if let Some(at) = held.iter().position(|h| h.order == order) {
+                        held.drain(..at);
+                    }
+                }
+            }
+            Asked::Create(id) if !ok => {
+                assert!(self.died, "{:?}", done.error);
+                self.replicas.get_mut(&id).unwrap().slot = None;
+            }
+            Asked::Create(id) => {
+                let slot = self.set.pool.find(ReplicaId(id)).unwrap();
+                self.replicas.get_mut(&id).unwrap().slot = Some(slot);
+            }
+            Asked::Delete(_) if !ok => assert!(self.died, "{:?}", done.error),
+            Asked::Delete(id) => {
+                assert_eq!(self.set.pool.find(ReplicaId(id)), None);
+                self.replicas.remove(&id);
+            }
+            Asked::Register(id, value) => {
+                let Some(replica) = self.replicas.get_mut(&id) else { return };
+                assert!(ok || replica.delete_asked || self.died, "{:?}", done.error);
+                if ok {
+                    let at = replica.registers.iter().position(|r| r.0 == value).unwrap();
+                    replica.registers.drain(..at);
+                    replica.registers[0].1 = true;
+                }
+            }
+            Asked::Add => {
+                assert!(ok || self.died, "{:?}", done.error);
+                self.set.seen.adds += u64::from(ok);
+            }
+            // Where space is short, or it is the last.
+            Asked::Remove => {}
+            Asked::Other => assert!(ok || self.died, "{:?}", done.error),
+        }
+    }
+
+    /// Crashes, opens again, and verifies all that was promised.
+    pub(crate) fn crash(mut self, power: bool) -> Self {
+        let seed = self.set.rng.next();
+        self.total.add(&self.set.seen);
+        let failed = self.set.pool.members().iter().any(|m| m.state == MemberState::Failed);
+        self.total.failed += u64::from(failed && self.died);
+        let (mut disks, _) = self.set.cut(power);
+        for disk in &mut disks {
+            (disk.fail_flush, disk.fail_write) = (false, false);
+        }
+        // `flush` at open makes the survivors durable; a second cut in between is the next round's.
+        let mut set = Set::open(disks, seed, &[]).unwrap();
+        set.rng = Rng(seed);
+        set.seen.doubles += doubles(&set);
+        let mut world = Self { set, asked: BTreeMap::new(), ..self };
+        let creating: Vec<u128> =
+            world.replicas.iter().filter(|(_, r)| r.slot.is_none()).map(|(id, _)| *id).collect();
+        for id in creating {
+            if world.set.pool.find(ReplicaId(id)).is_none() {
+                world.replicas.remove(&id);
+            }
+        }
+        let deleting: Vec<u128> =
+            world.replicas.iter().filter(|(_, r)| r.delete_asked).map(|(id, _)| *id).collect();
+        for id in deleting {
+            if world.set.pool.find(ReplicaId(id)).is_none() {
+                world.replicas.remove(&id);
+            } else {
+                world.replicas.get_mut(&id).unwrap().delete_asked = false;
+            }
+        }
+        let live: BTreeSet<u128> = world
+            .set
+            .pool
+            .replicas()
+            .filter(|r| r.state == ReplicaState::Live)
+            .map(|r| r.id.0)
+            .collect();
+        assert!(live.iter().copied().eq(world.replicas.keys().copied()), "replicas came or went");
+        world.verify_all(power);
+        world
+    }
+
+    /// Reads everything. What is read becomes what is held.
+    pub(crate) fn verify_all(&mut self, power: bool) {
+        let ids: Vec<u128> = self.replicas.keys().copied().collect();
+        for id in ids {
+            let slot = self.set.pool.find(ReplicaId(id)).unwrap();
+            let register = self.set.pool.register(slot).unwrap();
+            assert!(register.config.chunks(8).all(|c| c == register.seq.to_le_bytes()));
+            let register = register.seq;
+            let replica = self.replicas.get_mut(&id).unwrap();
+            replica.slot = Some(slot);
+            let allowed = &mut replica.registers;
+            let known = allowed.iter().any(|r| r.0 == register)
+                || (register == 0 && allowed.iter().all(|r| !r.1));
+            assert!(known, "register {register} of {id}, not one of {allowed:?}");
+            *allowed = vec![(register, true)];
+            let size = replica.size;
+            for start in (0..size).step_by(256) {
+                let blocks = EXTENT_BLOCKS.min(size - start);
+                let bytes = self.read(slot, start, blocks);
+                let replica = self.replicas.get_mut(&id).unwrap();
+                let Some(bytes) = bytes else {
+                    // Lost: nothing is known of it until it is written.
+                    for held in replica.blocks.range_mut(start..start + blocks) {
+                        for h in held.1.iter_mut() {
+                            h.certain = false;
+                        }
+                        held.1[0].certain = true;
+                    }
+                    continue;
+                };
+                for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
+                    verify(id, replica, lba, block, power);
+                    settle_block(replica, lba, block);
+                }
+            }
+        }
+    }
+
+    /// What is read; nothing where a device that died had it.
+    fn read(&mut self, slot: ReplicaSlot, lba: u64, blocks: u64) -> Option<Vec<u8>> {
+        let buf = self.set.mem.alloc(u32::try_from(blocks).unwrap() * 4096).unwrap();
+        let tag = self.set.tag();
+        let range = LbaRange::new(Lba(lba), blocks).unwrap();
+        let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
+        self.set.pool.submit(tag, slot, request, &mut self.set.mem);
+        // Not until all is settled: what comes next is to meet a drain that is still going on.
+        let status = loop {
+            if let Some(done) = self.set.pool.poll_done() {
+                if done.tag == tag {
+                    break done.status;
+                }
+                let asked = self.asked.remove(&done.tag).expect("answered once");
+                self.answered(asked, &done);
+            } else if !self.set.step() {
+                self.set.pool.retry(&mut self.set.mem);
+            }
+        };
+        let bytes = self.set.mem.bytes(buf.slice()).to_vec();
+        self.set.mem.release(buf);
+        assert!(status.is_ok() || (self.died && status == IoStatus::MediaError), "{status:?}");
+        self.set.seen.lost_reads += u64::from(!status.is_ok());
+        self.set.seen.good_reads += u64::from(status.is_ok());
+        status.is_ok().then_some(bytes)
+    }
+
+    /// Lets everything end. All space that no replica holds must be free again.
+    pub(crate) fn settle(&mut self) {
+        for done in self.set.settle() {
+            let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answered(asked, &done);
+        }
+        assert!(self.asked.is_empty(), "{} requests are never answered", self.asked.len());
+        assert_eq!(self.set.pool.state(), PoolState::Online);
+        assert!(self.set.pool.is_idle(), "{:?}", self.set.pool.members());
+        assert_eq!(self.set.mem.in_use(), 0, "buffers leaked");
+        self.set.pool.check();
+        let usage = self.set.pool.usage();
+        let draining = self.set.pool.members().iter().any(|m| m.drain.is_some());
+        if !draining {
+            assert_eq!(usage.extents_free + usage.extents_allocated, usage.extents_total);
+        }
+    }
+}
+
+/// After a crash, a block that was mixed of several writes is whatever it is; it must stay so.
+fn settle_block(replica: &mut ModelReplica, lba: u64, block: &[u8]) {
+    if let Some(held) = replica.blocks.get_mut(&lba) {
+        let first = u64::from_le_bytes(block[..8].try_into().unwrap());
+        let same = block[8..] == block[..BLOCK - 8];
+        if same {
+            *held = vec![Held { order: 0, value: first, certain: true }];
+        } else {
+            for h in held.iter_mut() {
+                h.certain = false;
+            }
+            held[0].certain = true;
+        }
+    }
+}
+
+fn verify(id: u128, replica: &ModelReplica, lba: u64, block: &[u8], power: bool) {
+    let Some(held) = replica.blocks.get(&lba) else {
+        assert!(block == [0; BLOCK], "block {lba} of {id} was never written");
+        return;
+    };
+    let first = held.iter().rposition(|h| h.certain).unwrap();
+    let allowed = if power { &held[..] } else { &held[first..] };
+    for sector in block.chunks(512) {
+        let value = u64::from_le_bytes(sector[..8].try_into().unwrap());
+        assert!(
+            sector[8..] == sector[..504] && allowed.iter().any(|h| h.value == value),
+            "block {lba} of {id} holds {value:#x}; held: {held:x?}"
+        );
+    }
+}
+
+/// Extents that a crash left on two devices.
+fn doubles(set: &Set) -> u64 {
+    if !set.pool.members().iter().any(|m| m.drain.is_some()) {
+        return 0;
+    }
+    let pools: Vec<Pool> = set
+        .disks
+        .iter()
+        .flatten()
+        .map(|disk| Pool::open(&mut Disk::new(disk.now.clone())).unwrap())
+        .collect();
+    let mut doubles = 0;
+    for replica in set.pool.replicas() {
+        for logical in 0..8 {
+            let held = pools.iter().filter(|p| p.maps(replica.slot, logical)).count();
+            doubles += u64::from(held > 1);
+        }
+    }
+    doubles
+}
