@@ -18,20 +18,27 @@ use crate::output::say;
 #[derive(Debug, Subcommand)]
 pub(crate) enum PoolCommand {
     /// List the pools.
-    List,
-    /// Make a pool, or open one that exists, until the process ends.
-    ///
-    /// For pools that are opened at every start, use the configuration file.
+    List {
+        /// List their devices instead.
+        #[arg(long)]
+        devices: bool,
+    },
+    /// Make a pool, or open one that exists. It is opened at every start from then on.
     #[command(after_help = "\
 Examples:
   cairn pool create fast /dev/nvme1n1
+  cairn pool create wide /dev/nvme1n1 /dev/nvme2n1 /dev/nvme3n1
   cairn pool create file /srv/pool.img --size 100GiB")]
     Create {
         /// Its name in this process.
         name: String,
-        /// A file, a block device, or mem:SIZE.
-        path: String,
-        /// Size of a file that is to be made or grown.
+        /// A file, a block device, or mem:SIZE; several for a pool of several devices, in any order.
+        #[arg(required = true, value_name = "PATH")]
+        paths: Vec<String>,
+        /// Open the pool without this device, which is gone for good. What only it held is lost.
+        #[arg(long, value_name = "DEVICE-ID")]
+        without: Vec<String>,
+        /// Size of each file that is to be made or grown.
         #[arg(long, value_parser = parse_size)]
         size: Option<ByteSize>,
         /// Overwrite what is there.
@@ -41,6 +48,74 @@ Examples:
         #[arg(long)]
         buffered: bool,
     },
+    /// Take a device into a pool.
+    #[command(after_help = "\
+Example:
+  cairn pool add-device wide /dev/nvme4n1")]
+    AddDevice {
+        /// The pool.
+        pool: String,
+        /// The device.
+        path: String,
+        #[command(flatten)]
+        how: DeviceArgs,
+    },
+    /// Remove a device from a pool: what it holds moves to the others, and then it leaves.
+    #[command(after_help = "\
+Example:
+  cairn pool remove-device wide /dev/nvme1n1
+  cairn pool list --devices        # how far it is")]
+    RemoveDevice {
+        /// The pool.
+        pool: String,
+        /// Its id, or its path.
+        device: String,
+    },
+    /// Take a device into a pool and remove another.
+    #[command(after_help = "\
+Example:
+  cairn pool replace-device wide /dev/nvme1n1 /dev/nvme4n1")]
+    ReplaceDevice {
+        /// The pool.
+        pool: String,
+        /// The id or the path of the device that goes.
+        old: String,
+        /// The path of the one that comes.
+        new: String,
+        #[command(flatten)]
+        how: DeviceArgs,
+    },
+}
+
+/// How a device is taken in.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DeviceArgs {
+    /// Size of a file that is to be made or grown.
+    #[arg(long, value_parser = parse_size)]
+    size: Option<ByteSize>,
+    /// Overwrite what is there.
+    #[arg(long)]
+    force: bool,
+    /// Go through the page cache: for filesystems that refuse O_DIRECT.
+    #[arg(long)]
+    buffered: bool,
+}
+
+impl DeviceArgs {
+    fn request(self, pool: String, path: &str) -> Result<v1::AddDeviceRequest> {
+        Ok(v1::AddDeviceRequest {
+            pool,
+            path: absolute(path)?,
+            size_bytes: self.size.map_or(0, |s| s.as_u64()),
+            force: self.force,
+            buffered: self.buffered,
+        })
+    }
+}
+
+/// A path as the process knows it; an id stays as it is.
+fn device_name(text: &str) -> Result<String> {
+    if uuid::Uuid::parse_str(text).is_ok() { Ok(text.to_owned()) } else { absolute(text) }
 }
 
 /// `cairn replica`.
@@ -158,17 +233,59 @@ pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
     block_on(async {
         let mut client = connect(&global.socket).await?;
         match command {
-            PoolCommand::List => {
+            PoolCommand::List { devices } => {
                 let reply =
                     client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;
-                output::list(global.output, &reply.into_inner().pools)?;
+                let pools = reply.into_inner().pools;
+                if devices {
+                    output::list(global.output, &output::devices(&pools))?;
+                } else {
+                    output::list(global.output, &pools)?;
+                }
             }
-            PoolCommand::Create { name, path, size, force, buffered } => {
+            PoolCommand::Create { name, paths, without, size, force, buffered } => {
                 let size_bytes = size.map_or(0, |s| s.as_u64());
-                let path = absolute(&path)?;
-                let request = v1::CreatePoolRequest { name, path, size_bytes, force, buffered };
+                let mut paths = paths.iter().map(|path| absolute(path));
+                let path = paths.next().context("a path")??;
+                let more_paths = paths.collect::<Result<Vec<_>>>()?;
+                let request = v1::CreatePoolRequest {
+                    name,
+                    path,
+                    size_bytes,
+                    force,
+                    buffered,
+                    more_paths,
+                    without,
+                };
                 let pool = client.create_pool(request).await.map_err(|s| said(&s))?;
                 output::one(global.output, &pool.into_inner())?;
+            }
+            PoolCommand::AddDevice { pool, path, how } => {
+                let request = how.request(pool, &path)?;
+                let pool = client.add_device(request).await.map_err(|s| said(&s))?;
+                output::list(global.output, &output::devices(&[pool.into_inner()]))?;
+            }
+            PoolCommand::RemoveDevice { pool, device } => {
+                let device = device_name(&device)?;
+                let request = v1::RemoveDeviceRequest { pool, device };
+                let pool = client.remove_device(request).await.map_err(|s| said(&s))?;
+                output::list(global.output, &output::devices(&[pool.into_inner()]))?;
+            }
+            PoolCommand::ReplaceDevice { pool, old, new, how } => {
+                let device = device_name(&old)?;
+                let reply =
+                    client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;
+                let known = output::devices(&reply.into_inner().pools)
+                    .into_iter()
+                    .any(|d| d.pool == pool && (d.device.id == device || d.device.path == device));
+                if !known {
+                    bail!("pool `{pool}` has no device `{old}`; nothing was changed");
+                }
+                let request = how.request(pool.clone(), &new)?;
+                client.add_device(request).await.map_err(|s| said(&s))?;
+                let request = v1::RemoveDeviceRequest { pool, device };
+                let pool = client.remove_device(request).await.map_err(|s| said(&s))?;
+                output::list(global.output, &output::devices(&[pool.into_inner()]))?;
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
+use cairn_engine::block::PoolDeviceId;
+use cairn_engine::replica::MAX_DEVICES;
 use serde::{Deserialize, Serialize};
 
 /// A process.
@@ -119,9 +121,12 @@ pub(crate) enum Io {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Pool {
     pub(crate) name: String,
-    /// A file, a block device, or `mem:SIZE`.
-    pub(crate) path: String,
-    /// Size of the file, where it is to be made or grown.
+    /// A file, a block device, or `mem:SIZE`; or a list of them, in any order.
+    pub(crate) path: Paths,
+    /// Ids of devices to open the pool without, for good.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "id_list")]
+    pub(crate) without: Vec<PoolDeviceId>,
+    /// Size of each file, where it is to be made or grown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) size: Option<ByteSize>,
     /// Make the pool where there is none yet.
@@ -140,6 +145,49 @@ pub(crate) struct Pool {
     pub(crate) disable_checksums_for_benchmark: bool,
 }
 
+/// Where a pool's devices are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Paths {
+    /// Of one.
+    One(String),
+    /// Of several.
+    Many(Vec<String>),
+}
+
+impl Paths {
+    /// Each of them.
+    pub(crate) fn all(&self) -> &[String] {
+        match self {
+            Self::One(path) => std::slice::from_ref(path),
+            Self::Many(paths) => paths,
+        }
+    }
+}
+
+impl std::fmt::Display for Paths {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.all().join(", "))
+    }
+}
+
+/// As it is written: a UUID.
+mod id_list {
+    use cairn_engine::block::PoolDeviceId;
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(ids: &[PoolDeviceId], to: S) -> Result<S::Ok, S::Error> {
+        ids.iter().map(ToString::to_string).collect::<Vec<_>>().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Vec<PoolDeviceId>, D::Error> {
+        let texts = Vec::<String>::deserialize(from)?;
+        texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+    }
+}
+
 fn cached_extents() -> usize {
     16_384
 }
@@ -153,7 +201,8 @@ impl Pool {
     pub(crate) fn new(name: &str, path: String, size: Option<ByteSize>, create: bool) -> Self {
         Self {
             name: name.to_owned(),
-            path,
+            path: Paths::One(path),
+            without: Vec::new(),
             size,
             create,
             io: Io::Direct,
@@ -193,7 +242,17 @@ impl Config {
             if pool.name.is_empty() || !pool.name.chars().all(plain) {
                 bail!("pool name \"{}\": use letters, digits, '-', '_' and '.'", pool.name);
             }
-            if pool.disable_checksums_for_benchmark && !pool.path.starts_with("mem:") {
+            let paths = pool.path.all();
+            if paths.is_empty() || paths.len() > MAX_DEVICES {
+                bail!("pool \"{}\": from 1 to {MAX_DEVICES} paths", pool.name);
+            }
+            let again =
+                |at: usize, path: &String| !path.starts_with("mem:") && paths[..at].contains(path);
+            if let Some((_, twice)) = paths.iter().enumerate().find(|(at, path)| again(*at, path)) {
+                bail!("pool \"{}\" names {twice} twice", pool.name);
+            }
+            let in_memory = paths.iter().all(|path| path.starts_with("mem:"));
+            if pool.disable_checksums_for_benchmark && !in_memory {
                 bail!(
                     "disable_checksums_for_benchmark is for mem: pools, not for \"{}\"",
                     pool.path
@@ -224,6 +283,15 @@ mod tests {
         assert_eq!(config.nvmf.listen[0].to_string(), "127.0.0.1:4420");
         let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
         assert_eq!(again.pools.len(), 1);
+
+        let id = "3f2c1a60-5d1c-4b6e-9f0a-2b7f6f1f9a10";
+        let several = text.replace("\"mem:64MiB\"", "[\"a\", \"b\"]");
+        let several = format!("{several}without = [\"{id}\"]\n");
+        let several: Config = toml::from_str(&several).unwrap();
+        several.check().unwrap();
+        assert_eq!(several.pools[0].path.all(), ["a", "b"]);
+        let again: Config = toml::from_str(&toml::to_string(&several).unwrap()).unwrap();
+        assert_eq!(again.pools[0].without[0].to_string(), id);
 
         let typo = toml::from_str::<Config>(&text.replace("path", "pth")).unwrap_err();
         assert!(typo.to_string().contains("pth"), "{typo}");

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Config;
 use cairn_engine::reactor::{Attach, BlockFile, IoMode};
-use cairn_engine::replica::disk::{BlockError, CatalogState, EntryState, Superblock};
+use cairn_engine::replica::disk::{BlockError, CatalogState, EntryState, MemberState, Superblock};
 use cairn_engine::replica::{
     CatalogInfo, ExtentInfo, JournalInfo, PageInfo, SuperblockInfo, inspect_catalog,
     inspect_extents, inspect_journal, inspect_superblock,
@@ -99,13 +99,38 @@ fn damage(error: &BlockError) -> String {
     format!("damaged: {error}")
 }
 
+fn member_state(state: MemberState) -> String {
+    format!("{state:?}").to_lowercase()
+}
+
+/// The devices of the pool, for people.
+fn member_list(s: &Superblock) -> String {
+    let members = s.membership.members.iter();
+    members
+        .map(|m| {
+            let this = if m.id == s.device { " (this)" } else { "" };
+            format!("{}{this} {}", m.id, member_state(m.state))
+        })
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
 fn superblock_json(s: &Superblock) -> Value {
     let segments: Vec<Value> = s
         .segments
         .iter()
         .map(|g| json!({"table": g.table, "data": g.data, "extents": g.extents}))
         .collect();
+    let members: Vec<Value> = s
+        .membership
+        .members
+        .iter()
+        .map(|m| json!({"device": m.id.to_string(), "state": member_state(m.state)}))
+        .collect();
+    let lost: Vec<u16> = (0..s.slots).filter(|&slot| s.membership.is_lost(slot)).collect();
     json!({
+        "device": s.device.to_string(), "generation": s.membership.generation,
+        "members": members, "lost_slots": lost,
         "pool": s.pool.to_string(), "sequence": s.sequence, "compat": s.compat,
         "incompat": s.incompat, "device_len": s.device_len, "sector_size": s.sector_size,
         "slots": s.slots, "catalog": s.catalog, "journal": s.journal,
@@ -115,8 +140,18 @@ fn superblock_json(s: &Superblock) -> Value {
 }
 
 impl Show for SuperblockInfo {
-    const HEADS: &'static [&'static str] =
-        &["BLOCK", "STATE", "SEQUENCE", "POOL", "DEVICE", "EXTENTS", "JOURNAL TAIL", "CHECKPOINT"];
+    const HEADS: &'static [&'static str] = &[
+        "BLOCK",
+        "STATE",
+        "SEQUENCE",
+        "POOL",
+        "DEVICE",
+        "EXTENTS",
+        "JOURNAL TAIL",
+        "CHECKPOINT",
+        "GENERATION",
+        "DEVICES",
+    ];
 
     fn row(&self) -> Vec<String> {
         match &self.content {
@@ -129,6 +164,8 @@ impl Show for SuperblockInfo {
                 s.extents().to_string(),
                 s.journal_tail.to_string(),
                 s.checkpoint.to_string(),
+                s.membership.generation.to_string(),
+                member_list(s),
             ],
             Err(e) => vec![self.address.to_string(), damage(e)],
         }

@@ -10,6 +10,7 @@ mod inspect;
 mod nvme;
 mod output;
 mod pattern;
+mod pools;
 mod serve;
 mod service;
 mod state;

@@ -90,7 +90,58 @@ impl Show for v1::Pool {
             "capacity_bytes": self.capacity_bytes, "free_bytes": self.free_bytes,
             "extent_bytes": self.extent_bytes, "dirty_extents": self.dirty_extents,
             "checksum_mismatches": self.checksum_mismatches,
+            "devices": self.devices.iter().map(device_json).collect::<Vec<_>>(),
         })
+    }
+}
+
+/// A device, and the name of its pool.
+pub(crate) struct PoolDevice {
+    pub(crate) pool: String,
+    pub(crate) device: v1::Device,
+}
+
+/// The devices of pools.
+pub(crate) fn devices(pools: &[v1::Pool]) -> Vec<PoolDevice> {
+    let of = |pool: &v1::Pool| {
+        let name = pool.name.clone();
+        pool.devices
+            .clone()
+            .into_iter()
+            .map(move |device| PoolDevice { pool: name.clone(), device })
+    };
+    pools.iter().flat_map(of).collect()
+}
+
+fn device_json(device: &v1::Device) -> Value {
+    json!({
+        "id": device.id, "path": device.path, "state": device.state, "reason": device.reason,
+        "size_bytes": device.size_bytes, "free_bytes": device.free_bytes,
+        "extents_left": device.extents_left,
+    })
+}
+
+impl Show for PoolDevice {
+    const HEADS: &'static [&'static str] =
+        &["POOL", "DEVICE", "STATE", "SIZE", "FREE", "PATH", "REASON"];
+
+    fn row(&self) -> Vec<String> {
+        let device = &self.device;
+        vec![
+            self.pool.clone(),
+            device.id.clone(),
+            device.state.clone(),
+            size(device.size_bytes),
+            size(device.free_bytes),
+            device.path.clone(),
+            device.reason.clone(),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        let mut json = device_json(&self.device);
+        json["pool"] = json!(self.pool);
+        json
     }
 }
 

@@ -7,19 +7,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use cairn_engine::control::Command;
-use cairn_engine::device::PoolDevice;
-use cairn_engine::reactor::{
-    Attach, BlockFile, DriverConfig, Features, IoMode, MemRegion, OpenError,
-};
-use cairn_engine::replica::{FormatOptions, Pool, Probe};
-use cairn_engine::{EngineHandle, ShardConfig, block::PoolId};
+use cairn_engine::reactor::{DriverConfig, Features};
+use cairn_engine::{EngineHandle, ShardConfig};
 use clap::Args;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
-use crate::config::{self, Config, Io};
-use crate::service::{PoolPaths, Service};
+use crate::config::Config;
+use crate::pools;
+use crate::service::Service;
 use crate::state::State;
 
 /// What a process that was killed had open may be in use for so long after it.
@@ -47,10 +44,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .context("the data engine cannot start")?;
     tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
 
-    let paths = PoolPaths::default();
-    for pool in &config.pools {
-        open_pool(&engine, &paths, pool)?;
-    }
+    pools::open_all(&engine, &config, &state)?;
     let mut addresses = Vec::new();
     for &wanted in &config.nvmf.listen {
         addresses.push(listen(&engine, &config, wanted)?);
@@ -60,7 +54,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .max_blocking_threads(4)
         .enable_all()
         .build()?;
-    let service = Arc::new(Service::new(&config, engine.clone(), addresses, paths, state));
+    let service = Arc::new(Service::new(&config, engine.clone(), addresses, state));
     service.resume_volumes();
     // An engine that panicked serves nothing: the process ends, for its supervisor to start again.
     let (ended, engine_ended) = tokio::sync::oneshot::channel();
@@ -128,7 +122,7 @@ fn raise_descriptor_limit() {
 
 /// Tries for a while: the kernel takes the sockets and files of a process that was killed away only
 /// some time after it is gone, when it has taken down its ring.
-fn patiently<T, E: std::fmt::Display>(
+pub(crate) fn patiently<T, E: std::fmt::Display>(
     in_use: impl Fn(&E) -> bool,
     mut attempt: impl FnMut() -> Result<T, E>,
 ) -> Result<T, E> {
@@ -161,108 +155,6 @@ fn listen(engine: &EngineHandle, config: &Config, wanted: SocketAddr) -> Result<
     engine.call(|reply| Command::AddListener { listener, advertise, reply })?;
     tracing::info!(%bound, %advertise, "listening for NVMe/TCP");
     Ok(advertise)
-}
-
-/// Opens a pool of the configuration, making it first where that is allowed.
-pub(crate) fn open_pool(
-    engine: &EngineHandle,
-    paths: &PoolPaths,
-    pool: &config::Pool,
-) -> Result<()> {
-    let context = || format!("pool `{}` at {}", pool.name, pool.path);
-    let busy = |e: &anyhow::Error| matches!(e.downcast_ref(), Some(OpenError::Busy { .. }));
-    let (device, fresh) = patiently(busy, || attach(pool, false)).with_context(context)?;
-    add_pool(engine, paths, pool, device, fresh, pool.create, false).with_context(context)
-}
-
-/// Opens or makes what a pool lies on. Tells whether it is known to read as zeros.
-pub(crate) fn attach(pool: &config::Pool, force: bool) -> Result<(Attach, bool)> {
-    if let Some(size) = pool.path.strip_prefix("mem:") {
-        let size = crate::cli::parse_size(size).map_err(|e| anyhow!(e))?;
-        let len = usize::try_from(size.as_u64())?;
-        return Ok((Attach::Memory(MemRegion::new(len)?), true));
-    }
-    let path = Path::new(&pool.path);
-    let mut fresh = false;
-    if !path.exists() {
-        let Some(size) = pool.size.filter(|_| pool.create || force) else {
-            bail!("the file does not exist; to make it, give `size` and `create = true`");
-        };
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent)
-                .with_context(|| format!("cannot make the folder {}", parent.display()))?;
-        }
-        BlockFile::create(path, size.as_u64())?;
-        fresh = true;
-    }
-    let mode = match pool.io {
-        Io::Direct => IoMode::Direct,
-        Io::Buffered => IoMode::Buffered,
-    };
-    let mut file = BlockFile::open(path, mode)?;
-    if let Some(size) = pool.size
-        && !file.is_block()
-        && size.as_u64() > file.len()
-    {
-        file.grow(size.as_u64()).with_context(|| format!("cannot grow the file to {size}"))?;
-    }
-    Ok((Attach::File(file), fresh))
-}
-
-pub(crate) fn add_pool(
-    engine: &EngineHandle,
-    paths: &PoolPaths,
-    spec: &config::Pool,
-    device: Attach,
-    fresh: bool,
-    create: bool,
-    force: bool,
-) -> Result<()> {
-    let sector_size = match &device {
-        Attach::File(file) => file.sector_size(),
-        Attach::Memory(_) => 4096,
-    };
-    let mut device = PoolDevice(device);
-    let blank = match Pool::probe(&mut device)? {
-        Probe::Pool { .. } => false,
-        Probe::Blank => true,
-        Probe::Foreign if force => true,
-        Probe::Foreign => bail!(
-            "it holds data that is not a Cairn pool; nothing was changed. `cairn pool create \
-             --force` would overwrite it"
-        ),
-    };
-    if blank || force {
-        if !create {
-            bail!("there is no pool on it; to make one, set `create = true`");
-        }
-        let options = FormatOptions {
-            pool_id: PoolId(uuid::Uuid::new_v4().as_u128()),
-            device_is_zeroed: fresh || spec.path.starts_with("mem:"),
-            sector_size,
-            force,
-        };
-        Pool::format(&mut device, &options)?;
-        tracing::info!(pool = %spec.name, id = %options.pool_id, "pool made");
-    }
-    let mut pool = Box::new(Pool::open(&mut device)?);
-    pool.set_checksum_limits(spec.cached_extents, spec.dirty_extents);
-    if spec.disable_checksums_for_benchmark {
-        tracing::warn!(pool = %spec.name, "blocks are neither hashed nor verified");
-        pool.disable_checksums_for_benchmark();
-    }
-    let usage = pool.usage();
-    tracing::info!(
-        pool = %spec.name, id = %pool.id(),
-        extents = usage.extents_total, free = usage.extents_free, dirty = pool.dirty_extents(),
-        "pool opened"
-    );
-    let name = spec.name.clone();
-    let device_len = cairn_engine::replica::Device::len(&device);
-    let device = device.0;
-    engine.call(|reply| Command::AddPool { name, device, pool, device_len, reply })?;
-    paths.insert(&spec.name, &spec.path);
-    Ok(())
 }
 
 async fn serve(

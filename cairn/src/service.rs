@@ -1,26 +1,25 @@
 //! The gRPC service: turns calls into commands for the engine, and remembers the volumes.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use cairn_api::v1::{self, cairn_server::Cairn};
-use cairn_engine::block::{BlockSize, ReplicaId, VolumeId};
+use cairn_engine::block::{BlockSize, PoolDeviceId, ReplicaId, VolumeId};
 use cairn_engine::control::{Command, Reply};
 use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::target::MAX_NQN_LEN;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
-    ChildAddress, EngineError, EngineHandle, ExportCounters, PoolReport, ReplicaReport,
-    VolumeReport, VolumeSpec,
+    ChildAddress, DeviceReport, EngineError, EngineHandle, ExportCounters, PoolReport,
+    ReplicaReport, VolumeReport, VolumeSpec,
 };
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
-use crate::config::{self, Config, Io};
-use crate::serve;
-use crate::state::{SavedVolume, State};
+use crate::config::{self, Config, Io, Paths};
+use crate::pools;
+use crate::state::{SavedPool, SavedVolume, State};
 
 /// A new volume must be served within this time, or the call fails and says what is missing.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -29,21 +28,6 @@ const CREATE_POLL: Duration = Duration::from_millis(20);
 /// All volumes have blocks of this size.
 const BLOCK: u64 = 4096;
 
-/// Where each pool of the process lies.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct PoolPaths(Arc<Mutex<Vec<(String, String)>>>);
-
-impl PoolPaths {
-    pub(crate) fn insert(&self, name: &str, path: &str) {
-        self.0.lock().push((name.to_owned(), path.to_owned()));
-    }
-
-    fn path(&self, name: &str) -> String {
-        let paths = self.0.lock();
-        paths.iter().find(|(n, _)| n == name).map_or_else(String::new, |(_, p)| p.clone())
-    }
-}
-
 /// The service of one process.
 #[derive(Debug)]
 pub(crate) struct Service {
@@ -51,7 +35,6 @@ pub(crate) struct Service {
     engine: EngineHandle,
     addresses: Vec<SocketAddr>,
     child_deadline_ms: u64,
-    paths: PoolPaths,
     state: Mutex<State>,
 }
 
@@ -106,7 +89,6 @@ impl Service {
         config: &Config,
         engine: EngineHandle,
         addresses: Vec<SocketAddr>,
-        paths: PoolPaths,
         state: State,
     ) -> Self {
         Self {
@@ -114,7 +96,6 @@ impl Service {
             engine,
             addresses,
             child_deadline_ms: config.nexus.child_deadline_ms,
-            paths,
             state: Mutex::new(state),
         }
     }
@@ -218,10 +199,42 @@ impl Service {
         })
     }
 
-    fn pool_message(&self, report: PoolReport) -> v1::Pool {
+    /// The pools, and the one of this name.
+    async fn pool_report(&self, name: &str) -> Result<PoolReport, Status> {
+        let pools = self.ask(|reply| Command::ListPools { reply }).await?;
+        let found = pools.into_iter().find(|p| p.name == name);
+        found.ok_or_else(|| Status::not_found(format!("there is no pool `{name}` in this process")))
+    }
+
+    /// Writes down where a pool's devices are, for the next start. Memory is not there then.
+    fn remember_pool(&self, pool: SavedPool) -> Result<(), Status> {
+        if pool.paths.iter().any(|path| path.starts_with("mem:")) {
+            return Ok(());
+        }
+        let mut state = self.state.lock();
+        let before = state.pools.clone();
+        state.pools.retain(|p| p.name != pool.name);
+        state.pools.push(pool);
+        state.save().map_err(|e| {
+            state.pools = before;
+            Status::internal(format!("{e:#}"))
+        })
+    }
+
+    /// What is written down of a pool, or would be.
+    fn saved_pool(&self, report: &PoolReport) -> SavedPool {
+        let saved = self.state.lock().pools.iter().find(|p| p.name == report.name).cloned();
+        let paths = report.devices.iter().map(|d| d.path.clone()).filter(|p| !p.is_empty());
+        let buffered = saved.is_some_and(|saved| saved.buffered);
+        pools::saved(&report.name, paths.collect(), buffered)
+    }
+
+    fn pool_message(report: PoolReport) -> v1::Pool {
         let extent = u64::from(report.usage.extent_bytes);
+        let paths: Vec<&str> =
+            report.devices.iter().map(|d| d.path.as_str()).filter(|p| !p.is_empty()).collect();
         v1::Pool {
-            path: self.paths.path(&report.name),
+            path: paths.join(" "),
             name: report.name,
             id: report.id.to_string(),
             state: report.state,
@@ -230,6 +243,7 @@ impl Service {
             extent_bytes: report.usage.extent_bytes,
             dirty_extents: report.dirty_extents,
             checksum_mismatches: report.checksum_mismatches,
+            devices: report.devices.into_iter().map(device_message).collect(),
         }
     }
 
@@ -283,6 +297,18 @@ impl Service {
             addresses: self.addresses.iter().map(ToString::to_string).collect(),
             serving: report.serving,
         }
+    }
+}
+
+fn device_message(report: DeviceReport) -> v1::Device {
+    v1::Device {
+        id: report.id.to_string(),
+        path: report.path,
+        state: report.state,
+        reason: report.reason,
+        size_bytes: report.size_bytes,
+        free_bytes: report.free_bytes,
+        extents_left: report.extents_left,
     }
 }
 
@@ -377,7 +403,7 @@ impl Cairn for Service {
         _request: Request<v1::ListPoolsRequest>,
     ) -> Result<Response<v1::ListPoolsResponse>, Status> {
         let pools = self.ask(|reply| Command::ListPools { reply }).await?;
-        let pools = pools.into_iter().map(|p| self.pool_message(p)).collect();
+        let pools = pools.into_iter().map(Self::pool_message).collect();
         Ok(Response::new(v1::ListPoolsResponse { pools }))
     }
 
@@ -392,23 +418,94 @@ impl Cairn for Service {
             return Err(Status::already_exists(format!("pool `{}` exists already", request.name)));
         }
         let size = (request.size_bytes > 0).then_some(bytesize::ByteSize(request.size_bytes));
-        let mut spec = config::Pool::new(&request.name, request.path, size, true);
+        let mut spec = config::Pool::new(&request.name, String::new(), size, true);
+        let mut paths = vec![request.path];
+        paths.extend(request.more_paths);
+        spec.path = Paths::Many(paths.clone());
+        for id in &request.without {
+            let id = id.parse::<PoolDeviceId>();
+            spec.without.push(id.map_err(|e| Status::invalid_argument(e.to_string()))?);
+        }
         if request.buffered {
             spec.io = Io::Buffered;
         }
-        let (engine, paths) = (self.engine.clone(), self.paths.clone());
-        // Formatting and opening read and write the device.
-        let made = tokio::task::spawn_blocking(move || {
-            let (device, fresh) = serve::attach(&spec, request.force)?;
-            serve::add_pool(&engine, &paths, &spec, device, fresh, true, request.force)
-        });
+        let engine = self.engine.clone();
+        // Formatting and opening read and write the devices.
+        let made =
+            tokio::task::spawn_blocking(move || pools::create(&engine, &spec, request.force));
         made.await
             .map_err(|e| Status::internal(e.to_string()))?
             .map_err(|e| Status::failed_precondition(format!("{e:#}")))?;
-        let pools = self.ask(|reply| Command::ListPools { reply }).await?;
-        let report = pools.into_iter().find(|p| p.name == request.name);
-        let report = report.ok_or_else(|| Status::internal("the pool is not there"))?;
-        Ok(Response::new(self.pool_message(report)))
+        self.remember_pool(pools::saved(&request.name, paths, request.buffered))?;
+        let report = self.pool_report(&request.name).await?;
+        Ok(Response::new(Self::pool_message(report)))
+    }
+
+    async fn add_device(
+        &self,
+        request: Request<v1::AddDeviceRequest>,
+    ) -> Result<Response<v1::Pool>, Status> {
+        let request = request.into_inner();
+        let report = self.pool_report(&request.pool).await?;
+        let in_memory = request.path.starts_with("mem:");
+        if !in_memory && report.devices.iter().any(|d| d.path == request.path) {
+            return Err(Status::already_exists(format!(
+                "{} is in pool `{}` already",
+                request.path, request.pool
+            )));
+        }
+        let size = (request.size_bytes > 0).then_some(bytesize::ByteSize(request.size_bytes));
+        let mut spec = config::Pool::new(&request.pool, request.path.clone(), size, true);
+        if request.buffered {
+            spec.io = Io::Buffered;
+        }
+        let (id, slots) = (report.id, report.slots);
+        let made = tokio::task::spawn_blocking(move || {
+            pools::make_device(&spec, id, slots, request.force)
+        });
+        let (device, opened) = made
+            .await
+            .map_err(|e| Status::internal(e.to_string()))?
+            .map_err(|e| Status::failed_precondition(format!("{}: {e:#}", request.path)))?;
+        // Written down first: once the pool has taken it in, it is not whole without it.
+        let mut saved = self.saved_pool(&report);
+        saved.buffered |= request.buffered;
+        let before = saved.clone();
+        saved.paths.push(request.path);
+        self.remember_pool(saved)?;
+        let pool = request.pool.clone();
+        let added = self.ask(|reply| Command::AddDevice { pool, device, opened, reply }).await;
+        if let Err(status) = added {
+            self.remember_pool(before)?;
+            return Err(status);
+        }
+        let report = self.pool_report(&request.pool).await?;
+        Ok(Response::new(Self::pool_message(report)))
+    }
+
+    async fn remove_device(
+        &self,
+        request: Request<v1::RemoveDeviceRequest>,
+    ) -> Result<Response<v1::Pool>, Status> {
+        let request = request.into_inner();
+        let report = self.pool_report(&request.pool).await?;
+        let wanted = request.device.parse::<PoolDeviceId>().ok();
+        let found = report
+            .devices
+            .iter()
+            .find(|d| Some(d.id) == wanted || (!d.path.is_empty() && d.path == request.device));
+        let Some(device) = found.map(|d| d.id) else {
+            return Err(Status::not_found(format!(
+                "pool `{}` has no device `{}`; `cairn pool list --devices` tells which it has",
+                request.pool, request.device
+            )));
+        };
+        // What is left of it on disk is found out at the next start.
+        self.remember_pool(self.saved_pool(&report))?;
+        let pool = request.pool.clone();
+        self.ask(|reply| Command::RemoveDevice { pool, device, reply }).await?;
+        let report = self.pool_report(&request.pool).await?;
+        Ok(Response::new(Self::pool_message(report)))
     }
 
     async fn list_replicas(

@@ -1,4 +1,4 @@
-//! Which volumes a process serves: a file in its state folder, replaced whole and durably.
+//! Which volumes a process serves, and which pools it opens beyond those of its configuration: a file in its state folder, replaced whole and durably.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,18 @@ const VERSION: u32 = 1;
 struct File {
     version: u32,
     volumes: Vec<SavedVolume>,
+    #[serde(default)]
+    pools: Vec<SavedPool>,
+}
+
+/// A pool that was made by a call, or whose devices a call changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedPool {
+    pub(crate) name: String,
+    /// Where its devices are. One that has left the pool since may be among them.
+    pub(crate) paths: Vec<String>,
+    #[serde(default)]
+    pub(crate) buffered: bool,
 }
 
 /// A volume to be served.
@@ -37,6 +49,7 @@ pub(crate) struct SavedVolume {
 pub(crate) struct State {
     path: PathBuf,
     pub(crate) volumes: Vec<SavedVolume>,
+    pub(crate) pools: Vec<SavedPool>,
 }
 
 impl State {
@@ -44,7 +57,7 @@ impl State {
         std::fs::create_dir_all(dir)
             .with_context(|| format!("cannot make the state folder {}", dir.display()))?;
         let path = dir.join("volumes.json");
-        let volumes = match std::fs::read(&path) {
+        let (volumes, pools) = match std::fs::read(&path) {
             Ok(bytes) => {
                 let file: File = serde_json::from_slice(&bytes)
                     .with_context(|| format!("{} is damaged", path.display()))?;
@@ -55,17 +68,18 @@ impl State {
                         file.version
                     );
                 }
-                file.volumes
+                (file.volumes, file.pools)
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => (Vec::new(), Vec::new()),
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
         };
-        Ok(Self { path, volumes })
+        Ok(Self { path, volumes, pools })
     }
 
     /// Stores the list. A crash leaves the old list or the new one.
     pub(crate) fn save(&self) -> Result<()> {
-        let file = File { version: VERSION, volumes: self.volumes.clone() };
+        let file =
+            File { version: VERSION, volumes: self.volumes.clone(), pools: self.pools.clone() };
         let bytes = serde_json::to_vec_pretty(&file)?;
         let staged = self.path.with_extension("json.new");
         let store = || -> std::io::Result<()> {

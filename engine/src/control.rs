@@ -2,9 +2,9 @@
 
 use std::net::SocketAddr;
 
-use cairn_block::{BlockSize, PoolId, ReplicaId, VolumeId};
+use cairn_block::{BlockSize, PoolDeviceId, PoolId, ReplicaId, VolumeId};
 use cairn_nexus::Purpose;
-use cairn_replica::{Pool, ReplicaSpec, Usage};
+use cairn_replica::{MultiPool, Pool, ReplicaSpec, Usage};
 
 /// Why a command was not carried out. Each says what was wrong with what.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -130,8 +130,42 @@ pub struct PoolReport {
     pub dirty_extents: u64,
     /// Reads that did not verify since the pool was opened.
     pub checksum_mismatches: u64,
-    /// `online`, or why not.
+    /// `online`, `degraded` where a device failed or is missing, or why it is neither.
     pub state: String,
+    /// Replica slots: what a device that is to be added must have.
+    pub slots: u16,
+    /// Its devices.
+    pub devices: Vec<DeviceReport>,
+}
+
+/// A device of a pool, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceReport {
+    /// Its id.
+    pub id: PoolDeviceId,
+    /// Where it was found; empty where it is not there.
+    pub path: String,
+    /// `live`, `draining`, ...
+    pub state: String,
+    /// What there is to say of that.
+    pub reason: String,
+    /// Bytes of it that the pool uses.
+    pub size_bytes: u64,
+    /// Bytes that can be allocated.
+    pub free_bytes: u64,
+    /// Where it is being removed: extents that are still on it.
+    pub extents_left: Option<u64>,
+}
+
+/// A device that a pool lies on.
+#[derive(Debug)]
+pub struct PoolMember<D> {
+    /// The device.
+    pub device: D,
+    /// Its length in bytes: the pool grows where it is longer than it was.
+    pub len: u64,
+    /// Where it was found, for people.
+    pub path: String,
 }
 
 /// A replica, as told.
@@ -232,13 +266,31 @@ pub enum Command<L, D> {
     AddPool {
         /// Its name in this process.
         name: String,
-        /// What it lies on.
-        device: D,
+        /// What it lies on, in the order of its devices' numbers.
+        devices: Vec<PoolMember<D>>,
         /// The opened pool.
-        pool: Box<Pool>,
-        /// Length of the device in bytes: the pool grows where it is longer than it was.
-        device_len: u64,
+        pool: Box<MultiPool>,
         /// The answer.
+        reply: Reply<()>,
+    },
+    /// Take a device into a pool.
+    AddDevice {
+        /// The pool.
+        pool: String,
+        /// The device.
+        device: PoolMember<D>,
+        /// It, as it was made for the pool and opened by itself.
+        opened: Box<Pool>,
+        /// The answer: that it is a device of the pool.
+        reply: Reply<()>,
+    },
+    /// Remove a device from a pool.
+    RemoveDevice {
+        /// The pool.
+        pool: String,
+        /// Which.
+        device: PoolDeviceId,
+        /// The answer: that it has begun.
         reply: Reply<()>,
     },
     /// Tell of the pools.

@@ -19,8 +19,8 @@ pub use cairn_reactor as reactor;
 pub use cairn_replica as replica;
 
 pub use control::{
-    ChildAddress, ChildReport, Command, EngineError, ExportCounters, HostReport, PoolReport,
-    ReplicaReport, Reply, VolumeReport, VolumeSpec,
+    ChildAddress, ChildReport, Command, DeviceReport, EngineError, ExportCounters, HostReport,
+    PoolMember, PoolReport, ReplicaReport, Reply, VolumeReport, VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig};
 pub use thread::{EngineHandle, start};

@@ -15,9 +15,9 @@ use cairn_engine::control::{Command, Reply};
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Purpose;
 use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
-use cairn_engine::replica::{Device as _, FormatOptions, Pool, ReplicaSpec};
+use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec};
 use cairn_engine::{
-    ChildAddress, EngineError, EngineHandle, ShardConfig, VolumeReport, VolumeSpec,
+    ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReport, VolumeSpec,
 };
 
 const BLOCKS: u64 = 2048;
@@ -48,16 +48,11 @@ impl Engine {
             force: false,
         };
         Pool::format(&mut device, &options).unwrap();
-        let pool = Box::new(Pool::open(&mut device).unwrap());
-        let device_len = device.len();
+        let pool = Box::new(MultiPool::from(Pool::open(&mut device).unwrap()));
+        let len = device.len();
+        let devices = vec![PoolMember { device: device.0, len, path: String::new() }];
         engine
-            .call(|reply| Command::AddPool {
-                name: "p".to_owned(),
-                device: device.0,
-                pool,
-                device_len,
-                reply,
-            })
+            .call(|reply| Command::AddPool { name: "p".to_owned(), devices, pool, reply })
             .unwrap();
         let spec = ReplicaSpec {
             id: ReplicaId(id),

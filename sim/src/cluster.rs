@@ -9,9 +9,10 @@ use std::sync::mpsc;
 use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, PoolId};
 use cairn_block::{ReplicaId, VolumeId};
 use cairn_engine::nexus::Purpose;
-use cairn_engine::replica::{DiskOp, FormatOptions, Pool, ReplicaSpec};
+use cairn_engine::replica::{DiskOp, FormatOptions, MultiPool, Pool, ReplicaSpec};
 use cairn_engine::{
-    ChildAddress, Command, EngineError, Reply, Shard, ShardConfig, VolumeReport, VolumeSpec,
+    ChildAddress, Command, EngineError, PoolMember, Reply, Shard, ShardConfig, VolumeReport,
+    VolumeSpec,
 };
 
 use crate::client::{Client, Workload};
@@ -235,15 +236,14 @@ impl Cluster {
     fn add_pool(&mut self, node: NodeId, at: usize) {
         let device = self.disks[at];
         let mut world = self.world.borrow_mut();
-        let device_len = world.disk(device).len();
+        let len = world.disk(device).len();
         let pool = Pool::open(world.disk(device));
-        let pool = Box::new(pool.expect("a pool opens after a crash"));
+        let pool = Box::new(MultiPool::from(pool.expect("a pool opens after a crash")));
         drop(world);
         self.command(node, |reply| Command::AddPool {
             name: pool_name(at),
-            device,
+            devices: vec![PoolMember { device, len, path: String::new() }],
             pool,
-            device_len,
             reply,
         })
         .expect("the pool is new to the process");

@@ -7,7 +7,8 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::mpsc;
 
 use cairn_block::{
-    BlockSize, Buf, BufSlice, IoOp, IoRequest, Lba, LbaRange, Memory, PoolId, ReplicaId, VolumeId,
+    BlockSize, Buf, BufSlice, IoOp, IoRequest, Lba, LbaRange, Memory, PoolDeviceId, PoolId,
+    ReplicaId, VolumeId,
 };
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Purpose;
@@ -16,8 +17,12 @@ use cairn_engine::reactor::{
     Arena, Attach, Chunk, Completion, DeviceId, Driver, DriverConfig, ListenerId, MemRegion, Op,
     SocketId, Token, UringDriver,
 };
-use cairn_engine::replica::{Device, FormatOptions, Pool, ReplicaSpec};
-use cairn_engine::{ChildAddress, Command, EngineError, Reply, Shard, ShardConfig, VolumeSpec};
+use cairn_engine::replica::{
+    Device, DeviceOptions, FormatOptions, MultiPool, OpenOptions, ReplicaSpec,
+};
+use cairn_engine::{
+    ChildAddress, Command, EngineError, PoolMember, Reply, Shard, ShardConfig, VolumeSpec,
+};
 
 const BLOCKS: u64 = 1024;
 const DEPTH: usize = 8;
@@ -128,20 +133,35 @@ impl Shards {
 
     /// A shard with a pool and a replica in it.
     fn add_replica(&mut self) -> (ReplicaId, SocketAddr) {
+        self.add_replica_on(1)
+    }
+
+    /// The pool has so many devices.
+    fn add_replica_on(&mut self, count: u128) -> (ReplicaId, SocketAddr) {
         let (at, address) = self.add();
-        let mut device = PoolDevice(Attach::Memory(MemRegion::new(32 << 20).unwrap()));
         let options = FormatOptions {
             pool_id: PoolId(at as u128 + 1),
             device_is_zeroed: true,
             sector_size: 4096,
             force: false,
         };
-        Pool::format(&mut device, &options).unwrap();
-        let pool = Box::new(Pool::open(&mut device).unwrap());
+        let memory = || PoolDevice(Attach::Memory(MemRegion::new(32 << 20).unwrap()));
+        let mut devices: Vec<PoolDevice> = (0..count).map(|_| memory()).collect();
+        let ids: Vec<DeviceOptions> = (1..=count)
+            .map(|id| DeviceOptions {
+                id: PoolDeviceId(id),
+                device_is_zeroed: true,
+                sector_size: 4096,
+            })
+            .collect();
+        MultiPool::format(&mut devices, &ids, &options).unwrap();
+        let pool = Box::new(MultiPool::open(&mut devices, &OpenOptions::default()).unwrap().pool);
         let name = "pool".to_owned();
-        let device_len = Device::len(&device);
-        let device = device.0;
-        self.command(at, |reply| Command::AddPool { name, device, pool, device_len, reply });
+        let devices = devices
+            .into_iter()
+            .map(|d| PoolMember { len: Device::len(&d), device: d.0, path: String::new() })
+            .collect();
+        self.command(at, |reply| Command::AddPool { name, devices, pool, reply });
         let id = ReplicaId(at as u128 + 1);
         let spec = ReplicaSpec {
             id,
@@ -308,6 +328,16 @@ fn replica_nqn(id: ReplicaId) -> String {
 fn a_replica_serves_without_allocating() {
     let mut shards = Shards { shards: Vec::new(), allocations: 0 };
     let (id, address) = shards.add_replica();
+    let mut host = Host::new(address, &replica_nqn(id));
+    measure(&mut shards, &mut host);
+}
+
+/// Its requests are cut at the bounds of extents, some of which are on the one device and some on the
+/// other.
+#[test]
+fn a_replica_on_two_devices_serves_without_allocating() {
+    let mut shards = Shards { shards: Vec::new(), allocations: 0 };
+    let (id, address) = shards.add_replica_on(2);
     let mut host = Host::new(address, &replica_nqn(id));
     measure(&mut shards, &mut host);
 }

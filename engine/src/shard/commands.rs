@@ -32,14 +32,23 @@ impl<D: Driver> Shard<D> {
             {
                 reply.send(Err(EngineError::Stopped));
             }
+            Command::AddDevice { reply, .. } | Command::RemoveDevice { reply, .. } if stopping => {
+                reply.send(Err(EngineError::Stopped));
+            }
             Command::CreateReplica { reply, .. } if stopping => {
                 reply.send(Err(EngineError::Stopped));
             }
             Command::AddListener { listener, advertise, reply } => {
                 reply.send(self.add_listener(listener, advertise));
             }
-            Command::AddPool { name, device, pool, device_len, reply } => {
-                reply.send(self.add_pool(name, device, *pool, device_len));
+            Command::AddPool { name, devices, pool, reply } => {
+                reply.send(self.add_pool(name, devices, *pool));
+            }
+            Command::AddDevice { pool, device, opened, reply } => {
+                self.add_device(&pool, device, *opened, reply);
+            }
+            Command::RemoveDevice { pool, device, reply } => {
+                self.remove_device(&pool, device, reply);
             }
             Command::CreateReplica { pool, spec, reply } => {
                 self.create_replica(&pool, spec, reply);
@@ -121,9 +130,12 @@ impl<D: Driver> Shard<D> {
                 usage: local.pool.usage(),
                 dirty_extents: local.pool.dirty_extents(),
                 checksum_mismatches: local.pool.checksum_mismatches(),
+                slots: local.pool.slot_count(),
+                devices: local.device_reports(),
                 state: match local.pool.state() {
-                    PoolState::Online => "online".to_owned(),
                     PoolState::Failed(why) => format!("failed: {why}"),
+                    PoolState::Online if local.is_degraded() => "degraded".to_owned(),
+                    PoolState::Online => "online".to_owned(),
                 },
             })
             .collect()

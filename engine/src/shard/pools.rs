@@ -3,27 +3,33 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{Epoch, IoStatus, Memory, ReplicaId};
+use cairn_block::{Epoch, IoStatus, Memory, PoolDeviceId, ReplicaId};
 use cairn_nexus::{ChildId, Register, Ticket};
 use cairn_nvmf::sqe::Sqe;
 use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{NamespaceConfig, NamespaceHandle, SlotId, SubsystemConfig, status_of};
 use cairn_reactor::{DeviceId, DiskFault, Driver, Op};
-use cairn_replica::{DiskError, DiskId, DiskOp, Pool, PoolState, ReplicaSlot, ReplicaState};
+use cairn_replica::disk::MemberState;
+use cairn_replica::{
+    DiskError, DiskId, DiskOp, MultiPool, Pool, PoolState, ReplicaSlot, ReplicaState,
+};
 
 use super::io::Export;
 use super::{Shard, Subject, token};
-use crate::control::{EngineError, ReplicaReport, Reply};
+use crate::control::{DeviceReport, EngineError, PoolMember, ReplicaReport, Reply};
 use crate::register;
 
 /// A pool of this process.
 pub(super) struct LocalPool {
     pub(super) name: String,
-    pub(super) device: DeviceId,
-    pub(super) pool: Pool,
+    /// By their numbers in the pool.
+    devices: Vec<Option<Attached>>,
+    pub(super) pool: MultiPool,
     /// Something was submitted or completed since it was last run.
     pub(super) busy: bool,
     failed: bool,
+    /// Devices of which it was logged that they failed, a bit for each number.
+    failed_devices: u64,
     /// Register operations, one at a time: each sees what the one before it stored.
     registers: VecDeque<RegisterOp>,
     register_busy: bool,
@@ -31,12 +37,71 @@ pub(super) struct LocalPool {
     next_control: u32,
 }
 
+/// A device of a pool.
+struct Attached {
+    device: DeviceId,
+    path: String,
+}
+
+impl LocalPool {
+    /// Where the device of this number is.
+    pub(super) fn path(&self, number: u8) -> String {
+        let device = self.devices.get(usize::from(number)).and_then(Option::as_ref);
+        device.map_or_else(String::new, |attached| attached.path.clone())
+    }
+
+    /// Whether a device failed or is missing.
+    pub(super) fn is_degraded(&self) -> bool {
+        self.pool.members().iter().any(|m| m.state == MemberState::Failed)
+    }
+
+    pub(super) fn device_reports(&self) -> Vec<DeviceReport> {
+        let report = |member: cairn_replica::MemberInfo| {
+            let path = member.number.map_or_else(String::new, |number| self.path(number));
+            let extent = member.usage.map_or(0, |u| u64::from(u.extent_bytes));
+            let state = match member.state {
+                MemberState::Live => "live",
+                MemberState::Draining => "draining",
+                MemberState::Failed if member.number.is_none() => "missing",
+                MemberState::Failed => "failed",
+                MemberState::Removed => "removed",
+                MemberState::Joining => "joining",
+            };
+            DeviceReport {
+                id: member.id,
+                path,
+                state: state.to_owned(),
+                reason: member.reason,
+                size_bytes: member.usage.map_or(0, |u| u.extents_total * extent),
+                free_bytes: member.usage.map_or(0, |u| u.extents_free * extent),
+                extents_left: member.drain.map(|drain| drain.extents_left),
+            }
+        };
+        self.pool.members().into_iter().map(report).collect()
+    }
+
+    fn log_failed(&mut self) {
+        for member in self.pool.members() {
+            let Some(number) = member.number else { continue };
+            if member.state == MemberState::Failed && self.failed_devices >> number & 1 == 0 {
+                self.failed_devices |= 1 << number;
+                let (path, why) = (self.path(number), member.reason);
+                tracing::error!(pool = %self.name, device = %member.id, %path, %why, "a device failed");
+            }
+        }
+    }
+}
+
+/// A token names a pool in so many bits, and the number of its device in those above.
+const POOL_BITS: u32 = 10;
+
 /// Who waits for a control operation of a pool.
 pub(super) enum Waiter {
     Create { id: ReplicaId, reply: Reply<ReplicaReport> },
     Delete { reply: Reply<()> },
     Checkpoint,
     Grow,
+    Devices { what: &'static str, reply: Reply<()> },
 }
 
 /// Who asked for a register operation.
@@ -117,24 +182,39 @@ impl<D: Driver> Shard<D> {
     pub(super) fn add_pool(
         &mut self,
         name: String,
-        device: D::Device,
-        pool: Pool,
-        device_len: u64,
+        members: Vec<PoolMember<D::Device>>,
+        pool: MultiPool,
     ) -> Result<(), EngineError> {
         if self.pools.iter().any(|p| p.name == name) {
             return Err(EngineError::Exists { kind: "pool", name });
         }
-        let device = self
-            .driver
-            .attach_device(device)
-            .map_err(|e| EngineError::Storage(format!("pool `{name}`: {e}")))?;
+        if self.pools.len() >= 1 << POOL_BITS {
+            return Err(EngineError::Invalid("a process serves at most 1024 pools".to_owned()));
+        }
+        let lens: Vec<u64> = members.iter().map(|member| member.len).collect();
+        let mut devices = Vec::new();
+        for member in members {
+            match self.driver.attach_device(member.device) {
+                Ok(device) => devices.push(Some(Attached { device, path: member.path })),
+                Err(e) => {
+                    for attached in devices.into_iter().flatten() {
+                        self.driver.detach_device(attached.device);
+                    }
+                    return Err(EngineError::Storage(format!(
+                        "pool `{name}` at {}: {e}",
+                        member.path
+                    )));
+                }
+            }
+        }
         let slots: Vec<ReplicaSlot> = pool.replicas().map(|r| r.slot).collect();
         self.pools.push(LocalPool {
             name,
-            device,
+            devices,
             pool,
             busy: true,
             failed: false,
+            failed_devices: 0,
             registers: VecDeque::new(),
             register_busy: false,
             control: Vec::new(),
@@ -144,11 +224,73 @@ impl<D: Driver> Shard<D> {
         for slot in slots {
             self.export_replica(at, slot)?;
         }
-        if device_len / 4096 > self.pools[usize::from(at)].pool.device_len() / 4096 {
-            let tag = self.control_tag(at, Waiter::Grow);
-            self.pools[usize::from(at)].pool.grow(tag, device_len, self.driver.memory());
+        let found = self.pools[usize::from(at)].pool.members();
+        for (number, len) in (0u8..).zip(lens) {
+            let used = found.iter().find(|m| m.number == Some(number)).map_or(0, |m| m.device_len);
+            if used > 0 && len / 4096 > used / 4096 {
+                let tag = self.control_tag(at, Waiter::Grow);
+                self.pools[usize::from(at)].pool.grow(tag, number, len, self.driver.memory());
+            }
         }
         Ok(())
+    }
+
+    fn pool_named(&self, name: &str) -> Result<u16, EngineError> {
+        let at = self
+            .pools
+            .iter()
+            .position(|p| p.name == name)
+            .ok_or_else(|| EngineError::NotFound { kind: "pool", name: name.to_owned() })?;
+        Ok(u16::try_from(at).expect("at most 1024 pools"))
+    }
+
+    /// Takes a device into a pool.
+    pub(super) fn add_device(
+        &mut self,
+        name: &str,
+        member: PoolMember<D::Device>,
+        opened: Pool,
+        reply: Reply<()>,
+    ) {
+        let at = match self.pool_named(name) {
+            Ok(at) => at,
+            Err(error) => return reply.send(Err(error)),
+        };
+        let device = match self.driver.attach_device(member.device) {
+            Ok(device) => device,
+            Err(e) => {
+                return reply.send(Err(EngineError::Storage(format!("{}: {e}", member.path))));
+            }
+        };
+        let waiter = Waiter::Devices { what: "a device was added", reply };
+        let tag = self.control_tag(at, waiter);
+        let local = &mut self.pools[usize::from(at)];
+        match local.pool.add_device(tag, opened, self.driver.memory()) {
+            Ok(number) => {
+                let number = usize::from(number);
+                if local.devices.len() <= number {
+                    local.devices.resize_with(number + 1, || None);
+                }
+                local.devices[number] = Some(Attached { device, path: member.path });
+            }
+            Err(error) => {
+                self.driver.detach_device(device);
+                if let Some((_, waiter)) = self.pools[usize::from(at)].control.pop() {
+                    self.control_done(at, waiter, Err(EngineError::Invalid(error.to_string())));
+                }
+            }
+        }
+    }
+
+    /// Begins to remove a device from a pool.
+    pub(super) fn remove_device(&mut self, name: &str, device: PoolDeviceId, reply: Reply<()>) {
+        let at = match self.pool_named(name) {
+            Ok(at) => at,
+            Err(error) => return reply.send(Err(error)),
+        };
+        let waiter = Waiter::Devices { what: "the removal of a device has begun", reply };
+        let tag = self.control_tag(at, waiter);
+        self.pools[usize::from(at)].pool.remove_device(tag, device, self.driver.memory());
     }
 
     /// The subsystem of a replica.
@@ -207,16 +349,18 @@ impl<D: Driver> Shard<D> {
         })
     }
 
-    pub(super) fn handle_disk(&mut self, pool: u16, id: u32, result: Result<(), DiskFault>) {
-        let local = &mut self.pools[usize::from(pool)];
+    pub(super) fn handle_disk(&mut self, place: u16, id: u32, result: Result<(), DiskFault>) {
+        let number = u8::try_from(place >> POOL_BITS).expect("six bits");
+        let local = &mut self.pools[usize::from(place & ((1 << POOL_BITS) - 1))];
         let result = result.map_err(|fault| {
-            tracing::error!(pool = %local.name, %fault, "a disk operation failed");
+            let path = local.path(number);
+            tracing::error!(pool = %local.name, %path, %fault, "a disk operation failed");
             match fault {
                 DiskFault::NoSpace => DiskError::NoSpace,
                 DiskFault::Errno(_) | DiskFault::Short => DiskError::Io,
             }
         });
-        local.pool.handle_disk(DiskId(id), result, self.driver.memory());
+        local.pool.handle_disk(number, DiskId(id), result, self.driver.memory());
         local.busy = true;
     }
 
@@ -235,15 +379,27 @@ impl<D: Driver> Shard<D> {
             }
             self.next_register_op(number);
             let local = &mut self.pools[at];
-            while let Some(io) = local.pool.poll_disk() {
-                let device = local.device;
+            while let Some((device_number, io)) = local.pool.poll_disk() {
+                let attached = local.devices[usize::from(device_number)].as_ref();
+                let device = attached.expect("a device is attached while it is used").device;
                 let op = match io.op {
                     DiskOp::Read { offset, buf } => Op::Read { device, offset, buf },
                     DiskOp::Write { offset, buf, fua } => Op::Write { device, offset, buf, fua },
                     DiskOp::Flush => Op::Flush { device },
                     DiskOp::Zero { offset, len, punch } => Op::Zero { device, offset, len, punch },
                 };
-                self.driver.submit(op, token(Subject::PoolDisk, number, io.id.0));
+                let place = number | u16::from(device_number) << POOL_BITS;
+                self.driver.submit(op, token(Subject::PoolDisk, place, io.id.0));
+            }
+            while let Some(device_number) = local.pool.poll_gone() {
+                if let Some(attached) = local.devices[usize::from(device_number)].take() {
+                    tracing::info!(pool = %local.name, path = %attached.path, "the device has left");
+                    self.driver.detach_device(attached.device);
+                }
+                local.failed_devices &= !(1 << device_number);
+            }
+            if local.devices.len() > 1 && local.pool.has_failed() {
+                local.log_failed();
             }
             if let (PoolState::Failed(why), false) = (local.pool.state(), local.failed) {
                 local.failed = true;
@@ -302,6 +458,16 @@ impl<D: Driver> Shard<D> {
                 reply.send(result);
             }
             Waiter::Delete { reply } => reply.send(result),
+            Waiter::Devices { what, reply } => {
+                match &result {
+                    Ok(()) => tracing::info!(pool = %self.pools[usize::from(pool)].name, "{what}"),
+                    Err(error) => {
+                        let pool = &self.pools[usize::from(pool)].name;
+                        tracing::warn!(%pool, %error, "the devices of the pool stay as they are");
+                    }
+                }
+                reply.send(result);
+            }
             Waiter::Checkpoint => self.checkpoint_done(),
             Waiter::Grow => {
                 if let Err(error) = result {
