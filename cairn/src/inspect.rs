@@ -148,6 +148,7 @@ fn catalog_state(state: CatalogState) -> &'static str {
     match state {
         CatalogState::Free => "free",
         CatalogState::Live => "live",
+        CatalogState::Snapshot => "snapshot",
         CatalogState::Deleting => "deleting",
     }
 }
@@ -239,7 +240,7 @@ impl Show for JournalInfo {
             .map(|r| {
                 json!({
                     "extent": r.extent, "state": entry_state(r.entry.state),
-                    "slot": r.entry.slot, "logical": r.entry.logical, "epoch": r.entry.epoch,
+                    "layer": r.entry.layer, "logical": r.entry.logical, "epoch": r.entry.epoch,
                 })
             })
             .collect();
@@ -283,14 +284,16 @@ impl Show for PageInfo {
 }
 
 impl Show for ExtentInfo {
-    const HEADS: &'static [&'static str] = &["EXTENT", "OFFSET", "STATE", "SLOT", "LOGICAL"];
+    const HEADS: &'static [&'static str] =
+        &["EXTENT", "OFFSET", "STATE", "DIRTY", "LAYER", "LOGICAL"];
 
     fn row(&self) -> Vec<String> {
         vec![
             self.extent.to_string(),
             self.offset.to_string(),
             entry_state(self.entry.state),
-            self.entry.slot.to_string(),
+            if self.entry.dirty { "yes" } else { "no" }.to_owned(),
+            self.entry.layer.to_string(),
             self.entry.logical.to_string(),
         ]
     }
@@ -298,8 +301,9 @@ impl Show for ExtentInfo {
     fn json(&self) -> Value {
         json!({
             "extent": self.extent, "offset": self.offset,
-            "state": entry_state(self.entry.state), "slot": self.entry.slot,
+            "state": entry_state(self.entry.state), "layer": self.entry.layer,
             "logical": self.entry.logical, "epoch": self.entry.epoch,
+            "dirty": self.entry.dirty, "birth": self.entry.birth,
         })
     }
 }

@@ -431,6 +431,8 @@ impl Cairn for Service {
             name: request.name,
             blocks: blocks_of(request.size_bytes)?,
             block_size: BlockSize::B4096,
+            thick: false,
+            source: None,
         };
         let pool = request.pool;
         let report = self.ask(|reply| Command::CreateReplica { pool, spec, reply }).await?;

@@ -65,6 +65,8 @@ impl Engine {
             name: String::new(),
             blocks: BLOCKS,
             block_size: BlockSize::B4096,
+            thick: false,
+            source: None,
         };
         engine.call(|reply| Command::CreateReplica { pool: "p".to_owned(), spec, reply }).unwrap();
         engine

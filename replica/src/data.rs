@@ -3,14 +3,13 @@
 use cairn_block::{BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
 use crate::DiskError;
+use crate::blocks::BlockSet;
 use crate::disk::{BLOCK, EXTENT_BLOCKS};
 use crate::extents::{ExtentState, NIL, extent_offset};
 use crate::flush::Waiter;
 use crate::journal::Owner;
-use crate::pool::{
-    DiskOp, Done, HOLE, Mapping, PENDING, Pool, PoolState, Purpose, ReplicaSlot, Slot,
-};
-use crate::sums::{Ready, Verdict};
+use crate::pool::{DiskOp, Done, Mapping, PENDING, Pool, PoolState, Purpose, ReplicaSlot};
+use crate::sums::{Begun, PersistFor, Ready, Verdict};
 
 /// Parts of one request in flight: a discard of everything must not take all the memory.
 const MAX_PARTS: u32 = 64;
@@ -81,10 +80,26 @@ impl Pool {
         request: IoRequest,
         mem: &mut M,
     ) {
+        self.submit_one(tag, slot, request, mem);
+        self.pump(mem);
+    }
+
+    pub(crate) fn submit_one<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: ReplicaSlot,
+        request: IoRequest,
+        mem: &mut M,
+    ) {
         if let Err(status) = self.admit(slot, &request) {
             self.done.push_back(Done { tag, status, error: None });
             return;
         }
+        if self.slots[usize::from(slot.0)].frozen {
+            self.held.push_back((tag, slot, request));
+            return;
+        }
+        self.slots[usize::from(slot.0)].in_flight += 1;
         let request = self.requests.insert(Request {
             tag,
             slot: slot.0,
@@ -97,7 +112,6 @@ impl Pool {
             flushing: false,
         });
         self.advance(request, mem);
-        self.pump(mem);
     }
 
     fn admit(&self, slot: ReplicaSlot, request: &IoRequest) -> Result<(), IoStatus> {
@@ -107,7 +121,7 @@ impl Pool {
         let replica = self
             .slots
             .get(usize::from(slot.0))
-            .filter(|s| s.is_live())
+            .filter(|s| s.is_live() || (s.is_snapshot() && request.op == IoOp::Read))
             .ok_or(IoStatus::PathError)?;
         if request.op == IoOp::Flush {
             return Ok(());
@@ -132,17 +146,18 @@ impl Pool {
             if request.next >= request.end || request.outstanding >= MAX_PARTS {
                 break;
             }
-            let slot = &self.slots[usize::from(request.slot)];
-            if !matches!(request.op, IoOp::Read | IoOp::Write { .. })
-                && request.next / EXTENT_BLOCKS >= slot.map.len() as u64
-            {
+            let (slot, at) = (request.slot, request.next / EXTENT_BLOCKS);
+            let keeps = !matches!(request.op, IoOp::Read | IoOp::Write { .. });
+            if keeps && at >= self.mapped_len(self.layer_of(slot)) {
                 // Nothing was ever written from here on.
+                let request = self.requests.get_mut(id);
                 request.next = request.end;
                 break;
             }
-            let part = next_part(id, request, slot);
+            let size = self.slots[usize::from(slot)].page.blocks;
+            let part = next_part(id, self.requests.get_mut(id), size);
             match self.run_part(part, mem) {
-                Ok(waits) => self.requests.get_mut(id).outstanding += u32::from(waits),
+                Ok(parts) => self.requests.get_mut(id).outstanding += parts,
                 Err(status) => {
                     let request = self.requests.get_mut(id);
                     request.status = status;
@@ -172,68 +187,150 @@ impl Pool {
         }
     }
 
-    /// Starts a part. Returns whether it is now in flight or waits; otherwise it is done.
-    fn run_part<M: Memory>(&mut self, part: Part, mem: &mut M) -> Result<bool, IoStatus> {
-        let slot = &self.slots[usize::from(part.slot)];
-        Ok(match (slot.mapping(part.logical), part.action) {
-            (Mapping::Hole, Action::Write { .. }) if !slot.is_live() => {
-                return Err(IoStatus::PathError);
-            }
+    /// Starts a part. Returns how many pieces of it are now in flight or wait; at none it is done.
+    fn run_part<M: Memory>(&mut self, part: Part, mem: &mut M) -> Result<u32, IoStatus> {
+        let live = self.slots[usize::from(part.slot)].is_live();
+        let layer = self.layer_of(part.slot);
+        let mapping = self.layer(layer).mapping(part.logical);
+        if part.action == Action::Read && self.layer(layer).parent.is_some() {
+            return Ok(self.read_through(part, layer, mem));
+        }
+        Ok(match (mapping, part.action) {
             (Mapping::Hole | Mapping::Pending(_), Action::Read) => {
                 mem.bytes_mut(part.buf).fill(0);
-                false
+                0
             }
-            (Mapping::Hole, Action::Zero { .. } | Action::Free) => false,
-            (Mapping::Hole, Action::Write { .. }) => {
-                let alloc = self.start_alloc(part.slot, part.logical);
+            (Mapping::Hole, Action::Zero { .. } | Action::Free)
+                if !self.covered(layer, part.logical) =>
+            {
+                0
+            }
+            (Mapping::Hole, _) if !live => return Err(IoStatus::PathError),
+            (Mapping::Hole, _) => {
+                let alloc = self.start_alloc(layer, part.logical);
                 self.wait_for_alloc(alloc, part);
-                true
+                1
             }
             (Mapping::Pending(alloc), _) => {
                 self.wait_for_alloc(alloc, part);
-                true
+                1
             }
-            (Mapping::Extent(extent), Action::Free) => {
-                self.start_free(part, extent);
-                true
+            (Mapping::Extent(extent), Action::Free) if !self.covered(layer, part.logical) => {
+                self.start_free(part, extent, layer);
+                1
             }
-            (Mapping::Extent(extent), action) => {
-                let sum = match self.prepare(extent, action != Action::Read) {
-                    Ready::Now(sum) => sum,
+            (Mapping::Extent(extent), Action::Read) => self.read_extent(part, extent, mem),
+            (Mapping::Extent(extent), _) => self.mutate(part, extent, layer, mem),
+        })
+    }
+
+    /// Reads from the one extent that there is.
+    fn read_extent<M: Memory>(&mut self, part: Part, extent: u32, mem: &mut M) -> u32 {
+        let sum = match self.prepare(extent, false) {
+            Ready::Now(sum) => sum,
+            Ready::Wait(sum) => {
+                self.wait_for_sum(sum, part);
+                return 1;
+            }
+        };
+        if self.reads_zeros(sum, part.first, part.blocks) {
+            mem.bytes_mut(part.buf).fill(0);
+            return 0;
+        }
+        self.issue_read(&part, extent, part.first, part.blocks);
+        1
+    }
+
+    /// Reads each block from the uppermost layer that has it.
+    fn read_through<M: Memory>(&mut self, part: Part, layer: u16, mem: &mut M) -> u32 {
+        let wanted = BlockSet::range(part.first, part.blocks);
+        // First see that every checksum page is there: nothing is issued before that.
+        let mut need = wanted;
+        let mut at = Some(layer);
+        while let Some(l) = at
+            && !need.is_empty()
+        {
+            if let Mapping::Extent(extent) = self.layer(l).mapping(part.logical) {
+                match self.prepare(extent, false) {
+                    Ready::Now(sum) => need = need.minus(self.owned_by(sum)),
                     Ready::Wait(sum) => {
                         self.wait_for_sum(sum, part);
-                        return Ok(true);
-                    }
-                };
-                if action == Action::Read {
-                    if self.reads_zeros(sum, part.first, part.blocks) {
-                        mem.bytes_mut(part.buf).fill(0);
-                        return Ok(false);
-                    }
-                } else {
-                    let data = matches!(action, Action::Write { .. }).then_some(part.buf);
-                    if !self.begin_mutation(sum, part.first, part.blocks, data, mem) {
-                        self.hold_conflict(part);
-                        return Ok(true);
+                        return 1;
                     }
                 }
-                let version = self.sum_version(sum);
-                let start = extent_offset(&self.superblock.segments, extent);
-                let offset = ByteOffset(start + u64::from(part.first) * BLOCK);
-                let op = match action {
-                    Action::Read => DiskOp::Read { offset, buf: part.buf },
-                    Action::Write { fua } => DiskOp::Write { offset, buf: part.buf, fua },
-                    Action::Zero { punch } => {
-                        DiskOp::Zero { offset, len: u64::from(part.blocks) * BLOCK, punch }
-                    }
-                    Action::Free => unreachable!("handled above"),
-                };
-                let purpose =
-                    Purpose::Data { request: part.request, extent, version, tries: part.tries };
-                self.issue(op, purpose, None);
-                true
             }
-        })
+            at = self.layer(l).parent;
+        }
+        let mut issued = 0;
+        let mut zeros = need;
+        need = wanted;
+        at = Some(layer);
+        while let Some(l) = at
+            && !need.is_empty()
+        {
+            if let Mapping::Extent(extent) = self.layer(l).mapping(part.logical) {
+                let sum = self.extents.get(extent).sum;
+                let data = need.and(self.valid_in(sum));
+                zeros = zeros.or(need.and(self.owned_by(sum)).minus(data));
+                for (first, blocks) in data.runs() {
+                    self.issue_read(&part, extent, first, blocks);
+                    issued += 1;
+                }
+                need = need.minus(self.owned_by(sum));
+            }
+            at = self.layer(l).parent;
+        }
+        for (first, blocks) in zeros.runs() {
+            mem.bytes_mut(window(&part, first, blocks)).fill(0);
+        }
+        issued
+    }
+
+    fn issue_read(&mut self, part: &Part, extent: u32, first: u32, blocks: u32) {
+        let sum = self.extents.get(extent).sum;
+        let version = self.sum_version(sum);
+        let start = extent_offset(&self.superblock.segments, extent);
+        let offset = ByteOffset(start + u64::from(first) * BLOCK);
+        let op = DiskOp::Read { offset, buf: window(part, first, blocks) };
+        let purpose = Purpose::Data { request: part.request, extent, version, tries: part.tries };
+        self.issue(op, purpose, None);
+    }
+
+    /// Writes or zeroes blocks of an extent of the replica's own layer.
+    fn mutate<M: Memory>(&mut self, part: Part, extent: u32, layer: u16, mem: &mut M) -> u32 {
+        let sum = match self.prepare(extent, true) {
+            Ready::Now(sum) => sum,
+            Ready::Wait(sum) => {
+                self.wait_for_sum(sum, part);
+                return 1;
+            }
+        };
+        let data = matches!(part.action, Action::Write { .. }).then_some(part.buf);
+        let layered = self.layer(layer).parent.is_some();
+        let begun = self.begin_mutation(sum, part.first, part.blocks, data, layered, mem);
+        if begun == Begun::Conflict {
+            self.hold_conflict(part);
+            return 1;
+        }
+        let version = self.sum_version(sum);
+        let start = extent_offset(&self.superblock.segments, extent);
+        let offset = ByteOffset(start + u64::from(part.first) * BLOCK);
+        let len = u64::from(part.blocks) * BLOCK;
+        let op = match part.action {
+            Action::Write { fua } => DiskOp::Write { offset, buf: part.buf, fua },
+            Action::Zero { punch } => DiskOp::Zero { offset, len, punch },
+            Action::Free => DiskOp::Zero { offset, len, punch: true },
+            Action::Read => unreachable!("a read changes nothing"),
+        };
+        let purpose = Purpose::Data { request: part.request, extent, version, tries: part.tries };
+        if begun == Begun::Note {
+            // Zeros on the device do not tell a block that was zeroed from one that the parent has: it
+            // is noted before they are there.
+            self.persist_zeros(extent, PersistFor::Operation(op, purpose));
+        } else {
+            self.issue(op, purpose, None);
+        }
+        1
     }
 
     /// A device operation on an extent's data is over.
@@ -267,11 +364,10 @@ impl Pool {
                     Verdict::Good => {}
                     Verdict::Bad => status = IoStatus::MediaError,
                     Verdict::Again => {
-                        let e = *self.extents.get(extent);
                         let part = Part {
                             request,
-                            slot: e.slot,
-                            logical: e.link,
+                            slot: self.requests.get(request).slot,
+                            logical: self.extents.get(extent).link,
                             first,
                             blocks: buf.len() >> 12,
                             buf,
@@ -298,25 +394,25 @@ impl Pool {
     /// Runs a part that is counted as outstanding already.
     pub(crate) fn rerun<M: Memory>(&mut self, part: Part, mem: &mut M) {
         match self.run_part(part, mem) {
-            Ok(true) => {}
-            Ok(false) => self.part_done(part.request, IoStatus::Ok, mem),
+            Ok(0) => self.part_done(part.request, IoStatus::Ok, mem),
+            Ok(parts) => self.requests.get_mut(part.request).outstanding += parts - 1,
             Err(status) => self.part_done(part.request, status, mem),
         }
     }
 
     /// Takes an extent out of its replica's map. Reads see zeros from here on; the request is answered
     /// when the record is durable; the extent is reused when its I/O has drained as well.
-    fn start_free(&mut self, part: Part, extent: u32) {
-        let slot = &mut self.slots[usize::from(part.slot)];
-        slot.map_to(part.logical, HOLE);
-        slot.allocated -= 1;
-        slot.returning += 1;
-        self.extents.allocated -= 1;
-        self.extents.returning += 1;
+    fn start_free(&mut self, part: Part, extent: u32, layer: u16) {
+        self.unmap(layer, part.logical);
+        self.log_free(extent, part.request);
+    }
+
+    /// Logs that an extent, which no map has any more, is free.
+    pub(crate) fn log_free(&mut self, extent: u32, request: u32) {
         let e = self.extents.get_mut(extent);
         assert_eq!(e.state, ExtentState::Allocated, "extent {extent} is mapped and not allocated");
         e.state = ExtentState::Freeing;
-        self.journal.push(Owner::Free { extent, request: part.request });
+        self.journal.push(Owner::Free { extent, request });
     }
 
     fn wait_for_alloc(&mut self, alloc: u32, mut part: Part) {
@@ -364,7 +460,8 @@ impl Pool {
             }
             return;
         }
-        let deleted = !self.slots[usize::from(request.slot)].is_live();
+        let slot = &self.slots[usize::from(request.slot)];
+        let deleted = !slot.is_live() && !slot.is_snapshot();
         if deleted && request.next < request.end {
             // The replica is going: what has begun ends, nothing more is begun.
             request.next = request.end;
@@ -377,23 +474,28 @@ impl Pool {
     pub(crate) fn finish(&mut self, id: u32) {
         let request = self.requests.remove(id);
         assert_eq!(request.outstanding, 0, "a request is answered with parts in flight");
+        self.slots[usize::from(request.slot)].in_flight -= 1;
         self.done.push_back(Done { tag: request.tag, status: request.status, error: None });
     }
 
     /// Maps a logical extent to an allocation that is under way.
-    pub(crate) fn map_pending(&mut self, slot: u16, logical: u32, alloc: u32) {
-        self.slots[usize::from(slot)].map_to(logical, PENDING | alloc);
+    pub(crate) fn map_pending(&mut self, layer: u16, logical: u32, alloc: u32) {
+        self.layer_mut(layer).map_to(logical, PENDING | alloc);
     }
 }
 
+/// The window of a part's buffer for some of its blocks, counted from the extent's start.
+fn window(part: &Part, first: u32, blocks: u32) -> BufSlice {
+    part.buf.sub((first - part.first) << 12, blocks << 12)
+}
+
 /// Cuts the next part off a request: as far as its extent reaches.
-fn next_part(id: u32, request: &mut Request, slot: &Slot) -> Part {
+fn next_part(id: u32, request: &mut Request, size: u64) -> Part {
     let logical = request.next / EXTENT_BLOCKS;
     let first = request.next % EXTENT_BLOCKS;
     let blocks = (EXTENT_BLOCKS - first).min(request.end - request.next);
     // The last extent of a replica is whole even where the replica ends inside it.
-    let whole =
-        first == 0 && (blocks == EXTENT_BLOCKS || request.next + blocks == slot.page.blocks);
+    let whole = first == 0 && (blocks == EXTENT_BLOCKS || request.next + blocks == size);
     let action = match request.op {
         IoOp::Read => Action::Read,
         IoOp::Write { fua } => Action::Write { fua },

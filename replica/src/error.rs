@@ -160,6 +160,26 @@ pub enum ControlError {
     /// The superblock has no room for another segment, or extents cannot be counted.
     #[error("the pool was grown {0} times already, or would have too many extents")]
     GrowLimit(usize),
+    /// The replica has a snapshot of this identifier already.
+    #[error("snapshot {0} exists already")]
+    SnapshotExists(cairn_block::SnapshotId),
+    /// There is no such snapshot of the replica.
+    #[error("there is no snapshot {0} of this replica in this pool, or it is being deleted")]
+    NoSuchSnapshot(cairn_block::SnapshotId),
+    /// A snapshot is being taken of the replica, or it is being taken back to one.
+    #[error("a snapshot of the replica is being taken or restored; try again")]
+    SnapshotUnderWay,
+    /// A read would have to look through too many layers.
+    #[error("the replica has {0} snapshots on top of each other already; delete one first")]
+    TooManySnapshots(usize),
+    /// A thick replica has to have room for all of itself.
+    #[error("{needed} extents of 1 MiB have to be reserved, and {free} are free")]
+    NoRoom {
+        /// Extents that would be reserved.
+        needed: u64,
+        /// Extents that are free and reserved for nobody.
+        free: u64,
+    },
     /// The pool is offline.
     #[error("the pool is offline: {0}")]
     PoolFailed(&'static str),

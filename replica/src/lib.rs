@@ -14,6 +14,7 @@
 //! The bytes on the device are drawn in `docs/format.md`.
 
 mod alloc;
+mod blocks;
 mod check;
 mod clean;
 mod control;
@@ -26,10 +27,13 @@ mod flush;
 mod format;
 mod inspect;
 mod journal;
+mod layers;
 mod maintain;
+mod merge;
 mod open;
 mod pool;
 mod slab;
+mod snapshot;
 mod sums;
 
 pub use device::{Device, MemDevice, SparseDevice};
@@ -43,3 +47,4 @@ pub use pool::{
     DiskId, DiskIo, DiskOp, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot, ReplicaSpec,
     ReplicaState, Usage,
 };
+pub use snapshot::{SnapshotInfo, SnapshotSpec};

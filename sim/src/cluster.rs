@@ -271,6 +271,8 @@ impl Cluster {
                 name: format!("volume{volume}"),
                 blocks: self.config.blocks,
                 block_size: BlockSize::B4096,
+                thick: false,
+                source: None,
             };
             self.command(node.expect("it runs"), |reply| Command::CreateReplica {
                 pool: pool_name(at),

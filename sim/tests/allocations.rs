@@ -149,6 +149,8 @@ impl Shards {
             name: "volume".to_owned(),
             blocks: BLOCKS,
             block_size: BlockSize::B4096,
+            thick: false,
+            source: None,
         };
         self.command(at, |reply| Command::CreateReplica { pool: "pool".to_owned(), spec, reply });
         (id, address)

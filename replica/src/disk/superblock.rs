@@ -22,7 +22,7 @@ pub const MAX_SEGMENTS: usize = 64;
 
 /// More extents than this cannot be mapped: the map's top bit is taken.
 pub(crate) const MAX_EXTENTS: u64 = (1 << 31) - 2;
-pub(crate) const MAX_SLOTS: u16 = 256;
+pub(crate) const MAX_SLOTS: u16 = 4096;
 const MAX_JOURNAL_BLOCKS: u64 = 1 << 14;
 /// The deepest a segment may lie, so that no sum of addresses overflows.
 const MAX_ADDRESS: u64 = 1 << 44;
@@ -56,10 +56,10 @@ impl Segment {
         self.data + u64::from(self.extents) * EXTENT_BLOCKS
     }
 
-    /// Where the checksum page of its extent `local` lies.
+    /// Where copy A of the checksum page of its extent `local` lies; copy B is next to it.
     #[must_use]
     pub fn sums_address(&self, local: u32) -> u64 {
-        self.table + 2 * u64::from(self.pages()) + u64::from(local)
+        self.table + 2 * u64::from(self.pages()) + 2 * u64::from(local)
     }
 
     /// Where copy `copy` (0 or 1) of its page `page` lies.
@@ -84,7 +84,7 @@ pub struct Superblock {
     pub device_len: u64,
     /// The device's sector size in bytes.
     pub sector_size: u32,
-    /// Replica slots in the catalog.
+    /// Slots in the catalog, for replicas and snapshots.
     pub slots: u16,
     /// The first block of the catalog.
     pub catalog: u64,

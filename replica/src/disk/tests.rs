@@ -1,4 +1,4 @@
-use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, VolumeId};
+use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, SnapshotId, VolumeId};
 use proptest::prelude::*;
 
 use super::*;
@@ -9,8 +9,14 @@ const POOL: PoolId = PoolId(0x3f2c_1a60_5d1c_4b6e_9f0a_2b7f_6f1f_9a10);
 #[test]
 fn the_header_is_as_drawn() {
     let mut block = vec![0; BLOCK_LEN];
-    let entry =
-        Entry { state: EntryState::Allocated, slot: 0x102, logical: 0x304, epoch: 5, dirty: false };
+    let entry = Entry {
+        layer: 0x102,
+        logical: 0x304,
+        epoch: 5,
+        copy: true,
+        birth: 6,
+        ..Entry::free(false)
+    };
     let records = [Record { extent: 0x607, entry }].into_iter();
     JournalBlock::encode(0x1122, 0x42, POOL, records, &mut block);
     assert_eq!(&block[..8], b"CAIRNJNL");
@@ -20,9 +26,10 @@ fn the_header_is_as_drawn() {
     assert_eq!(block[32..36], [0x3f, 0x2c, 0x1a, 0x60]);
     assert_eq!(block[48..56], [1, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(block[64..72], [7, 6, 0, 0, 4, 3, 0, 0]);
-    assert_eq!(block[72..80], [2, 1, 3, 1, 0, 0, 0, 0]);
+    assert_eq!(block[72..80], [2, 1, 1, 1, 4, 0, 0, 0]);
     assert_eq!(block[80..88], [5, 0, 0, 0, 0, 0, 0, 0]);
-    assert!(block[88..].iter().all(|&b| b == 0));
+    assert_eq!(block[88..96], [6, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(block[96..].iter().all(|&b| b == 0));
 }
 
 #[test]
@@ -39,7 +46,7 @@ fn a_block_elsewhere_or_of_another_pool_does_not_decode() {
 prop_compose! {
     fn page()(
         sequence in 0..u64::MAX / 2,
-        state in prop::sample::select(vec![CatalogState::Free, CatalogState::Live, CatalogState::Deleting]),
+        state in prop::sample::select(vec![CatalogState::Free, CatalogState::Live, CatalogState::Deleting, CatalogState::Snapshot]),
         ids in any::<(u128, u128)>(),
         name in "[a-zé€]{0,16}",
         blocks in 0..=MAX_REPLICA_BYTES / BLOCK,
@@ -58,6 +65,11 @@ prop_compose! {
             accepted_epoch: Epoch(register.1),
             register_seq: register.2,
             config,
+            layer: 7,
+            parent: (ids.0 % 2 == 0).then_some(9),
+            flags: 3,
+            created: register.0 / 2,
+            snapshot: SnapshotId(ids.1 / 3),
         }
     }
 }
@@ -81,7 +93,9 @@ proptest! {
             .into_iter()
             .map(|(extent, state, slot, logical, epoch)| {
                 let state = EntryState::from_byte(state).expect("a known state");
-                Record { extent, entry: Entry { state, slot, logical, epoch, dirty: epoch % 2 == 1 } }
+                Record { extent, entry: Entry {
+                    state, layer: slot, logical, epoch, dirty: epoch % 2 == 1, copy: slot % 2 == 1, birth: epoch / 2,
+                } }
             })
             .collect();
         let mut block = vec![0; BLOCK_LEN];
