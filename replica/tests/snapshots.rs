@@ -1,5 +1,7 @@
 //! Snapshots, clones, going back, and what they cost; what crashes do to them is in `crash.rs`.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use cairn_block::{IoOp, IoStatus, ReplicaId, SnapshotId};
