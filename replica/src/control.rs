@@ -92,13 +92,10 @@ impl Pool {
         if let PoolState::Failed(reason) = self.state {
             return Err(ControlError::PoolFailed(reason));
         }
-        if spec.block_size != BlockSize::B4096 {
-            return Err(ControlError::BlockSize(spec.block_size.bytes()));
-        }
         if spec.name.len() > NAME_MAX {
             return Err(ControlError::NameTooLong { len: spec.name.len(), max: NAME_MAX });
         }
-        check_size(spec.blocks)?;
+        check_size(spec.block_size, spec.blocks)?;
         let taken = self.find(spec.id).is_some()
             || self.jobs.iter().any(|j| {
                 matches!(j.change, Change::Create) && j.page.replica == spec.id && j.tag.is_some()
@@ -196,8 +193,10 @@ impl Pool {
         blocks: u64,
         mem: &mut M,
     ) {
-        let checked = self.check_live(slot).and_then(|()| check_size(blocks)).and_then(|()| {
-            let has = self.slots[usize::from(slot.0)].page.blocks;
+        let checked = self.check_live(slot).and_then(|()| {
+            let page = &self.slots[usize::from(slot.0)].page;
+            let has = page.blocks;
+            check_size(page.block_size, blocks)?;
             if blocks < has {
                 return Err(ControlError::Shrink { has, asked: blocks });
             }
@@ -405,8 +404,8 @@ fn next_page(job: &mut Job, slot: &Slot) {
     job.page = page;
 }
 
-fn check_size(blocks: u64) -> Result<(), ControlError> {
-    let max = MAX_REPLICA_BYTES / BLOCK;
+fn check_size(block_size: BlockSize, blocks: u64) -> Result<(), ControlError> {
+    let max = MAX_REPLICA_BYTES >> block_size.shift();
     if blocks == 0 || blocks > max {
         return Err(ControlError::BadSize { blocks, max });
     }

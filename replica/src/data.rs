@@ -1,6 +1,8 @@
 //! The data path: requests, and the parts that they fall into at the bounds of extents.
 
-use cairn_block::{BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
+use core::ops::Range;
+
+use cairn_block::{BlockSize, BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
 use crate::DiskError;
 use crate::blocks::BlockSet;
@@ -14,9 +16,17 @@ use crate::sums::{Begun, PersistFor, Ready, Verdict};
 /// Parts of one request in flight: a discard of everything must not take all the memory.
 const MAX_PARTS: u32 = 64;
 
+/// Who is told of the end of a request.
+#[derive(Debug, Clone, Copy)]
+enum Asker {
+    Tag(u64),
+    /// A request in smaller blocks, of which this is a piece.
+    Sectors(u32),
+}
+
 #[derive(Debug)]
 pub(crate) struct Request {
-    tag: u64,
+    asker: Asker,
     slot: u16,
     op: IoOp,
     /// The first block that is not yet a part of it, and the block after its last.
@@ -100,13 +110,44 @@ impl Pool {
             return;
         }
         self.slots[usize::from(slot.0)].in_flight += 1;
+        let sectors = self.slots[usize::from(slot.0)].page.block_size != BlockSize::B4096;
+        if sectors && request.op != IoOp::Flush {
+            self.submit_sectors(tag, slot.0, request, mem);
+            return;
+        }
+        let blocks = request.range.start().0..request.range.end().0;
+        self.begin(Asker::Tag(tag), slot.0, request.op, blocks, request.buf, mem);
+    }
+
+    /// Begins a piece of a request in smaller blocks.
+    pub(crate) fn begin_inner<M: Memory>(
+        &mut self,
+        sectors: u32,
+        slot: u16,
+        op: IoOp,
+        blocks: Range<u64>,
+        buf: BufSlice,
+        mem: &mut M,
+    ) {
+        self.begin(Asker::Sectors(sectors), slot, op, blocks, buf, mem);
+    }
+
+    fn begin<M: Memory>(
+        &mut self,
+        asker: Asker,
+        slot: u16,
+        op: IoOp,
+        blocks: Range<u64>,
+        buf: BufSlice,
+        mem: &mut M,
+    ) {
         let request = self.requests.insert(Request {
-            tag,
-            slot: slot.0,
-            op: request.op,
-            next: request.range.start().0,
-            end: request.range.end().0,
-            buf: request.buf,
+            asker,
+            slot,
+            op,
+            next: blocks.start,
+            end: blocks.end,
+            buf,
             outstanding: 0,
             status: IoStatus::Ok,
             flushing: false,
@@ -130,7 +171,8 @@ impl Pool {
         LbaRange::within(range.start(), range.blocks(), replica.page.blocks)
             .map_err(|_| IoStatus::OutOfRange)?;
         let payload = matches!(request.op, IoOp::Read | IoOp::Write { .. });
-        if payload && u64::from(request.buf.len()) != range.blocks() * BLOCK {
+        let bytes = replica.page.block_size.bytes_of(range.blocks());
+        if payload && u64::from(request.buf.len()) != bytes {
             return Err(IoStatus::InvalidField);
         }
         Ok(())
@@ -154,7 +196,7 @@ impl Pool {
                 request.next = request.end;
                 break;
             }
-            let size = self.slots[usize::from(slot)].page.blocks;
+            let size = self.slots[usize::from(slot)].page.bytes().div_ceil(BLOCK);
             let part = next_part(id, self.requests.get_mut(id), size);
             match self.run_part(part, mem) {
                 Ok(parts) => self.requests.get_mut(id).outstanding += parts,
@@ -474,8 +516,13 @@ impl Pool {
     pub(crate) fn finish(&mut self, id: u32) {
         let request = self.requests.remove(id);
         assert_eq!(request.outstanding, 0, "a request is answered with parts in flight");
-        self.slots[usize::from(request.slot)].in_flight -= 1;
-        self.done.push_back(Done { tag: request.tag, status: request.status, error: None });
+        match request.asker {
+            Asker::Tag(tag) => {
+                self.slots[usize::from(request.slot)].in_flight -= 1;
+                self.done.push_back(Done { tag, status: request.status, error: None });
+            }
+            Asker::Sectors(id) => self.sectors_done.push_back((id, request.status)),
+        }
     }
 
     /// Maps a logical extent to an allocation that is under way.

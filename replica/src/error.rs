@@ -130,8 +130,8 @@ pub enum ControlError {
         /// What was asked.
         asked: u64,
     },
-    /// Only 4096-byte blocks for now.
-    #[error("a block size of {0} bytes is not supported yet; use 4096")]
+    /// A clone has its origin's block size.
+    #[error("a clone has the block size of its snapshot, which is not {0} bytes")]
     BlockSize(u32),
     /// The name does not fit its field.
     #[error("the name has {len} bytes; at most {max} fit")]

@@ -32,6 +32,7 @@ mod maintain;
 mod merge;
 mod open;
 mod pool;
+mod sectors;
 mod slab;
 mod snapshot;
 mod sums;
