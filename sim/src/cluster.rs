@@ -8,10 +8,12 @@ use std::sync::mpsc;
 
 use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, PoolId};
 use cairn_block::{ReplicaId, VolumeId};
+use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
 use cairn_engine::nexus::Purpose;
 use cairn_engine::replica::{DiskOp, FormatOptions, Pool, ReplicaSpec};
 use cairn_engine::{
-    ChildAddress, Command, EngineError, Reply, Shard, ShardConfig, VolumeReport, VolumeSpec,
+    ChildAddress, Command, EncryptionSpec, EngineError, Reply, Shard, ShardConfig, VolumeReport,
+    VolumeSpec,
 };
 
 use crate::client::{Client, Workload};
@@ -55,6 +57,8 @@ pub struct ClusterConfig {
     pub arena_len: u32,
     /// Whether pools are formatted as on a device known to be zeroed.
     pub zeroed: bool,
+    /// Whether volumes are encrypted.
+    pub encrypted: bool,
 }
 
 enum Process {
@@ -101,6 +105,22 @@ fn replica_id(volume: usize, pool: usize) -> ReplicaId {
 
 fn volume_nqn(volume: usize) -> String {
     format!("nqn.2026-11.io.cairn:volume:{volume}")
+}
+
+/// The key of a volume, and the one that it is wrapped with.
+fn keys(volume: usize) -> (VolumeKey, Kek) {
+    let number = u8::try_from(volume).expect("few volumes");
+    let mut bytes = [number; DATA_KEY_LEN];
+    bytes[0] ^= 1;
+    let key = VolumeKey::new(bytes).expect("its halves differ");
+    (key, Kek::parse(&[number; 32]).expect("a key has 32 bytes"))
+}
+
+fn encryption(volume: usize, purpose: Purpose) -> EncryptionSpec {
+    let (key, kek) = keys(volume);
+    let wrap = || Box::new(kek.wrap(&key, VolumeId(volume as u128 + 1), [0; 12]));
+    let new = (purpose == Purpose::Create).then(wrap);
+    EncryptionSpec { new, keks: vec![kek], ..EncryptionSpec::default() }
 }
 
 impl Cluster {
@@ -318,6 +338,7 @@ impl Cluster {
                 purpose,
                 child_deadline_ms: self.config.child_deadline_ms,
                 allowed_hosts: None,
+                encryption: self.config.encrypted.then(|| encryption(volume, purpose)),
             };
             self.command(node, |reply| Command::AddVolume { spec, reply })
                 .expect("the volume is new to the process");
@@ -520,7 +541,7 @@ impl Cluster {
         }
     }
 
-    /// What a replica holds, read from its pool as after a crash at this moment.
+    /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
     fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
         let mut disk = self.world().disk(self.disks[at]).clone();
         let mut pool = Pool::open(&mut disk).expect("the pool opens");
@@ -546,6 +567,9 @@ impl Cluster {
             assert!(done.status.is_ok(), "a read of a healthy pool");
             out.extend_from_slice(memory.bytes(buf.slice()));
             memory.release(buf);
+        }
+        if self.config.encrypted {
+            keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
         }
         out
     }

@@ -106,6 +106,8 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         volume_requests: if rng.chance(200) { 4 } else { 64 },
         arena_len: if rng.chance(200) { 5 << 20 } else { 8 << 20 },
         zeroed: rng.chance(500),
+        // Drawn apart: nothing else changes with it.
+        encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
     };
     world.say(format_args!("{config:?} {faults:?}"));
     let volumes = config.volumes;
