@@ -79,6 +79,8 @@ pub struct Cluster {
     histories: Vec<Rc<RefCell<History>>>,
     /// How often each machine has lost power.
     lives: Vec<u128>,
+    /// Sizes that volumes were to grow to, and what became of it.
+    growth: Vec<(usize, u64, mpsc::Receiver<Result<(), EngineError>>)>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -153,6 +155,7 @@ impl Cluster {
         let mut cluster = Self {
             world,
             lives: vec![0; config.replicas + 2],
+            growth: Vec::new(),
             processes: Vec::new(),
             disks,
             replicas: vec![None; config.replicas],
@@ -358,6 +361,44 @@ impl Cluster {
         self.run(node);
     }
 
+    /// Has a volume grow, where the nexus runs; what comes of it is looked at in [`Cluster::compare`].
+    pub fn grow_volume(&mut self, volume: usize, blocks: u64) {
+        let Some(node) = self.nexus else { return };
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return };
+        let (tx, rx) = mpsc::channel();
+        let reply = Reply::new(move |result| {
+            // Nobody may look.
+            let _told = tx.send(result);
+        });
+        shard.command(Command::ResizeVolume { name: format!("volume{volume}"), blocks, reply });
+        self.growth.push((volume, blocks, rx));
+        self.run(node);
+    }
+
+    /// A size that was acked is the volume's, or a larger one is, and its replicas have it.
+    fn check_sizes(&self, volume: usize, report: &VolumeReport) {
+        let mut possible = vec![self.config.blocks];
+        for (_, blocks, answer) in self.growth.iter().filter(|(v, ..)| *v == volume) {
+            possible.push(*blocks);
+            if let Ok(Ok(())) = answer.try_recv() {
+                assert!(
+                    report.blocks >= *blocks,
+                    "volume {volume} had grown to {blocks}: {report:?}"
+                );
+            }
+        }
+        assert!(possible.contains(&report.blocks), "volume {volume}: {report:?}, of {possible:?}");
+        for (at, child) in report.children.iter().enumerate() {
+            if child.state == "online" {
+                let mut disk = self.world().disk(self.disks[at]).clone();
+                let pool = Pool::open(&mut disk).expect("the pool opens");
+                let id = replica_id(volume, at);
+                let has = pool.replicas().find(|r| r.id == id).map_or(0, |r| r.blocks);
+                assert!(has >= report.blocks, "replica {at} has {has} blocks: {report:?}");
+            }
+        }
+    }
+
     /// Kills the process of a pool, if it runs.
     pub fn kill_replica(&mut self, at: usize) {
         if let Some(node) = self.replicas[at].take() {
@@ -513,10 +554,11 @@ impl Cluster {
     /// Reads every pool of a volume's in-sync set directly and compares them.
     ///
     /// # Panics
-    /// Where two of them differ in a block that must be alike.
+    /// Where two of them differ in a block that must be alike, or a replica is smaller than its volume.
     pub fn compare(&mut self) {
         let reports = self.volumes().expect("the nexus runs");
         for (volume, report) in reports.iter().enumerate() {
+            self.check_sizes(volume, report);
             let members: BTreeSet<usize> = report
                 .children
                 .iter()
