@@ -225,6 +225,7 @@ impl Cluster {
                 id: self.replicas.first().map_or_else(String::new, |r| r.volume_id.clone()),
                 allowed_hosts: Vec::new(),
                 child_deadline_ms: 0,
+                encryption: None,
             };
             let made = self.client.create_volume(request).await.map_err(|s| said(&s))?;
             return Ok(made.into_inner());

@@ -61,6 +61,9 @@ pub struct ClusterConfig {
     pub encrypted: bool,
 }
 
+/// What a command will have answered.
+type Answer = mpsc::Receiver<Result<(), EngineError>>;
+
 enum Process {
     Dead,
     Shard(Box<Shard<SimDriver>>),
@@ -80,7 +83,7 @@ pub struct Cluster {
     /// How often each machine has lost power.
     lives: Vec<u128>,
     /// Sizes that volumes were to grow to, and what became of it.
-    growth: Vec<(usize, u64, mpsc::Receiver<Result<(), EngineError>>)>,
+    growth: Vec<(usize, u64, Answer)>,
 }
 
 impl std::fmt::Debug for Cluster {

@@ -67,7 +67,7 @@ impl Volume {
     /// Whoever waits for a change hears that it was not made.
     pub(super) fn fail_change(&mut self, why: &str) {
         if let Some(PendingChange::Size(reply) | PendingChange::Key(reply)) = self.change.take() {
-            reply.send(Err(EngineError::Busy(why.to_owned())));
+            reply.send(Err(EngineError::Storage(why.to_owned())));
         }
     }
 }
