@@ -251,6 +251,20 @@ impl Cluster {
         socket_path(&self.data, "nexus")
     }
 
+    /// The API socket of a process.
+    pub(crate) fn socket(&self, name: &str) -> PathBuf {
+        socket_path(&self.data, name)
+    }
+
+    /// Kills the nexus at once, and starts it again.
+    pub(crate) async fn restart_nexus(&mut self) -> Result<()> {
+        self.kill(REPLICAS)?;
+        let (process, client) = start_process(&self.data, "nexus", 0, Vec::new()).await?;
+        self.processes[REPLICAS] = process;
+        self.client = client;
+        Ok(())
+    }
+
     /// Kills one process at once, as a crash would.
     pub(crate) fn kill(&mut self, at: usize) -> Result<()> {
         let process = &mut self.processes[at];
