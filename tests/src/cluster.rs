@@ -207,6 +207,11 @@ impl Peer for Cluster<'_> {
             "expect-degraded" => self.await_state("degraded"),
             "kill-nexus" => self.kill(NEXUS).map(|()| "killed the nexus".to_owned()),
             "start-nexus" => self.launch(NEXUS).map(|()| "the nexus runs".to_owned()),
+            _ if verb.starts_with("grow ") => {
+                let size = &verb["grow ".len()..];
+                let grown = self.call(NEXUS, &["volume", "resize", VOLUME, "--size", size])?;
+                Ok(grown.to_string())
+            }
             _ => bail!("the cluster knows no {verb}"),
         }
     }

@@ -32,7 +32,10 @@ pub(crate) const SMOKE: Job = Job {
     limit: Duration::from_secs(120),
 };
 
-pub(crate) const JOBS: [Job; 3] = [
+/// The job whose volume grows: the kernel's target is not asked to.
+pub(crate) const GROW: &str = "grow";
+
+pub(crate) const JOBS: [Job; 4] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -62,6 +65,13 @@ pub(crate) const JOBS: [Job; 3] = [
         cases: &["nexus-restart"],
         reconnects: true,
         limit: Duration::from_secs(240),
+    },
+    Job {
+        name: GROW,
+        script: include_str!("../guest/grow.sh"),
+        cases: &["grow-fio", "grow-ext4", "grow-xfs"],
+        reconnects: false,
+        limit: Duration::from_secs(300),
     },
 ];
 
