@@ -512,7 +512,7 @@ impl Nexus {
     ) {
         assert!(ticket.is_register(), "a register operation's ticket");
         let round = ticket.0 & !REGISTER;
-        if self.child(child).growing == Some(round) {
+        if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
         } else if self.commit.as_ref().is_some_and(|c| c.round == round) {
             self.handle_accept_reply(child, &reply);

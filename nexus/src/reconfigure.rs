@@ -158,7 +158,7 @@ impl Nexus {
         for child in self.connected().iter() {
             // One that is joining grows as it does so.
             if self.child(child).state != ChildState::Joining {
-                self.ask_to_grow(child, blocks);
+                self.ask_to_grow(child, blocks, false);
                 let Some(growing) = self.growing.as_mut() else { return Ok(()) };
                 growing.waiting = growing.waiting.with(child);
             }
@@ -167,10 +167,10 @@ impl Nexus {
         Ok(())
     }
 
-    fn ask_to_grow(&mut self, child: ChildId, blocks: u64) {
+    fn ask_to_grow(&mut self, child: ChildId, blocks: u64, rejoins: bool) {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
-        self.child(child).growing = Some(round);
+        self.child(child).growing = Some((round, rejoins));
         self.ask(child, round, ChildOp::Resize { epoch, blocks });
     }
 
@@ -187,16 +187,16 @@ impl Nexus {
             self.push_event(Event::ResetChild(child));
             return true;
         }
-        self.ask_to_grow(child, needed);
+        self.ask_to_grow(child, needed, true);
         true
     }
 
     pub(crate) fn handle_grow_reply(&mut self, child: ChildId, reply: &ChildReply, now_ms: u64) {
-        self.child(child).growing = None;
+        let rejoins = self.child(child).growing.take().is_some_and(|(_, rejoins)| rejoins);
         match reply {
             Ok(held) => {
                 self.child(child).grown_to = held.blocks;
-                if self.child(child).state == ChildState::Joining {
+                if rejoins {
                     self.rejoin(child);
                 }
             }
