@@ -24,6 +24,8 @@ const SIZE: u64 = 16 << 20;
 const GROWN: u64 = 24 << 20;
 /// How much is written.
 const DATA: u64 = 4 << 20;
+/// What a pool's file grows by.
+const MORE: u64 = 64 << 20;
 const SECRET: &str = "secret";
 const PLAIN: &str = "plain";
 /// The nexus serves again within this time, or says why not.
@@ -136,6 +138,21 @@ fn write_end(host: &mut Host, size: u64, seed: u64) -> Result<bool> {
     Ok(status == IoStatus::Ok)
 }
 
+/// Makes a pool's file longer under its running process.
+async fn grow_pool(cluster: &Cluster, folder: &Path) -> Result<()> {
+    let mut client = connect(&cluster.socket("r1")).await?;
+    let listed = client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;
+    let before = listed.into_inner().pools.first().context("r1 has no pool")?.capacity_bytes;
+    let len = std::fs::metadata(folder.join("r1").join("pool.img"))?.len();
+    let grow = |size_bytes| v1::GrowPoolRequest { name: "pool".to_owned(), size_bytes };
+    let nothing = client.grow_pool(grow(0)).await;
+    ensure!(nothing.is_err(), "a pool grew though its file had not");
+    let grown = client.grow_pool(grow(len + MORE)).await.map_err(|s| said(&s))?;
+    let after = grown.into_inner().capacity_bytes;
+    ensure!(after > before + MORE / 2, "the pool had {before} bytes of room and has {after}");
+    Ok(())
+}
+
 pub(super) async fn run(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     let [first, second]: [PathBuf; 2] = ["first.key", "second.key"].map(|name| folder.join(name));
     let key = |n: u8| [n; 32];
@@ -189,6 +206,7 @@ pub(super) async fn run(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     ensure!(why.message().contains("cannot shrink"), "{}", why.message());
     say!("  it grew from 16 to 24 MiB under a connected host, on every replica");
     drop((secret, plain));
+    grow_pool(cluster, folder).await?;
 
     let request =
         v1::RotateVolumeKeyRequest { name: SECRET.to_owned(), key: Some(key_file(&second)) };
