@@ -222,6 +222,30 @@ pub(super) async fn run(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     drop(secret);
     say!("  its key was changed, the nexus killed and started again: every byte is right");
 
+    // As a nexus that was killed between asking for another key and hearing that it is stored.
+    let state = folder.join("nexus").join("volumes.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&state)?)?;
+    let saved = json["volumes"].as_array_mut().context("no volumes in the state file")?;
+    let saved = saved.iter_mut().find(|v| v["name"] == SECRET).context("it is not remembered")?;
+    let current = saved["encryption"]["key"].take();
+    saved["encryption"] = serde_json::json!({
+        "key": {"key_file": first.display().to_string(), "key_id": ""}, "next": current.clone(),
+    });
+    std::fs::write(&state, serde_json::to_vec(&json)?)?;
+    cluster.restart_nexus().await?;
+    drop(host(cluster, SECRET).await?);
+    let until = Instant::now() + RESTART_TIMEOUT;
+    loop {
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&state)?)?;
+        let saved = json["volumes"].as_array().and_then(|v| v.iter().find(|v| v["name"] == SECRET));
+        let encryption = saved.map(|v| v["encryption"].clone()).unwrap_or_default();
+        if encryption == serde_json::json!({"key": current}) {
+            break;
+        }
+        ensure!(Instant::now() < until, "which key it has is not learnt: {encryption}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
     // The old key in the place of the new one.
     write_key(&second, &key(1))?;
     cluster.restart_nexus().await?;
