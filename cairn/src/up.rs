@@ -47,8 +47,8 @@ pub(crate) struct UpArgs {
     #[arg(long, default_value_t = 4420)]
     port: u16,
 
-    /// Check a volume in a temporary folder, on free ports, byte by byte: write a pattern, kill a
-    /// replica half-way, read everything back from the nexus and from each replica left.
+    /// Check volumes in a temporary folder, on free ports, byte by byte: an encrypted one that grows, and
+    /// one that loses a replica half-way and is read back from the nexus and from each replica left.
     #[arg(long, conflicts_with_all = ["data", "size", "port"])]
     check: bool,
 }

@@ -19,6 +19,8 @@ pub(crate) struct Job {
     cases: &'static [&'static str],
     /// Whether the host's log may speak of a lost and regained connection.
     reconnects: bool,
+    /// Whether the volume is encrypted.
+    pub(crate) encrypted: bool,
     /// For the whole boot, set-up included.
     limit: Duration,
 }
@@ -29,6 +31,7 @@ pub(crate) const SMOKE: Job = Job {
     script: include_str!("../guest/smoke.sh"),
     cases: &["smoke-network", "smoke-acknowledgement", "smoke-tools"],
     reconnects: false,
+    encrypted: false,
     limit: Duration::from_secs(120),
 };
 
@@ -50,6 +53,7 @@ pub(crate) const JOBS: [Job; 4] = [
             "xfs",
         ],
         reconnects: false,
+        encrypted: false,
         limit: Duration::from_secs(480),
     },
     Job {
@@ -57,6 +61,7 @@ pub(crate) const JOBS: [Job; 4] = [
         script: include_str!("../guest/replica-kill.sh"),
         cases: &["replica-kill"],
         reconnects: false,
+        encrypted: false,
         limit: Duration::from_secs(240),
     },
     Job {
@@ -64,6 +69,7 @@ pub(crate) const JOBS: [Job; 4] = [
         script: include_str!("../guest/nexus-restart.sh"),
         cases: &["nexus-restart"],
         reconnects: true,
+        encrypted: false,
         limit: Duration::from_secs(240),
     },
     Job {
@@ -71,6 +77,7 @@ pub(crate) const JOBS: [Job; 4] = [
         script: include_str!("../guest/grow.sh"),
         cases: &["grow-fio", "grow-ext4", "grow-xfs"],
         reconnects: false,
+        encrypted: true,
         limit: Duration::from_secs(300),
     },
 ];
