@@ -535,6 +535,7 @@ impl Nexus {
             self.give_up(late, now_ms);
         }
         self.ask_again();
+        self.growth_timeout(now_ms);
         self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
@@ -546,7 +547,7 @@ impl Nexus {
     #[must_use]
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.config.child_deadline_ms / 8).max(10);
-        let busy = self.slots.in_use() > 0 || self.has_to_ask_again();
+        let busy = self.slots.in_use() > 0 || self.has_to_ask_again() || self.growing.is_some();
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
         [assembly, busy.then_some(now_ms + tick)].into_iter().flatten().min()
     }

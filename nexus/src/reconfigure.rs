@@ -21,6 +21,7 @@ pub(crate) struct Wanted {
 #[derive(Debug)]
 pub(crate) struct Growing {
     blocks: u64,
+    since_ms: u64,
     waiting: ChildSet,
     grown: ChildSet,
 }
@@ -154,7 +155,7 @@ impl Nexus {
             return Ok(());
         }
         let (waiting, grown) = (ChildSet::EMPTY, ChildSet::EMPTY);
-        self.growing = Some(Growing { blocks, waiting, grown });
+        self.growing = Some(Growing { blocks, since_ms: now_ms, waiting, grown });
         for child in self.connected().iter() {
             // One that is joining grows as it does so.
             if self.child(child).state != ChildState::Joining {
@@ -213,6 +214,17 @@ impl Nexus {
         }
         self.grow_over(child, reply.as_ref().map(|_| ()).map_err(|e| *e));
         self.settle(now_ms);
+    }
+
+    /// A replica that does not answer, and is there all the same, ends the growth: it is in use, so it
+    /// cannot be left behind.
+    pub(crate) fn growth_timeout(&mut self, now_ms: u64) {
+        let limit = self.config.child_deadline_ms;
+        let late = self.growing.take_if(|g| now_ms >= g.since_ms + limit);
+        if let Some(late) = late {
+            let child = late.waiting.iter().next();
+            self.push_event(Event::ResizeFailed(child, IoStatus::TimedOut));
+        }
     }
 
     /// One replica less to wait for.

@@ -149,6 +149,25 @@ fn a_replica_that_cannot_grow_ends_the_resize() {
 }
 
 #[test]
+fn a_replica_that_hangs_ends_the_resize_and_may_answer_later() {
+    let mut b = sized(3);
+    b.hold_registers = true;
+    resize(&mut b, 2000).unwrap();
+    let hung = b.held.remove(0).unwrap();
+    b.answer_registers();
+    assert!(b.nexus.poll_timeout(b.now).is_some());
+    b.pass(DEADLINE);
+    assert!(b.events.contains(&Event::ResizeFailed(Some(hung.child), IoStatus::TimedOut)));
+    assert_eq!((b.nexus.blocks(), b.nexus.state()), (1000, &VolumeState::Online));
+    let reply = b.obey(&hung);
+    b.nexus.handle_register(hung.child, hung.ticket, reply, b.now);
+    b.pump();
+    assert_eq!(b.nexus.status().children[0].state, ChildState::Online);
+    resize(&mut b, 2000).unwrap();
+    assert_eq!((b.nexus.blocks(), sizes(&b)), (2000, vec![2000; 3]));
+}
+
+#[test]
 fn a_replica_that_goes_while_it_grows_is_not_waited_for() {
     let mut b = sized(3);
     b.hold_registers = true;
