@@ -1,6 +1,8 @@
 //! `cairn up --check`: the demo cluster, checked byte by byte with a replica killed half-way.
 
-use std::path::PathBuf;
+mod keep;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -33,7 +35,7 @@ pub(crate) async fn run() -> Result<ExitCode> {
     say!("checking in {}", folder.path.display());
     let mut cluster =
         Cluster::start(&folder.path, None, VOLUME_SIZE, |text| say!("  {text}")).await?;
-    let checked = check(&mut cluster).await;
+    let checked = check(&mut cluster, &folder.path).await;
     if let Err(error) = checked {
         let kept = folder.keep();
         drop(cluster);
@@ -47,9 +49,11 @@ pub(crate) async fn run() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn check(cluster: &mut Cluster) -> Result<()> {
+async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     let volume = cluster.volume(VOLUME_SIZE).await?;
     say!("  volume `{VOLUME}` is {}", volume.state);
+    keep::run(cluster, folder).await?;
+    let volume = cluster.volume(VOLUME_SIZE).await?;
     let address = volume.addresses.first().context("the nexus exports nothing")?;
     let front =
         Target { peer: address.parse().context("the nexus' address")?, nqn: volume.nqn.clone() };

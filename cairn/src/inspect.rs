@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use cairn_engine::crypt::Envelope;
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Config;
 use cairn_engine::reactor::{Attach, BlockFile, IoMode};
@@ -153,6 +154,11 @@ fn catalog_state(state: CatalogState) -> &'static str {
     }
 }
 
+/// The id of the key that a volume's key is wrapped with, where the volume is encrypted.
+fn key_id(config: &Config) -> Option<String> {
+    Envelope::decode(&config.encryption).ok().map(|envelope| envelope.key_id.to_string())
+}
+
 /// The in-sync members that a register's configuration names, for people.
 fn members(config: &[u8]) -> String {
     if config.is_empty() {
@@ -161,7 +167,8 @@ fn members(config: &[u8]) -> String {
     match Config::decode(config) {
         Ok(config) => {
             let in_sync = config.members.iter().filter(|(_, ok)| *ok).count();
-            format!("{in_sync} of {} in sync", config.members.len())
+            let key = key_id(&config).map_or_else(String::new, |id| format!(", key {id}"));
+            format!("{in_sync} of {} in sync{key}", config.members.len())
         }
         Err(e) => format!("unreadable: {e}"),
     }
@@ -201,6 +208,7 @@ impl Show for CatalogInfo {
                     json!({
                         "volume": c.volume.to_string(), "blocks": c.blocks,
                         "lineage": c.lineage, "members": members,
+                        "key_id": key_id(&c),
                     })
                 });
                 json!({

@@ -7,6 +7,7 @@ mod cli;
 mod client;
 mod config;
 mod inspect;
+mod keys;
 mod nvme;
 mod output;
 mod pattern;

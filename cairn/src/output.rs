@@ -130,7 +130,7 @@ impl Show for v1::Replica {
 
 impl Show for v1::Volume {
     const HEADS: &'static [&'static str] =
-        &["VOLUME", "STATE", "SIZE", "IN SYNC", "HOSTS", "NQN", "ADDRESS"];
+        &["VOLUME", "STATE", "SIZE", "ENCRYPTED", "IN SYNC", "HOSTS", "NQN", "ADDRESS"];
 
     fn row(&self) -> Vec<String> {
         let in_sync = self.children.iter().filter(|c| c.in_sync).count();
@@ -138,6 +138,7 @@ impl Show for v1::Volume {
             self.name.clone(),
             self.state.clone(),
             size(self.size_bytes),
+            encryption_text(self.encryption.as_ref()),
             format!("{in_sync}/{}", self.children.len()),
             self.hosts.len().to_string(),
             self.nqn.clone(),
@@ -167,15 +168,23 @@ impl Show for v1::Volume {
             "serving": self.serving, "epoch": self.epoch, "children": children, "hosts": hosts,
             "counters": counters(self.counters.as_ref()), "in_flight": self.in_flight,
             "addresses": self.addresses,
+            "encryption": self.encryption.as_ref().map(|e| {
+                json!({"cipher": e.cipher, "key_id": e.key_id})
+            }),
         })
     }
+}
+
+fn encryption_text(encryption: Option<&v1::Encryption>) -> String {
+    encryption.map_or_else(|| "no".to_owned(), |e| format!("{}, key {}", e.cipher, e.key_id))
 }
 
 /// A volume and each of its replicas, for people.
 pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     let c = volume.counters.unwrap_or_default();
     let mut text = format!(
-        "volume    {} ({})\nstate     {}: {}\nsize      {}, blocks of {} bytes\nepoch     {}\n\
+        "volume    {} ({})\nstate     {}: {}\nsize      {}, blocks of {} bytes\nencrypted {}\n\
+         epoch     {}\n\
          requests  {} reads, {} writes, {} flushes, {} discards, {} errors, {} in flight\n",
         volume.name,
         volume.id,
@@ -183,6 +192,7 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
         volume.detail,
         size(volume.size_bytes),
         volume.block_size,
+        encryption_text(volume.encryption.as_ref()),
         volume.epoch,
         c.reads,
         c.writes,

@@ -294,6 +294,8 @@ async fn serve(
             () = stdin_closed(), if exit_with_stdin => tracing::info!("the parent is gone"),
         }
     };
+    let settling = Arc::clone(&service);
+    tokio::spawn(async move { settling.settle_keys().await });
     let api = cairn_api::v1::cairn_server::CairnServer::from_arc(service);
     let served = tonic::transport::Server::builder()
         .add_service(api)

@@ -1,5 +1,8 @@
 //! The gRPC service: turns calls into commands for the engine, and remembers the volumes.
 
+mod grow;
+mod keys;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,8 +15,8 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::target::MAX_NQN_LEN;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
-    ChildAddress, EngineError, EngineHandle, ExportCounters, PoolReport, ReplicaReport,
-    VolumeReport, VolumeSpec,
+    ChildAddress, EncryptionSpec, EngineError, EngineHandle, ExportCounters, PoolReport,
+    ReplicaReport, VolumeReport, VolumeSpec,
 };
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
@@ -26,6 +29,8 @@ use crate::state::{SavedVolume, State};
 const CREATE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often its state is looked at meanwhile.
 const CREATE_POLL: Duration = Duration::from_millis(20);
+/// A change of a volume must be stored within this time, or the call fails and says so; it may go on.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(20);
 /// All volumes have blocks of this size.
 const BLOCK: u64 = 4096;
 
@@ -124,7 +129,8 @@ impl Service {
         let saved = self.state.lock().volumes.clone();
         for volume in saved {
             tracing::info!(volume = %volume.name, "serving the volume again");
-            let added = self.spec_of(&volume).map_err(anyhow::Error::msg).and_then(|spec| {
+            let spec = keys::spec_now(&volume).and_then(|keys| self.spec_of(&volume, keys));
+            let added = spec.map_err(anyhow::Error::msg).and_then(|spec| {
                 Ok(self.engine.call(|reply| Command::AddVolume { spec, reply })?)
             });
             // The other volumes are served all the same.
@@ -134,7 +140,11 @@ impl Service {
         }
     }
 
-    fn spec_of(&self, volume: &SavedVolume) -> Result<VolumeSpec, String> {
+    fn spec_of(
+        &self,
+        volume: &SavedVolume,
+        encryption: Option<EncryptionSpec>,
+    ) -> Result<VolumeSpec, String> {
         let children: Result<Vec<_>, String> =
             volume.replicas.iter().map(|uri| parse_replica_uri(uri)).collect();
         let deadline = match volume.child_deadline_ms {
@@ -147,6 +157,7 @@ impl Service {
             nqn: volume_nqn(&volume.name),
             blocks: volume.size_bytes / BLOCK,
             children: children?,
+            encryption,
             purpose: if volume.created { Purpose::Assemble } else { Purpose::Create },
             child_deadline_ms: deadline,
             allowed_hosts: match volume.allowed_hosts.as_slice() {
@@ -282,6 +293,10 @@ impl Service {
             in_flight: report.in_flight as u64,
             addresses: self.addresses.iter().map(ToString::to_string).collect(),
             serving: report.serving,
+            encryption: report.encryption.map(|e| v1::Encryption {
+                cipher: e.cipher.to_owned(),
+                key_id: e.key_id.to_string(),
+            }),
         }
     }
 }
@@ -411,6 +426,13 @@ impl Cairn for Service {
         Ok(Response::new(self.pool_message(report)))
     }
 
+    async fn grow_pool(
+        &self,
+        request: Request<v1::GrowPoolRequest>,
+    ) -> Result<Response<v1::Pool>, Status> {
+        self.grow_device(request.into_inner()).await.map(Response::new)
+    }
+
     async fn list_replicas(
         &self,
         _request: Request<v1::ListReplicasRequest>,
@@ -472,6 +494,7 @@ impl Cairn for Service {
                 request.name
             )));
         }
+        let encryption = keys::for_new(request.encryption).await?;
         let mut saved = SavedVolume {
             id: VolumeId(id_or_new(&request.id)?).to_string(),
             name: request.name.clone(),
@@ -479,9 +502,11 @@ impl Cairn for Service {
             replicas: request.replicas,
             allowed_hosts: request.allowed_hosts,
             child_deadline_ms: request.child_deadline_ms,
+            encryption,
             created: false,
         };
-        let spec = self.spec_of(&saved).map_err(Status::invalid_argument)?;
+        let keys = keys::spec_of(&saved).await?;
+        let spec = self.spec_of(&saved, keys).map_err(Status::invalid_argument)?;
         // Remembered first: a crash now leaves a volume whose making is taken up again.
         self.remember(saved.clone())?;
         let added = self.ask(|reply| Command::AddVolume { spec, reply }).await;
@@ -505,6 +530,27 @@ impl Cairn for Service {
                 Err(status)
             }
         }
+    }
+
+    async fn resize_volume(
+        &self,
+        request: Request<v1::ResizeVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.resize(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unlock_volume(
+        &self,
+        request: Request<v1::UnlockVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.unlock(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn rotate_volume_key(
+        &self,
+        request: Request<v1::RotateVolumeKeyRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.rotate(request.into_inner()).await.map(Response::new)
     }
 
     async fn delete_volume(

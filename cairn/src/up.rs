@@ -47,8 +47,8 @@ pub(crate) struct UpArgs {
     #[arg(long, default_value_t = 4420)]
     port: u16,
 
-    /// Check a volume in a temporary folder, on free ports, byte by byte: write a pattern, kill a
-    /// replica half-way, read everything back from the nexus and from each replica left.
+    /// Check volumes in a temporary folder, on free ports, byte by byte: an encrypted one that grows, and
+    /// one that loses a replica half-way and is read back from the nexus and from each replica left.
     #[arg(long, conflicts_with_all = ["data", "size", "port"])]
     check: bool,
 }
@@ -225,6 +225,7 @@ impl Cluster {
                 id: self.replicas.first().map_or_else(String::new, |r| r.volume_id.clone()),
                 allowed_hosts: Vec::new(),
                 child_deadline_ms: 0,
+                encryption: None,
             };
             let made = self.client.create_volume(request).await.map_err(|s| said(&s))?;
             return Ok(made.into_inner());
@@ -248,6 +249,20 @@ impl Cluster {
 
     pub(crate) fn nexus_socket(&self) -> PathBuf {
         socket_path(&self.data, "nexus")
+    }
+
+    /// The API socket of a process.
+    pub(crate) fn socket(&self, name: &str) -> PathBuf {
+        socket_path(&self.data, name)
+    }
+
+    /// Kills the nexus at once, and starts it again.
+    pub(crate) async fn restart_nexus(&mut self) -> Result<()> {
+        self.kill(REPLICAS)?;
+        let (process, client) = start_process(&self.data, "nexus", 0, Vec::new()).await?;
+        self.processes[REPLICAS] = process;
+        self.client = client;
+        Ok(())
     }
 
     /// Kills one process at once, as a crash would.

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use cairn_block::{BlockSize, PoolId, ReplicaId, VolumeId};
+use cairn_crypt::{Envelope, Kek, KeyId};
 use cairn_nexus::Purpose;
 use cairn_replica::{Pool, ReplicaSpec, Usage};
 
@@ -77,6 +78,28 @@ pub enum ChildAddress {
     },
 }
 
+/// How an encrypted volume's key is had.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EncryptionSpec {
+    /// The key-encryption keys to try; more than one while a change of the key is not known to be done.
+    pub keks: Vec<Kek>,
+    /// Why a key is not among them; empty where all are.
+    pub missing: String,
+    /// The key of a volume that is to be made, wrapped with one of `keks`.
+    pub new: Option<Box<Envelope>>,
+    /// The volume that the key was made for, where it is another: a clone's origin.
+    pub owner: Option<VolumeId>,
+}
+
+/// How a volume is encrypted, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncryptionReport {
+    /// The cipher's name.
+    pub cipher: &'static str,
+    /// The id of the key that the volume's key is wrapped with.
+    pub key_id: KeyId,
+}
+
 /// A volume to be served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeSpec {
@@ -90,6 +113,8 @@ pub struct VolumeSpec {
     pub blocks: u64,
     /// Its replicas and where they are.
     pub children: Vec<(ReplicaId, ChildAddress)>,
+    /// Whether it is encrypted, and how its key is had.
+    pub encryption: Option<EncryptionSpec>,
     /// Whether it is new.
     pub purpose: Purpose,
     /// A replica that does not answer for so long is taken out.
@@ -214,6 +239,8 @@ pub struct VolumeReport {
     pub counters: ExportCounters,
     /// Requests in flight.
     pub in_flight: usize,
+    /// How it is encrypted; nothing where it is not, or that is not known yet.
+    pub encryption: Option<EncryptionReport>,
 }
 
 /// Something asked of a shard. `L` and `D` are the driver's listener and device.
@@ -245,6 +272,15 @@ pub enum Command<L, D> {
     ListPools {
         /// The answer.
         reply: Reply<Vec<PoolReport>>,
+    },
+    /// Use a pool's device up to its new end.
+    GrowPool {
+        /// Which.
+        pool: String,
+        /// Length of the device in bytes.
+        device_len: u64,
+        /// The answer, once the space can be used.
+        reply: Reply<()>,
     },
     /// Tell of the replicas.
     ListReplicas {
@@ -279,6 +315,26 @@ pub enum Command<L, D> {
         /// By name.
         name: String,
         /// The answer.
+        reply: Reply<()>,
+    },
+    /// Grow a volume and its replicas.
+    ResizeVolume {
+        /// By name.
+        name: String,
+        /// Its new size in blocks.
+        blocks: u64,
+        /// The answer, once a majority has stored it and hosts are told.
+        reply: Reply<()>,
+    },
+    /// Wrap a volume's key with another key-encryption key.
+    RotateKey {
+        /// By name.
+        name: String,
+        /// The new one.
+        kek: Kek,
+        /// Random.
+        nonce: [u8; 12],
+        /// The answer, once a majority has stored it.
         reply: Reply<()>,
     },
     /// Tell of the volumes.

@@ -13,14 +13,15 @@ pub mod shard;
 pub mod thread;
 
 pub use cairn_block as block;
+pub use cairn_crypt as crypt;
 pub use cairn_nexus as nexus;
 pub use cairn_nvmf as nvmf;
 pub use cairn_reactor as reactor;
 pub use cairn_replica as replica;
 
 pub use control::{
-    ChildAddress, ChildReport, Command, EngineError, ExportCounters, HostReport, PoolReport,
-    ReplicaReport, Reply, VolumeReport, VolumeSpec,
+    ChildAddress, ChildReport, Command, EncryptionReport, EncryptionSpec, EngineError,
+    ExportCounters, HostReport, PoolReport, ReplicaReport, Reply, VolumeReport, VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig};
 pub use thread::{EngineHandle, start};

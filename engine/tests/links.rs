@@ -96,6 +96,7 @@ impl Engine {
             purpose,
             child_deadline_ms: 2_000,
             allowed_hosts: None,
+            encryption: None,
         };
         self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
     }
@@ -268,6 +269,7 @@ fn children_that_cannot_be_are_refused() {
         purpose: Purpose::Create,
         child_deadline_ms: 2_000,
         allowed_hosts: None,
+        encryption: None,
     };
     let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
     let long = ChildAddress::Remote { peer, nqn: format!("nqn.{}", "x".repeat(300)) };

@@ -59,6 +59,10 @@ pub(crate) struct Child {
     pub(crate) state: ChildState,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
+    /// The round of the request to grow that it has in hand, and whether its session is taken up after it.
+    pub(crate) growing: Option<(u32, bool)>,
+    /// What it has said, in this session, to have grown to.
+    pub(crate) grown_to: u64,
     /// Counts sessions, so that an answer of an earlier one is known as such.
     pub(crate) session: u32,
     /// Which life of its machine the last session was with.

@@ -21,6 +21,7 @@ mod commit;
 mod config;
 mod nexus;
 mod ranges;
+mod reconfigure;
 mod slots;
 
 pub use children::{ChildState, FaultReason};
@@ -29,6 +30,8 @@ pub use nexus::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
     Nexus, NexusConfig, Purpose, Status, Ticket, VolumeState,
 };
+
+pub use reconfigure::ChangeError;
 
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::config::Register;
 use crate::ranges::Ranges;
+use crate::reconfigure::{Growing, Wanted};
 use crate::slots::{ChildSet, Phase, Slot, Slots};
 
 /// Replicas of a volume at most.
@@ -43,6 +44,9 @@ pub struct NexusConfig {
     pub volume: VolumeId,
     /// Its size in blocks.
     pub blocks: u64,
+    /// Whether it is encrypted; then what its first configuration says of it, where the volume is new and
+    /// a key is at hand.
+    pub encryption: Option<Vec<u8>>,
     /// Its replicas, at most [`MAX_CHILDREN`].
     pub children: Vec<ChildSpec>,
     /// Why it comes up.
@@ -96,6 +100,13 @@ pub enum ChildOp {
     },
     /// Store this register durably, unless a newer epoch was promised.
     Accept(Register),
+    /// Grow to this size, unless a newer epoch was promised.
+    Resize {
+        /// The epoch.
+        epoch: Epoch,
+        /// The size in blocks.
+        blocks: u64,
+    },
 }
 
 /// An operation for one child.
@@ -141,6 +152,15 @@ pub enum Event {
         /// Its number within the epoch.
         seq: u64,
     },
+    /// The configuration that was found is of an encrypted volume, or is not and should be: see
+    /// [`Nexus::locked`]. Assembly waits.
+    Locked,
+    /// The volume has another size: this many blocks.
+    Resized(u64),
+    /// The volume could not be grown: a replica refused, or none could be reached any more.
+    ResizeFailed(Option<ChildId>, IoStatus),
+    /// Another wrapping of the volume's key is stored.
+    KeyChanged,
 }
 
 /// Where the volume stands.
@@ -236,6 +256,15 @@ pub struct Nexus {
     pub(crate) epoch: Epoch,
     pub(crate) seq: u64,
     pub(crate) lineage: u64,
+    /// What the configuration says of encryption; empty where the volume has none.
+    pub(crate) encryption: Vec<u8>,
+    /// The one whose key is at hand.
+    pub(crate) admitted: Vec<u8>,
+    /// The one whose key is looked for.
+    pub(crate) locked: Vec<u8>,
+    /// What every commit from now on says besides the in-sync set.
+    pub(crate) wanted: Wanted,
+    pub(crate) growing: Option<Growing>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
@@ -271,6 +300,8 @@ impl Nexus {
                 connected: false,
                 state: ChildState::Disconnected,
                 load: 0,
+                growing: None,
+                grown_to: 0,
                 session: 0,
                 incarnation: 0,
                 written: 0,
@@ -278,6 +309,7 @@ impl Nexus {
                 flushing: Vec::with_capacity(16),
             })
             .collect();
+        let encryption = config.encryption.clone().unwrap_or_default();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
         let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX);
@@ -288,6 +320,11 @@ impl Nexus {
             epoch: Epoch(0),
             seq: 0,
             lineage: 1,
+            admitted: encryption.clone(),
+            locked: Vec::new(),
+            wanted: Wanted { blocks: config.blocks, encryption: encryption.clone() },
+            encryption,
+            growing: None,
             round: 0,
             commit: None,
             assembly: Some(Assembly::new(n)),
@@ -419,6 +456,8 @@ impl Nexus {
         if self.assembly.is_some() {
             self.assembly_child_down(child, now_ms);
         }
+        (self.child(child).growing, self.child(child).grown_to) = (None, 0);
+        self.grow_over(child, Err(IoStatus::PathError));
         self.commit_refused(child);
         if self.assembly.is_some() {
             self.assembly_check_commit(now_ms);
@@ -473,7 +512,9 @@ impl Nexus {
     ) {
         assert!(ticket.is_register(), "a register operation's ticket");
         let round = ticket.0 & !REGISTER;
-        if self.commit.as_ref().is_some_and(|c| c.round == round) {
+        if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
+            self.handle_grow_reply(child, &reply, now_ms);
+        } else if self.commit.as_ref().is_some_and(|c| c.round == round) {
             self.handle_accept_reply(child, &reply);
         } else if self.assembly.is_some() {
             self.handle_assembly_reply(child, round, reply, now_ms);
@@ -494,6 +535,7 @@ impl Nexus {
             self.give_up(late, now_ms);
         }
         self.ask_again();
+        self.growth_timeout(now_ms);
         self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
@@ -505,7 +547,7 @@ impl Nexus {
     #[must_use]
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.config.child_deadline_ms / 8).max(10);
-        let busy = self.slots.in_use() > 0 || self.has_to_ask_again();
+        let busy = self.slots.in_use() > 0 || self.has_to_ask_again() || self.growing.is_some();
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
         [assembly, busy.then_some(now_ms + tick)].into_iter().flatten().min()
     }
@@ -614,7 +656,7 @@ impl Nexus {
         self.look(at, now_ms);
     }
 
-    fn is_usable(&self, child: ChildId) -> bool {
+    pub(crate) fn is_usable(&self, child: ChildId) -> bool {
         let c = &self.children[usize::from(child.0)];
         c.connected && c.state == ChildState::Online
     }
@@ -758,7 +800,7 @@ impl Nexus {
     }
 
     /// Runs what can run until nothing more can.
-    fn settle(&mut self, now_ms: u64) {
+    pub(crate) fn settle(&mut self, now_ms: u64) {
         loop {
             if let Some(at) = self.ready.pop_front() {
                 let fresh = self.slots.get(at).is_some_and(|slot| {
@@ -814,6 +856,8 @@ impl Nexus {
             return;
         }
         match reply {
+            Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
+            Ok(held) if self.grows_first(child, held.blocks) => {}
             Ok(held) if self.child(child).state == ChildState::Joining => {
                 let lost = self.child(child).lost_writes(held.incarnation);
                 self.child(child).incarnation = held.incarnation;
@@ -851,6 +895,7 @@ impl Nexus {
 
     fn answer_all(&mut self) {
         self.commit = None;
+        self.growing = None;
         let open: Vec<u16> = self
             .slots
             .iter()

@@ -6,6 +6,8 @@ use cairn_block::{BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, Rep
 
 use super::*;
 
+mod reconfigure;
+
 const DEADLINE: u64 = 1000;
 const WAIT: u64 = 500;
 
@@ -30,6 +32,7 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
     NexusConfig {
         volume: VolumeId(99),
         blocks: 1000,
+        encryption: None,
         children: (0..n)
             .map(|i| ChildSpec { replica: ReplicaId(u128::from(i) + 1), local: false })
             .collect(),
@@ -128,8 +131,12 @@ impl Bench {
                 Ok(register.clone())
             }
             ChildOp::Accept(new) if new.accepted_epoch >= register.promised_epoch => {
-                *register = new.clone();
+                *register = Register { blocks: register.blocks, ..new.clone() };
                 Ok(new.clone())
+            }
+            ChildOp::Resize { epoch, blocks } if *epoch >= register.promised_epoch => {
+                register.blocks = register.blocks.max(*blocks);
+                Ok(register.clone())
             }
             _ => Err(IoStatus::Fenced),
         }

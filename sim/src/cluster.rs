@@ -8,10 +8,12 @@ use std::sync::mpsc;
 
 use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, PoolId};
 use cairn_block::{ReplicaId, VolumeId};
+use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
 use cairn_engine::nexus::Purpose;
 use cairn_engine::replica::{DiskOp, FormatOptions, Pool, ReplicaSpec};
 use cairn_engine::{
-    ChildAddress, Command, EngineError, Reply, Shard, ShardConfig, VolumeReport, VolumeSpec,
+    ChildAddress, Command, EncryptionSpec, EngineError, Reply, Shard, ShardConfig, VolumeReport,
+    VolumeSpec,
 };
 
 use crate::client::{Client, Workload};
@@ -55,7 +57,12 @@ pub struct ClusterConfig {
     pub arena_len: u32,
     /// Whether pools are formatted as on a device known to be zeroed.
     pub zeroed: bool,
+    /// Whether volumes are encrypted.
+    pub encrypted: bool,
 }
+
+/// What a command will have answered.
+type Answer = mpsc::Receiver<Result<(), EngineError>>;
 
 enum Process {
     Dead,
@@ -75,6 +82,8 @@ pub struct Cluster {
     histories: Vec<Rc<RefCell<History>>>,
     /// How often each machine has lost power.
     lives: Vec<u128>,
+    /// Sizes that volumes were to grow to, and what became of it.
+    growth: Vec<(usize, u64, Answer)>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -101,6 +110,22 @@ fn replica_id(volume: usize, pool: usize) -> ReplicaId {
 
 fn volume_nqn(volume: usize) -> String {
     format!("nqn.2026-11.io.cairn:volume:{volume}")
+}
+
+/// The key of a volume, and the one that it is wrapped with.
+fn keys(volume: usize) -> (VolumeKey, Kek) {
+    let number = u8::try_from(volume).expect("few volumes");
+    let mut bytes = [number; DATA_KEY_LEN];
+    bytes[0] ^= 1;
+    let key = VolumeKey::new(bytes).expect("its halves differ");
+    (key, Kek::parse(&[number; 32]).expect("a key has 32 bytes"))
+}
+
+fn encryption(volume: usize, purpose: Purpose) -> EncryptionSpec {
+    let (key, kek) = keys(volume);
+    let wrap = || Box::new(kek.wrap(&key, VolumeId(volume as u128 + 1), [0; 12]));
+    let new = (purpose == Purpose::Create).then(wrap);
+    EncryptionSpec { new, keks: vec![kek], ..EncryptionSpec::default() }
 }
 
 impl Cluster {
@@ -133,6 +158,7 @@ impl Cluster {
         let mut cluster = Self {
             world,
             lives: vec![0; config.replicas + 2],
+            growth: Vec::new(),
             processes: Vec::new(),
             disks,
             replicas: vec![None; config.replicas],
@@ -320,6 +346,7 @@ impl Cluster {
                 purpose,
                 child_deadline_ms: self.config.child_deadline_ms,
                 allowed_hosts: None,
+                encryption: self.config.encrypted.then(|| encryption(volume, purpose)),
             };
             self.command(node, |reply| Command::AddVolume { spec, reply })
                 .expect("the volume is new to the process");
@@ -337,6 +364,44 @@ impl Cluster {
         self.add(node, Process::Client(Box::new(client)));
         self.clients.push(node);
         self.run(node);
+    }
+
+    /// Has a volume grow, where the nexus runs; what comes of it is looked at in [`Cluster::compare`].
+    pub fn grow_volume(&mut self, volume: usize, blocks: u64) {
+        let Some(node) = self.nexus else { return };
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return };
+        let (tx, rx) = mpsc::channel();
+        let reply = Reply::new(move |result| {
+            // Nobody may look.
+            let _told = tx.send(result);
+        });
+        shard.command(Command::ResizeVolume { name: format!("volume{volume}"), blocks, reply });
+        self.growth.push((volume, blocks, rx));
+        self.run(node);
+    }
+
+    /// A size that was acked is the volume's, or a larger one is, and its replicas have it.
+    fn check_sizes(&self, volume: usize, report: &VolumeReport) {
+        let mut possible = vec![self.config.blocks];
+        for (_, blocks, answer) in self.growth.iter().filter(|(v, ..)| *v == volume) {
+            possible.push(*blocks);
+            if let Ok(Ok(())) = answer.try_recv() {
+                assert!(
+                    report.blocks >= *blocks,
+                    "volume {volume} had grown to {blocks}: {report:?}"
+                );
+            }
+        }
+        assert!(possible.contains(&report.blocks), "volume {volume}: {report:?}, of {possible:?}");
+        for (at, child) in report.children.iter().enumerate() {
+            if child.state == "online" {
+                let mut disk = self.world().disk(self.disks[at]).clone();
+                let pool = Pool::open(&mut disk).expect("the pool opens");
+                let id = replica_id(volume, at);
+                let has = pool.replicas().find(|r| r.id == id).map_or(0, |r| r.blocks);
+                assert!(has >= report.blocks, "replica {at} has {has} blocks: {report:?}");
+            }
+        }
     }
 
     /// Kills the process of a pool, if it runs.
@@ -494,10 +559,11 @@ impl Cluster {
     /// Reads every pool of a volume's in-sync set directly and compares them.
     ///
     /// # Panics
-    /// Where two of them differ in a block that must be alike.
+    /// Where two of them differ in a block that must be alike, or a replica is smaller than its volume.
     pub fn compare(&mut self) {
         let reports = self.volumes().expect("the nexus runs");
         for (volume, report) in reports.iter().enumerate() {
+            self.check_sizes(volume, report);
             let members: BTreeSet<usize> = report
                 .children
                 .iter()
@@ -522,7 +588,7 @@ impl Cluster {
         }
     }
 
-    /// What a replica holds, read from its pool as after a crash at this moment.
+    /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
     fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
         let mut disk = self.world().disk(self.disks[at]).clone();
         let mut pool = Pool::open(&mut disk).expect("the pool opens");
@@ -548,6 +614,9 @@ impl Cluster {
             assert!(done.status.is_ok(), "a read of a healthy pool");
             out.extend_from_slice(memory.bytes(buf.slice()));
             memory.release(buf);
+        }
+        if self.config.encrypted {
+            keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
         }
         out
     }

@@ -67,6 +67,24 @@ enum Repair {
     Disk(usize),
 }
 
+/// When a volume is to grow, and to how many blocks.
+type Growth = (u64, usize, u64);
+
+/// Growth while the hosts work, drawn apart: nothing else changes with it where there is none.
+fn growth(seed: u64, volumes: usize, now_ns: u64) -> Vec<Growth> {
+    let mut rng = Rng::new(seed ^ 0x9706);
+    if !rng.chance(250) {
+        return Vec::new();
+    }
+    let at = |rng: &mut Rng| {
+        let most = [50, 500, 4_000][rng.index(3)] * MS;
+        now_ns + rng.below(most)
+    };
+    (0..1 + rng.index(4))
+        .map(|_| (at(&mut rng), rng.index(volumes), 1025 + rng.below(3000)))
+        .collect()
+}
+
 /// Runs the cluster of a seed, and checks it.
 ///
 /// # Panics
@@ -106,6 +124,8 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         volume_requests: if rng.chance(200) { 4 } else { 64 },
         arena_len: if rng.chance(200) { 5 << 20 } else { 8 << 20 },
         zeroed: rng.chance(500),
+        // Drawn apart: nothing else changes with it.
+        encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
     };
     world.say(format_args!("{config:?} {faults:?}"));
     let volumes = config.volumes;
@@ -115,7 +135,9 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
             cluster.add_client(volume, workload(&mut rng));
         }
     }
-    let mut run = Run { cluster, rng, faults, victim: 0, repairs: Vec::new(), count: 0, most: 0 };
+    let growth = growth(seed, volumes, cluster.world().now_ns());
+    let repairs = Vec::new();
+    let mut run = Run { cluster, rng, faults, victim: 0, repairs, growth, count: 0, most: 0 };
     run.most = 1 + run.rng.below(25);
     run.victim = run.rng.index(replicas);
     run.work();
@@ -158,6 +180,7 @@ struct Run {
     /// The one replica that may be lost.
     victim: usize,
     repairs: Vec<(u64, Repair)>,
+    growth: Vec<Growth>,
     /// Faults so far, and how many there are to be.
     count: u64,
     most: u64,
@@ -186,7 +209,10 @@ impl Run {
                 next_fault = now + if last { 10_000 * MS } else { MS + self.rng.below(2 * pace) };
             }
             self.repair(now);
-            let next = self.repairs.iter().map(|(at, _)| *at).fold(next_fault, u64::min);
+            self.grow(now);
+            let growth = self.growth.iter().map(|(at, ..)| *at);
+            let next =
+                self.repairs.iter().map(|(at, _)| *at).chain(growth).fold(next_fault, u64::min);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
     }
@@ -210,6 +236,13 @@ impl Run {
         self.repairs.retain(|(at, _)| *at > now);
         for what in due {
             self.mend(what);
+        }
+    }
+
+    fn grow(&mut self, now: u64) {
+        let due: Vec<Growth> = self.growth.extract_if(.., |(at, ..)| *at <= now).collect();
+        for (_, volume, blocks) in due {
+            self.cluster.grow_volume(volume, blocks);
         }
     }
 

@@ -17,6 +17,7 @@ fn cluster(seed: u64) -> Cluster {
         volume_requests: 64,
         arena_len: 8 << 20,
         zeroed: true,
+        encrypted: false,
     };
     let mut cluster = Cluster::new(World::new(seed), config);
     cluster.add_client(

@@ -28,6 +28,9 @@ impl<D: Driver> Shard<D> {
             | Command::DeleteReplica { reply, .. }
             | Command::AddVolume { reply, .. }
             | Command::RemoveVolume { reply, .. }
+            | Command::GrowPool { reply, .. }
+            | Command::ResizeVolume { reply, .. }
+            | Command::RotateKey { reply, .. }
                 if stopping =>
             {
                 reply.send(Err(EngineError::Stopped));
@@ -48,6 +51,15 @@ impl<D: Driver> Shard<D> {
             Command::AddVolume { spec, reply } => {
                 let added = self.add_volume(spec, now);
                 reply.send(added);
+            }
+            Command::GrowPool { pool, device_len, reply } => {
+                self.grow_pool(&pool, device_len, reply);
+            }
+            Command::ResizeVolume { name, blocks, reply } => {
+                self.resize_volume(&name, blocks, reply, now);
+            }
+            Command::RotateKey { name, kek, nonce, reply } => {
+                self.rotate_key(&name, &kek, nonce, reply, now);
             }
             Command::RemoveVolume { name, reply } => {
                 let found = self.volumes.iter().find(|(_, v)| v.spec.name == name);
@@ -213,6 +225,7 @@ impl<D: Driver> Shard<D> {
             hosts,
             counters: volume.counters,
             in_flight: requests,
+            encryption: super::keys::report(volume.nexus.encryption(), volume.nexus.locked()),
         }
     }
 }

@@ -39,6 +39,9 @@ pub(super) struct HostIo {
     read_len: u32,
     /// Ranges of a discard that are still to be done, and the next one's index.
     discards: (u16, u16),
+    /// The encrypted volume that it is for, once it was handed over: a write is encrypted by then, and
+    /// what comes of a read is to be decrypted.
+    sealed: Option<u32>,
     answered: bool,
 }
 
@@ -68,6 +71,7 @@ impl<D: Driver> Shard<D> {
             buf: None,
             read_len: 0,
             discards: (0, 0),
+            sealed: None,
             answered: false,
         };
         match io.command {
@@ -147,7 +151,16 @@ impl<D: Driver> Shard<D> {
         let request = IoRequest { op: io.op, range: io.range, buf };
         let (namespace, conn, generation) = (io.namespace, io.conn, io.generation);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
-            Some(&Export::Volume(volume)) => self.submit_to_volume(volume, at, request, now),
+            Some(&Export::Volume(volume)) => {
+                // Once, here: from here on the nexus may hold the request and send it again, and its
+                // children only ever see what is encrypted. (A discard comes by once for each range.)
+                let io = &self.ios[at];
+                let fresh = io.sealed.is_none();
+                if fresh && self.seal(volume, request.op, request.range, request.buf) {
+                    self.ios[at].sealed = Some(volume);
+                }
+                self.submit_to_volume(volume, at, request, now);
+            }
             Some(&Export::Replica { pool, slot, .. }) => {
                 if self.is_fenced(conn, generation, pool, slot) {
                     self.finish(at, IoStatus::Fenced, now);
@@ -164,6 +177,13 @@ impl<D: Driver> Shard<D> {
 
     /// The request, or one range of a discard, is done; its buffer may still be in use.
     pub(super) fn host_io_done(&mut self, at: u32, status: IoStatus, _now: u64) {
+        let io = &self.ios[at];
+        if let (Some(volume), IoOp::Read, IoStatus::Ok, Some(buf)) =
+            (io.sealed, io.op, status, io.buf.as_ref())
+        {
+            let (range, data) = (io.range, buf.slice());
+            self.unseal(volume, range, data);
+        }
         let io = &self.ios[at];
         let more = io.op == IoOp::Discard && status.is_ok() && io.discards.1 < io.discards.0;
         if !more {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use cairn_block::{Buf, IoRequest, IoStatus, Memory, ReplicaId};
-use cairn_nexus::{ChildId, ChildOp, Ticket};
+use cairn_nexus::{ChildId, ChildOp, Register, Ticket};
 use cairn_nvmf::initiator::{
     Completed, NamespaceInfo, QueueIndex, Session, SessionConfig, SessionEvent, Submit,
     SubmitError, VendorData,
@@ -377,6 +377,12 @@ impl<D: Driver> Shard<D> {
                 register::encode(register, memory.bytes_mut(window));
                 (register::OPCODE_ACCEPT, 0, 0, VendorData::Out(window))
             }
+            ChildOp::Resize { epoch, blocks } => {
+                let asked =
+                    Register { accepted_epoch: *epoch, blocks: *blocks, ..Register::default() };
+                register::encode(&asked, memory.bytes_mut(window));
+                (register::OPCODE_RESIZE, 0, 0, VendorData::Out(window))
+            }
             ChildOp::ReadRegister | ChildOp::Io(_) => {
                 (register::OPCODE_READ, 0, 0, VendorData::In(window))
             }
@@ -442,15 +448,9 @@ impl<D: Driver> Shard<D> {
         let link = &mut self.links[at];
         let (volume, child) = (link.volume, link.child);
         let Some(v) = self.volumes.get_mut(volume) else { return };
-        if info.id != link.replica.0 || info.blocks < v.nexus.blocks() {
-            let why = format!(
-                "{} at {} is not replica {}, or is too small ({} blocks; the volume has {})",
-                link.nqn,
-                link.peer,
-                link.replica,
-                info.blocks,
-                v.nexus.blocks()
-            );
+        // One that is too small grows before the nexus uses it.
+        if info.id != link.replica.0 {
+            let why = format!("{} at {} is not replica {}", link.nqn, link.peer, link.replica);
             self.fail_link(at, &why);
             return;
         }

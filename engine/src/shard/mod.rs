@@ -6,8 +6,10 @@
 mod commands;
 mod hosts;
 mod io;
+mod keys;
 mod links;
 mod pools;
+mod resize;
 mod table;
 mod volumes;
 

@@ -36,7 +36,7 @@ pub(super) enum Waiter {
     Create { id: ReplicaId, reply: Reply<ReplicaReport> },
     Delete { reply: Reply<()> },
     Checkpoint,
-    Grow,
+    Grow { reply: Option<Reply<()>> },
 }
 
 /// Who asked for a register operation.
@@ -51,6 +51,7 @@ pub(super) enum RegisterKind {
     Read,
     Promise { epoch: Epoch, again: bool },
     Accept(Register),
+    Resize { epoch: Epoch, blocks: u64 },
 }
 
 /// A promise that is stored, but not answered before what the replica had in hand for earlier
@@ -145,7 +146,7 @@ impl<D: Driver> Shard<D> {
             self.export_replica(at, slot)?;
         }
         if device_len / 4096 > self.pools[usize::from(at)].pool.device_len() / 4096 {
-            let tag = self.control_tag(at, Waiter::Grow);
+            let tag = self.control_tag(at, Waiter::Grow { reply: None });
             self.pools[usize::from(at)].pool.grow(tag, device_len, self.driver.memory());
         }
         Ok(())
@@ -303,7 +304,8 @@ impl<D: Driver> Shard<D> {
             }
             Waiter::Delete { reply } => reply.send(result),
             Waiter::Checkpoint => self.checkpoint_done(),
-            Waiter::Grow => {
+            Waiter::Grow { reply: Some(reply) } => reply.send(result),
+            Waiter::Grow { reply: None } => {
                 if let Err(error) = result {
                     let pool = &self.pools[usize::from(pool)].name;
                     tracing::error!(%pool, %error, "the pool did not grow with its device");
@@ -343,7 +345,10 @@ impl<D: Driver> Shard<D> {
                 RegisterKind::Promise { epoch: Epoch(epoch), again }
             }
             (register::OPCODE_ACCEPT, Some(page)) => RegisterKind::Accept(page),
-            (register::OPCODE_ACCEPT, None) => {
+            (register::OPCODE_RESIZE, Some(page)) => {
+                RegisterKind::Resize { epoch: page.accepted_epoch, blocks: page.blocks }
+            }
+            (register::OPCODE_ACCEPT | register::OPCODE_RESIZE, None) => {
                 self.answer_register(origin, Err(IoStatus::InvalidField));
                 return;
             }
@@ -384,9 +389,10 @@ impl<D: Driver> Shard<D> {
                 self.pools[usize::from(pool)].registers.pop_front();
                 continue;
             }
+            let blocks = self.replica_blocks(pool, slot);
             let local = &mut self.pools[usize::from(pool)];
             let Some(op) = local.registers.front() else { return };
-            let Some(held) = local.pool.register(slot).map(|r| to_nexus(r, life)) else {
+            let Some(held) = local.pool.register(slot).map(|r| to_nexus(r, life, blocks)) else {
                 local.registers.pop_front();
                 self.answer_register(origin, Err(IoStatus::NotReady));
                 continue;
@@ -406,6 +412,17 @@ impl<D: Driver> Shard<D> {
                     } else {
                         Some(Err(IoStatus::Fenced))
                     }
+                }
+                RegisterKind::Resize { epoch, .. } if *epoch < held.promised_epoch => {
+                    Some(Err(IoStatus::Fenced))
+                }
+                RegisterKind::Resize { blocks, .. } if *blocks <= held.blocks => Some(Ok(held)),
+                RegisterKind::Resize { blocks, .. } => {
+                    local.register_busy = true;
+                    local.busy = true;
+                    let tag = Owner::Register.tag();
+                    local.pool.resize_replica(tag, slot, *blocks, self.driver.memory());
+                    None
                 }
                 RegisterKind::Accept(new) => {
                     let current = (held.accepted_epoch, held.seq);
@@ -448,7 +465,12 @@ impl<D: Driver> Shard<D> {
         local.register_busy = false;
         local.busy = true;
         let Some(op) = local.registers.pop_front() else { return };
-        let held = local.pool.register(op.slot).map(|r| to_nexus(r, life));
+        if let (RegisterKind::Resize { .. }, IoStatus::Ok) = (&op.kind, status) {
+            self.replica_resized(pool, op.slot);
+        }
+        let blocks = self.replica_blocks(pool, op.slot);
+        let local = &self.pools[usize::from(pool)];
+        let held = local.pool.register(op.slot).map(|r| to_nexus(r, life, blocks));
         let answer = match (status, held) {
             (IoStatus::Ok, Some(held)) => Ok(held),
             (IoStatus::Ok, None) => Err(IoStatus::NotReady),
@@ -555,13 +577,14 @@ impl<D: Driver> Shard<D> {
     }
 }
 
-fn to_nexus(register: &cairn_replica::Register, incarnation: u128) -> Register {
+fn to_nexus(register: &cairn_replica::Register, incarnation: u128, blocks: u64) -> Register {
     Register {
         promised_epoch: register.promised_epoch,
         accepted_epoch: register.accepted_epoch,
         seq: register.seq,
         config: register.config.clone(),
         incarnation,
+        blocks,
     }
 }
 
