@@ -19,7 +19,7 @@ fn cluster(seed: u64, local_replica: bool) -> Cluster {
         volume_requests: 64,
         arena_len: 8 << 20,
         zeroed: true,
-        encrypted: seed % 2 == 0,
+        encrypted: seed.is_multiple_of(2),
     };
     let mut cluster = Cluster::new(World::new(seed), config);
     let work = Workload {
