@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 
-use cairn_block::{BlockSize, PoolId, ReplicaId, VolumeId};
+use cairn_block::{BlockSize, PoolId, ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_crypt::{Envelope, Kek, KeyId};
 use cairn_nexus::Purpose;
 use cairn_replica::{Pool, ReplicaSpec, Usage};
+
+use crate::snapshot::SnapshotCall;
 
 /// Why a command was not carried out. Each says what was wrong with what.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -243,6 +245,27 @@ pub struct VolumeReport {
     pub encryption: Option<EncryptionReport>,
 }
 
+/// A snapshot of a volume, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotReport {
+    /// Which.
+    pub id: SnapshotId,
+    /// Its name.
+    pub name: String,
+    /// When it was taken, in seconds since 1970.
+    pub created: u64,
+    /// Size of the volume then, in blocks.
+    pub blocks: u64,
+    /// Bytes that are kept for it alone, on the replica that keeps most.
+    pub own_bytes: u64,
+    /// It is being deleted, or waits for its clones to be.
+    pub deleting: bool,
+    /// How many replicas have it.
+    pub replicas: usize,
+    /// Of how many that were asked.
+    pub of_replicas: usize,
+}
+
 /// Something asked of a shard. `L` and `D` are the driver's listener and device.
 #[derive(Debug)]
 pub enum Command<L, D> {
@@ -336,6 +359,26 @@ pub enum Command<L, D> {
         nonce: [u8; 12],
         /// The answer, once a majority has stored it.
         reply: Reply<()>,
+    },
+    /// Take, delete, restore or clone a snapshot; take one of several volumes at one instant.
+    Snapshot {
+        /// Of which volumes; more than one only where snapshots are taken.
+        volumes: Vec<String>,
+        /// What to do.
+        verb: SnapshotVerb,
+        /// About which snapshot.
+        call: SnapshotCall,
+        /// Restore though hosts are connected.
+        force: bool,
+        /// The answer: every in-sync replica has done it.
+        reply: Reply<()>,
+    },
+    /// Tell of a volume's snapshots.
+    ListSnapshots {
+        /// By name.
+        volume: String,
+        /// The answer.
+        reply: Reply<Vec<SnapshotReport>>,
     },
     /// Tell of the volumes.
     ListVolumes {

@@ -10,6 +10,7 @@ pub mod control;
 pub mod device;
 pub mod register;
 pub mod shard;
+pub mod snapshot;
 pub mod thread;
 
 pub use cairn_block as block;
@@ -21,7 +22,8 @@ pub use cairn_replica as replica;
 
 pub use control::{
     ChildAddress, ChildReport, Command, EncryptionReport, EncryptionSpec, EngineError,
-    ExportCounters, HostReport, PoolReport, ReplicaReport, Reply, VolumeReport, VolumeSpec,
+    ExportCounters, HostReport, PoolReport, ReplicaReport, Reply, SnapshotReport, VolumeReport,
+    VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig};
 pub use thread::{EngineHandle, start};

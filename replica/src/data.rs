@@ -167,6 +167,9 @@ impl Pool {
         if request.op == IoOp::Flush {
             return Ok(());
         }
+        if matches!(request.op, IoOp::Snapshot(_)) {
+            return Err(IoStatus::Unsupported);
+        }
         let range = request.range;
         LbaRange::within(range.start(), range.blocks(), replica.page.blocks)
             .map_err(|_| IoStatus::OutOfRange)?;
@@ -549,7 +552,7 @@ fn next_part(id: u32, request: &mut Request, size: u64) -> Part {
         IoOp::Discard | IoOp::WriteZeroes { unmap: true, .. } if whole => Action::Free,
         IoOp::Discard => Action::Zero { punch: true },
         IoOp::WriteZeroes { unmap, .. } => Action::Zero { punch: unmap },
-        IoOp::Flush => unreachable!("a flush has no parts"),
+        IoOp::Flush | IoOp::Snapshot(_) => unreachable!("it has no parts"),
     };
     let fit = "an extent has 256 blocks, and a replica at most 2^31 extents";
     let blocks = u32::try_from(blocks).expect(fit);

@@ -21,6 +21,11 @@ impl<D: Driver> Shard<D> {
         match command {
             Command::ListPools { reply } => reply.send(Ok(self.pool_reports())),
             Command::ListReplicas { reply } => reply.send(Ok(self.replica_reports())),
+            Command::ListSnapshots { volume, reply } => self.list_snapshots(&volume, reply),
+            Command::Snapshot { reply, .. } if stopping => reply.send(Err(EngineError::Stopped)),
+            Command::Snapshot { volumes, verb, call, force, reply } => {
+                self.snapshot_volumes(&volumes, (verb, &call), force, reply, now);
+            }
             Command::ListVolumes { reply } => reply.send(Ok(self.volume_reports())),
             Command::Shutdown { reply } => self.begin_shutdown(reply, now),
             Command::AddListener { reply, .. }

@@ -269,5 +269,6 @@ fn count(counters: &mut ExportCounters, op: IoOp, len: u32, status: IoStatus) {
         }
         IoOp::Flush => counters.flushes += 1,
         IoOp::Discard => counters.discards += 1,
+        IoOp::Snapshot(_) => {}
     }
 }

@@ -10,6 +10,7 @@ mod keys;
 mod links;
 mod pools;
 mod resize;
+mod snapshots;
 mod table;
 mod volumes;
 
@@ -122,6 +123,10 @@ pub struct Shard<D: Driver> {
     waiting_ios: VecDeque<u32>,
     /// Promises that wait for earlier requests to end.
     drains: Vec<pools::Drain>,
+    /// Snapshots being taken, and lists of them being put together.
+    snapshots: Vec<snapshots::SnapshotWork>,
+    lists: Vec<snapshots::ListWork>,
+    next_snapshot: u64,
     /// Connections with bytes that could not be taken yet.
     stalled: Vec<u32>,
     /// Connections, links, volumes and pools that something happened to in this turn.
@@ -172,6 +177,9 @@ impl<D: Driver> Shard<D> {
             exports: Vec::new(),
             waiting_ios: VecDeque::with_capacity(1024),
             drains: Vec::new(),
+            snapshots: Vec::new(),
+            lists: Vec::new(),
+            next_snapshot: 0,
             stalled: Vec::with_capacity(64),
             busy_hosts: Vec::with_capacity(256),
             busy_links: Vec::with_capacity(256),

@@ -12,6 +12,7 @@ use cairn_reactor::{DeviceId, DiskFault, Driver, Op};
 use cairn_replica::{DiskError, DiskId, DiskOp, Pool, PoolState, ReplicaSlot, ReplicaState};
 
 use super::io::Export;
+use super::snapshots::SnapshotOrigin;
 use super::{Shard, Subject, token};
 use crate::control::{EngineError, ReplicaReport, Reply};
 use crate::register;
@@ -33,10 +34,24 @@ pub(super) struct LocalPool {
 
 /// Who waits for a control operation of a pool.
 pub(super) enum Waiter {
-    Create { id: ReplicaId, reply: Reply<ReplicaReport> },
-    Delete { reply: Reply<()> },
+    Create {
+        id: ReplicaId,
+        reply: Reply<ReplicaReport>,
+    },
+    Delete {
+        reply: Reply<()>,
+    },
     Checkpoint,
-    Grow { reply: Option<Reply<()>> },
+    Grow {
+        reply: Option<Reply<()>>,
+    },
+    Snapshot {
+        origin: SnapshotOrigin,
+        slot: ReplicaSlot,
+        made: Option<ReplicaId>,
+    },
+    /// Nobody.
+    Orphan,
 }
 
 /// Who asked for a register operation.
@@ -63,6 +78,8 @@ pub(super) struct Drain {
     answer: Register,
     /// Requests to wait for.
     ios: Vec<u32>,
+    /// On this replica.
+    replica: (u16, ReplicaSlot),
 }
 
 #[derive(Debug)]
@@ -145,6 +162,7 @@ impl<D: Driver> Shard<D> {
         for slot in slots {
             self.export_replica(at, slot)?;
         }
+        self.drop_orphans(at);
         if device_len / 4096 > self.pools[usize::from(at)].pool.device_len() / 4096 {
             let tag = self.control_tag(at, Waiter::Grow { reply: None });
             self.pools[usize::from(at)].pool.grow(tag, device_len, self.driver.memory());
@@ -268,6 +286,14 @@ impl<D: Driver> Shard<D> {
                 let local = &mut self.pools[usize::from(pool)];
                 let Some(at) = local.control.iter().position(|(i, _)| *i == id) else { return };
                 let (_, waiter) = local.control.swap_remove(at);
+                if let Waiter::Snapshot { origin, made, .. } = waiter {
+                    if let Some(error) = &done.error {
+                        tracing::warn!(pool = %local.name, %error, "a snapshot call was refused");
+                    }
+                    self.snapshot_done(pool, (origin, made), done.status, now);
+                    self.finish_drains();
+                    return;
+                }
                 let result = match (done.status.is_ok(), done.error) {
                     (true, _) => Ok(()),
                     (false, Some(error)) => Err(EngineError::Invalid(error.to_string())),
@@ -290,6 +316,19 @@ impl<D: Driver> Shard<D> {
         Owner::Control { id }.tag()
     }
 
+    /// Takes back a tag that was not used.
+    pub(super) fn forget_control(&mut self, pool: u16, tag: u64) {
+        if let Owner::Control { id } = Owner::of(tag) {
+            self.pools[usize::from(pool)].control.retain(|(i, _)| *i != id);
+        }
+    }
+
+    /// Whether a snapshot call of a replica is under way.
+    fn has_snapshot_call(&self, pool: u16, slot: ReplicaSlot) -> bool {
+        let on = |w: &Waiter| matches!(w, Waiter::Snapshot { slot: s, .. } if *s == slot);
+        self.pools[usize::from(pool)].control.iter().any(|(_, w)| on(w))
+    }
+
     fn control_done(&mut self, pool: u16, waiter: Waiter, result: Result<(), EngineError>) {
         match waiter {
             Waiter::Create { id, reply } => {
@@ -302,7 +341,16 @@ impl<D: Driver> Shard<D> {
                 });
                 reply.send(result);
             }
-            Waiter::Delete { reply } => reply.send(result),
+            Waiter::Delete { reply } => {
+                reply.send(result);
+                self.drop_orphans(pool);
+            }
+            Waiter::Snapshot { .. } => unreachable!("answered before"),
+            Waiter::Orphan => {
+                if let Err(error) = result {
+                    tracing::warn!(%error, "the snapshot of a replica that is gone stays");
+                }
+            }
             Waiter::Checkpoint => self.checkpoint_done(),
             Waiter::Grow { reply: Some(reply) } => reply.send(result),
             Waiter::Grow { reply: None } => {
@@ -493,7 +541,9 @@ impl<D: Driver> Shard<D> {
         // From here on, what comes on an earlier session of this host is refused.
         self.bind_epoch(op.origin, *epoch);
         let ios = self.ios_on(pool, op.slot);
-        let drain = Drain { origin: op.origin, epoch: *epoch, answer: answer.clone(), ios };
+        let replica = (pool, op.slot);
+        let drain =
+            Drain { origin: op.origin, epoch: *epoch, answer: answer.clone(), ios, replica };
         self.drains.push(drain);
         self.finish_drains();
     }
@@ -510,7 +560,9 @@ impl<D: Driver> Shard<D> {
     }
 
     fn finish_drains(&mut self) {
-        while let Some(at) = self.drains.iter().position(|drain| drain.ios.is_empty()) {
+        while let Some(at) = self.drains.iter().position(|drain| {
+            drain.ios.is_empty() && !self.has_snapshot_call(drain.replica.0, drain.replica.1)
+        }) {
             let Drain { origin, epoch, answer, .. } = self.drains.swap_remove(at);
             tracing::debug!(%epoch, "promised, and drained");
             self.answer_register(origin, Ok(answer));

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, IoRequest, IoStatus, ReplicaId};
+use cairn_block::{BlockSize, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
 use cairn_crypt::VolumeKey;
 use cairn_nexus::{
     ChildId, ChildOp, ChildReply, ChildSpec, Event, Nexus, NexusConfig, Purpose, Ticket,
@@ -19,9 +19,11 @@ use super::io::Export;
 use super::keys;
 use super::links::Link;
 use super::pools::{Origin, Owner, RegisterKind, serial_of};
+use super::snapshots::SnapshotOrigin;
 use crate::control::{
     ChildAddress, EncryptionSpec, EngineError, ExportCounters, Reply, VolumeSpec,
 };
+use crate::snapshot;
 
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
@@ -60,10 +62,16 @@ pub(super) struct Volume {
     pub(super) change: Option<PendingChange>,
     /// Encrypts and decrypts, where the volume is encrypted and its key is at hand.
     pub(super) key: Option<Box<VolumeKey>>,
+    /// Requests wait: a snapshot of several volumes is being taken.
+    pub(super) frozen: bool,
     pub(super) busy: bool,
 }
 
 impl Volume {
+    pub(super) fn removing(&self) -> bool {
+        self.removing.is_some()
+    }
+
     /// Whoever waits for a change hears that it was not made.
     pub(super) fn fail_change(&mut self, why: &str) {
         if let Some(PendingChange::Size(reply) | PendingChange::Key(reply)) = self.change.take() {
@@ -134,6 +142,7 @@ impl<D: Driver> Shard<D> {
             removing: None,
             change: None,
             key,
+            frozen: false,
             busy: false,
         });
         for (child, (replica, address)) in (0u8..).zip(addresses) {
@@ -209,7 +218,7 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn submit_to_volume(&mut self, at: u32, io: u32, request: IoRequest, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else { return };
-        if volume.nexus.has_room() && volume.waiting.is_empty() {
+        if volume.nexus.has_room() && volume.waiting.is_empty() && !volume.frozen {
             volume.nexus.submit(u64::from(io), request, now);
         } else {
             volume.waiting.push_back((io, request));
@@ -255,16 +264,21 @@ impl<D: Driver> Shard<D> {
                 moved = true;
             }
             while let Some(done) = self.volumes[at].nexus.poll_done() {
-                let io = u32::try_from(done.tag).expect("tags are request numbers");
-                self.host_io_done(io, done.status, now);
+                match u32::try_from(done.tag) {
+                    Ok(io) => self.host_io_done(io, done.status, now),
+                    Err(_) => self.own_request_done(done.tag, Some(done.status)),
+                }
                 moved = true;
             }
             while let Some(tag) = self.volumes[at].nexus.poll_release() {
-                let io = u32::try_from(tag).expect("tags are request numbers");
-                self.host_io_released(io, now);
+                match u32::try_from(tag) {
+                    Ok(io) => self.host_io_released(io, now),
+                    Err(_) => self.own_request_done(tag, None),
+                }
                 moved = true;
             }
-            while self.volumes[at].nexus.has_room()
+            while !self.volumes[at].frozen
+                && self.volumes[at].nexus.has_room()
                 && let Some((io, request)) = self.volumes[at].waiting.pop_front()
             {
                 self.volumes[at].nexus.submit(u64::from(io), request, now);
@@ -276,6 +290,9 @@ impl<D: Driver> Shard<D> {
         }
         while let Some(event) = self.volumes[at].nexus.poll_event() {
             self.volume_event(at, event, now);
+        }
+        if !self.snapshots.is_empty() {
+            self.advance_snapshots(now);
         }
         let volume = &mut self.volumes[at];
         let next = volume.nexus.poll_timeout(now);
@@ -299,6 +316,15 @@ impl<D: Driver> Shard<D> {
 
     fn send_child(&mut self, at: u32, route: Route, io: cairn_nexus::ChildIo, now: u64) {
         match (route, io.op) {
+            (
+                Route::Local { pool, slot },
+                ChildOp::Io(IoRequest { op: IoOp::Snapshot(verb), buf, .. }),
+            ) => {
+                let (child, ticket) = (io.child, io.ticket);
+                let origin = SnapshotOrigin::Child { volume: at, child, ticket };
+                let call = snapshot::decode(self.driver.memory().bytes(buf));
+                self.snapshot_on_replica((pool, slot), origin, verb, call, now);
+            }
             (Route::Local { pool, slot }, ChildOp::Io(request)) => {
                 let tag = Owner::Child { volume: at, child: io.child, ticket: io.ticket }.tag();
                 let local = &mut self.pools[usize::from(pool)];
