@@ -22,12 +22,14 @@ mod config;
 mod nexus;
 mod ranges;
 mod slots;
+mod types;
 
 pub use children::{ChildState, FaultReason};
 pub use config::{Config, ConfigError, Register};
-pub use nexus::{
+pub use nexus::Nexus;
+pub use types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
-    Nexus, NexusConfig, Purpose, Status, Ticket, VolumeState,
+    NexusConfig, Purpose, Status, Ticket, VolumeState,
 };
 
 #[cfg(test)]

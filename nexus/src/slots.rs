@@ -2,7 +2,7 @@
 
 use cairn_block::IoRequest;
 
-use crate::nexus::ChildId;
+use crate::types::ChildId;
 
 /// A set of children, a bit each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
