@@ -74,7 +74,10 @@ impl Child {
     /// A request that it was sent is done.
     pub(crate) fn note_done(&mut self, at: u16, op: IoOp) {
         match op {
-            IoOp::Write { fua: true } | IoOp::WriteZeroes { fua: true, .. } | IoOp::Read => {}
+            IoOp::Write { fua: true }
+            | IoOp::WriteZeroes { fua: true, .. }
+            | IoOp::Read
+            | IoOp::Verify => {}
             IoOp::Write { .. } | IoOp::WriteZeroes { .. } | IoOp::Discard => self.written += 1,
             IoOp::Flush => {
                 let found = self.flushing.iter().position(|&(slot, _)| slot == at);

@@ -507,6 +507,7 @@ impl Session {
                 let flags = u32::from(fua) << 30 | u32::from(unmap) << 25;
                 (opcode::WRITE_ZEROES, flags, Data::None)
             }
+            IoOp::Verify => (opcode::VERIFY, 0, Data::None),
             IoOp::Discard => return Err(SubmitError::Invalid),
         };
         let blocks = request.range.blocks();

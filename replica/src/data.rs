@@ -1,5 +1,7 @@
 //! The data path: requests, and the parts that they fall into at the bounds of extents.
 
+pub(crate) mod verify;
+
 use cairn_block::{BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
 use crate::DiskError;
@@ -45,6 +47,7 @@ impl Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Read,
+    Verify,
     Write {
         fua: bool,
     },
@@ -183,7 +186,8 @@ impl Pool {
                 mem.bytes_mut(part.buf).fill(0);
                 false
             }
-            (Mapping::Hole, Action::Zero { .. } | Action::Free) => false,
+            (Mapping::Hole, Action::Zero { .. } | Action::Free | Action::Verify)
+            | (Mapping::Pending(_), Action::Verify) => false,
             (Mapping::Hole, Action::Write { .. }) => {
                 let alloc = self.start_alloc(part.slot, part.logical);
                 self.wait_for_alloc(alloc, part);
@@ -198,13 +202,22 @@ impl Pool {
                 true
             }
             (Mapping::Extent(extent), action) => {
-                let sum = match self.prepare(extent, action != Action::Read) {
-                    Ready::Now(sum) => sum,
-                    Ready::Wait(sum) => {
-                        self.wait_for_sum(sum, part);
+                let sum =
+                    match self.prepare(extent, !matches!(action, Action::Read | Action::Verify)) {
+                        Ready::Now(sum) => sum,
+                        Ready::Wait(sum) => {
+                            self.wait_for_sum(sum, part);
+                            return Ok(true);
+                        }
+                    };
+                if action == Action::Verify {
+                    if !self.reads_zeros(sum, part.first, part.blocks) {
+                        let version = self.sum_version(sum);
+                        self.start_verify(part, extent, version, mem);
                         return Ok(true);
                     }
-                };
+                    return Ok(false);
+                }
                 if action == Action::Read {
                     if self.reads_zeros(sum, part.first, part.blocks) {
                         mem.bytes_mut(part.buf).fill(0);
@@ -226,7 +239,7 @@ impl Pool {
                     Action::Zero { punch } => {
                         DiskOp::Zero { offset, len: u64::from(part.blocks) * BLOCK, punch }
                     }
-                    Action::Free => unreachable!("handled above"),
+                    Action::Free | Action::Verify => unreachable!("handled above"),
                 };
                 let purpose =
                     Purpose::Data { request: part.request, extent, version, tries: part.tries };
@@ -390,12 +403,14 @@ impl Pool {
 fn next_part(id: u32, request: &mut Request, slot: &Slot) -> Part {
     let logical = request.next / EXTENT_BLOCKS;
     let first = request.next % EXTENT_BLOCKS;
-    let blocks = (EXTENT_BLOCKS - first).min(request.end - request.next);
+    let most = if request.op == IoOp::Verify { verify::MAX_BLOCKS } else { EXTENT_BLOCKS };
+    let blocks = most.min(EXTENT_BLOCKS - first).min(request.end - request.next);
     // The last extent of a replica is whole even where the replica ends inside it.
     let whole =
         first == 0 && (blocks == EXTENT_BLOCKS || request.next + blocks == slot.page.blocks);
     let action = match request.op {
         IoOp::Read => Action::Read,
+        IoOp::Verify => Action::Verify,
         IoOp::Write { fua } => Action::Write { fua },
         IoOp::Discard | IoOp::WriteZeroes { unmap: true, .. } if whole => Action::Free,
         IoOp::Discard => Action::Zero { punch: true },

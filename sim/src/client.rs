@@ -414,7 +414,7 @@ impl Client {
                 history.write_began(lba, blocks, value)
             }
             IoOp::WriteZeroes { .. } | IoOp::Discard => history.write_began(lba, blocks, 0),
-            IoOp::Read | IoOp::Flush => history.tick(),
+            IoOp::Read | IoOp::Flush | IoOp::Verify => history.tick(),
         };
         drop(history);
         let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");

@@ -23,6 +23,8 @@ pub enum IoOp {
     },
     /// The range is no longer needed: it reads as zeros afterwards where whole blocks are covered.
     Discard,
+    /// Check that every block of the range can be read right, without giving its data out.
+    Verify,
 }
 
 impl IoOp {

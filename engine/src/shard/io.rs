@@ -88,6 +88,10 @@ impl<D: Driver> Shard<D> {
                 entry.buf = Some(data);
             }
             IoCommand::Flush => {}
+            IoCommand::Verify { range } => {
+                entry.op = IoOp::Verify;
+                entry.range = range;
+            }
             IoCommand::WriteZeroes { range, fua, unmap } => {
                 entry.op = IoOp::WriteZeroes { fua, unmap };
                 entry.range = range;
@@ -249,5 +253,6 @@ fn count(counters: &mut ExportCounters, op: IoOp, len: u32, status: IoStatus) {
         }
         IoOp::Flush => counters.flushes += 1,
         IoOp::Discard => counters.discards += 1,
+        IoOp::Verify => {}
     }
 }

@@ -213,6 +213,9 @@ impl<D: Driver> Shard<D> {
             self.handle_completion(completion, now);
         }
         self.completions = completions;
+        for local in &mut self.pools {
+            local.busy |= local.pool.waits_for_memory();
+        }
         self.settle(now);
         woken
     }
