@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use cairn_block::{BlockSize, PoolId, ReplicaId, VolumeId};
-use cairn_nexus::Purpose;
+use cairn_nexus::{MendCounters, Purpose, ScrubReport};
 use cairn_replica::{Pool, ReplicaSpec, Usage};
 
 /// Why a command was not carried out. Each says what was wrong with what.
@@ -214,6 +214,21 @@ pub struct VolumeReport {
     pub counters: ExportCounters,
     /// Requests in flight.
     pub in_flight: usize,
+    /// What has been mended.
+    pub mends: MendCounters,
+    /// The scrub that runs, or the last one since the process started.
+    pub scrub: Option<ScrubReport>,
+}
+
+/// What to do about a volume's scrub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ScrubAction {
+    /// Start one, or take one up: the report says how, and at which block.
+    Start(ScrubReport),
+    /// Stop it where it is.
+    Stop,
+    /// Go on at so many MiB a second.
+    Rate(u32),
 }
 
 /// Something asked of a shard. `L` and `D` are the driver's listener and device.
@@ -278,6 +293,15 @@ pub enum Command<L, D> {
     RemoveVolume {
         /// By name.
         name: String,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Start, stop or pace a volume's scrub.
+    ScrubVolume {
+        /// By name.
+        name: String,
+        /// What to do.
+        action: ScrubAction,
         /// The answer.
         reply: Reply<()>,
     },

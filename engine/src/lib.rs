@@ -20,7 +20,7 @@ pub use cairn_replica as replica;
 
 pub use control::{
     ChildAddress, ChildReport, Command, EngineError, ExportCounters, HostReport, PoolReport,
-    ReplicaReport, Reply, VolumeReport, VolumeSpec,
+    ReplicaReport, Reply, ScrubAction, VolumeReport, VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig};
 pub use thread::{EngineHandle, start};

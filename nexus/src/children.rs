@@ -71,6 +71,11 @@ pub(crate) struct Child {
 }
 
 impl Child {
+    /// Whether it takes block requests.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.connected && self.state == ChildState::Online
+    }
+
     /// A request that it was sent is done.
     pub(crate) fn note_done(&mut self, at: u16, op: IoOp) {
         match op {

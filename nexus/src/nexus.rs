@@ -7,7 +7,9 @@ use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
+use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
+use crate::scrub::Scrub;
 use crate::slots::{ChildSet, Phase, Slot, Slots};
 use crate::types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildStatus, Done, Event, MAX_CHILDREN, NexusConfig,
@@ -28,15 +30,17 @@ pub struct Nexus {
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
-    slots: Slots,
+    pub(crate) slots: Slots,
     /// Slots of answered requests whose buffer a child that was given up still has.
-    lingering: usize,
-    ranges: Ranges,
+    pub(crate) lingering: usize,
+    pub(crate) ranges: Ranges,
+    pub(crate) mends: Mends,
+    pub(crate) scrub: Option<Scrub>,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
     /// Requests that wait for a child which is joining, or for any to come back.
     parked: Vec<u16>,
-    child_ios: VecDeque<ChildIo>,
+    pub(crate) child_ios: VecDeque<ChildIo>,
     done: VecDeque<Done>,
     released: VecDeque<u64>,
     events: VecDeque<Event>,
@@ -69,7 +73,7 @@ impl Nexus {
             .collect();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
-        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX);
+        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX).min(FIRST_KEY);
         Self {
             state: VolumeState::Assembling("waiting for its replicas".to_owned()),
             children,
@@ -83,6 +87,8 @@ impl Nexus {
             slots: Slots::new(slots),
             lingering: 0,
             ranges: Ranges::new(queue),
+            mends: Mends::default(),
+            scrub: None,
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
             child_ios: VecDeque::with_capacity(queue * n),
@@ -137,10 +143,10 @@ impl Nexus {
             && self.slots.in_use() < self.slots.capacity()
     }
 
-    /// Requests that still use a buffer or await an answer.
+    /// Requests and mends that still use a buffer or await an answer.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slots.in_use()
+        self.slots.in_use() + self.mends.in_use()
     }
 
     /// Takes a host request. Its buffer belongs to the nexus until [`Nexus::poll_release`] names it.
@@ -167,6 +173,9 @@ impl Nexus {
             outstanding: ChildSet::EMPTY,
             ok: ChildSet::EMPTY,
             failed: ChildSet::EMPTY,
+            bad: ChildSet::EMPTY,
+            full: ChildSet::EMPTY,
+            mending: false,
             fault: IoStatus::PathError,
             refused: false,
             started_ms: now_ms,
@@ -220,6 +229,10 @@ impl Nexus {
     /// A block request of a child is answered.
     pub fn handle_io(&mut self, child: ChildId, ticket: Ticket, status: IoStatus, now_ms: u64) {
         assert!(!ticket.is_register(), "a block request's ticket");
+        if ticket.is_mend() {
+            self.handle_mend_io(child, ticket, status);
+            return;
+        }
         let at = u16::try_from(ticket.0).expect("a slot number");
         let op = self.slots.slot(at).request.op;
         let c = self.child(child);
@@ -244,6 +257,11 @@ impl Nexus {
             } else {
                 slot.failed = slot.failed.with(child);
                 slot.fault = status;
+                match status {
+                    IoStatus::MediaError => slot.bad = slot.bad.with(child),
+                    IoStatus::NoSpace => slot.full = slot.full.with(child),
+                    _ => {}
+                }
                 slot.refused |= status != IoStatus::PathError;
             }
         }
@@ -277,7 +295,7 @@ impl Nexus {
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now_ms: u64) {
-        let late = self.late_children(now_ms);
+        let late = self.late_children(now_ms).or(self.late_in_mends(now_ms));
         // Where everybody is late nobody is given up: there would be nobody to serve instead.
         if !self.in_sync.without(self.failing()).without(late).is_empty() {
             self.give_up(late, now_ms);
@@ -294,9 +312,10 @@ impl Nexus {
     #[must_use]
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.config.child_deadline_ms / 8).max(10);
-        let busy = self.slots.in_use() > 0 || self.has_to_ask_again();
+        let busy = self.in_flight() > 0 || self.has_to_ask_again();
+        let scrub = self.scrub_timeout(now_ms);
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
-        [assembly, busy.then_some(now_ms + tick)].into_iter().flatten().min()
+        [assembly, scrub, busy.then_some(now_ms + tick)].into_iter().flatten().min()
     }
 
     /// Stops for good: what is in flight is answered, and buffers are released as the children
@@ -365,7 +384,7 @@ impl Nexus {
             if slot.is_late(now_ms, limit) && !missed.is_empty() {
                 slot.failed = ChildSet(slot.failed.0 | missed.0);
                 slot.fault = IoStatus::TimedOut;
-                let reads = slot.request.op == IoOp::Read;
+                let reads = matches!(slot.request.op, IoOp::Read | IoOp::Verify);
                 if reads && missed.iter().any(|c| self.children[usize::from(c.0)].local) {
                     // No session can be reset to get the buffer back from a local disk that hangs, so
                     // the read cannot go to another member itself: the host asks again, and that
@@ -375,6 +394,7 @@ impl Nexus {
                 self.look(at, now_ms);
             }
         }
+        self.give_up_mends(now_ms);
     }
 
     /// The slot's turn has come: hand it to the children.
@@ -384,6 +404,10 @@ impl Nexus {
         slot.started_ms = now_ms;
         if slot.request.op == IoOp::Read {
             self.read(at, now_ms);
+            return;
+        }
+        if slot.request.op == IoOp::Verify {
+            self.verify(at);
             return;
         }
         let joining = |c: ChildId| self.children[usize::from(c.0)].state == ChildState::Joining;
@@ -403,9 +427,21 @@ impl Nexus {
         self.look(at, now_ms);
     }
 
-    fn is_usable(&self, child: ChildId) -> bool {
-        let c = &self.children[usize::from(child.0)];
-        c.connected && c.state == ChildState::Online
+    /// Lets every member that is there verify the range.
+    fn verify(&mut self, at: u16) {
+        let request = self.slots.slot(at).request;
+        for child in self.in_sync.iter() {
+            if self.is_usable(child) {
+                self.emit(child, at, request);
+            }
+        }
+        if self.slots.slot(at).outstanding.is_empty() {
+            self.park(at);
+        }
+    }
+
+    pub(crate) fn is_usable(&self, child: ChildId) -> bool {
+        self.children[usize::from(child.0)].is_usable()
     }
 
     fn emit(&mut self, child: ChildId, at: u16, request: IoRequest) {
@@ -451,8 +487,27 @@ impl Nexus {
         if slot.request.op == IoOp::Read {
             if !ok.is_empty() {
                 self.answer(at, IoStatus::Ok);
+            } else if outstanding.is_empty() && !slot.bad.is_empty() {
+                self.begin_mend(Task::Read(at));
             } else if outstanding.is_empty() {
                 self.read(at, now_ms);
+            }
+            return;
+        }
+        if slot.request.op == IoOp::Verify {
+            if !outstanding.is_empty() {
+                return;
+            }
+            if !slot.bad.is_empty() {
+                self.begin_mend(Task::Verify(at));
+            } else if !ok.is_empty() {
+                self.answer(at, IoStatus::Ok);
+            } else if slot.refused {
+                self.answer(at, fault);
+            } else {
+                // Everybody went away.
+                slot.failed = ChildSet::EMPTY;
+                self.park(at);
             }
             return;
         }
@@ -463,6 +518,11 @@ impl Nexus {
             return;
         }
         if !missing.without(failed).is_empty() {
+            return;
+        }
+        let full = slot.full.and(missing);
+        if !full.is_empty() {
+            self.look_full(at, full);
             return;
         }
         if missing == in_sync && !slot.refused {
@@ -495,7 +555,27 @@ impl Nexus {
         }
     }
 
-    fn answer(&mut self, at: u16, status: IoStatus) {
+    /// Members had no space for a mutation that others took, and every member has answered: whoever
+    /// failed it otherwise goes, and the rest are made alike before the host is told.
+    fn look_full(&mut self, at: u16, full: ChildSet) {
+        let slot = self.slots.slot(at);
+        let others = self.in_sync.without(slot.ok).without(full);
+        if !slot.outstanding.and(self.in_sync).is_empty() {
+            return;
+        }
+        if others.is_empty() {
+            self.begin_mend(Task::Converge(at));
+            return;
+        }
+        for child in others.iter() {
+            let connected = self.children[usize::from(child.0)].connected;
+            let fault = IoStatus::MediaError;
+            let why = if connected { FaultReason::Failed(fault) } else { FaultReason::Unreachable };
+            self.fail_child(child, why);
+        }
+    }
+
+    pub(crate) fn answer(&mut self, at: u16, status: IoStatus) {
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
         let tag = slot.tag;
@@ -516,8 +596,9 @@ impl Nexus {
         }
     }
 
-    fn release_if_free(&mut self, at: u16) {
-        if self.slots.slot(at).outstanding.is_empty() {
+    pub(crate) fn release_if_free(&mut self, at: u16) {
+        let slot = self.slots.slot(at);
+        if slot.phase == Phase::Answered && slot.outstanding.is_empty() && !slot.mending {
             let slot = self.slots.remove(at);
             self.lingering -= 1;
             self.released.push_back(slot.tag);
@@ -533,9 +614,10 @@ impl Nexus {
         }
         let running = self.slots.iter().filter(|(_, s)| s.phase == Phase::Running);
         self.ready.extend(running.map(|(at, _)| at));
+        self.mends.kick();
     }
 
-    fn park(&mut self, at: u16) {
+    pub(crate) fn park(&mut self, at: u16) {
         if !self.parked.contains(&at) {
             self.parked.push(at);
         }
@@ -544,10 +626,11 @@ impl Nexus {
     /// Looks again at what waited for a child to join or to come back.
     pub(crate) fn unpark(&mut self) {
         self.ready.extend(self.parked.drain(..));
+        self.mends.kick();
     }
 
     /// Runs what can run until nothing more can.
-    fn settle(&mut self, now_ms: u64) {
+    pub(crate) fn settle(&mut self, now_ms: u64) {
         loop {
             if let Some(at) = self.ready.pop_front() {
                 let fresh = self.slots.get(at).is_some_and(|slot| {
@@ -564,7 +647,11 @@ impl Nexus {
             } else if self.ranges.has_waiting()
                 && let Some(at) = self.ranges.poll_ready()
             {
-                self.start(at, now_ms);
+                if at >= FIRST_KEY {
+                    self.mend_locked(at);
+                } else {
+                    self.start(at, now_ms);
+                }
             } else {
                 return;
             }
@@ -649,6 +736,7 @@ impl Nexus {
         for at in open {
             self.answer(at, IoStatus::NotReady);
         }
+        self.abandon_mends();
         self.ranges.clear();
         self.ready.clear();
         self.parked.clear();

@@ -1,9 +1,10 @@
 //! What goes into a nexus and what comes out of it.
 
-use cairn_block::{Epoch, IoRequest, IoStatus, ReplicaId, VolumeId};
+use cairn_block::{Epoch, IoRequest, IoStatus, Lba, ReplicaId, VolumeId};
 
 use crate::children::{ChildState, FaultReason};
 use crate::config::Register;
+use crate::scrub::Found;
 
 /// Replicas of a volume at most.
 pub const MAX_CHILDREN: usize = 8;
@@ -55,10 +56,24 @@ pub struct Ticket(pub u32);
 
 /// Set in tickets of register operations.
 pub(crate) const REGISTER: u32 = 1 << 31;
+/// Set in tickets of mends.
+const MEND: u32 = 1 << 30;
 
 impl Ticket {
     pub(crate) fn io(slot: u16) -> Self {
         Self(u32::from(slot))
+    }
+
+    pub(crate) fn of_mend(at: u16) -> Self {
+        Self(MEND | u32::from(at))
+    }
+
+    pub(crate) fn is_mend(self) -> bool {
+        !self.is_register() && self.0 & MEND != 0
+    }
+
+    pub(crate) fn mend(self) -> usize {
+        usize::from(u16::try_from(self.0 & !MEND).expect("a place of a mend"))
     }
 
     pub(crate) fn register(round: u32) -> Self {
@@ -135,6 +150,17 @@ pub enum Event {
         /// Its number within the epoch.
         seq: u64,
     },
+    /// Something was wrong with a block of a child.
+    Found {
+        /// The block.
+        lba: Lba,
+        /// Whose copy.
+        child: ChildId,
+        /// What it was, and what became of it.
+        found: Found,
+    },
+    /// A scrub has come to the end of the volume.
+    ScrubFinished,
 }
 
 /// Where the volume stands.

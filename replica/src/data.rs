@@ -32,6 +32,8 @@ pub(crate) struct Request {
     status: IoStatus,
     /// Its last step, a flush, has begun.
     flushing: bool,
+    /// Blocks of a Verify that were read.
+    verified: u32,
 }
 
 impl Request {
@@ -98,6 +100,7 @@ impl Pool {
             outstanding: 0,
             status: IoStatus::Ok,
             flushing: false,
+            verified: 0,
         });
         self.advance(request, mem);
         self.pump(mem);
@@ -390,6 +393,9 @@ impl Pool {
     pub(crate) fn finish(&mut self, id: u32) {
         let request = self.requests.remove(id);
         assert_eq!(request.outstanding, 0, "a request is answered with parts in flight");
+        if request.op == IoOp::Verify {
+            self.verifier.note_done(request.tag, request.verified);
+        }
         self.done.push_back(Done { tag: request.tag, status: request.status, error: None });
     }
 

@@ -161,7 +161,9 @@ fn a_steady_overwrite_logs_nothing() {
 #[test]
 fn verify_finds_what_rotted_and_costs_nothing_in_holes() {
     let (mut sim, slot) = full_extent(9);
+    let tag = sim.tag() + 1;
     assert!(sim.request(slot, IoOp::Verify, 0, 8 * EXTENT_BLOCKS, 0).is_ok());
+    assert_eq!(sim.pool.take_verified(tag), Some(256), "holes do not count");
     let start = data_start(&mut sim);
     for lba in [0u64, 33, 255] {
         flip(&mut sim.disk, start + lba * 4096 + 7, 3);
@@ -181,6 +183,7 @@ fn verify_finds_what_rotted_and_costs_nothing_in_holes() {
     sim.pool.submit(tag, slot, request, &mut sim.mem);
     assert!(sim.pool.poll_disk().is_none());
     assert!(sim.wait(tag).status.is_ok());
+    assert_eq!(sim.pool.take_verified(tag), Some(0));
 }
 
 #[test]

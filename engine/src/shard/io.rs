@@ -39,6 +39,8 @@ pub(super) struct HostIo {
     read_len: u32,
     /// Ranges of a discard that are still to be done, and the next one's index.
     discards: (u16, u16),
+    /// Blocks that a Verify found data in: told in DW0 of the completion, where a nexus looks.
+    verified: u32,
     answered: bool,
 }
 
@@ -68,6 +70,7 @@ impl<D: Driver> Shard<D> {
             buf: None,
             read_len: 0,
             discards: (0, 0),
+            verified: 0,
             answered: false,
         };
         match io.command {
@@ -175,6 +178,12 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    pub(super) fn host_io_verified(&mut self, at: u32, blocks: Option<u32>) {
+        if let Some(blocks) = blocks {
+            self.ios[at].verified = blocks;
+        }
+    }
+
     /// Nobody uses the request's buffer any more.
     pub(super) fn host_io_released(&mut self, at: u32, now: u64) {
         if self.ios[at].answered {
@@ -210,6 +219,7 @@ impl<D: Driver> Shard<D> {
         io.answered = true;
         let (conn, generation, slot, namespace) = (io.conn, io.generation, io.slot, io.namespace);
         let (op, len) = (io.op, io.buf.as_ref().map_or(0, Buf::len));
+        let verified = u64::from(io.verified);
         let data = if op == IoOp::Read && status.is_ok() { io.buf.take() } else { None };
         if let Some(counters) = self.counters(namespace) {
             count(counters, op, len, status);
@@ -222,7 +232,7 @@ impl<D: Driver> Shard<D> {
             .map(|host| &mut host.queue);
         match (queue, data) {
             (Some(queue), Some(data)) => queue.complete_with_data(slot, data, memory),
-            (Some(queue), None) => queue.complete(slot, status_of(status), 0, memory),
+            (Some(queue), None) => queue.complete(slot, status_of(status), verified, memory),
             (None, Some(data)) => memory.release(data),
             (None, None) => {}
         }

@@ -468,6 +468,7 @@ impl<D: Driver> Shard<D> {
         let link = &mut self.links[at];
         let (volume, child, ticket) = (link.volume, link.child, Ticket(done.tag));
         if !ticket.is_register() {
+            self.child_verified(volume, ticket, done.result);
             self.child_io_done(volume, child, ticket, done.io_status, now);
             return;
         }

@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, IoRequest, IoStatus, ReplicaId};
+use cairn_block::{BlockSize, IoRequest, IoStatus, Memory, ReplicaId};
 use cairn_nexus::{
-    ChildId, ChildOp, ChildReply, ChildSpec, Event, Nexus, NexusConfig, Ticket, VolumeState,
+    ChildId, ChildOp, ChildReply, ChildSpec, Event, MEND_RESERVE, Nexus, NexusConfig, Ticket,
+    VolumeState,
 };
 use cairn_nvmf::target::{
     MAX_NQN_LEN, NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId,
@@ -94,6 +95,10 @@ impl<D: Driver> Shard<D> {
             max_requests: self.config.volume_requests,
         });
         let addresses = spec.children.clone();
+        if !self.has_mend_reserve {
+            self.mend_reserve = self.driver.memory().alloc(MEND_RESERVE);
+            self.has_mend_reserve = self.mend_reserve.is_some();
+        }
         self.next_generation = self.next_generation.wrapping_add(1);
         let at = self.volumes.insert(Volume {
             spec,
@@ -187,6 +192,15 @@ impl<D: Driver> Shard<D> {
         self.touch_volume(at);
     }
 
+    /// A Verify of a child, whose answer comes next, found data in so many blocks.
+    pub(super) fn child_verified(&mut self, volume: u32, ticket: Ticket, blocks: u64) {
+        if blocks > 0
+            && let Some(v) = self.volumes.get_mut(volume)
+        {
+            v.nexus.handle_verified(ticket, blocks);
+        }
+    }
+
     pub(super) fn child_io_done(
         &mut self,
         volume: u32,
@@ -218,7 +232,7 @@ impl<D: Driver> Shard<D> {
             self.volumes[at].nexus.handle_register(child, ticket, reply, now);
         }
         loop {
-            let mut moved = false;
+            let mut moved = self.run_mends(at, now);
             while let Some(io) = self.volumes[at].nexus.poll_child() {
                 let route = self.volumes[at].routes[usize::from(io.child.0)];
                 self.send_child(at, route, io, now);
@@ -248,6 +262,9 @@ impl<D: Driver> Shard<D> {
             self.volume_event(at, event);
         }
         let volume = &mut self.volumes[at];
+        if volume.nexus.waits_for_memory() && !self.short_volumes.contains(&at) {
+            self.short_volumes.push(at);
+        }
         let next = volume.nexus.poll_timeout(now);
         let finished =
             volume.removing.is_some() && volume.nexus.in_flight() == 0 && volume.waiting.is_empty();
@@ -256,6 +273,12 @@ impl<D: Driver> Shard<D> {
         } else {
             self.wants_timeout(next);
         }
+    }
+
+    /// Moves a volume's mends on; false where nothing can be done now.
+    pub(super) fn run_mends(&mut self, at: u32, now: u64) -> bool {
+        let Some(volume) = self.volumes.get_mut(at) else { return false };
+        volume.nexus.run_mends(self.driver.memory(), &mut self.mend_reserve, now)
     }
 
     fn drop_volume(&mut self, at: u32) {
@@ -320,6 +343,11 @@ impl<D: Driver> Shard<D> {
             Event::Committed { epoch, seq } => {
                 tracing::info!(volume = %name, %epoch, seq, "configuration stored");
             }
+            Event::Found { lba, child: c, found } => tracing::warn!(
+                volume = %name, replica = %child(c), lba = lba.0, outcome = found.word(),
+                "a block did not verify, or differed"
+            ),
+            Event::ScrubFinished => tracing::info!(volume = %name, "scrub finished"),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
                     self.fail_link(link, "the nexus gave the session up");

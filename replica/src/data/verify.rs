@@ -23,6 +23,8 @@ const MAX_SCRATCH: u32 = 4;
 pub(crate) struct Verifier {
     waiting: VecDeque<Part>,
     in_use: u32,
+    /// Of each request that has ended, by its tag: how many blocks held data.
+    results: Vec<(u64, u32)>,
 }
 
 impl Verifier {
@@ -30,6 +32,10 @@ impl Verifier {
     pub(crate) fn clear(&mut self) {
         self.waiting.clear();
         self.in_use = 0;
+    }
+
+    pub(super) fn note_done(&mut self, tag: u64, blocks: u32) {
+        self.results.push((tag, blocks));
     }
 
     /// Whether a part waits for memory that another user of the arena has.
@@ -44,6 +50,14 @@ impl Pool {
     #[must_use]
     pub fn waits_for_memory(&self) -> bool {
         self.verifier.is_short()
+    }
+
+    /// After a Verify was answered: how many of its blocks were not in holes, for whoever paces a scrub.
+    /// To be asked for each of them.
+    pub fn take_verified(&mut self, tag: u64) -> Option<u32> {
+        let results = &mut self.verifier.results;
+        let at = results.iter().position(|&(t, _)| t == tag)?;
+        Some(results.swap_remove(at).1)
     }
 
     /// Reads a part's blocks into a scratch buffer, or lets it wait for one.
@@ -62,7 +76,10 @@ impl Pool {
         self.verifier.in_use += 1;
         let start = extent_offset(&self.superblock.segments, extent);
         let offset = ByteOffset(start + u64::from(part.first) * BLOCK);
-        let Part { request, tries, .. } = part;
+        let Part { request, tries, blocks, .. } = part;
+        if tries == 0 {
+            self.requests.get_mut(request).verified += blocks;
+        }
         let op = DiskOp::Read { offset, buf: buf.slice() };
         self.issue(op, Purpose::Data { request, extent, version, tries }, Some(buf));
     }
