@@ -10,6 +10,7 @@ mod inspect;
 mod nvme;
 mod output;
 mod pattern;
+mod rot;
 mod scrub;
 mod serve;
 mod service;
