@@ -233,6 +233,11 @@ impl Mend {
         self.step = Step::Piece;
     }
 
+    /// Whether somebody waits for it, and has for longer than `limit_ms` in this step.
+    fn is_late(&self, now_ms: u64, limit_ms: u64) -> bool {
+        self.step != Step::Over && now_ms.saturating_sub(self.started_ms) >= limit_ms
+    }
+
     fn is_single(&self) -> bool {
         self.piece.blocks() == 1
     }
@@ -397,7 +402,7 @@ impl Nexus {
             .table
             .iter()
             .flatten()
-            .filter(|m| now_ms.saturating_sub(m.started_ms) >= limit)
+            .filter(|m| m.is_late(now_ms, limit))
             .fold(ChildSet::EMPTY, |set, m| set.or(m.outstanding.without(m.gave_up)))
     }
 
@@ -406,7 +411,7 @@ impl Nexus {
         let limit = self.config.child_deadline_ms;
         for at in 0..self.mends.table.len() {
             let Some(mend) = self.mends.table[at].as_mut() else { continue };
-            if now_ms.saturating_sub(mend.started_ms) < limit {
+            if !mend.is_late(now_ms, limit) {
                 continue;
             }
             let missed = mend.outstanding.without(mend.gave_up);

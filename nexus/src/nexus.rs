@@ -259,7 +259,7 @@ impl Nexus {
                 slot.fault = status;
                 match status {
                     IoStatus::MediaError => slot.bad = slot.bad.with(child),
-                    IoStatus::NoSpace => slot.full = slot.full.with(child),
+                    IoStatus::NoSpace if op.is_mutation() => slot.full = slot.full.with(child),
                     _ => {}
                 }
                 slot.refused |= status != IoStatus::PathError;

@@ -326,6 +326,35 @@ fn a_child_that_hangs_in_a_mend_is_taken_out() {
 }
 
 #[test]
+fn a_local_disk_that_hangs_in_a_mend_lets_the_host_ask_again_once() {
+    for closed in [false, true] {
+        let mut w = World::new(3);
+        let mut cfg = config(3, Purpose::Create);
+        cfg.children[0].local = true;
+        w.b = Bench::new(3, Purpose::Create, vec![Register::default(); 3]);
+        w.b.nexus = Nexus::new(cfg);
+        (0..3).for_each(|i| w.b.connect(i));
+        w.disks[0].bad.insert(3);
+        w.submit(10, IoOp::Read, 3, 1, 0);
+        while !matches!(&w.b.io[0].op, ChildOp::Io(r) if r.op == IoOp::Write { fua: false }) {
+            w.serve(0);
+        }
+        if closed {
+            w.b.nexus.close();
+            w.b.pump();
+        }
+        for _ in 0..5 {
+            w.b.pass(DEADLINE);
+        }
+        assert_eq!(w.b.status_of(10), Some(IoStatus::NotReady));
+        assert!(w.b.released.is_empty(), "the disk may still read the buffer");
+        w.run();
+        assert_eq!((w.b.done.len(), w.b.released.as_slice()), (1, &[10][..]));
+        w.assert_idle();
+    }
+}
+
+#[test]
 fn a_host_verifies_and_everything_is_good_afterwards() {
     let mut w = rotten(3, &[(0, 3), (1, 3), (1, 90), (2, 150)]);
     w.submit(10, IoOp::Verify, 0, 200, 0);
