@@ -213,6 +213,29 @@ Examples:
         /// Its name.
         name: Option<String>,
     },
+    /// Verify every block of every replica and heal what is bad; without options: tell how far it is.
+    #[command(after_help = "\
+Examples:
+  cairn volume scrub db                      # the one that runs, or the last one
+  cairn volume scrub db --start --rate 200   # MiB a second
+  cairn volume scrub db --stop               # --start takes it up where it was
+  cairn volume scrub db --compare            # and compare the replicas byte by byte")]
+    Scrub {
+        /// The volume's name.
+        name: String,
+        /// Start, or take up where it was stopped.
+        #[arg(long, conflicts_with_all = ["stop", "compare"])]
+        start: bool,
+        /// Stop.
+        #[arg(long, conflicts_with_all = ["compare", "rate"])]
+        stop: bool,
+        /// Start, and compare the replicas with each other.
+        #[arg(long)]
+        compare: bool,
+        /// MiB of the volume a second: of the one that starts, or of the one that runs.
+        #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
+    },
     /// Stop serving a volume. Its replicas and their data stay.
     Delete {
         /// Its name.
@@ -396,6 +419,27 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                 let request = v1::RotateVolumeKeyRequest { name, key };
                 let volume = client.rotate_volume_key(request).await.map_err(|s| said(&s))?;
                 show_volume(global.output, &volume.into_inner())?;
+            }
+            VolumeCommand::Scrub { name, start, stop, compare, rate } => {
+                use v1::scrub_volume_request::Action;
+                let action = match (start, stop, compare, rate) {
+                    (true, ..) => Action::Start,
+                    (_, true, ..) => Action::Stop,
+                    (_, _, true, _) => Action::Compare,
+                    (.., Some(_)) => Action::Rate,
+                    _ => Action::Unspecified,
+                };
+                let request = v1::ScrubVolumeRequest {
+                    name,
+                    action: action.into(),
+                    rate_mib_s: rate.unwrap_or_default(),
+                };
+                let volume = client.scrub_volume(request).await.map_err(|s| said(&s))?.into_inner();
+                let scrub = volume.scrub.unwrap_or_default();
+                match global.output {
+                    Output::Table => say!("{}", output::scrub_status(&scrub)),
+                    Output::Json => output::one(global.output, &scrub)?,
+                }
             }
             VolumeCommand::Delete { name } => {
                 let request = v1::DeleteVolumeRequest { name };

@@ -11,6 +11,8 @@ mod keys;
 mod nvme;
 mod output;
 mod pattern;
+mod rot;
+mod scrub;
 mod serve;
 mod service;
 mod state;

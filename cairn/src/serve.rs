@@ -70,6 +70,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         let _told = ended.send(());
         joined
     });
+    runtime.spawn(crate::scrub::run(Arc::clone(&service)));
     let served = runtime.block_on(serve(&config, service, args.exit_with_stdin, engine_ended));
     tracing::info!("draining");
     let stopped = engine.call(|reply| Command::Shutdown { reply });

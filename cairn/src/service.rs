@@ -16,12 +16,13 @@ use cairn_engine::nvmf::target::MAX_NQN_LEN;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
     ChildAddress, EncryptionSpec, EngineError, EngineHandle, ExportCounters, PoolReport,
-    ReplicaReport, VolumeReport, VolumeSpec,
+    ReplicaReport, ScrubAction, VolumeReport, VolumeSpec,
 };
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
 use crate::config::{self, Config, Io};
+use crate::scrub::Scrubs;
 use crate::serve;
 use crate::state::{SavedVolume, State};
 
@@ -58,6 +59,7 @@ pub(crate) struct Service {
     child_deadline_ms: u64,
     paths: PoolPaths,
     state: Mutex<State>,
+    scrubs: Scrubs,
 }
 
 /// The subsystem that hosts of a volume connect to.
@@ -121,6 +123,7 @@ impl Service {
             child_deadline_ms: config.nexus.child_deadline_ms,
             paths,
             state: Mutex::new(state),
+            scrubs: Scrubs::new(&config.state_dir, &config.nexus),
         }
     }
 
@@ -168,7 +171,7 @@ impl Service {
     }
 
     /// Asks the engine without blocking the runtime.
-    async fn ask<T: Send + 'static>(
+    pub(crate) async fn ask<T: Send + 'static>(
         &self,
         make: impl FnOnce(Reply<T>) -> cairn_engine::thread::Command,
     ) -> Result<T, Status> {
@@ -180,7 +183,12 @@ impl Service {
         rx.await.unwrap_or(Err(EngineError::Stopped)).map_err(|e| status_of(&e))
     }
 
-    async fn volume_reports(&self) -> Result<Vec<VolumeReport>, Status> {
+    /// What is known of scrubs.
+    pub(crate) fn scrubs(&self) -> &Scrubs {
+        &self.scrubs
+    }
+
+    pub(crate) async fn volume_reports(&self) -> Result<Vec<VolumeReport>, Status> {
         self.ask(|reply| Command::ListVolumes { reply }).await
     }
 
@@ -265,6 +273,7 @@ impl Service {
     }
 
     fn volume_message(&self, report: VolumeReport) -> v1::Volume {
+        let scrub = self.scrubs.message(&report);
         let children = report.children.into_iter().map(|child| v1::Child {
             replica_id: child.replica.to_string(),
             uri: replica_uri(child.replica, &child.address),
@@ -297,6 +306,13 @@ impl Service {
                 cipher: e.cipher.to_owned(),
                 key_id: e.key_id.to_string(),
             }),
+            mends: Some(v1::Mends {
+                attempted: report.mends.heals,
+                healed_blocks: report.mends.healed,
+                unrecoverable_blocks: report.mends.unrecoverable,
+                converged_writes: report.mends.converged,
+            }),
+            scrub: Some(scrub),
         }
     }
 }
@@ -551,6 +567,42 @@ impl Cairn for Service {
         request: Request<v1::RotateVolumeKeyRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         self.rotate(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn scrub_volume(
+        &self,
+        request: Request<v1::ScrubVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        use v1::scrub_volume_request::Action;
+        let request = request.into_inner();
+        let find =
+            |volumes: Vec<VolumeReport>| volumes.into_iter().find(|v| v.name == request.name);
+        let missing =
+            || Status::not_found(format!("there is no volume `{}` in this process", request.name));
+        let volume = find(self.volume_reports().await?).ok_or_else(missing)?;
+        let rate = request.rate_mib_s;
+        let action = match request.action() {
+            Action::Unspecified => None,
+            _ if !volume.serving => {
+                return Err(Status::failed_precondition(format!(
+                    "volume `{}` is {}; it is scrubbed once it is online",
+                    volume.name, volume.state
+                )));
+            }
+            Action::Start => Some(self.scrubs.start(&volume, false, rate)),
+            Action::Compare => Some(self.scrubs.start(&volume, true, rate)),
+            Action::Stop => {
+                self.scrubs.stop(&volume);
+                Some(ScrubAction::Stop)
+            }
+            Action::Rate => Some(ScrubAction::Rate(rate)),
+        };
+        if let Some(action) = action {
+            let name = request.name.clone();
+            self.ask(|reply| Command::ScrubVolume { name, action, reply }).await?;
+        }
+        let report = find(self.volume_reports().await?).ok_or_else(missing)?;
+        Ok(Response::new(self.volume_message(report)))
     }
 
     async fn delete_volume(

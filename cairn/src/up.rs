@@ -19,7 +19,7 @@ use crate::cli::parse_size;
 use crate::client::{connect, said, volumes};
 use crate::config::{self, Config};
 use crate::output::say;
-use crate::{check, output};
+use crate::{check, output, rot};
 
 /// Replicas of the demo volume.
 pub(crate) const REPLICAS: usize = 3;
@@ -51,12 +51,21 @@ pub(crate) struct UpArgs {
     /// one that loses a replica half-way and is read back from the nexus and from each replica left.
     #[arg(long, conflicts_with_all = ["data", "size", "port"])]
     check: bool,
+
+    /// Flip bits in so many places of the pools of a volume in a temporary folder, under load and at
+    /// rest, and check that every read is right or an error, and that a scrub heals what can be.
+    #[arg(long, value_name = "FLIPS", conflicts_with_all = ["data", "size", "port", "check"])]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=8000), hide = true)]
+    rot: Option<u16>,
 }
 
 pub(crate) fn run(args: &UpArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     if args.check {
         return runtime.block_on(check::run());
+    }
+    if let Some(flips) = args.rot {
+        return runtime.block_on(rot::run(usize::from(flips)));
     }
     runtime.block_on(up(args))
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use cairn_block::{BlockSize, PoolId, ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_crypt::{Envelope, Kek, KeyId};
-use cairn_nexus::Purpose;
+use cairn_nexus::{MendCounters, Purpose, ScrubReport};
 use cairn_replica::{Pool, ReplicaSpec, Usage};
 
 use crate::snapshot::SnapshotCall;
@@ -243,6 +243,10 @@ pub struct VolumeReport {
     pub in_flight: usize,
     /// How it is encrypted; nothing where it is not, or that is not known yet.
     pub encryption: Option<EncryptionReport>,
+    /// What has been mended.
+    pub mends: MendCounters,
+    /// The scrub that runs, or the last one since the process started.
+    pub scrub: Option<ScrubReport>,
 }
 
 /// A snapshot of a volume, as told.
@@ -264,6 +268,17 @@ pub struct SnapshotReport {
     pub replicas: usize,
     /// Of how many that were asked.
     pub of_replicas: usize,
+}
+
+/// What to do about a volume's scrub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ScrubAction {
+    /// Start one, or take one up: the report says how, and at which block.
+    Start(ScrubReport),
+    /// Stop it where it is.
+    Stop,
+    /// Go on at so many MiB a second.
+    Rate(u32),
 }
 
 /// Something asked of a shard. `L` and `D` are the driver's listener and device.
@@ -379,6 +394,15 @@ pub enum Command<L, D> {
         volume: String,
         /// The answer.
         reply: Reply<Vec<SnapshotReport>>,
+    },
+    /// Start, stop or pace a volume's scrub.
+    ScrubVolume {
+        /// By name.
+        name: String,
+        /// What to do.
+        action: ScrubAction,
+        /// The answer.
+        reply: Reply<()>,
     },
     /// Tell of the volumes.
     ListVolumes {

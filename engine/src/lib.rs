@@ -22,8 +22,8 @@ pub use cairn_replica as replica;
 
 pub use control::{
     ChildAddress, ChildReport, Command, EncryptionReport, EncryptionSpec, EngineError,
-    ExportCounters, HostReport, PoolReport, ReplicaReport, Reply, SnapshotReport, VolumeReport,
-    VolumeSpec,
+    ExportCounters, HostReport, PoolReport, ReplicaReport, Reply, ScrubAction, SnapshotReport,
+    VolumeReport, VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig};
 pub use thread::{EngineHandle, start};

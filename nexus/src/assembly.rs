@@ -6,9 +6,10 @@ use cairn_block::{Epoch, IoStatus};
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::config::{Config, Register};
-use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus, Purpose, VolumeState};
+use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
 use crate::slots::ChildSet;
+use crate::types::{ChildId, ChildOp, ChildReply, Event, Purpose, VolumeState};
 
 /// How long to wait before asking again after somebody else took a newer epoch.
 const RETRY_MS: u64 = 200;

@@ -75,13 +75,19 @@ pub(crate) struct Child {
 }
 
 impl Child {
+    /// Whether it takes block requests.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.connected && self.state == ChildState::Online
+    }
+
     /// A request that it was sent is done.
     pub(crate) fn note_done(&mut self, at: u16, op: IoOp) {
         match op {
             IoOp::Write { fua: true }
             | IoOp::WriteZeroes { fua: true, .. }
             | IoOp::Read
-            | IoOp::Snapshot(_) => {}
+            | IoOp::Snapshot(_)
+            | IoOp::Verify => {}
             IoOp::Write { .. } | IoOp::WriteZeroes { .. } | IoOp::Discard => self.written += 1,
             IoOp::Flush => {
                 let found = self.flushing.iter().position(|&(slot, _)| slot == at);

@@ -4,9 +4,10 @@ use cairn_block::IoStatus;
 
 use crate::children::ChildState;
 use crate::config::{Config, Register};
-use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus};
+use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
 use crate::slots::ChildSet;
+use crate::types::{ChildId, ChildOp, ChildReply, Event};
 
 /// A configuration on its way to the voters.
 #[derive(Debug)]

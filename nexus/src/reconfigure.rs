@@ -7,8 +7,9 @@
 use cairn_block::IoStatus;
 
 use crate::children::{ChildState, FaultReason};
-use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus, VolumeState};
+use crate::nexus::Nexus;
 use crate::slots::ChildSet;
+use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
 
 /// What the next configuration is to say.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -508,6 +508,7 @@ impl Session {
                 (opcode::WRITE_ZEROES, flags, Data::None)
             }
             IoOp::Discard | IoOp::Snapshot(_) => return Err(SubmitError::Invalid),
+            IoOp::Verify => (opcode::VERIFY, 0, Data::None),
         };
         let blocks = request.range.blocks();
         if blocks == 0 || blocks > MAX_BLOCKS {

@@ -1,5 +1,7 @@
 //! The data path: requests, and the parts that they fall into at the bounds of extents.
 
+pub(crate) mod verify;
+
 use core::ops::Range;
 
 use cairn_block::{BlockSize, BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
@@ -39,6 +41,8 @@ pub(crate) struct Request {
     status: IoStatus,
     /// Its last step, a flush, has begun.
     flushing: bool,
+    /// Blocks of a Verify that were read.
+    verified: u32,
 }
 
 impl Request {
@@ -54,6 +58,7 @@ impl Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Read,
+    Verify,
     Write {
         fua: bool,
     },
@@ -111,11 +116,15 @@ impl Pool {
         }
         self.slots[usize::from(slot.0)].in_flight += 1;
         let sectors = self.slots[usize::from(slot.0)].page.block_size != BlockSize::B4096;
-        if sectors && request.op != IoOp::Flush {
+        if sectors && !matches!(request.op, IoOp::Flush | IoOp::Verify) {
             self.submit_sectors(tag, slot.0, request, mem);
             return;
         }
-        let blocks = request.range.start().0..request.range.end().0;
+        let mut blocks = request.range.start().0..request.range.end().0;
+        if sectors {
+            // Every block that has one of the sectors.
+            blocks = blocks.start / 8..blocks.end.div_ceil(8);
+        }
         self.begin(Asker::Tag(tag), slot.0, request.op, blocks, request.buf, mem);
     }
 
@@ -151,6 +160,7 @@ impl Pool {
             outstanding: 0,
             status: IoStatus::Ok,
             flushing: false,
+            verified: 0,
         });
         self.advance(request, mem);
     }
@@ -162,7 +172,10 @@ impl Pool {
         let replica = self
             .slots
             .get(usize::from(slot.0))
-            .filter(|s| s.is_live() || (s.is_snapshot() && request.op == IoOp::Read))
+            .filter(|s| {
+                let reads = matches!(request.op, IoOp::Read | IoOp::Verify);
+                s.is_live() || (s.is_snapshot() && reads)
+            })
             .ok_or(IoStatus::PathError)?;
         if request.op == IoOp::Flush {
             return Ok(());
@@ -237,7 +250,8 @@ impl Pool {
         let live = self.slots[usize::from(part.slot)].is_live();
         let layer = self.layer_of(part.slot);
         let mapping = self.layer(layer).mapping(part.logical);
-        if part.action == Action::Read && self.layer(layer).parent.is_some() {
+        let reads = matches!(part.action, Action::Read | Action::Verify);
+        if reads && self.layer(layer).parent.is_some() {
             return Ok(self.read_through(part, layer, mem));
         }
         Ok(match (mapping, part.action) {
@@ -245,6 +259,7 @@ impl Pool {
                 mem.bytes_mut(part.buf).fill(0);
                 0
             }
+            (Mapping::Hole | Mapping::Pending(_), Action::Verify) => 0,
             (Mapping::Hole, Action::Zero { .. } | Action::Free)
                 if !self.covered(layer, part.logical) =>
             {
@@ -264,7 +279,9 @@ impl Pool {
                 self.start_free(part, extent, layer);
                 1
             }
-            (Mapping::Extent(extent), Action::Read) => self.read_extent(part, extent, mem),
+            (Mapping::Extent(extent), Action::Read | Action::Verify) => {
+                self.read_extent(part, extent, mem)
+            }
             (Mapping::Extent(extent), _) => self.mutate(part, extent, layer, mem),
         })
     }
@@ -279,10 +296,12 @@ impl Pool {
             }
         };
         if self.reads_zeros(sum, part.first, part.blocks) {
-            mem.bytes_mut(part.buf).fill(0);
+            if part.action == Action::Read {
+                mem.bytes_mut(part.buf).fill(0);
+            }
             return 0;
         }
-        self.issue_read(&part, extent, part.first, part.blocks);
+        self.issue_read(&part, extent, (part.first, part.blocks), mem);
         1
     }
 
@@ -318,22 +337,33 @@ impl Pool {
                 let data = need.and(self.valid_in(sum));
                 zeros = zeros.or(need.and(self.owned_by(sum)).minus(data));
                 for (first, blocks) in data.runs() {
-                    self.issue_read(&part, extent, first, blocks);
+                    self.issue_read(&part, extent, (first, blocks), mem);
                     issued += 1;
                 }
                 need = need.minus(self.owned_by(sum));
             }
             at = self.layer(l).parent;
         }
-        for (first, blocks) in zeros.runs() {
-            mem.bytes_mut(window(&part, first, blocks)).fill(0);
+        if part.action == Action::Read {
+            for (first, blocks) in zeros.runs() {
+                mem.bytes_mut(window(&part, first, blocks)).fill(0);
+            }
         }
         issued
     }
 
-    fn issue_read(&mut self, part: &Part, extent: u32, first: u32, blocks: u32) {
+    fn issue_read<M: Memory>(
+        &mut self,
+        part: &Part,
+        extent: u32,
+        (first, blocks): (u32, u32),
+        mem: &mut M,
+    ) {
         let sum = self.extents.get(extent).sum;
         let version = self.sum_version(sum);
+        if part.action == Action::Verify {
+            return self.start_verify(Part { first, blocks, ..*part }, extent, version, mem);
+        }
         let start = extent_offset(&self.superblock.segments, extent);
         let offset = ByteOffset(start + u64::from(first) * BLOCK);
         let op = DiskOp::Read { offset, buf: window(part, first, blocks) };
@@ -365,7 +395,7 @@ impl Pool {
             Action::Write { fua } => DiskOp::Write { offset, buf: part.buf, fua },
             Action::Zero { punch } => DiskOp::Zero { offset, len, punch },
             Action::Free => DiskOp::Zero { offset, len, punch: true },
-            Action::Read => unreachable!("a read changes nothing"),
+            Action::Read | Action::Verify => unreachable!("a read changes nothing"),
         };
         let purpose = Purpose::Data { request: part.request, extent, version, tries: part.tries };
         if begun == Begun::Note {
@@ -521,6 +551,9 @@ impl Pool {
         assert_eq!(request.outstanding, 0, "a request is answered with parts in flight");
         match request.asker {
             Asker::Tag(tag) => {
+                if request.op == IoOp::Verify {
+                    self.verifier.note_done(tag, request.verified);
+                }
                 self.slots[usize::from(request.slot)].in_flight -= 1;
                 self.done.push_back(Done { tag, status: request.status, error: None });
             }
@@ -543,11 +576,13 @@ fn window(part: &Part, first: u32, blocks: u32) -> BufSlice {
 fn next_part(id: u32, request: &mut Request, size: u64) -> Part {
     let logical = request.next / EXTENT_BLOCKS;
     let first = request.next % EXTENT_BLOCKS;
-    let blocks = (EXTENT_BLOCKS - first).min(request.end - request.next);
+    let most = if request.op == IoOp::Verify { verify::MAX_BLOCKS } else { EXTENT_BLOCKS };
+    let blocks = most.min(EXTENT_BLOCKS - first).min(request.end - request.next);
     // The last extent of a replica is whole even where the replica ends inside it.
     let whole = first == 0 && (blocks == EXTENT_BLOCKS || request.next + blocks == size);
     let action = match request.op {
         IoOp::Read => Action::Read,
+        IoOp::Verify => Action::Verify,
         IoOp::Write { fua } => Action::Write { fua },
         IoOp::Discard | IoOp::WriteZeroes { unmap: true, .. } if whole => Action::Free,
         IoOp::Discard => Action::Zero { punch: true },

@@ -9,6 +9,7 @@ use cairn_block::{
 
 use crate::alloc::Alloc;
 use crate::control::Job;
+use crate::data::verify::Verifier;
 use crate::data::{Part, Request};
 use crate::disk::{CatalogPage, CatalogState, EXTENT, FLAG_SNAPSHOT, FLAG_THICK, Superblock};
 use crate::extents::{ExtentState, Extents, page_of};
@@ -337,6 +338,7 @@ pub struct Pool {
     pub(crate) flusher: Flusher,
     pub(crate) maintenance: Maintenance,
     pub(crate) sums: Sums,
+    pub(crate) verifier: Verifier,
     pub(crate) jobs: VecDeque<Job>,
     pub(crate) out: VecDeque<u32>,
     pub(crate) done: VecDeque<Done>,
@@ -403,6 +405,7 @@ impl Pool {
             flusher: Flusher::with_capacity(WARM),
             maintenance,
             sums: Sums::new(stale),
+            verifier: Verifier::default(),
             jobs: VecDeque::new(),
             out: VecDeque::with_capacity(WARM),
             done: VecDeque::with_capacity(WARM),
@@ -539,7 +542,13 @@ impl Pool {
         let issued = self.issued.remove(id.0);
         let buf = issued.buf;
         if let Purpose::Data { request, extent, version, tries } = issued.purpose {
-            self.data_done(issued.op, request, extent, (version, tries), result, mem);
+            let of = (request, extent);
+            match buf {
+                Some(scratch) => {
+                    self.verify_done(issued.op, of, (version, tries), result, scratch, mem);
+                }
+                None => self.data_done(issued.op, request, extent, (version, tries), result, mem),
+            }
         } else if let (Purpose::SumLoad(extent), true) =
             (issued.purpose, self.state == PoolState::Online)
         {
@@ -628,6 +637,7 @@ impl Pool {
         self.pump_clean();
         self.pump_allocs(mem);
         self.pump_sums(mem);
+        self.pump_verify(mem);
         self.pump_journal(mem);
         self.pump_maintenance(mem);
         self.pump_catalog(mem);
@@ -682,6 +692,7 @@ impl Pool {
         self.to_clean.clear();
         self.journal.clear();
         self.sums.clear();
+        self.verifier.clear();
         self.flusher.clear();
         for (_, request) in self.requests.iter_mut() {
             request.give_up();

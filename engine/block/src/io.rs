@@ -23,6 +23,8 @@ pub enum IoOp {
     },
     /// The range is no longer needed: it reads as zeros afterwards where whole blocks are covered.
     Discard,
+    /// Check that every block of the range can be read right, without giving its data out.
+    Verify,
     /// Something about a snapshot of the whole device, between a nexus and its replicas. The payload
     /// says what.
     Snapshot(SnapshotVerb),

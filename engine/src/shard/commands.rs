@@ -12,7 +12,8 @@ use super::pools::Waiter;
 use super::volumes::{Route, Volume};
 use super::{Shard, Subject, token};
 use crate::control::{
-    ChildReport, Command, EngineError, HostReport, PoolReport, ReplicaReport, Reply, VolumeReport,
+    ChildReport, Command, EngineError, HostReport, PoolReport, ReplicaReport, Reply, ScrubAction,
+    VolumeReport,
 };
 
 impl<D: Driver> Shard<D> {
@@ -66,6 +67,9 @@ impl<D: Driver> Shard<D> {
             Command::RotateKey { name, kek, nonce, reply } => {
                 self.rotate_key(&name, &kek, nonce, reply, now);
             }
+            Command::ScrubVolume { name, action, reply } => {
+                reply.send(self.scrub_volume(name, action, now));
+            }
             Command::RemoveVolume { name, reply } => {
                 let found = self.volumes.iter().find(|(_, v)| v.spec.name == name);
                 match found.map(|(at, _)| at) {
@@ -74,6 +78,32 @@ impl<D: Driver> Shard<D> {
                 }
             }
         }
+    }
+
+    fn scrub_volume(
+        &mut self,
+        name: String,
+        action: ScrubAction,
+        now: u64,
+    ) -> Result<(), EngineError> {
+        let found = self.volumes.iter().find(|(_, v)| v.spec.name == name).map(|(at, _)| at);
+        let Some(at) = found else {
+            return Err(EngineError::NotFound { kind: "volume", name });
+        };
+        let nexus = &mut self.volumes[at].nexus;
+        match action {
+            ScrubAction::Start(_) if !nexus.state().is_serving() => {
+                return Err(EngineError::Busy(format!(
+                    "volume `{name}` is {}; it is scrubbed once it is online",
+                    nexus.state().word()
+                )));
+            }
+            ScrubAction::Start(report) => nexus.start_scrub(report, now),
+            ScrubAction::Stop => nexus.stop_scrub(),
+            ScrubAction::Rate(rate) => nexus.set_scrub_rate(rate),
+        }
+        self.touch_volume(at);
+        Ok(())
     }
 
     fn add_listener(
@@ -231,6 +261,8 @@ impl<D: Driver> Shard<D> {
             counters: volume.counters,
             in_flight: requests,
             encryption: super::keys::report(volume.nexus.encryption(), volume.nexus.locked()),
+            mends: volume.nexus.mend_counters(),
+            scrub: volume.nexus.scrub().cloned(),
         }
     }
 }

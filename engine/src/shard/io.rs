@@ -42,6 +42,8 @@ pub(super) struct HostIo {
     /// The encrypted volume that it is for, once it was handed over: a write is encrypted by then, and
     /// what comes of a read is to be decrypted.
     sealed: Option<u32>,
+    /// Blocks that a Verify found data in: told in DW0 of the completion, where a nexus looks.
+    verified: u32,
     answered: bool,
 }
 
@@ -72,6 +74,7 @@ impl<D: Driver> Shard<D> {
             read_len: 0,
             discards: (0, 0),
             sealed: None,
+            verified: 0,
             answered: false,
         };
         match io.command {
@@ -92,6 +95,10 @@ impl<D: Driver> Shard<D> {
                 entry.buf = Some(data);
             }
             IoCommand::Flush => {}
+            IoCommand::Verify { range } => {
+                entry.op = IoOp::Verify;
+                entry.range = range;
+            }
             IoCommand::WriteZeroes { range, fua, unmap } => {
                 entry.op = IoOp::WriteZeroes { fua, unmap };
                 entry.range = range;
@@ -191,6 +198,12 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    pub(super) fn host_io_verified(&mut self, at: u32, blocks: Option<u32>) {
+        if let Some(blocks) = blocks {
+            self.ios[at].verified = blocks;
+        }
+    }
+
     /// Nobody uses the request's buffer any more.
     pub(super) fn host_io_released(&mut self, at: u32, now: u64) {
         if self.ios[at].answered {
@@ -226,6 +239,7 @@ impl<D: Driver> Shard<D> {
         io.answered = true;
         let (conn, generation, slot, namespace) = (io.conn, io.generation, io.slot, io.namespace);
         let (op, len) = (io.op, io.buf.as_ref().map_or(0, Buf::len));
+        let verified = u64::from(io.verified);
         let data = if op == IoOp::Read && status.is_ok() { io.buf.take() } else { None };
         if let Some(counters) = self.counters(namespace) {
             count(counters, op, len, status);
@@ -238,7 +252,7 @@ impl<D: Driver> Shard<D> {
             .map(|host| &mut host.queue);
         match (queue, data) {
             (Some(queue), Some(data)) => queue.complete_with_data(slot, data, memory),
-            (Some(queue), None) => queue.complete(slot, status_of(status), 0, memory),
+            (Some(queue), None) => queue.complete(slot, status_of(status), verified, memory),
             (None, Some(data)) => memory.release(data),
             (None, None) => {}
         }
@@ -270,5 +284,6 @@ fn count(counters: &mut ExportCounters, op: IoOp, len: u32, status: IoStatus) {
         IoOp::Flush => counters.flushes += 1,
         IoOp::Discard => counters.discards += 1,
         IoOp::Snapshot(_) => {}
+        IoOp::Verify => {}
     }
 }

@@ -496,6 +496,7 @@ impl<D: Driver> Shard<D> {
             return;
         }
         if !ticket.is_register() {
+            self.child_verified(volume, ticket, done.result);
             self.child_io_done(volume, child, ticket, done.io_status, now);
             return;
         }

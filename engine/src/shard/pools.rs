@@ -273,12 +273,15 @@ impl<D: Driver> Shard<D> {
     }
 
     fn pool_done(&mut self, pool: u16, done: cairn_replica::Done, now: u64) {
+        let verified = self.pools[usize::from(pool)].pool.take_verified(done.tag);
         match Owner::of(done.tag) {
             Owner::Host { io } => {
+                self.host_io_verified(io, verified);
                 self.host_io_done(io, done.status, now);
                 self.host_io_released(io, now);
             }
             Owner::Child { volume, child, ticket } => {
+                self.child_verified(volume, ticket, u64::from(verified.unwrap_or_default()));
                 self.child_io_done(volume, child, ticket, done.status, now);
             }
             Owner::Register => self.register_stored(pool, done.status, now),

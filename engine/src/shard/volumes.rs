@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use cairn_block::{BlockSize, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
 use cairn_crypt::VolumeKey;
 use cairn_nexus::{
-    ChildId, ChildOp, ChildReply, ChildSpec, Event, Nexus, NexusConfig, Purpose, Ticket,
-    VolumeState,
+    ChildId, ChildOp, ChildReply, ChildSpec, Event, MEND_RESERVE, Nexus, NexusConfig, Purpose,
+    Ticket, VolumeState,
 };
 use cairn_nvmf::target::{
     MAX_NQN_LEN, NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId,
@@ -129,6 +129,10 @@ impl<D: Driver> Shard<D> {
             max_requests: self.config.volume_requests,
         });
         let addresses = spec.children.clone();
+        if !self.has_mend_reserve {
+            self.mend_reserve = self.driver.memory().alloc(MEND_RESERVE);
+            self.has_mend_reserve = self.mend_reserve.is_some();
+        }
         self.next_generation = self.next_generation.wrapping_add(1);
         let at = self.volumes.insert(Volume {
             spec,
@@ -226,6 +230,15 @@ impl<D: Driver> Shard<D> {
         self.touch_volume(at);
     }
 
+    /// A Verify of a child, whose answer comes next, found data in so many blocks.
+    pub(super) fn child_verified(&mut self, volume: u32, ticket: Ticket, blocks: u64) {
+        if blocks > 0
+            && let Some(v) = self.volumes.get_mut(volume)
+        {
+            v.nexus.handle_verified(ticket, blocks);
+        }
+    }
+
     pub(super) fn child_io_done(
         &mut self,
         volume: u32,
@@ -257,7 +270,7 @@ impl<D: Driver> Shard<D> {
             self.volumes[at].nexus.handle_register(child, ticket, reply, now);
         }
         loop {
-            let mut moved = false;
+            let mut moved = self.run_mends(at, now);
             while let Some(io) = self.volumes[at].nexus.poll_child() {
                 let route = self.volumes[at].routes[usize::from(io.child.0)];
                 self.send_child(at, route, io, now);
@@ -295,6 +308,9 @@ impl<D: Driver> Shard<D> {
             self.advance_snapshots(now);
         }
         let volume = &mut self.volumes[at];
+        if volume.nexus.waits_for_memory() && !self.short_volumes.contains(&at) {
+            self.short_volumes.push(at);
+        }
         let next = volume.nexus.poll_timeout(now);
         let finished =
             volume.removing.is_some() && volume.nexus.in_flight() == 0 && volume.waiting.is_empty();
@@ -303,6 +319,12 @@ impl<D: Driver> Shard<D> {
         } else {
             self.wants_timeout(next);
         }
+    }
+
+    /// Moves a volume's mends on; false where nothing can be done now.
+    pub(super) fn run_mends(&mut self, at: u32, now: u64) -> bool {
+        let Some(volume) = self.volumes.get_mut(at) else { return false };
+        volume.nexus.run_mends(self.driver.memory(), &mut self.mend_reserve, now)
     }
 
     fn drop_volume(&mut self, at: u32) {
@@ -392,6 +414,11 @@ impl<D: Driver> Shard<D> {
                     reply.send(Ok(()));
                 }
             }
+            Event::Found { lba, child: c, found } => tracing::warn!(
+                volume = %name, replica = %child(c), lba = lba.0, outcome = found.word(),
+                "a block did not verify, or differed"
+            ),
+            Event::ScrubFinished => tracing::info!(volume = %name, "scrub finished"),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
                     self.fail_link(link, "the nexus gave the session up");
