@@ -10,6 +10,7 @@ fn online() -> Nexus {
     let mut nexus = Nexus::new(NexusConfig {
         volume: VolumeId(1),
         blocks: 1 << 20,
+        encryption: None,
         children: (1..=3).map(|i| ChildSpec { replica: ReplicaId(i), local: false }).collect(),
         purpose: Purpose::Create,
         child_deadline_ms: 5_000,

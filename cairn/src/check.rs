@@ -1,6 +1,8 @@
 //! `cairn up --check`: the demo cluster, checked byte by byte with a replica killed half-way.
 
-use std::path::PathBuf;
+mod keep;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,7 @@ const DATA: u64 = 256 << 20;
 /// The volume is a little larger.
 const VOLUME_SIZE: u64 = 320 << 20;
 /// Bytes in a request.
-const UNIT: u32 = 128 << 10;
+pub(crate) const UNIT: u32 = 128 << 10;
 /// Requests in flight.
 const DEPTH: usize = 8;
 /// The replica that is killed.
@@ -33,7 +35,7 @@ pub(crate) async fn run() -> Result<ExitCode> {
     say!("checking in {}", folder.path.display());
     let mut cluster =
         Cluster::start(&folder.path, None, VOLUME_SIZE, |text| say!("  {text}")).await?;
-    let checked = check(&mut cluster).await;
+    let checked = check(&mut cluster, &folder.path).await;
     if let Err(error) = checked {
         let kept = folder.keep();
         drop(cluster);
@@ -47,9 +49,11 @@ pub(crate) async fn run() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn check(cluster: &mut Cluster) -> Result<()> {
+async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     let volume = cluster.volume(VOLUME_SIZE).await?;
     say!("  volume `{VOLUME}` is {}", volume.state);
+    keep::run(cluster, folder).await?;
+    let volume = cluster.volume(VOLUME_SIZE).await?;
     let address = volume.addresses.first().context("the nexus exports nothing")?;
     let front =
         Target { peer: address.parse().context("the nexus' address")?, nqn: volume.nqn.clone() };
@@ -117,7 +121,7 @@ fn progress(what: &str) -> ProgressBar {
 }
 
 /// Writes or reads units of the pattern, several in flight, and checks what is read.
-fn transfer(
+pub(crate) fn transfer(
     host: &mut Host,
     units: std::ops::Range<u64>,
     seed: u64,
@@ -183,13 +187,13 @@ fn transfer(
 }
 
 /// A folder of its own that is removed with what is in it, unless it is kept.
-struct Scratch {
-    path: PathBuf,
+pub(crate) struct Scratch {
+    pub(crate) path: PathBuf,
     keep: bool,
 }
 
 impl Scratch {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         // Direct I/O is not to be had on every filesystem; the first that has it is taken.
         let name = format!("cairn-check-{}", std::process::id());
         let candidates =
@@ -212,7 +216,7 @@ impl Scratch {
         bail!("neither the temporary folder nor this one takes O_DIRECT; run it from one that does")
     }
 
-    fn keep(mut self) -> PathBuf {
+    pub(crate) fn keep(mut self) -> PathBuf {
         self.keep = true;
         self.path.clone()
     }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use bytesize::ByteSize;
 use cairn_api::v1::{self, cairn_client::CairnClient};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -85,6 +85,18 @@ Example:
         #[command(flatten)]
         how: DeviceArgs,
     },
+    /// Use what a pool lies on up to its new end.
+    #[command(after_help = "\
+Examples:
+  cairn pool grow fast                   # its device has grown
+  cairn pool grow file --size 200GiB     # makes the file longer first")]
+    Grow {
+        /// The pool.
+        name: String,
+        /// The size that the file is to have.
+        #[arg(long, value_parser = parse_size)]
+        size: Option<ByteSize>,
+    },
 }
 
 /// How a device is taken in.
@@ -116,6 +128,60 @@ impl DeviceArgs {
 /// A path as the process knows it; an id stays as it is.
 fn device_name(text: &str) -> Result<String> {
     if uuid::Uuid::parse_str(text).is_ok() { Ok(text.to_owned()) } else { absolute(text) }
+}
+
+/// Where a key comes from.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct KeyArgs {
+    /// A file with the key, on the machine of the process: 32 bytes, or 64 hexadecimal digits.
+    #[arg(long, value_name = "PATH", conflicts_with = "key_command")]
+    key_file: Option<String>,
+    /// A command that prints the key, run by the process without a shell; words are split at spaces.
+    #[arg(long, value_name = "CMD ...")]
+    key_command: Option<String>,
+    /// Take a key file that others than its owner may read.
+    #[arg(long)]
+    allow_open_key_file: bool,
+}
+
+/// Where a new key comes from.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct NewKeyArgs {
+    /// As --key-file of `cairn volume create`.
+    #[arg(
+        long,
+        value_name = "PATH",
+        conflicts_with = "new_key_command",
+        required_unless_present = "new_key_command"
+    )]
+    new_key_file: Option<String>,
+    /// As --key-command of `cairn volume create`.
+    #[arg(long, value_name = "CMD ...")]
+    new_key_command: Option<String>,
+    /// Take a key file that others than its owner may read.
+    #[arg(long)]
+    allow_open_key_file: bool,
+}
+
+/// What a call says of a key, where something is said.
+fn key_source(
+    file: Option<&str>,
+    command: Option<&str>,
+    allow_open_file: bool,
+) -> Result<Option<v1::KeySource>> {
+    if file.is_none() && command.is_none() {
+        return Ok(None);
+    }
+    let file = file.map(absolute).transpose()?.unwrap_or_default();
+    let words = command.unwrap_or_default().split_whitespace();
+    Ok(Some(v1::KeySource { file, command: words.map(str::to_owned).collect(), allow_open_file }))
+}
+
+impl KeyArgs {
+    fn source(&self) -> Result<Option<v1::KeySource>> {
+        let (file, command) = (self.key_file.as_deref(), self.key_command.as_deref());
+        key_source(file, command, self.allow_open_key_file)
+    }
 }
 
 /// `cairn replica`.
@@ -166,7 +232,8 @@ Examples:
       --replica nvme+tcp://192.0.2.11:4420/nqn.2026-11.io.cairn:replica:UUID \\
       --replica nvme+tcp://192.0.2.12:4420/nqn.2026-11.io.cairn:replica:UUID \\
       --replica local:fast/UUID
-  cairn volume create scratch --size 1GiB --pool fast   # one replica, made in this process")]
+  cairn volume create scratch --size 1GiB --pool fast   # one replica, made in this process
+  cairn volume create safe --size 1GiB --pool fast --encrypt --key-file /etc/cairn/safe.key")]
     Create {
         /// Its name; hosts connect to nqn.2026-11.io.cairn:NAME.
         name: String,
@@ -188,11 +255,61 @@ Examples:
         /// A replica that does not answer for so long is taken out. Default: the process's.
         #[arg(long, value_name = "MS", default_value_t = 0)]
         child_deadline_ms: u64,
+        /// Encrypt it, with a key of its own that is wrapped with the one given here.
+        #[arg(long)]
+        encrypt: bool,
+        #[command(flatten)]
+        key: KeyArgs,
+    },
+    /// Grow a volume and its replicas, while it is used. It cannot shrink.
+    Resize {
+        /// Its name.
+        name: String,
+        /// Its new size.
+        #[arg(long, value_parser = parse_size)]
+        size: ByteSize,
+    },
+    /// Serve an encrypted volume whose key could not be had, or was another.
+    Unlock {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        key: KeyArgs,
+    },
+    /// Wrap an encrypted volume's key with another one, while it is used. No data is rewritten.
+    RotateKey {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        key: NewKeyArgs,
     },
     /// Tell all about a volume, or about each.
     Status {
         /// Its name.
         name: Option<String>,
+    },
+    /// Verify every block of every replica and heal what is bad; without options: tell how far it is.
+    #[command(after_help = "\
+Examples:
+  cairn volume scrub db                      # the one that runs, or the last one
+  cairn volume scrub db --start --rate 200   # MiB a second
+  cairn volume scrub db --stop               # --start takes it up where it was
+  cairn volume scrub db --compare            # and compare the replicas byte by byte")]
+    Scrub {
+        /// The volume's name.
+        name: String,
+        /// Start, or take up where it was stopped.
+        #[arg(long, conflicts_with_all = ["stop", "compare"])]
+        start: bool,
+        /// Stop.
+        #[arg(long, conflicts_with_all = ["compare", "rate"])]
+        stop: bool,
+        /// Start, and compare the replicas with each other.
+        #[arg(long)]
+        compare: bool,
+        /// MiB of the volume a second: of the one that starts, or of the one that runs.
+        #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
     },
     /// Stop serving a volume. Its replicas and their data stay.
     Delete {
@@ -242,6 +359,12 @@ pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
                 } else {
                     output::list(global.output, &pools)?;
                 }
+            }
+            PoolCommand::Grow { name, size } => {
+                let size_bytes = size.map_or(0, |s| s.as_u64());
+                let request = v1::GrowPoolRequest { name, size_bytes };
+                let pool = client.grow_pool(request).await.map_err(|s| said(&s))?;
+                output::one(global.output, &pool.into_inner())?;
             }
             PoolCommand::Create { name, paths, without, size, force, buffered } => {
                 let size_bytes = size.map_or(0, |s| s.as_u64());
@@ -348,7 +471,13 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                 id,
                 allow_host,
                 child_deadline_ms,
+                encrypt,
+                key,
             } => {
+                let encryption = key.source()?;
+                if encrypt != encryption.is_some() {
+                    bail!("--encrypt goes with --key-file or --key-command, and they with it");
+                }
                 let id = id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
                 let mut replicas = replica;
                 for pool in pool {
@@ -369,6 +498,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                     id,
                     allowed_hosts: allow_host,
                     child_deadline_ms,
+                    encryption,
                 };
                 let volume = client.create_volume(request).await.map_err(|s| said(&s))?;
                 show_volume(global.output, &volume.into_inner())?;
@@ -388,6 +518,44 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                         let texts: Vec<String> = all.iter().map(output::volume_status).collect();
                         say!("{}", texts.join("\n\n"));
                     }
+                }
+            }
+            VolumeCommand::Resize { name, size } => {
+                let request = v1::ResizeVolumeRequest { name, size_bytes: size.as_u64() };
+                let volume = client.resize_volume(request).await.map_err(|s| said(&s))?;
+                show_volume(global.output, &volume.into_inner())?;
+            }
+            VolumeCommand::Unlock { name, key } => {
+                let request = v1::UnlockVolumeRequest { name, key: key.source()? };
+                let volume = client.unlock_volume(request).await.map_err(|s| said(&s))?;
+                show_volume(global.output, &volume.into_inner())?;
+            }
+            VolumeCommand::RotateKey { name, key } => {
+                let (file, command) = (key.new_key_file.as_deref(), key.new_key_command.as_deref());
+                let key = key_source(file, command, key.allow_open_key_file)?;
+                let request = v1::RotateVolumeKeyRequest { name, key };
+                let volume = client.rotate_volume_key(request).await.map_err(|s| said(&s))?;
+                show_volume(global.output, &volume.into_inner())?;
+            }
+            VolumeCommand::Scrub { name, start, stop, compare, rate } => {
+                use v1::scrub_volume_request::Action;
+                let action = match (start, stop, compare, rate) {
+                    (true, ..) => Action::Start,
+                    (_, true, ..) => Action::Stop,
+                    (_, _, true, _) => Action::Compare,
+                    (.., Some(_)) => Action::Rate,
+                    _ => Action::Unspecified,
+                };
+                let request = v1::ScrubVolumeRequest {
+                    name,
+                    action: action.into(),
+                    rate_mib_s: rate.unwrap_or_default(),
+                };
+                let volume = client.scrub_volume(request).await.map_err(|s| said(&s))?.into_inner();
+                let scrub = volume.scrub.unwrap_or_default();
+                match global.output {
+                    Output::Table => say!("{}", output::scrub_status(&scrub)),
+                    Output::Json => output::one(global.output, &scrub)?,
                 }
             }
             VolumeCommand::Delete { name } => {

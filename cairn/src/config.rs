@@ -92,6 +92,48 @@ pub(crate) struct Nexus {
     pub(crate) header_digest: bool,
     /// Data digests towards replicas.
     pub(crate) data_digest: bool,
+    /// How often each volume is scrubbed; 0: never.
+    pub(crate) scrub_interval: Interval,
+    /// How much of a volume is scrubbed in a second.
+    pub(crate) scrub_rate: ByteSize,
+}
+
+impl Nexus {
+    /// The rate in MiB a second, 1 at least.
+    pub(crate) fn scrub_rate_mib_s(&self) -> u32 {
+        u32::try_from(self.scrub_rate.as_u64() >> 20).unwrap_or(u32::MAX).max(1)
+    }
+}
+
+/// A time span in seconds; written as a number and `d`, `h`, `m` or `s`, or as 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct Interval(pub(crate) u64);
+
+impl TryFrom<String> for Interval {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is no time span; write \"7d\", \"12h\", \"30m\" or \"0\"");
+        if text == "0" {
+            return Ok(Self(0));
+        }
+        let unit = match text.chars().last() {
+            Some('d') => 86_400,
+            Some('h') => 3_600,
+            Some('m') => 60,
+            Some('s') => 1,
+            _ => return Err(wrong()),
+        };
+        let number = text[..text.len() - 1].parse::<u32>().map_err(|_| wrong())?;
+        Ok(Self(u64::from(number) * unit))
+    }
+}
+
+impl From<Interval> for String {
+    fn from(interval: Interval) -> Self {
+        format!("{}s", interval.0)
+    }
 }
 
 impl Default for Nexus {
@@ -101,6 +143,8 @@ impl Default for Nexus {
             assembly_wait_ms: 2_000,
             header_digest: false,
             data_digest: false,
+            scrub_interval: Interval(7 * 86_400),
+            scrub_rate: ByteSize::mib(64),
         }
     }
 }
@@ -295,6 +339,12 @@ mod tests {
 
         let typo = toml::from_str::<Config>(&text.replace("path", "pth")).unwrap_err();
         assert!(typo.to_string().contains("pth"), "{typo}");
+        let seldom = format!("{text}[nexus]\nscrub_interval = \"30d\"\nscrub_rate = \"8MiB\"\n");
+        let nexus = toml::from_str::<Config>(&seldom).unwrap().nexus;
+        assert_eq!((nexus.scrub_interval, nexus.scrub_rate_mib_s()), (Interval(30 * 86_400), 8));
+        let wrong = toml::from_str::<Config>(&seldom.replace("30d", "often")).unwrap_err();
+        assert!(wrong.to_string().contains("often"), "{wrong}");
+
         let twice = format!("{text}[[pool]]\nname = \"p\"\npath = \"x\"\n");
         let error = toml::from_str::<Config>(&twice).unwrap().check().unwrap_err();
         assert!(error.to_string().contains("two pools"), "{error}");

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use cairn_engine::crypt::Envelope;
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Config;
 use cairn_engine::reactor::{Attach, BlockFile, IoMode};
@@ -185,8 +186,14 @@ fn catalog_state(state: CatalogState) -> &'static str {
     match state {
         CatalogState::Free => "free",
         CatalogState::Live => "live",
+        CatalogState::Snapshot => "snapshot",
         CatalogState::Deleting => "deleting",
     }
+}
+
+/// The id of the key that a volume's key is wrapped with, where the volume is encrypted.
+fn key_id(config: &Config) -> Option<String> {
+    Envelope::decode(&config.encryption).ok().map(|envelope| envelope.key_id.to_string())
 }
 
 /// The in-sync members that a register's configuration names, for people.
@@ -197,7 +204,8 @@ fn members(config: &[u8]) -> String {
     match Config::decode(config) {
         Ok(config) => {
             let in_sync = config.members.iter().filter(|(_, ok)| *ok).count();
-            format!("{in_sync} of {} in sync", config.members.len())
+            let key = key_id(&config).map_or_else(String::new, |id| format!(", key {id}"));
+            format!("{in_sync} of {} in sync{key}", config.members.len())
         }
         Err(e) => format!("unreadable: {e}"),
     }
@@ -237,6 +245,7 @@ impl Show for CatalogInfo {
                     json!({
                         "volume": c.volume.to_string(), "blocks": c.blocks,
                         "lineage": c.lineage, "members": members,
+                        "key_id": key_id(&c),
                     })
                 });
                 json!({
@@ -276,7 +285,7 @@ impl Show for JournalInfo {
             .map(|r| {
                 json!({
                     "extent": r.extent, "state": entry_state(r.entry.state),
-                    "slot": r.entry.slot, "logical": r.entry.logical, "epoch": r.entry.epoch,
+                    "layer": r.entry.layer, "logical": r.entry.logical, "epoch": r.entry.epoch,
                 })
             })
             .collect();
@@ -320,14 +329,16 @@ impl Show for PageInfo {
 }
 
 impl Show for ExtentInfo {
-    const HEADS: &'static [&'static str] = &["EXTENT", "OFFSET", "STATE", "SLOT", "LOGICAL"];
+    const HEADS: &'static [&'static str] =
+        &["EXTENT", "OFFSET", "STATE", "DIRTY", "LAYER", "LOGICAL"];
 
     fn row(&self) -> Vec<String> {
         vec![
             self.extent.to_string(),
             self.offset.to_string(),
             entry_state(self.entry.state),
-            self.entry.slot.to_string(),
+            if self.entry.dirty { "yes" } else { "no" }.to_owned(),
+            self.entry.layer.to_string(),
             self.entry.logical.to_string(),
         ]
     }
@@ -335,8 +346,9 @@ impl Show for ExtentInfo {
     fn json(&self) -> Value {
         json!({
             "extent": self.extent, "offset": self.offset,
-            "state": entry_state(self.entry.state), "slot": self.entry.slot,
+            "state": entry_state(self.entry.state), "layer": self.entry.layer,
             "logical": self.entry.logical, "epoch": self.entry.epoch,
+            "dirty": self.entry.dirty, "birth": self.entry.birth,
         })
     }
 }

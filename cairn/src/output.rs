@@ -153,6 +153,35 @@ fn counters(c: Option<&v1::IoCounters>) -> Value {
     })
 }
 
+fn mends(m: Option<&v1::Mends>) -> Value {
+    let m = m.copied().unwrap_or_default();
+    json!({
+        "attempted": m.attempted, "healed_blocks": m.healed_blocks,
+        "unrecoverable_blocks": m.unrecoverable_blocks, "converged_writes": m.converged_writes,
+    })
+}
+
+impl Show for v1::Scrub {
+    const HEADS: &'static [&'static str] = &["SCRUB"];
+
+    fn row(&self) -> Vec<String> {
+        vec![scrub_line(self)]
+    }
+
+    fn json(&self) -> Value {
+        let finding = |f: &v1::ScrubFinding| json!({"lba": f.lba, "replica_id": f.replica_id, "outcome": f.outcome});
+        let findings: Vec<Value> = self.findings.iter().map(finding).collect();
+        json!({
+            "state": self.state, "compare": self.compare, "rate_mib_s": self.rate_mib_s,
+            "started_unix_s": self.started_unix_s, "finished_unix_s": self.finished_unix_s,
+            "cursor_bytes": self.cursor_bytes, "verified_bytes": self.verified_bytes,
+            "bad_blocks": self.bad_blocks, "healed_blocks": self.healed_blocks,
+            "unrecoverable_blocks": self.unrecoverable_blocks,
+            "differing_blocks": self.differing_blocks, "findings": findings,
+        })
+    }
+}
+
 impl Show for v1::Replica {
     const HEADS: &'static [&'static str] =
         &["REPLICA", "POOL", "NAME", "STATE", "SIZE", "USED", "URI"];
@@ -180,8 +209,18 @@ impl Show for v1::Replica {
 }
 
 impl Show for v1::Volume {
-    const HEADS: &'static [&'static str] =
-        &["VOLUME", "STATE", "SIZE", "IN SYNC", "HOSTS", "NQN", "ADDRESS"];
+    const HEADS: &'static [&'static str] = &[
+        "VOLUME",
+        "STATE",
+        "SIZE",
+        "ENCRYPTED",
+        "IN SYNC",
+        "HOSTS",
+        "HEALED",
+        "LOST",
+        "NQN",
+        "ADDRESS",
+    ];
 
     fn row(&self) -> Vec<String> {
         let in_sync = self.children.iter().filter(|c| c.in_sync).count();
@@ -189,8 +228,11 @@ impl Show for v1::Volume {
             self.name.clone(),
             self.state.clone(),
             size(self.size_bytes),
+            encryption_text(self.encryption.as_ref()),
             format!("{in_sync}/{}", self.children.len()),
             self.hosts.len().to_string(),
+            self.mends.unwrap_or_default().healed_blocks.to_string(),
+            self.mends.unwrap_or_default().unrecoverable_blocks.to_string(),
             self.nqn.clone(),
             self.addresses.join(" "),
         ]
@@ -217,16 +259,25 @@ impl Show for v1::Volume {
             "block_size": self.block_size, "state": self.state, "detail": self.detail,
             "serving": self.serving, "epoch": self.epoch, "children": children, "hosts": hosts,
             "counters": counters(self.counters.as_ref()), "in_flight": self.in_flight,
-            "addresses": self.addresses,
+            "encryption": self.encryption.as_ref().map(|e| {
+                json!({"cipher": e.cipher, "key_id": e.key_id})
+            }),
+            "addresses": self.addresses, "mends": mends(self.mends.as_ref()),
+            "scrub": self.scrub.as_ref().map(Show::json),
         })
     }
+}
+
+fn encryption_text(encryption: Option<&v1::Encryption>) -> String {
+    encryption.map_or_else(|| "no".to_owned(), |e| format!("{}, key {}", e.cipher, e.key_id))
 }
 
 /// A volume and each of its replicas, for people.
 pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     let c = volume.counters.unwrap_or_default();
     let mut text = format!(
-        "volume    {} ({})\nstate     {}: {}\nsize      {}, blocks of {} bytes\nepoch     {}\n\
+        "volume    {} ({})\nstate     {}: {}\nsize      {}, blocks of {} bytes\nencrypted {}\n\
+         epoch     {}\n\
          requests  {} reads, {} writes, {} flushes, {} discards, {} errors, {} in flight\n",
         volume.name,
         volume.id,
@@ -234,6 +285,7 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
         volume.detail,
         size(volume.size_bytes),
         volume.block_size,
+        encryption_text(volume.encryption.as_ref()),
         volume.epoch,
         c.reads,
         c.writes,
@@ -244,6 +296,14 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     );
     for address in &volume.addresses {
         text.push_str(&format!("connect   {}\n", connect_line(address, &volume.nqn)));
+    }
+    let mends = volume.mends.unwrap_or_default();
+    text.push_str(&format!(
+        "mends     {} bad blocks met, {} copies healed, {} blocks unrecoverable, {} writes met a full pool\n",
+        mends.attempted, mends.healed_blocks, mends.unrecoverable_blocks, mends.converged_writes
+    ));
+    if let Some(scrub) = &volume.scrub {
+        text.push_str(&format!("scrub     {}\n", scrub_line(scrub)));
     }
     let rows = volume.children.iter().map(|c| {
         vec![
@@ -258,9 +318,77 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     text
 }
 
+/// A scrub in one line.
+fn scrub_line(scrub: &v1::Scrub) -> String {
+    if scrub.state == "never" {
+        return "never".to_owned();
+    }
+    let ended = if scrub.finished_unix_s > 0 {
+        format!(", ended {}", time(scrub.finished_unix_s))
+    } else {
+        String::new()
+    };
+    format!(
+        "{}{}: {} verified at {} MiB/s, {} copies bad, {} healed, {} blocks unrecoverable, \
+         {} copies different; started {}{ended}",
+        scrub.state,
+        if scrub.compare { ", comparing" } else { "" },
+        size(scrub.verified_bytes),
+        scrub.rate_mib_s,
+        scrub.bad_blocks,
+        scrub.healed_blocks,
+        scrub.unrecoverable_blocks,
+        scrub.differing_blocks,
+        time(scrub.started_unix_s),
+    )
+}
+
+/// A scrub and what it found.
+pub(crate) fn scrub_status(scrub: &v1::Scrub) -> String {
+    let mut text = scrub_line(scrub);
+    if !scrub.findings.is_empty() {
+        let rows = scrub
+            .findings
+            .iter()
+            .map(|f| vec![f.lba.to_string(), f.replica_id.clone(), f.outcome.clone()]);
+        text.push_str(&format!("\n{}", table(&["LBA", "REPLICA", "OUTCOME"], rows)));
+    }
+    text
+}
+
+/// A time as UTC, to the second.
+fn time(unix_s: u64) -> String {
+    let (days, s) = (unix_s / 86_400, unix_s % 86_400);
+    // Days since 0000-03-01, so that leap days come last: the usual civil-from-days arithmetic.
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (s / 3600, s / 60 % 60, s % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
 /// What a Linux host types to use a volume.
 pub(crate) fn connect_line(address: &str, nqn: &str) -> String {
     let (host, port) = address.rsplit_once(':').unwrap_or((address, "4420"));
     let host = host.trim_start_matches('[').trim_end_matches(']');
     format!("nvme connect -t tcp -a {host} -s {port} -n {nqn}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_told_as_utc() {
+        assert_eq!(time(0), "1970-01-01T00:00:00Z");
+        assert_eq!(time(951_782_399), "2000-02-28T23:59:59Z");
+        assert_eq!(time(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(time(1_795_248_000), "2026-11-21T08:00:00Z");
+    }
 }

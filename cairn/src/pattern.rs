@@ -54,6 +54,11 @@ pub(crate) fn fill(block: &mut [u8], stamp: Stamp) {
     }
 }
 
+/// The address in a block that this run wrote.
+pub(crate) fn lba_of(block: &[u8], seed: u64) -> Option<u64> {
+    (word(block, 0) == MAGIC && word(block, 1) == seed).then(|| word(block, 2))
+}
+
 fn word(block: &[u8], at: usize) -> u64 {
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&block[at * 8..at * 8 + 8]);

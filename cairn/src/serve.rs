@@ -64,6 +64,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         let _told = ended.send(());
         joined
     });
+    runtime.spawn(crate::scrub::run(Arc::clone(&service)));
     let served = runtime.block_on(serve(&config, service, args.exit_with_stdin, engine_ended));
     tracing::info!("draining");
     let stopped = engine.call(|reply| Command::Shutdown { reply });
@@ -186,6 +187,8 @@ async fn serve(
             () = stdin_closed(), if exit_with_stdin => tracing::info!("the parent is gone"),
         }
     };
+    let settling = Arc::clone(&service);
+    tokio::spawn(async move { settling.settle_keys().await });
     let api = cairn_api::v1::cairn_server::CairnServer::from_arc(service);
     let served = tonic::transport::Server::builder()
         .add_service(api)

@@ -1,5 +1,8 @@
 //! The gRPC service: turns calls into commands for the engine, and remembers the volumes.
 
+mod grow;
+mod keys;
+
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -11,20 +14,23 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::target::MAX_NQN_LEN;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
-    ChildAddress, DeviceReport, EngineError, EngineHandle, ExportCounters, PoolReport,
-    ReplicaReport, VolumeReport, VolumeSpec,
+    ChildAddress, DeviceReport, EncryptionSpec, EngineError, EngineHandle, ExportCounters,
+    PoolReport, ReplicaReport, ScrubAction, VolumeReport, VolumeSpec,
 };
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
 use crate::config::{self, Config, Io, Paths};
 use crate::pools;
+use crate::scrub::Scrubs;
 use crate::state::{SavedPool, SavedVolume, State};
 
 /// A new volume must be served within this time, or the call fails and says what is missing.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often its state is looked at meanwhile.
 const CREATE_POLL: Duration = Duration::from_millis(20);
+/// A change of a volume must be stored within this time, or the call fails and says so; it may go on.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(20);
 /// All volumes have blocks of this size.
 const BLOCK: u64 = 4096;
 
@@ -36,6 +42,7 @@ pub(crate) struct Service {
     addresses: Vec<SocketAddr>,
     child_deadline_ms: u64,
     state: Mutex<State>,
+    scrubs: Scrubs,
 }
 
 /// The subsystem that hosts of a volume connect to.
@@ -97,6 +104,7 @@ impl Service {
             addresses,
             child_deadline_ms: config.nexus.child_deadline_ms,
             state: Mutex::new(state),
+            scrubs: Scrubs::new(&config.state_dir, &config.nexus),
         }
     }
 
@@ -105,7 +113,8 @@ impl Service {
         let saved = self.state.lock().volumes.clone();
         for volume in saved {
             tracing::info!(volume = %volume.name, "serving the volume again");
-            let added = self.spec_of(&volume).map_err(anyhow::Error::msg).and_then(|spec| {
+            let spec = keys::spec_now(&volume).and_then(|keys| self.spec_of(&volume, keys));
+            let added = spec.map_err(anyhow::Error::msg).and_then(|spec| {
                 Ok(self.engine.call(|reply| Command::AddVolume { spec, reply })?)
             });
             // The other volumes are served all the same.
@@ -115,7 +124,11 @@ impl Service {
         }
     }
 
-    fn spec_of(&self, volume: &SavedVolume) -> Result<VolumeSpec, String> {
+    fn spec_of(
+        &self,
+        volume: &SavedVolume,
+        encryption: Option<EncryptionSpec>,
+    ) -> Result<VolumeSpec, String> {
         let children: Result<Vec<_>, String> =
             volume.replicas.iter().map(|uri| parse_replica_uri(uri)).collect();
         let deadline = match volume.child_deadline_ms {
@@ -128,6 +141,7 @@ impl Service {
             nqn: volume_nqn(&volume.name),
             blocks: volume.size_bytes / BLOCK,
             children: children?,
+            encryption,
             purpose: if volume.created { Purpose::Assemble } else { Purpose::Create },
             child_deadline_ms: deadline,
             allowed_hosts: match volume.allowed_hosts.as_slice() {
@@ -138,7 +152,7 @@ impl Service {
     }
 
     /// Asks the engine without blocking the runtime.
-    async fn ask<T: Send + 'static>(
+    pub(crate) async fn ask<T: Send + 'static>(
         &self,
         make: impl FnOnce(Reply<T>) -> cairn_engine::thread::Command,
     ) -> Result<T, Status> {
@@ -150,7 +164,12 @@ impl Service {
         rx.await.unwrap_or(Err(EngineError::Stopped)).map_err(|e| status_of(&e))
     }
 
-    async fn volume_reports(&self) -> Result<Vec<VolumeReport>, Status> {
+    /// What is known of scrubs.
+    pub(crate) fn scrubs(&self) -> &Scrubs {
+        &self.scrubs
+    }
+
+    pub(crate) async fn volume_reports(&self) -> Result<Vec<VolumeReport>, Status> {
         self.ask(|reply| Command::ListVolumes { reply }).await
     }
 
@@ -268,6 +287,7 @@ impl Service {
     }
 
     fn volume_message(&self, report: VolumeReport) -> v1::Volume {
+        let scrub = self.scrubs.message(&report);
         let children = report.children.into_iter().map(|child| v1::Child {
             replica_id: child.replica.to_string(),
             uri: replica_uri(child.replica, &child.address),
@@ -296,6 +316,17 @@ impl Service {
             in_flight: report.in_flight as u64,
             addresses: self.addresses.iter().map(ToString::to_string).collect(),
             serving: report.serving,
+            encryption: report.encryption.map(|e| v1::Encryption {
+                cipher: e.cipher.to_owned(),
+                key_id: e.key_id.to_string(),
+            }),
+            mends: Some(v1::Mends {
+                attempted: report.mends.heals,
+                healed_blocks: report.mends.healed,
+                unrecoverable_blocks: report.mends.unrecoverable,
+                converged_writes: report.mends.converged,
+            }),
+            scrub: Some(scrub),
         }
     }
 }
@@ -508,6 +539,13 @@ impl Cairn for Service {
         Ok(Response::new(Self::pool_message(report)))
     }
 
+    async fn grow_pool(
+        &self,
+        request: Request<v1::GrowPoolRequest>,
+    ) -> Result<Response<v1::Pool>, Status> {
+        self.grow_device(request.into_inner()).await.map(Response::new)
+    }
+
     async fn list_replicas(
         &self,
         _request: Request<v1::ListReplicasRequest>,
@@ -528,6 +566,8 @@ impl Cairn for Service {
             name: request.name,
             blocks: blocks_of(request.size_bytes)?,
             block_size: BlockSize::B4096,
+            thick: false,
+            source: None,
         };
         let pool = request.pool;
         let report = self.ask(|reply| Command::CreateReplica { pool, spec, reply }).await?;
@@ -567,6 +607,7 @@ impl Cairn for Service {
                 request.name
             )));
         }
+        let encryption = keys::for_new(request.encryption).await?;
         let mut saved = SavedVolume {
             id: VolumeId(id_or_new(&request.id)?).to_string(),
             name: request.name.clone(),
@@ -574,9 +615,11 @@ impl Cairn for Service {
             replicas: request.replicas,
             allowed_hosts: request.allowed_hosts,
             child_deadline_ms: request.child_deadline_ms,
+            encryption,
             created: false,
         };
-        let spec = self.spec_of(&saved).map_err(Status::invalid_argument)?;
+        let keys = keys::spec_of(&saved).await?;
+        let spec = self.spec_of(&saved, keys).map_err(Status::invalid_argument)?;
         // Remembered first: a crash now leaves a volume whose making is taken up again.
         self.remember(saved.clone())?;
         let added = self.ask(|reply| Command::AddVolume { spec, reply }).await;
@@ -600,6 +643,63 @@ impl Cairn for Service {
                 Err(status)
             }
         }
+    }
+
+    async fn resize_volume(
+        &self,
+        request: Request<v1::ResizeVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.resize(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unlock_volume(
+        &self,
+        request: Request<v1::UnlockVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.unlock(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn rotate_volume_key(
+        &self,
+        request: Request<v1::RotateVolumeKeyRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.rotate(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn scrub_volume(
+        &self,
+        request: Request<v1::ScrubVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        use v1::scrub_volume_request::Action;
+        let request = request.into_inner();
+        let find =
+            |volumes: Vec<VolumeReport>| volumes.into_iter().find(|v| v.name == request.name);
+        let missing =
+            || Status::not_found(format!("there is no volume `{}` in this process", request.name));
+        let volume = find(self.volume_reports().await?).ok_or_else(missing)?;
+        let rate = request.rate_mib_s;
+        let action = match request.action() {
+            Action::Unspecified => None,
+            _ if !volume.serving => {
+                return Err(Status::failed_precondition(format!(
+                    "volume `{}` is {}; it is scrubbed once it is online",
+                    volume.name, volume.state
+                )));
+            }
+            Action::Start => Some(self.scrubs.start(&volume, false, rate)),
+            Action::Compare => Some(self.scrubs.start(&volume, true, rate)),
+            Action::Stop => {
+                self.scrubs.stop(&volume);
+                Some(ScrubAction::Stop)
+            }
+            Action::Rate => Some(ScrubAction::Rate(rate)),
+        };
+        if let Some(action) = action {
+            let name = request.name.clone();
+            self.ask(|reply| Command::ScrubVolume { name, action, reply }).await?;
+        }
+        let report = find(self.volume_reports().await?).ok_or_else(missing)?;
+        Ok(Response::new(self.volume_message(report)))
     }
 
     async fn delete_volume(

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::keys::SavedEncryption;
+
 /// Version of the file.
 const VERSION: u32 = 1;
 
@@ -40,6 +42,9 @@ pub(crate) struct SavedVolume {
     pub(crate) allowed_hosts: Vec<String>,
     #[serde(default)]
     pub(crate) child_deadline_ms: u64,
+    /// Where its key comes from, where it is encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) encryption: Option<SavedEncryption>,
     /// Whether its first configuration was stored on the replicas.
     pub(crate) created: bool,
 }

@@ -19,7 +19,7 @@ use crate::cli::parse_size;
 use crate::client::{connect, said, volumes};
 use crate::config::{self, Config};
 use crate::output::say;
-use crate::{check, output};
+use crate::{check, output, rot};
 
 /// Replicas of the demo volume.
 pub(crate) const REPLICAS: usize = 3;
@@ -47,16 +47,25 @@ pub(crate) struct UpArgs {
     #[arg(long, default_value_t = 4420)]
     port: u16,
 
-    /// Check a volume in a temporary folder, on free ports, byte by byte: write a pattern, kill a
-    /// replica half-way, read everything back from the nexus and from each replica left.
+    /// Check volumes in a temporary folder, on free ports, byte by byte: an encrypted one that grows, and
+    /// one that loses a replica half-way and is read back from the nexus and from each replica left.
     #[arg(long, conflicts_with_all = ["data", "size", "port"])]
     check: bool,
+
+    /// Flip bits in so many places of the pools of a volume in a temporary folder, under load and at
+    /// rest, and check that every read is right or an error, and that a scrub heals what can be.
+    #[arg(long, value_name = "FLIPS", conflicts_with_all = ["data", "size", "port", "check"])]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=8000), hide = true)]
+    rot: Option<u16>,
 }
 
 pub(crate) fn run(args: &UpArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     if args.check {
         return runtime.block_on(check::run());
+    }
+    if let Some(flips) = args.rot {
+        return runtime.block_on(rot::run(usize::from(flips)));
     }
     runtime.block_on(up(args))
 }
@@ -225,6 +234,7 @@ impl Cluster {
                 id: self.replicas.first().map_or_else(String::new, |r| r.volume_id.clone()),
                 allowed_hosts: Vec::new(),
                 child_deadline_ms: 0,
+                encryption: None,
             };
             let made = self.client.create_volume(request).await.map_err(|s| said(&s))?;
             return Ok(made.into_inner());
@@ -248,6 +258,20 @@ impl Cluster {
 
     pub(crate) fn nexus_socket(&self) -> PathBuf {
         socket_path(&self.data, "nexus")
+    }
+
+    /// The API socket of a process.
+    pub(crate) fn socket(&self, name: &str) -> PathBuf {
+        socket_path(&self.data, name)
+    }
+
+    /// Kills the nexus at once, and starts it again.
+    pub(crate) async fn restart_nexus(&mut self) -> Result<()> {
+        self.kill(REPLICAS)?;
+        let (process, client) = start_process(&self.data, "nexus", 0, Vec::new()).await?;
+        self.processes[REPLICAS] = process;
+        self.client = client;
+        Ok(())
     }
 
     /// Kills one process at once, as a crash would.

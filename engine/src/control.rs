@@ -2,9 +2,12 @@
 
 use std::net::SocketAddr;
 
-use cairn_block::{BlockSize, PoolDeviceId, PoolId, ReplicaId, VolumeId};
-use cairn_nexus::Purpose;
+use cairn_block::{BlockSize, PoolDeviceId, PoolId, ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
+use cairn_crypt::{Envelope, Kek, KeyId};
+use cairn_nexus::{MendCounters, Purpose, ScrubReport};
 use cairn_replica::{MultiPool, Pool, ReplicaSpec, Usage};
+
+use crate::snapshot::SnapshotCall;
 
 /// Why a command was not carried out. Each says what was wrong with what.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,6 +80,28 @@ pub enum ChildAddress {
     },
 }
 
+/// How an encrypted volume's key is had.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EncryptionSpec {
+    /// The key-encryption keys to try; more than one while a change of the key is not known to be done.
+    pub keks: Vec<Kek>,
+    /// Why a key is not among them; empty where all are.
+    pub missing: String,
+    /// The key of a volume that is to be made, wrapped with one of `keks`.
+    pub new: Option<Box<Envelope>>,
+    /// The volume that the key was made for, where it is another: a clone's origin.
+    pub owner: Option<VolumeId>,
+}
+
+/// How a volume is encrypted, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncryptionReport {
+    /// The cipher's name.
+    pub cipher: &'static str,
+    /// The id of the key that the volume's key is wrapped with.
+    pub key_id: KeyId,
+}
+
 /// A volume to be served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeSpec {
@@ -90,6 +115,8 @@ pub struct VolumeSpec {
     pub blocks: u64,
     /// Its replicas and where they are.
     pub children: Vec<(ReplicaId, ChildAddress)>,
+    /// Whether it is encrypted, and how its key is had.
+    pub encryption: Option<EncryptionSpec>,
     /// Whether it is new.
     pub purpose: Purpose,
     /// A replica that does not answer for so long is taken out.
@@ -149,7 +176,9 @@ pub struct DeviceReport {
     pub state: String,
     /// What there is to say of that.
     pub reason: String,
-    /// Bytes of it that the pool uses.
+    /// Its length in bytes, as far as the pool uses it; zero where it is not there.
+    pub device_len: u64,
+    /// Bytes of it that the pool uses for data.
     pub size_bytes: u64,
     /// Bytes that can be allocated.
     pub free_bytes: u64,
@@ -248,6 +277,44 @@ pub struct VolumeReport {
     pub counters: ExportCounters,
     /// Requests in flight.
     pub in_flight: usize,
+    /// How it is encrypted; nothing where it is not, or that is not known yet.
+    pub encryption: Option<EncryptionReport>,
+    /// What has been mended.
+    pub mends: MendCounters,
+    /// The scrub that runs, or the last one since the process started.
+    pub scrub: Option<ScrubReport>,
+}
+
+/// A snapshot of a volume, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotReport {
+    /// Which.
+    pub id: SnapshotId,
+    /// Its name.
+    pub name: String,
+    /// When it was taken, in seconds since 1970.
+    pub created: u64,
+    /// Size of the volume then, in blocks.
+    pub blocks: u64,
+    /// Bytes that are kept for it alone, on the replica that keeps most.
+    pub own_bytes: u64,
+    /// It is being deleted, or waits for its clones to be.
+    pub deleting: bool,
+    /// How many replicas have it.
+    pub replicas: usize,
+    /// Of how many that were asked.
+    pub of_replicas: usize,
+}
+
+/// What to do about a volume's scrub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ScrubAction {
+    /// Start one, or take one up: the report says how, and at which block.
+    Start(ScrubReport),
+    /// Stop it where it is.
+    Stop,
+    /// Go on at so many MiB a second.
+    Rate(u32),
 }
 
 /// Something asked of a shard. `L` and `D` are the driver's listener and device.
@@ -298,6 +365,17 @@ pub enum Command<L, D> {
         /// The answer.
         reply: Reply<Vec<PoolReport>>,
     },
+    /// Use a pool's device up to its new end.
+    GrowPool {
+        /// Which.
+        pool: String,
+        /// Which of its devices.
+        device: PoolDeviceId,
+        /// Its new length in bytes.
+        device_len: u64,
+        /// The answer, once the space can be used.
+        reply: Reply<()>,
+    },
     /// Tell of the replicas.
     ListReplicas {
         /// The answer.
@@ -330,6 +408,55 @@ pub enum Command<L, D> {
     RemoveVolume {
         /// By name.
         name: String,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Grow a volume and its replicas.
+    ResizeVolume {
+        /// By name.
+        name: String,
+        /// Its new size in blocks.
+        blocks: u64,
+        /// The answer, once a majority has stored it and hosts are told.
+        reply: Reply<()>,
+    },
+    /// Wrap a volume's key with another key-encryption key.
+    RotateKey {
+        /// By name.
+        name: String,
+        /// The new one.
+        kek: Kek,
+        /// Random.
+        nonce: [u8; 12],
+        /// The answer, once a majority has stored it.
+        reply: Reply<()>,
+    },
+    /// Take, delete, restore or clone a snapshot; take one of several volumes at one instant.
+    Snapshot {
+        /// Of which volumes; more than one only where snapshots are taken.
+        volumes: Vec<String>,
+        /// What to do.
+        verb: SnapshotVerb,
+        /// About which snapshot.
+        call: SnapshotCall,
+        /// Restore though hosts are connected.
+        force: bool,
+        /// The answer: every in-sync replica has done it.
+        reply: Reply<()>,
+    },
+    /// Tell of a volume's snapshots.
+    ListSnapshots {
+        /// By name.
+        volume: String,
+        /// The answer.
+        reply: Reply<Vec<SnapshotReport>>,
+    },
+    /// Start, stop or pace a volume's scrub.
+    ScrubVolume {
+        /// By name.
+        name: String,
+        /// What to do.
+        action: ScrubAction,
         /// The answer.
         reply: Reply<()>,
     },

@@ -10,17 +10,20 @@ pub mod control;
 pub mod device;
 pub mod register;
 pub mod shard;
+pub mod snapshot;
 pub mod thread;
 
 pub use cairn_block as block;
+pub use cairn_crypt as crypt;
 pub use cairn_nexus as nexus;
 pub use cairn_nvmf as nvmf;
 pub use cairn_reactor as reactor;
 pub use cairn_replica as replica;
 
 pub use control::{
-    ChildAddress, ChildReport, Command, DeviceReport, EngineError, ExportCounters, HostReport,
-    PoolMember, PoolReport, ReplicaReport, Reply, VolumeReport, VolumeSpec,
+    ChildAddress, ChildReport, Command, DeviceReport, EncryptionReport, EncryptionSpec,
+    EngineError, ExportCounters, HostReport, PoolMember, PoolReport, ReplicaReport, Reply,
+    ScrubAction, SnapshotReport, VolumeReport, VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig};
 pub use thread::{EngineHandle, start};

@@ -5,6 +5,7 @@
 //! | C2h | Register Read | register page to the host | |
 //! | C6h | Register Promise | register page to the host | CDW10-11: epoch, newer than the one promised; bit 63 set: that one will do too |
 //! | C9h | Register Accept | register page to the controller | |
+//! | CDh | Replica Resize | register page to the controller: its accepted epoch, and the size | |
 //!
 //! A refusal because of a newer promise completes with status Internal Path Related: Controller Pathing Error. The page, little-endian:
 //!
@@ -13,6 +14,7 @@
 //! 8  promised epoch        16 accepted epoch       24 sequence
 //! 32 configuration length (u32), zero (u32)        40 incarnation of the machine, in answers (16 bytes)
 //! 56 configuration
+//! 4088 size of the replica in blocks: in answers, and in Replica Resize; 0: not told
 //! ```
 
 use cairn_block::Epoch;
@@ -24,6 +26,8 @@ pub const OPCODE_READ: u8 = 0xc2;
 pub const OPCODE_PROMISE: u8 = 0xc6;
 /// Stores a configuration.
 pub const OPCODE_ACCEPT: u8 = 0xc9;
+/// Grows the replica, unless a newer epoch than the page's was promised.
+pub const OPCODE_RESIZE: u8 = 0xcd;
 /// Set in CDW11 of a promise that takes up an epoch again.
 pub const AGAIN: u32 = 1 << 31;
 /// Bytes of a register page.
@@ -31,6 +35,8 @@ pub const PAGE: u32 = 4096;
 
 const MAGIC: [u8; 8] = *b"CRNREG1\0";
 const HEADER: usize = 56;
+/// Where a page says how large the replica is.
+const BLOCKS: usize = PAGE as usize - 8;
 
 /// Writes `register` over the page `out`.
 ///
@@ -45,7 +51,9 @@ pub fn encode(register: &Register, out: &mut [u8]) {
     let len = u32::try_from(register.config.len()).expect("a configuration is short");
     out[32..36].copy_from_slice(&len.to_le_bytes());
     out[40..56].copy_from_slice(&register.incarnation.to_le_bytes());
+    assert!(HEADER + register.config.len() <= BLOCKS, "a configuration is short");
     out[HEADER..HEADER + register.config.len()].copy_from_slice(&register.config);
+    out[BLOCKS..BLOCKS + 8].copy_from_slice(&register.blocks.to_le_bytes());
 }
 
 /// The register that a page holds, or nothing where it holds none.
@@ -60,6 +68,7 @@ pub fn decode(page: &[u8]) -> Option<Register> {
         bytes.copy_from_slice(&header[at..at + 8]);
         u64::from_le_bytes(bytes)
     };
+    let blocks = page.get(BLOCKS..)?.first_chunk::<8>()?;
     let mut incarnation = [0; 16];
     incarnation.copy_from_slice(&header[40..56]);
     let len = u32::from_le_bytes([header[32], header[33], header[34], header[35]]);
@@ -70,6 +79,7 @@ pub fn decode(page: &[u8]) -> Option<Register> {
         seq: word(24),
         config: config.to_vec(),
         incarnation: u128::from_le_bytes(incarnation),
+        blocks: u64::from_le_bytes(*blocks),
     })
 }
 
@@ -85,6 +95,7 @@ mod tests {
             seq: 3,
             config: vec![1, 2, 3],
             incarnation: 77,
+            blocks: 1 << 40,
         };
         let mut page = vec![0xff; PAGE as usize];
         encode(&register, &mut page);

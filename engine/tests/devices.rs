@@ -50,6 +50,8 @@ fn devices_come_and_go() {
         name: "r".to_owned(),
         blocks: 1024,
         block_size: BlockSize::B4096,
+        thick: false,
+        source: None,
     };
     engine.call(|reply| Command::CreateReplica { pool: "p".to_owned(), spec, reply }).unwrap();
 

@@ -60,6 +60,8 @@ impl Engine {
             name: String::new(),
             blocks: BLOCKS,
             block_size: BlockSize::B4096,
+            thick: false,
+            source: None,
         };
         engine.call(|reply| Command::CreateReplica { pool: "p".to_owned(), spec, reply }).unwrap();
         engine
@@ -89,6 +91,7 @@ impl Engine {
             purpose,
             child_deadline_ms: 2_000,
             allowed_hosts: None,
+            encryption: None,
         };
         self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
     }
@@ -261,6 +264,7 @@ fn children_that_cannot_be_are_refused() {
         purpose: Purpose::Create,
         child_deadline_ms: 2_000,
         allowed_hosts: None,
+        encryption: None,
     };
     let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
     let long = ChildAddress::Remote { peer, nqn: format!("nqn.{}", "x".repeat(300)) };

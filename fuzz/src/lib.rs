@@ -5,6 +5,7 @@
 //! of its subject, such as that any split of a stream gives the same result.
 #![forbid(unsafe_code)]
 
+pub mod config;
 pub mod mutate;
 pub mod nvmf;
 pub mod replica;
@@ -18,6 +19,7 @@ const TARGETS: &[Target] = &[
     Target::new("nvmf-pdu-header", nvmf::pdu_header, || nvmf::seeds("pdu_header")),
     Target::new("nvmf-identify", nvmf::identify, || nvmf::seeds("identify")),
     Target::new("nvmf-discovery", nvmf::discovery, || nvmf::seeds("discovery")),
+    Target::new("config", config::config, config::seeds),
     Target::new("replica-open-damaged", replica::open_damaged, replica::seeds),
     Target::new("replica-superblock", replica::superblock, replica::seeds),
     Target::new("replica-journal", replica::journal, replica::seeds),

@@ -97,7 +97,8 @@ pub fn target_stream(data: &[u8]) {
                     IoCommand::Write { data, .. } | IoCommand::Discard { ranges: data, .. } => {
                         mem.release(data);
                     }
-                    IoCommand::Flush | IoCommand::WriteZeroes { .. } => {}
+                    IoCommand::Flush | IoCommand::Verify { .. } | IoCommand::WriteZeroes { .. } => {
+                    }
                 },
                 Outcome::Vendor { data, .. } => {
                     if let Some(data) = data {

@@ -169,6 +169,8 @@ fn small_pool() -> Option<MemDevice> {
         name: "fuzzed".to_owned(),
         blocks: 1000,
         block_size: BlockSize::B4096,
+        thick: false,
+        source: None,
     };
     pool.create_replica(1, spec, &mut mem);
     run(&mut pool, &mut dev, &mut mem);

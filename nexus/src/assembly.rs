@@ -6,8 +6,10 @@ use cairn_block::{Epoch, IoStatus};
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::config::{Config, Register};
-use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus, Purpose, VolumeState};
+use crate::nexus::Nexus;
+use crate::reconfigure::Wanted;
 use crate::slots::ChildSet;
+use crate::types::{ChildId, ChildOp, ChildReply, Event, Purpose, VolumeState};
 
 /// How long to wait before asking again after somebody else took a newer epoch.
 const RETRY_MS: u64 = 200;
@@ -97,6 +99,10 @@ impl Nexus {
         }
     }
 
+    pub(crate) fn assembly_restart(&mut self) {
+        self.gather();
+    }
+
     /// Starts over with everybody who is connected.
     fn gather(&mut self) {
         self.round += 1;
@@ -114,7 +120,7 @@ impl Nexus {
         self.tell_what_is_missing();
     }
 
-    fn connected(&self) -> ChildSet {
+    pub(crate) fn connected(&self) -> ChildSet {
         (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| {
             if c.connected { set.with(ChildId(i)) } else { set }
         })
@@ -207,6 +213,15 @@ impl Nexus {
     }
 
     fn promise(&mut self, now_ms: u64) {
+        // A node without the key takes the volume from nobody.
+        let found = self.highest().and_then(|r| Config::decode(&r.config).ok());
+        let ours = found.filter(|c| c.volume == self.config.volume);
+        if let Some(section) = ours.map(|c| c.encryption)
+            && !self.admits(&section)
+        {
+            self.lock(&section);
+            return;
+        }
         self.round += 1;
         let (round, limit) = (self.round, self.config.child_deadline_ms);
         let assembly = self.assembling();
@@ -237,15 +252,17 @@ impl Nexus {
             self.stuck(now_ms);
             return;
         }
-        let registers = &self.assembling().registers;
-        let highest = registers
-            .iter()
-            .flatten()
-            .filter(|r| !r.config.is_empty())
-            .max_by_key(|r| (r.accepted_epoch, r.seq))
-            .cloned();
+        let highest = self.highest().cloned();
         match (self.config.purpose, highest) {
             (Purpose::Create, None) => {
+                if let Some(small) = self.first_too_small() {
+                    self.refuse(&small);
+                    return;
+                }
+                if self.config.encryption.is_some() && self.encryption.is_empty() {
+                    self.lock(&[]);
+                    return;
+                }
                 let all = self.assembling().promised;
                 if all.len() < self.children.len() {
                     self.stuck(now_ms);
@@ -269,6 +286,25 @@ impl Nexus {
         }
     }
 
+    /// The highest configuration that was heard of.
+    fn highest(&self) -> Option<&Register> {
+        let registers = self.assembly.iter().flat_map(|a| &a.registers).flatten();
+        registers.filter(|r| !r.config.is_empty()).max_by_key(|r| (r.accepted_epoch, r.seq))
+    }
+
+    /// A replica that cannot hold a new volume, in words.
+    fn first_too_small(&self) -> Option<String> {
+        let registers = self.assembly.iter().flat_map(|a| &a.registers);
+        let small = |r: &Register| r.blocks > 0 && r.blocks < self.config.blocks;
+        let mut children = self.children.iter().zip(registers);
+        children.find_map(|(c, r)| r.as_ref().filter(|r| small(r)).map(|r| (c, r))).map(|(c, r)| {
+            format!(
+                "replica {} is too small: it has {} blocks, the volume {}; make a larger replica",
+                c.replica, r.blocks, self.config.blocks
+            )
+        })
+    }
+
     /// Whether the volume is to be made and nobody tells of it yet. A process that was killed may
     /// not have lived to remember that it had made it.
     fn is_new(&self) -> bool {
@@ -290,7 +326,13 @@ impl Nexus {
             ));
             return;
         }
+        if !self.admits(&config.encryption) {
+            self.lock(&config.encryption);
+            return;
+        }
         self.config.blocks = config.blocks;
+        self.encryption.clone_from(&config.encryption);
+        self.wanted = Wanted { blocks: config.blocks, encryption: config.encryption.clone() };
         self.lineage = config.lineage;
         self.seq = 0;
         let in_sync = (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| {
@@ -329,9 +371,14 @@ impl Nexus {
         assembly.deadline_ms = Some(now_ms + RETRY_MS * 5);
     }
 
-    fn refuse(&mut self, why: &str) {
-        self.assembling().stage = Stage::Stuck;
+    pub(crate) fn refuse(&mut self, why: &str) {
+        self.assembly_stop();
         self.set_state(VolumeState::Refused(why.to_owned()));
+    }
+
+    /// Waits for a child to come, or to be told to go on.
+    pub(crate) fn assembly_stop(&mut self) {
+        self.assembling().stage = Stage::Stuck;
     }
 
     /// The epoch's first configuration is stored: serve.
@@ -343,6 +390,15 @@ impl Nexus {
             }
         }
         let promised = assembly.promised;
+        // Those that were away when the volume grew grow now, and join after that.
+        let mut small = ChildSet::EMPTY;
+        for child in promised.and(self.connected()).iter() {
+            let register = assembly.registers[usize::from(child.0)].as_ref();
+            if self.grows_first(child, register.map_or(0, |r| r.blocks)) {
+                small = small.with(child);
+            }
+        }
+        let promised = promised.without(small);
         for child in self.in_sync.iter() {
             self.child(child).state = match (self.child(child).connected, promised.has(child)) {
                 (true, true) => ChildState::Online,
@@ -354,7 +410,7 @@ impl Nexus {
             }
         }
         // Those that came while others were promising are not bound to the epoch yet.
-        for child in self.connected().without(promised).iter() {
+        for child in self.connected().without(promised).without(small).iter() {
             self.rejoin(child);
         }
     }

@@ -59,6 +59,10 @@ pub(crate) struct Child {
     pub(crate) state: ChildState,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
+    /// The round of the request to grow that it has in hand, and whether its session is taken up after it.
+    pub(crate) growing: Option<(u32, bool)>,
+    /// What it has said, in this session, to have grown to.
+    pub(crate) grown_to: u64,
     /// Counts sessions, so that an answer of an earlier one is known as such.
     pub(crate) session: u32,
     /// Which life of its machine the last session was with.
@@ -71,10 +75,19 @@ pub(crate) struct Child {
 }
 
 impl Child {
+    /// Whether it takes block requests.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.connected && self.state == ChildState::Online
+    }
+
     /// A request that it was sent is done.
     pub(crate) fn note_done(&mut self, at: u16, op: IoOp) {
         match op {
-            IoOp::Write { fua: true } | IoOp::WriteZeroes { fua: true, .. } | IoOp::Read => {}
+            IoOp::Write { fua: true }
+            | IoOp::WriteZeroes { fua: true, .. }
+            | IoOp::Read
+            | IoOp::Snapshot(_)
+            | IoOp::Verify => {}
             IoOp::Write { .. } | IoOp::WriteZeroes { .. } | IoOp::Discard => self.written += 1,
             IoOp::Flush => {
                 let found = self.flushing.iter().position(|&(slot, _)| slot == at);

@@ -4,14 +4,17 @@ use cairn_block::IoStatus;
 
 use crate::children::ChildState;
 use crate::config::{Config, Register};
-use crate::nexus::{ChildId, ChildOp, ChildReply, Event, Nexus};
+use crate::nexus::Nexus;
+use crate::reconfigure::Wanted;
 use crate::slots::ChildSet;
+use crate::types::{ChildId, ChildOp, ChildReply, Event};
 
 /// A configuration on its way to the voters.
 #[derive(Debug)]
 pub(crate) struct Commit {
     pub(crate) round: u32,
     pub(crate) target: ChildSet,
+    stored: Wanted,
     register: Register,
     asked: ChildSet,
     acks: ChildSet,
@@ -55,8 +58,9 @@ impl Nexus {
         self.round += 1;
         let config = Config {
             volume: self.config.volume,
-            blocks: self.config.blocks,
+            blocks: self.wanted.blocks,
             lineage: self.lineage,
+            encryption: self.wanted.encryption.clone(),
             members: (0u8..)
                 .zip(&self.children)
                 .map(|(i, c)| (c.replica, target.has(ChildId(i))))
@@ -67,11 +71,12 @@ impl Nexus {
             accepted_epoch: self.epoch,
             seq: self.seq,
             config: config.encode(),
-            incarnation: 0,
+            ..Register::default()
         };
         self.commit = Some(Commit {
             round: self.round,
             target,
+            stored: self.wanted.clone(),
             register,
             asked: ChildSet::EMPTY,
             acks: ChildSet::EMPTY,
@@ -151,6 +156,7 @@ impl Nexus {
         let Some(commit) = self.commit.take() else { return };
         let gone = self.in_sync.without(commit.target);
         self.in_sync = commit.target;
+        self.take_up(commit.stored);
         self.push_event(Event::Committed { epoch: self.epoch, seq: self.seq });
         for child in gone.iter() {
             if let ChildState::Failing(reason) = self.child(child).state {

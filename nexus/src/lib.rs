@@ -12,6 +12,8 @@
 //!   durably, before any write that it missed is acked;
 //! - two mutations that overlap run one after the other, and a read that overlaps a mutation in
 //!   flight waits for it, so that no later read goes back;
+//! - a block that a member cannot read is read from another and written anew; a write that met a full
+//!   pool is answered once the members are alike again;
 //! - a volume starts only from the highest configuration that a majority of the voters knows, and
 //!   with at least one member of its in-sync set.
 
@@ -19,16 +21,25 @@ mod assembly;
 mod children;
 mod commit;
 mod config;
+mod mend;
 mod nexus;
 mod ranges;
+mod reconfigure;
+mod scrub;
 mod slots;
+mod types;
 
 pub use children::{ChildState, FaultReason};
 pub use config::{Config, ConfigError, Register};
-pub use nexus::{
+pub use mend::{MEND_RESERVE, MendCounters};
+pub use nexus::Nexus;
+pub use scrub::{Finding, Found, MAX_FINDINGS, ScrubReport, ScrubState};
+pub use types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
-    Nexus, NexusConfig, Purpose, Status, Ticket, VolumeState,
+    NexusConfig, Purpose, Status, Ticket, VolumeState,
 };
+
+pub use reconfigure::ChangeError;
 
 #[cfg(test)]
 mod tests;

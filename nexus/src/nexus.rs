@@ -2,228 +2,20 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, ReplicaId, VolumeId};
+use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 
 use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
-use crate::config::Register;
+use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
+use crate::reconfigure::{Growing, Wanted};
+use crate::scrub::Scrub;
 use crate::slots::{ChildSet, Phase, Slot, Slots};
-
-/// Replicas of a volume at most.
-pub const MAX_CHILDREN: usize = 8;
-
-/// A child of this nexus: its place in [`NexusConfig::children`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ChildId(pub u8);
-
-/// One replica of the volume.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ChildSpec {
-    /// Which.
-    pub replica: ReplicaId,
-    /// Whether it is in this process: then it is read first.
-    pub local: bool,
-}
-
-/// Why the nexus comes up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// The volume is new: every replica must be there and empty.
-    Create,
-    /// The volume exists: its configuration is learnt from its replicas.
-    Assemble,
-}
-
-/// How a nexus is set up.
-#[derive(Debug, Clone)]
-pub struct NexusConfig {
-    /// The volume.
-    pub volume: VolumeId,
-    /// Its size in blocks.
-    pub blocks: u64,
-    /// Its replicas, at most [`MAX_CHILDREN`].
-    pub children: Vec<ChildSpec>,
-    /// Why it comes up.
-    pub purpose: Purpose,
-    /// A child that does not answer a request for so long is taken out.
-    pub child_deadline_ms: u64,
-    /// How long assembly waits for the rest once a majority is there.
-    pub assembly_wait_ms: u64,
-    /// Host requests in flight at most; more wait outside.
-    pub max_requests: u16,
-}
-
-/// Names a child operation when its answer comes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ticket(pub u32);
-
-/// Set in tickets of register operations.
-const REGISTER: u32 = 1 << 31;
-
-impl Ticket {
-    pub(crate) fn io(slot: u16) -> Self {
-        Self(u32::from(slot))
-    }
-
-    pub(crate) fn register(round: u32) -> Self {
-        Self(REGISTER | round)
-    }
-
-    /// Whether the operation was on the register.
-    #[must_use]
-    pub fn is_register(self) -> bool {
-        self.0 & REGISTER != 0
-    }
-}
-
-/// What a child is asked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ChildOp {
-    /// A block request.
-    Io(IoRequest),
-    /// Tell what the register holds.
-    ReadRegister,
-    /// Promise to accept nothing older than this epoch, and bind the session to it. The epoch must be
-    /// newer than the one that was promised; with `again`, it may be that one.
-    Promise {
-        /// The epoch.
-        epoch: Epoch,
-        /// Whether the nexus has the epoch already: this child may have promised it before, or have
-        /// been away when a majority did.
-        again: bool,
-    },
-    /// Store this register durably, unless a newer epoch was promised.
-    Accept(Register),
-}
-
-/// An operation for one child.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ChildIo {
-    /// For which.
-    pub child: ChildId,
-    /// Comes back with the answer.
-    pub ticket: Ticket,
-    /// What to do.
-    pub op: ChildOp,
-}
-
-/// A child's answer to a register operation: what the register holds now.
-pub type ChildReply = Result<Register, IoStatus>;
-
-/// The answer for the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Done {
-    /// As submitted.
-    pub tag: u64,
-    /// How it ended.
-    pub status: IoStatus,
-}
-
-/// What happened, for logs and for whoever manages the volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// The volume's state changed.
-    State(VolumeState),
-    /// A child failed; it is being taken out.
-    ChildFailing(ChildId, FaultReason),
-    /// A child is out of the in-sync set, durably.
-    ChildOut(ChildId, FaultReason),
-    /// A child takes I/O.
-    ChildOnline(ChildId),
-    /// The session with a child is to be ended: it did not answer.
-    ResetChild(ChildId),
-    /// A configuration was stored by a majority.
-    Committed {
-        /// Its epoch.
-        epoch: Epoch,
-        /// Its number within the epoch.
-        seq: u64,
-    },
-}
-
-/// Where the volume stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum VolumeState {
-    /// Its configuration is being learnt; the text says what is missing.
-    Assembling(String),
-    /// Serving, every replica in sync.
-    Online,
-    /// Serving with fewer replicas than it has.
-    Degraded,
-    /// A replica failed and no majority can store that, or no replica in sync is there: requests
-    /// are held.
-    Suspended,
-    /// A newer nexus has taken the volume over: nothing is served here.
-    Fenced,
-    /// It cannot be served; the text says why.
-    Refused(String),
-}
-
-impl VolumeState {
-    /// Whether host requests are taken.
-    #[must_use]
-    pub fn is_serving(&self) -> bool {
-        matches!(self, Self::Online | Self::Degraded | Self::Suspended)
-    }
-
-    /// One word for tables.
-    #[must_use]
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Assembling(_) => "assembling",
-            Self::Online => "online",
-            Self::Degraded => "degraded",
-            Self::Suspended => "suspended",
-            Self::Fenced => "fenced",
-            Self::Refused(_) => "refused",
-        }
-    }
-
-    /// What a person wants to know besides the word.
-    #[must_use]
-    pub fn detail(&self) -> &str {
-        match self {
-            Self::Assembling(text) | Self::Refused(text) => text,
-            Self::Online => "every replica is in sync",
-            Self::Degraded => "serving with fewer replicas than configured",
-            Self::Suspended => {
-                "requests are held until the replicas are back: too few can be reached to record \
-                 that one failed, or none that is in sync"
-            }
-            Self::Fenced => "a newer nexus has taken this volume over",
-        }
-    }
-}
-
-/// A child as a person sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ChildStatus {
-    /// Which replica.
-    pub replica: ReplicaId,
-    /// Where it stands.
-    pub state: ChildState,
-    /// Whether it holds every acked write.
-    pub in_sync: bool,
-    /// Requests that it has not answered.
-    pub load: u32,
-}
-
-/// The volume as a person sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Status {
-    /// Where it stands.
-    pub state: VolumeState,
-    /// The epoch that it serves in.
-    pub epoch: Epoch,
-    /// The number of the last configuration within the epoch.
-    pub seq: u64,
-    /// Its children, in order.
-    pub children: Vec<ChildStatus>,
-    /// Host requests in flight.
-    pub requests: usize,
-}
+use crate::types::{
+    ChildId, ChildIo, ChildOp, ChildReply, ChildStatus, Done, Event, MAX_CHILDREN, NexusConfig,
+    REGISTER, Status, Ticket, VolumeState,
+};
 
 /// One volume's nexus.
 #[derive(Debug)]
@@ -236,18 +28,29 @@ pub struct Nexus {
     pub(crate) epoch: Epoch,
     pub(crate) seq: u64,
     pub(crate) lineage: u64,
+    /// What the configuration says of encryption; empty where the volume has none.
+    pub(crate) encryption: Vec<u8>,
+    /// The one whose key is at hand.
+    pub(crate) admitted: Vec<u8>,
+    /// The one whose key is looked for.
+    pub(crate) locked: Vec<u8>,
+    /// What every commit from now on says besides the in-sync set.
+    pub(crate) wanted: Wanted,
+    pub(crate) growing: Option<Growing>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
-    slots: Slots,
+    pub(crate) slots: Slots,
     /// Slots of answered requests whose buffer a child that was given up still has.
-    lingering: usize,
-    ranges: Ranges,
+    pub(crate) lingering: usize,
+    pub(crate) ranges: Ranges,
+    pub(crate) mends: Mends,
+    pub(crate) scrub: Option<Scrub>,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
     /// Requests that wait for a child which is joining, or for any to come back.
     parked: Vec<u16>,
-    child_ios: VecDeque<ChildIo>,
+    pub(crate) child_ios: VecDeque<ChildIo>,
     done: VecDeque<Done>,
     released: VecDeque<u64>,
     events: VecDeque<Event>,
@@ -271,6 +74,8 @@ impl Nexus {
                 connected: false,
                 state: ChildState::Disconnected,
                 load: 0,
+                growing: None,
+                grown_to: 0,
                 session: 0,
                 incarnation: 0,
                 written: 0,
@@ -278,9 +83,10 @@ impl Nexus {
                 flushing: Vec::with_capacity(16),
             })
             .collect();
+        let encryption = config.encryption.clone().unwrap_or_default();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
-        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX);
+        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX).min(FIRST_KEY);
         Self {
             state: VolumeState::Assembling("waiting for its replicas".to_owned()),
             children,
@@ -288,12 +94,19 @@ impl Nexus {
             epoch: Epoch(0),
             seq: 0,
             lineage: 1,
+            admitted: encryption.clone(),
+            locked: Vec::new(),
+            wanted: Wanted { blocks: config.blocks, encryption: encryption.clone() },
+            encryption,
+            growing: None,
             round: 0,
             commit: None,
             assembly: Some(Assembly::new(n)),
             slots: Slots::new(slots),
             lingering: 0,
             ranges: Ranges::new(queue),
+            mends: Mends::default(),
+            scrub: None,
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
             child_ios: VecDeque::with_capacity(queue * n),
@@ -348,10 +161,10 @@ impl Nexus {
             && self.slots.in_use() < self.slots.capacity()
     }
 
-    /// Requests that still use a buffer or await an answer.
+    /// Requests and mends that still use a buffer or await an answer.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slots.in_use()
+        self.slots.in_use() + self.mends.in_use()
     }
 
     /// Takes a host request. Its buffer belongs to the nexus until [`Nexus::poll_release`] names it.
@@ -378,6 +191,9 @@ impl Nexus {
             outstanding: ChildSet::EMPTY,
             ok: ChildSet::EMPTY,
             failed: ChildSet::EMPTY,
+            bad: ChildSet::EMPTY,
+            full: ChildSet::EMPTY,
+            mending: false,
             fault: IoStatus::PathError,
             refused: false,
             started_ms: now_ms,
@@ -419,6 +235,8 @@ impl Nexus {
         if self.assembly.is_some() {
             self.assembly_child_down(child, now_ms);
         }
+        (self.child(child).growing, self.child(child).grown_to) = (None, 0);
+        self.grow_over(child, Err(IoStatus::PathError));
         self.commit_refused(child);
         if self.assembly.is_some() {
             self.assembly_check_commit(now_ms);
@@ -431,6 +249,10 @@ impl Nexus {
     /// A block request of a child is answered.
     pub fn handle_io(&mut self, child: ChildId, ticket: Ticket, status: IoStatus, now_ms: u64) {
         assert!(!ticket.is_register(), "a block request's ticket");
+        if ticket.is_mend() {
+            self.handle_mend_io(child, ticket, status);
+            return;
+        }
         let at = u16::try_from(ticket.0).expect("a slot number");
         let op = self.slots.slot(at).request.op;
         let c = self.child(child);
@@ -452,9 +274,18 @@ impl Nexus {
         if !slot.failed.has(child) {
             if status.is_ok() {
                 slot.ok = slot.ok.with(child);
+            } else if harmless_refusal(op, status) {
+                // It has done nothing, and is as good a member as before.
+                slot.ok = slot.ok.with(child);
+                (slot.fault, slot.refused) = (status, true);
             } else {
                 slot.failed = slot.failed.with(child);
                 slot.fault = status;
+                match status {
+                    IoStatus::MediaError => slot.bad = slot.bad.with(child),
+                    IoStatus::NoSpace if op.is_mutation() => slot.full = slot.full.with(child),
+                    _ => {}
+                }
                 slot.refused |= status != IoStatus::PathError;
             }
         }
@@ -473,7 +304,9 @@ impl Nexus {
     ) {
         assert!(ticket.is_register(), "a register operation's ticket");
         let round = ticket.0 & !REGISTER;
-        if self.commit.as_ref().is_some_and(|c| c.round == round) {
+        if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
+            self.handle_grow_reply(child, &reply, now_ms);
+        } else if self.commit.as_ref().is_some_and(|c| c.round == round) {
             self.handle_accept_reply(child, &reply);
         } else if self.assembly.is_some() {
             self.handle_assembly_reply(child, round, reply, now_ms);
@@ -488,12 +321,13 @@ impl Nexus {
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now_ms: u64) {
-        let late = self.late_children(now_ms);
+        let late = self.late_children(now_ms).or(self.late_in_mends(now_ms));
         // Where everybody is late nobody is given up: there would be nobody to serve instead.
         if !self.in_sync.without(self.failing()).without(late).is_empty() {
             self.give_up(late, now_ms);
         }
         self.ask_again();
+        self.growth_timeout(now_ms);
         self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
@@ -505,9 +339,10 @@ impl Nexus {
     #[must_use]
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.config.child_deadline_ms / 8).max(10);
-        let busy = self.slots.in_use() > 0 || self.has_to_ask_again();
+        let busy = self.in_flight() > 0 || self.has_to_ask_again() || self.growing.is_some();
+        let scrub = self.scrub_timeout(now_ms);
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
-        [assembly, busy.then_some(now_ms + tick)].into_iter().flatten().min()
+        [assembly, scrub, busy.then_some(now_ms + tick)].into_iter().flatten().min()
     }
 
     /// Stops for good: what is in flight is answered, and buffers are released as the children
@@ -576,7 +411,7 @@ impl Nexus {
             if slot.is_late(now_ms, limit) && !missed.is_empty() {
                 slot.failed = ChildSet(slot.failed.0 | missed.0);
                 slot.fault = IoStatus::TimedOut;
-                let reads = slot.request.op == IoOp::Read;
+                let reads = matches!(slot.request.op, IoOp::Read | IoOp::Verify);
                 if reads && missed.iter().any(|c| self.children[usize::from(c.0)].local) {
                     // No session can be reset to get the buffer back from a local disk that hangs, so
                     // the read cannot go to another member itself: the host asks again, and that
@@ -586,6 +421,7 @@ impl Nexus {
                 self.look(at, now_ms);
             }
         }
+        self.give_up_mends(now_ms);
     }
 
     /// The slot's turn has come: hand it to the children.
@@ -595,6 +431,10 @@ impl Nexus {
         slot.started_ms = now_ms;
         if slot.request.op == IoOp::Read {
             self.read(at, now_ms);
+            return;
+        }
+        if slot.request.op == IoOp::Verify {
+            self.verify(at);
             return;
         }
         let joining = |c: ChildId| self.children[usize::from(c.0)].state == ChildState::Joining;
@@ -614,9 +454,21 @@ impl Nexus {
         self.look(at, now_ms);
     }
 
-    fn is_usable(&self, child: ChildId) -> bool {
-        let c = &self.children[usize::from(child.0)];
-        c.connected && c.state == ChildState::Online
+    /// Lets every member that is there verify the range.
+    fn verify(&mut self, at: u16) {
+        let request = self.slots.slot(at).request;
+        for child in self.in_sync.iter() {
+            if self.is_usable(child) {
+                self.emit(child, at, request);
+            }
+        }
+        if self.slots.slot(at).outstanding.is_empty() {
+            self.park(at);
+        }
+    }
+
+    pub(crate) fn is_usable(&self, child: ChildId) -> bool {
+        self.children[usize::from(child.0)].is_usable()
     }
 
     fn emit(&mut self, child: ChildId, at: u16, request: IoRequest) {
@@ -662,18 +514,43 @@ impl Nexus {
         if slot.request.op == IoOp::Read {
             if !ok.is_empty() {
                 self.answer(at, IoStatus::Ok);
+            } else if outstanding.is_empty() && !slot.bad.is_empty() {
+                self.begin_mend(Task::Read(at));
             } else if outstanding.is_empty() {
                 self.read(at, now_ms);
+            }
+            return;
+        }
+        if slot.request.op == IoOp::Verify {
+            if !outstanding.is_empty() {
+                return;
+            }
+            if !slot.bad.is_empty() {
+                self.begin_mend(Task::Verify(at));
+            } else if !ok.is_empty() {
+                self.answer(at, IoStatus::Ok);
+            } else if slot.refused {
+                self.answer(at, fault);
+            } else {
+                // Everybody went away.
+                slot.failed = ChildSet::EMPTY;
+                self.park(at);
             }
             return;
         }
         let in_sync = self.in_sync;
         let missing = in_sync.without(ok);
         if missing.is_empty() {
-            self.answer(at, IoStatus::Ok);
+            let refused = slot.refused && matches!(slot.request.op, IoOp::Snapshot(_));
+            self.answer(at, if refused { fault } else { IoStatus::Ok });
             return;
         }
         if !missing.without(failed).is_empty() {
+            return;
+        }
+        let full = slot.full.and(missing);
+        if !full.is_empty() && !matches!(slot.request.op, IoOp::Snapshot(_)) {
+            self.look_full(at, full);
             return;
         }
         if missing == in_sync && !slot.refused {
@@ -706,7 +583,27 @@ impl Nexus {
         }
     }
 
-    fn answer(&mut self, at: u16, status: IoStatus) {
+    /// Members had no space for a mutation that others took, and every member has answered: whoever
+    /// failed it otherwise goes, and the rest are made alike before the host is told.
+    fn look_full(&mut self, at: u16, full: ChildSet) {
+        let slot = self.slots.slot(at);
+        let others = self.in_sync.without(slot.ok).without(full);
+        if !slot.outstanding.and(self.in_sync).is_empty() {
+            return;
+        }
+        if others.is_empty() {
+            self.begin_mend(Task::Converge(at));
+            return;
+        }
+        for child in others.iter() {
+            let connected = self.children[usize::from(child.0)].connected;
+            let fault = IoStatus::MediaError;
+            let why = if connected { FaultReason::Failed(fault) } else { FaultReason::Unreachable };
+            self.fail_child(child, why);
+        }
+    }
+
+    pub(crate) fn answer(&mut self, at: u16, status: IoStatus) {
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
         let tag = slot.tag;
@@ -727,8 +624,9 @@ impl Nexus {
         }
     }
 
-    fn release_if_free(&mut self, at: u16) {
-        if self.slots.slot(at).outstanding.is_empty() {
+    pub(crate) fn release_if_free(&mut self, at: u16) {
+        let slot = self.slots.slot(at);
+        if slot.phase == Phase::Answered && slot.outstanding.is_empty() && !slot.mending {
             let slot = self.slots.remove(at);
             self.lingering -= 1;
             self.released.push_back(slot.tag);
@@ -744,9 +642,10 @@ impl Nexus {
         }
         let running = self.slots.iter().filter(|(_, s)| s.phase == Phase::Running);
         self.ready.extend(running.map(|(at, _)| at));
+        self.mends.kick();
     }
 
-    fn park(&mut self, at: u16) {
+    pub(crate) fn park(&mut self, at: u16) {
         if !self.parked.contains(&at) {
             self.parked.push(at);
         }
@@ -755,10 +654,11 @@ impl Nexus {
     /// Looks again at what waited for a child to join or to come back.
     pub(crate) fn unpark(&mut self) {
         self.ready.extend(self.parked.drain(..));
+        self.mends.kick();
     }
 
     /// Runs what can run until nothing more can.
-    fn settle(&mut self, now_ms: u64) {
+    pub(crate) fn settle(&mut self, now_ms: u64) {
         loop {
             if let Some(at) = self.ready.pop_front() {
                 let fresh = self.slots.get(at).is_some_and(|slot| {
@@ -775,7 +675,11 @@ impl Nexus {
             } else if self.ranges.has_waiting()
                 && let Some(at) = self.ranges.poll_ready()
             {
-                self.start(at, now_ms);
+                if at >= FIRST_KEY {
+                    self.mend_locked(at);
+                } else {
+                    self.start(at, now_ms);
+                }
             } else {
                 return;
             }
@@ -814,6 +718,8 @@ impl Nexus {
             return;
         }
         match reply {
+            Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
+            Ok(held) if self.grows_first(child, held.blocks) => {}
             Ok(held) if self.child(child).state == ChildState::Joining => {
                 let lost = self.child(child).lost_writes(held.incarnation);
                 self.child(child).incarnation = held.incarnation;
@@ -851,6 +757,7 @@ impl Nexus {
 
     fn answer_all(&mut self) {
         self.commit = None;
+        self.growing = None;
         let open: Vec<u16> = self
             .slots
             .iter()
@@ -860,6 +767,7 @@ impl Nexus {
         for at in open {
             self.answer(at, IoStatus::NotReady);
         }
+        self.abandon_mends();
         self.ranges.clear();
         self.ready.clear();
         self.parked.clear();
@@ -888,5 +796,17 @@ impl Nexus {
             VolumeState::Degraded
         };
         self.set_state(state);
+    }
+}
+
+/// Whether a replica that answers so has refused what the others may have done, and differs from them in
+/// nothing that is read from the volume: a snapshot that it did not take, say.
+fn harmless_refusal(op: IoOp, status: IoStatus) -> bool {
+    use cairn_block::SnapshotVerb::{Clone, Create, Delete};
+    match op {
+        IoOp::Snapshot(Create | Delete | Clone) => {
+            matches!(status, IoStatus::InvalidField | IoStatus::NoSpace | IoStatus::Unsupported)
+        }
+        _ => false,
     }
 }

@@ -70,6 +70,12 @@ impl Ranges {
         self.waiting.clear();
     }
 
+    /// Whether a range is held.
+    #[cfg(test)]
+    pub(crate) fn has_active(&self) -> bool {
+        !self.active.is_empty()
+    }
+
     pub(crate) fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }

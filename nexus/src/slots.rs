@@ -2,7 +2,7 @@
 
 use cairn_block::IoRequest;
 
-use crate::nexus::ChildId;
+use crate::types::ChildId;
 
 /// A set of children, a bit each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -25,6 +25,10 @@ impl ChildSet {
 
     pub(crate) const fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
+    }
+
+    pub(crate) const fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 
     pub(crate) const fn and(self, other: Self) -> Self {
@@ -50,6 +54,8 @@ pub(crate) enum Phase {
     Waiting,
     /// Children work on it.
     Running,
+    /// Its range is mended first.
+    Mending,
     /// Answered; a child that was given up still uses the buffer.
     Answered,
 }
@@ -66,6 +72,11 @@ pub(crate) struct Slot {
     pub(crate) ok: ChildSet,
     /// Children that failed it, or took too long.
     pub(crate) failed: ChildSet,
+    /// Of those, children that could not read it right, and children that had no space.
+    pub(crate) bad: ChildSet,
+    pub(crate) full: ChildSet,
+    /// A mend uses the buffer.
+    pub(crate) mending: bool,
     /// The last failure that a child reported.
     pub(crate) fault: cairn_block::IoStatus,
     /// A child answered, and refused: not only its session was lost.

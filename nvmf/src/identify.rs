@@ -176,6 +176,22 @@ impl IdentifyController {
     }
 }
 
+/// VSL, Verify Size Limit: a power of two of [`PAGE_LEN`]. 1 MiB.
+pub const VSL: u8 = 8;
+/// CAP.MPSMIN: the unit of VSL, in bytes.
+pub const PAGE_LEN: u32 = 4096;
+
+/// Writes Identify Controller of the NVM command set over the first 4096 bytes of `out`: VSL; no other
+/// limits but MDTS.
+///
+/// # Panics
+/// Where `out` is shorter.
+pub fn encode_nvm_controller(out: &mut [u8]) {
+    let out = &mut out[..IDENTIFY_LEN];
+    out.fill(0);
+    out[0] = VSL;
+}
+
 /// The fields of Identify Namespace that vary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct IdentifyNamespace {

@@ -507,7 +507,8 @@ impl Session {
                 let flags = u32::from(fua) << 30 | u32::from(unmap) << 25;
                 (opcode::WRITE_ZEROES, flags, Data::None)
             }
-            IoOp::Discard => return Err(SubmitError::Invalid),
+            IoOp::Discard | IoOp::Snapshot(_) => return Err(SubmitError::Invalid),
+            IoOp::Verify => (opcode::VERIFY, 0, Data::None),
         };
         let blocks = request.range.blocks();
         if blocks == 0 || blocks > MAX_BLOCKS {

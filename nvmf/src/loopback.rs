@@ -364,6 +364,11 @@ pub(crate) fn carry_out(
             mem.release(data);
         }
         IoCommand::Flush => *flushes += 1,
+        IoCommand::Verify { range } if disk[bytes_of(range)].contains(&0xbd) => {
+            // As if blocks with this byte were damaged.
+            return queue.complete(slot, Status::UNRECOVERED_READ_ERROR.with_dnr(), 0, mem);
+        }
+        IoCommand::Verify { .. } => {}
         IoCommand::WriteZeroes { range, .. } => disk[bytes_of(range)].fill(0),
         IoCommand::Discard { ranges, count } => {
             for i in 0..usize::from(count) {

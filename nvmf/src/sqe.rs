@@ -36,6 +36,8 @@ pub mod opcode {
     pub const WRITE_ZEROES: u8 = 0x08;
     /// NVM: Dataset Management.
     pub const DATASET_MANAGEMENT: u8 = 0x09;
+    /// NVM: Verify.
+    pub const VERIFY: u8 = 0x0c;
 
     /// FCTYPE: Property Set.
     pub const PROPERTY_SET: u8 = 0x00;

@@ -237,6 +237,11 @@ pub enum IoCommand {
     },
     /// Flush.
     Flush,
+    /// Verify: check the range's integrity; no data is transferred.
+    Verify {
+        /// Where; at most what VSL allows.
+        range: LbaRange,
+    },
     /// Write Zeroes.
     WriteZeroes {
         /// Where.

@@ -13,10 +13,12 @@ use crate::pool::{DiskOp, HOLE, Pool, Purpose};
 /// An allocation under way.
 #[derive(Debug)]
 pub(crate) struct Alloc {
-    pub(crate) slot: u16,
+    pub(crate) layer: u16,
     pub(crate) logical: u32,
     /// The extent, or [`NIL`] until there is one.
     pub(crate) extent: u32,
+    /// The layer that it comes from, where it is not a free one.
+    pub(crate) from: Option<u16>,
     /// The parts that wait for it.
     pub(crate) first: u32,
     pub(crate) last: u32,
@@ -25,25 +27,36 @@ pub(crate) struct Alloc {
 }
 
 impl Pool {
-    pub(crate) fn start_alloc(&mut self, slot: u16, logical: u32) -> u32 {
-        let id = self.allocs.insert(Alloc {
-            slot,
-            logical,
-            extent: NIL,
-            first: NIL,
-            last: NIL,
-            import: None,
-        });
-        self.map_pending(slot, logical, id);
-        self.slots[usize::from(slot)].allocs += 1;
+    pub(crate) fn start_alloc(&mut self, layer: u16, logical: u32) -> u32 {
+        let id = self.new_alloc(layer, logical, NIL, None);
         self.need_extent.push_back(id);
         id
+    }
+
+    fn new_alloc(&mut self, layer: u16, logical: u32, extent: u32, from: Option<u16>) -> u32 {
+        let alloc = Alloc { layer, logical, extent, from, first: NIL, last: NIL, import: None };
+        let id = self.allocs.insert(alloc);
+        self.map_pending(layer, logical, id);
+        self.layer_mut(layer).allocs += 1;
+        id
+    }
+
+    /// Hands an extent from one layer to the one on top of it, which has nothing there.
+    pub(crate) fn start_move(&mut self, from: u16, to: u16, logical: u32, extent: u32) {
+        let e = self.extents.get_mut(extent);
+        assert_eq!(e.state, ExtentState::Allocated, "an extent is moved that is not there");
+        e.state = ExtentState::Moving;
+        self.layer_mut(from).leaving += 1;
+        let id = self.new_alloc(to, logical, extent, Some(from));
+        self.journal.push(Owner::Alloc(id));
     }
 
     /// Hands free extents to the allocations that wait for one.
     pub(crate) fn pump_allocs<M: Memory>(&mut self, mem: &mut M) {
         while let Some(&id) = self.need_extent.front() {
-            let Some((extent, zeroed)) = self.extents.take_free() else {
+            let may = self.may_allocate(self.allocs.get(id).layer);
+            let taken = if may { self.extents.take_free() } else { None };
+            let Some((extent, zeroed)) = taken else {
                 if self.extents_are_returning() {
                     return;
                 }
@@ -64,9 +77,18 @@ impl Pool {
     }
 
     /// Whether waiting will bring an extent.
-    fn extents_are_returning(&self) -> bool {
+    pub(crate) fn extents_are_returning(&self) -> bool {
         self.extents.returning > 0
-            || (self.deleting > 0 && self.slots.iter().any(|s| s.deleting && s.allocated > 0))
+            || self.merges.len() > 0
+            || (self.deleting > 0 && {
+                // One that is read from above gives back only what is being merged: it may itself wait
+                // for an allocation above it.
+                let gives = |s: &crate::pool::Slot| {
+                    let layer = self.layer(s.layer);
+                    s.deleting && layer.children == 0 && layer.allocated > 0
+                };
+                self.slots.iter().any(gives)
+            })
     }
 
     pub(crate) fn alloc_zeroed<M: Memory>(
@@ -97,9 +119,9 @@ impl Pool {
 
     fn abandon_alloc<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
         let alloc = self.allocs.remove(id);
-        let slot = &mut self.slots[usize::from(alloc.slot)];
-        slot.map_to(alloc.logical, HOLE);
-        slot.allocs -= 1;
+        let layer = self.layer_mut(alloc.layer);
+        layer.map_to(alloc.logical, HOLE);
+        layer.allocs -= 1;
         if let Some(import) = alloc.import {
             self.import_done(import.tag, status);
         }
@@ -107,10 +129,10 @@ impl Pool {
     }
 
     /// Gives up the allocations of a replica that is being deleted and that have no extent yet.
-    pub(crate) fn abandon_waiting_allocs<M: Memory>(&mut self, slot: u16, mem: &mut M) {
+    pub(crate) fn abandon_waiting_allocs<M: Memory>(&mut self, layer: u16, mem: &mut M) {
         for _ in 0..self.need_extent.len() {
             let Some(id) = self.need_extent.pop_front() else { return };
-            if self.allocs.get(id).slot == slot {
+            if self.allocs.get(id).layer == layer {
                 self.abandon_alloc(id, IoStatus::PathError, mem);
             } else {
                 self.need_extent.push_back(id);
@@ -121,18 +143,30 @@ impl Pool {
     /// The record is durable: the extent is the replica's, and what waited may be written.
     pub(crate) fn alloc_durable<M: Memory>(&mut self, id: u32, mem: &mut M) {
         let alloc = self.allocs.remove(id);
+        let birth = self.journal.head - 1;
         let e = self.extents.get_mut(alloc.extent);
-        assert_eq!(e.state, ExtentState::Taken, "an extent is allocated that was not taken");
-        e.state = ExtentState::Allocated;
-        e.slot = alloc.slot;
-        e.link = alloc.logical;
-        self.extents.allocated += 1;
-        self.sum_allocated(alloc.extent);
+        e.layer = alloc.layer;
+        if let Some(from) = alloc.from {
+            assert_eq!(e.state, ExtentState::Moving, "an extent arrives that was not sent");
+            e.state = ExtentState::Allocated;
+            let from = self.layer_mut(from);
+            from.map_to(alloc.logical, HOLE);
+            from.allocated -= 1;
+            from.leaving -= 1;
+        } else {
+            assert_eq!(e.state, ExtentState::Taken, "an extent is allocated that was not taken");
+            e.state = ExtentState::Allocated;
+            e.link = alloc.logical;
+            e.birth = birth;
+            self.extents.allocated += 1;
+            self.sum_allocated(alloc.extent);
+        }
         self.dirty_page(alloc.extent);
-        let slot = &mut self.slots[usize::from(alloc.slot)];
-        slot.map_to(alloc.logical, alloc.extent);
-        slot.allocs -= 1;
-        slot.allocated += 1;
+        let layer = self.layer_mut(alloc.layer);
+        layer.map_to(alloc.logical, alloc.extent);
+        layer.allocs -= 1;
+        layer.allocated += 1;
+        self.use_reserve(alloc.layer);
         if let Some(import) = alloc.import {
             if import.incoming {
                 self.extents.incoming.push(alloc.extent);

@@ -15,24 +15,31 @@ impl Pool {
         let free = self.extents.check_lists();
         let mut referenced = vec![false; self.extents.len() as usize];
         let mut mapped = 0;
-        for (i, slot) in (0u16..).zip(&self.slots) {
-            let (mut allocated, mut pending) = (0, 0);
-            for logical in 0..slot.map.len() {
+        for (i, layer) in (0u16..).zip(&self.layers) {
+            assert_eq!(self.layer_of(layer.owner), i, "layer {i} and its slot know each other");
+            let (mut allocated, mut pending, mut leaving) = (0, 0, 0);
+            for logical in 0..layer.map.len() {
                 let logical = u32::try_from(logical).expect("a map has at most 2^31 entries");
-                match slot.mapping(logical) {
+                match layer.mapping(logical) {
                     Mapping::Hole => {}
                     Mapping::Pending(alloc) => {
                         let alloc = self.allocs.get(alloc);
-                        assert_eq!((alloc.slot, alloc.logical), (i, logical), "a stray allocation");
+                        assert_eq!(
+                            (alloc.layer, alloc.logical),
+                            (i, logical),
+                            "a stray allocation"
+                        );
                         pending += 1;
                     }
                     Mapping::Extent(extent) => {
                         assert!(!referenced[extent as usize], "extent {extent} is mapped twice");
                         referenced[extent as usize] = true;
                         let e = self.extents.get(extent);
-                        assert_eq!(e.state, ExtentState::Allocated, "extent {extent} is live");
+                        leaving += u32::from(e.state == ExtentState::Moving);
+                        let live = matches!(e.state, ExtentState::Allocated | ExtentState::Moving);
+                        assert!(live, "extent {extent} is live");
                         assert_eq!(
-                            (e.slot, e.link),
+                            (e.layer, e.link),
                             (i, logical),
                             "extent {extent} knows its place"
                         );
@@ -40,15 +47,21 @@ impl Pool {
                     }
                 }
             }
-            assert_eq!(allocated, slot.allocated, "slot {i} counts its extents");
-            assert_eq!(pending, slot.allocs, "slot {i} counts its allocations");
+            assert_eq!(allocated, layer.allocated, "layer {i} counts its extents");
+            assert_eq!(pending, layer.allocs, "layer {i} counts its allocations");
+            assert_eq!(leaving, layer.leaving, "layer {i} counts what it hands over");
+            let on_top = self.layers.iter().filter(|l| l.parent == Some(i)).count();
+            // A clone or a way back under way counts already.
+            assert!(on_top <= layer.children as usize, "layer {i} counts its children");
             mapped += allocated;
         }
+        let reserved: u64 = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+        assert_eq!(reserved, self.reserved, "the pool counts what is reserved");
         assert_eq!(mapped, self.extents.allocated, "the pool counts its extents");
         let (mut taken, mut returning, mut quarantined) = (0, 0, 0);
         for (i, e) in self.extents.iter() {
             match e.state {
-                ExtentState::Allocated => {
+                ExtentState::Allocated | ExtentState::Moving => {
                     assert!(referenced[i as usize], "extent {i} is allocated and not mapped");
                 }
                 ExtentState::Taken => taken += 1,

@@ -1,6 +1,6 @@
 //! Giving extents back: drained, zeroed, flushed, and only then free.
 
-use cairn_block::ByteOffset;
+use cairn_block::{ByteOffset, Memory};
 
 use crate::DiskError;
 use crate::disk::EXTENT;
@@ -54,8 +54,8 @@ impl Pool {
             ExtentState::Cleaning,
             "extent {extent} is given back twice"
         );
-        let slot = self.extents.get(extent).slot;
-        self.slots[usize::from(slot)].returning -= 1;
+        let layer = self.extents.get(extent).layer;
+        self.layer_mut(layer).returning -= 1;
         self.extents.returning -= 1;
         self.drop_sum(extent);
         self.extents.put_free(extent, zeroed);
@@ -63,14 +63,20 @@ impl Pool {
     }
 
     /// Takes every deletion as far as it can go.
-    pub(crate) fn pump_deletions(&mut self) {
+    pub(crate) fn pump_deletions<M: Memory>(&mut self, mem: &mut M) {
         if self.deleting == 0 {
             return;
         }
         for slot in 0u16..self.superblock.slots {
-            match self.slots[usize::from(slot)].deletion {
-                Deletion::No | Deletion::Page => {}
-                Deletion::Extents(from) => self.delete_extents(slot, from),
+            let at = &self.slots[usize::from(slot)];
+            match at.deletion {
+                _ if at.parked => {}
+                Deletion::No | Deletion::Page | Deletion::Parent => {}
+                Deletion::Extents(from) => match self.layer(at.layer).children {
+                    0 => self.delete_extents(slot, from),
+                    1 => self.merge_up(slot, mem),
+                    _ => self.park(slot),
+                },
                 Deletion::Checkpoint(n) => {
                     if self.maintenance.completed >= n {
                         self.slots[usize::from(slot)].deletion = Deletion::Page;
@@ -81,19 +87,40 @@ impl Pool {
         }
     }
 
-    /// Gives back a replica's extents. The catalog says durably that they are going, so no record is
-    /// needed: after a crash the deletion begins again, with what the table still names.
+    /// Sets a deletion aside until something changes.
+    pub(crate) fn park(&mut self, slot: u16) {
+        let slot = &mut self.slots[usize::from(slot)];
+        assert!(slot.deleting && !slot.parked, "a deletion is set aside twice");
+        slot.parked = true;
+        self.deleting -= 1;
+    }
+
+    pub(crate) fn unpark(&mut self, slot: usize) {
+        let slot = &mut self.slots[slot];
+        if core::mem::take(&mut slot.parked) {
+            self.deleting += 1;
+            // It may have become one that is simply given back.
+            slot.deletion = Deletion::Extents(0);
+        }
+    }
+
+    /// Gives back the extents of a layer that no other layer reads. The catalog says durably that they
+    /// are going, so no record is needed: after a crash the deletion begins again, with what the table
+    /// still names.
     fn delete_extents(&mut self, index: u16, from: usize) {
+        let layer = self.layer_of(index);
+        if self.layer(layer).copies > 0 {
+            return;
+        }
         let mut at = from;
         while self.extents.returning < MAX_DELETING {
-            let slot = &mut self.slots[usize::from(index)];
-            let Some(&entry) = slot.map.get(at) else { break };
+            let Some(&entry) = self.layer(layer).map.get(at) else { break };
             at += 1;
             if entry == HOLE {
                 continue;
             }
             let logical = u32::try_from(at - 1).expect("a replica has at most 2^31 extents");
-            match slot.mapping(logical) {
+            match self.layer(layer).mapping(logical) {
                 Mapping::Hole => {}
                 Mapping::Pending(_) => {
                     // It is on its way to being allocated; come back when it is.
@@ -101,24 +128,31 @@ impl Pool {
                     break;
                 }
                 Mapping::Extent(extent) => {
-                    slot.map[at - 1] = HOLE;
-                    slot.allocated -= 1;
-                    slot.returning += 1;
-                    self.extents.allocated -= 1;
-                    self.extents.returning += 1;
+                    if self.extents.get(extent).state == ExtentState::Moving {
+                        at -= 1;
+                        break;
+                    }
+                    self.unmap(layer, logical);
                     self.dirty_page(extent);
                     self.clean_when_drained(extent);
                 }
             }
         }
-        let slot = &mut self.slots[usize::from(index)];
-        slot.deletion = Deletion::Extents(at);
-        if at < slot.map.len() || slot.allocs > 0 || slot.returning > 0 {
+        self.slots[usize::from(index)].deletion = Deletion::Extents(at);
+        let of = self.layer(layer);
+        if at < of.map.len() || of.allocs > 0 || of.returning > 0 {
             return;
         }
-        assert_eq!(slot.allocated, 0, "a replica is deleted that still has extents");
-        // From here the table must forget the slot before the slot is used again.
-        slot.deletion = Deletion::Checkpoint(self.maintenance.want());
-        slot.map = Vec::new();
+        assert_eq!(of.allocated, 0, "a layer is deleted that still has extents");
+        self.forget_layer(index);
+    }
+
+    /// The layer is empty: from here the table must forget it before its number is used again.
+    pub(crate) fn forget_layer(&mut self, index: u16) {
+        let number = self.maintenance.want();
+        let slot = &mut self.slots[usize::from(index)];
+        slot.deletion = Deletion::Checkpoint(number);
+        let layer = slot.layer;
+        self.layer_mut(layer).map = Vec::new();
     }
 }

@@ -4,13 +4,15 @@
 //! other copy is brought up to it, so that a page that rots later has a twin. A crash leaves the old
 //! page or the new one.
 
-use cairn_block::{BlockSize, ByteOffset, IoStatus, Memory};
+use cairn_block::{BlockSize, ByteOffset, Epoch, IoStatus, Memory, ReplicaId, SnapshotId};
 
 use crate::ControlError;
 use crate::disk::{
-    BLOCK, BLOCK_BYTES, CONFIG_MAX, CatalogPage, CatalogState, MAX_REPLICA_BYTES, NAME_MAX,
+    BLOCK, BLOCK_BYTES, CONFIG_MAX, CatalogPage, CatalogState, EXTENT, FLAG_REVERTED,
+    FLAG_REVERTING, FLAG_THICK, MAX_REPLICA_BYTES, NAME_MAX,
 };
 use crate::flush::Waiter;
+use crate::layers::MAX_DEPTH;
 use crate::pool::{
     Deletion, DiskOp, Done, Pool, PoolState, Purpose, Register, ReplicaSlot, ReplicaSpec, Slot,
 };
@@ -19,8 +21,22 @@ use crate::pool::{
 enum Change {
     Create,
     Delete,
+    /// A free slot takes a replica's layer.
+    Capture,
+    /// A replica gets another layer, on top of this one.
+    Layer {
+        layer: u16,
+        parent: Option<u16>,
+    },
+    /// The owner of a layer reads through to another parent, since this slot's layer is empty.
+    Adopt {
+        parent: Option<u16>,
+        from: u16,
+    },
     Resize(u64),
     Register(Register),
+    /// The replica is about to go back to this snapshot, on all devices of the pool; or has done so.
+    Mark(Option<SnapshotId>),
     /// Nothing is left of the replica.
     Release,
 }
@@ -60,8 +76,8 @@ impl Pool {
         spec: ReplicaSpec,
         mem: &mut M,
     ) {
-        let slot = match self.check_create(&spec, wanted) {
-            Ok(slot) => slot,
+        let (slot, parent) = match self.check_create(&spec, wanted) {
+            Ok(found) => found,
             Err(error) => return self.refuse_command(tag, error),
         };
         self.slots[usize::from(slot)].creating = true;
@@ -72,23 +88,31 @@ impl Pool {
             name: spec.name,
             blocks: spec.blocks,
             block_size: spec.block_size,
+            flags: if spec.thick { FLAG_THICK } else { 0 },
+            layer: self.layer_of(slot),
+            parent,
+            snapshot: spec.source.map_or(SnapshotId(0), |(_, snapshot)| snapshot),
             ..CatalogPage::default()
         };
+        if let Some(parent) = parent {
+            self.layer_mut(parent).children += 1;
+        }
         self.push_job(Some(tag), slot, Change::Create, page);
         self.pump(mem);
     }
 
-    fn check_create(&self, spec: &ReplicaSpec, wanted: Option<u16>) -> Result<u16, ControlError> {
+    pub(crate) fn check_create(
+        &self,
+        spec: &ReplicaSpec,
+        wanted: Option<u16>,
+    ) -> Result<(u16, Option<u16>), ControlError> {
         if let PoolState::Failed(reason) = self.state {
             return Err(ControlError::PoolFailed(reason));
-        }
-        if spec.block_size != BlockSize::B4096 {
-            return Err(ControlError::BlockSize(spec.block_size.bytes()));
         }
         if spec.name.len() > NAME_MAX {
             return Err(ControlError::NameTooLong { len: spec.name.len(), max: NAME_MAX });
         }
-        check_size(spec.blocks)?;
+        check_size(spec.block_size, spec.blocks)?;
         let taken = self.find(spec.id).is_some()
             || self.jobs.iter().any(|j| {
                 matches!(j.change, Change::Create) && j.page.replica == spec.id && j.tag.is_some()
@@ -96,6 +120,42 @@ impl Pool {
         if taken {
             return Err(ControlError::Exists(spec.id));
         }
+        let needed = spec.block_size.bytes_of(spec.blocks).div_ceil(EXTENT);
+        if spec.thick && needed > self.unreserved() {
+            return Err(ControlError::NoRoom { needed, free: self.unreserved() });
+        }
+        let parent = match spec.source {
+            None => None,
+            Some((replica, snapshot)) => Some(self.check_source(spec, replica, snapshot)?),
+        };
+        Ok((self.free_slot_for_create(wanted)?, parent))
+    }
+
+    /// The layer that a clone begins on top of.
+    fn check_source(
+        &self,
+        spec: &ReplicaSpec,
+        replica: ReplicaId,
+        snapshot: SnapshotId,
+    ) -> Result<u16, ControlError> {
+        let found = self.find_snapshot(replica, snapshot);
+        let slot = found.ok_or(ControlError::NoSuchSnapshot(snapshot))?;
+        let page = &self.slots[usize::from(slot.0)].page;
+        if spec.block_size != page.block_size {
+            return Err(ControlError::BlockSize(spec.block_size.bytes()));
+        }
+        if spec.blocks < page.blocks {
+            return Err(ControlError::Shrink { has: page.blocks, asked: spec.blocks });
+        }
+        let layer = self.layer_of(slot.0);
+        if self.chain(layer).count() >= MAX_DEPTH {
+            return Err(ControlError::TooManySnapshots(MAX_DEPTH));
+        }
+        Ok(layer)
+    }
+
+    /// The wanted slot, or the first, where it is free.
+    pub(crate) fn free_slot_for_create(&self, wanted: Option<u16>) -> Result<u16, ControlError> {
         (0u16..)
             .zip(&self.slots)
             .find(|&(i, slot)| slot.is_free() && wanted.is_none_or(|w| w == i))
@@ -108,11 +168,80 @@ impl Pool {
         if let Err(error) = self.check_live(slot) {
             return self.refuse_command(tag, error);
         }
-        self.slots[usize::from(slot.0)].deleting = true;
+        if self.slots[usize::from(slot.0)].frozen {
+            return self.refuse_command(tag, ControlError::SnapshotUnderWay);
+        }
+        self.delete_slot(tag, slot.0, mem);
+    }
+
+    pub(crate) fn delete_slot<M: Memory>(&mut self, tag: u64, slot: u16, mem: &mut M) {
+        self.slots[usize::from(slot)].deleting = true;
         self.deleting += 1;
-        self.abandon_waiting_allocs(slot.0, mem);
-        self.push_job(Some(tag), slot.0, Change::Delete, CatalogPage::default());
+        self.count_reserve();
+        self.abandon_waiting_allocs(self.layer_of(slot), mem);
+        self.push_job(Some(tag), slot, Change::Delete, CatalogPage::default());
         self.pump(mem);
+    }
+
+    pub(crate) fn capture(&mut self, tag: u64, slot: u16, page: CatalogPage) {
+        self.push_job(Some(tag), slot, Change::Capture, page);
+    }
+
+    pub(crate) fn take_layer(&mut self, tag: u64, slot: u16, layer: u16, parent: Option<u16>) {
+        let change = Change::Layer { layer, parent };
+        self.push_job(Some(tag), slot, change, CatalogPage::default());
+    }
+
+    /// The owner of a layer is to read through to what is beneath the layer of `from`.
+    pub(crate) fn adopt(&mut self, owner: u16, from: u16) {
+        let parent = self.layer(self.layer_of(from)).parent;
+        let change = Change::Adopt { parent, from };
+        self.push_job(None, owner, change, CatalogPage::default());
+    }
+
+    /// Takes note on stable storage that a replica is about to go back to a snapshot, or forgets it.
+    pub(crate) fn mark_revert<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: u16,
+        to: Option<SnapshotId>,
+        mem: &mut M,
+    ) {
+        if let Err(error) = self.check_live(ReplicaSlot(slot)) {
+            return self.refuse_command(tag, error);
+        }
+        self.push_job(Some(tag), slot, Change::Mark(to), CatalogPage::default());
+        self.pump(mem);
+    }
+
+    /// Gives a free slot the page of a replica or a snapshot of which this device holds nothing. What
+    /// is beneath an empty layer does not matter, for that is empty too.
+    pub(crate) fn adopt_page<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: u16,
+        page: &CatalogPage,
+        mem: &mut M,
+    ) {
+        if let Err(error) = self.free_slot_for_create(Some(slot)) {
+            return self.refuse_command(tag, error);
+        }
+        self.slots[usize::from(slot)].creating = true;
+        let page = CatalogPage {
+            layer: self.layer_of(slot),
+            parent: None,
+            promised_epoch: Epoch(0),
+            accepted_epoch: Epoch(0),
+            register_seq: 0,
+            config: Vec::new(),
+            ..page.clone()
+        };
+        self.push_job(Some(tag), slot, Change::Create, page);
+        self.pump(mem);
+    }
+
+    pub(crate) fn has_job(&self, slot: u16) -> bool {
+        self.jobs.iter().any(|job| job.slot == slot)
     }
 
     /// Grows a replica to `blocks` blocks.
@@ -123,9 +252,14 @@ impl Pool {
         blocks: u64,
         mem: &mut M,
     ) {
-        let checked = self.check_live(slot).and_then(|()| check_size(blocks)).and_then(|()| {
-            let has = self.slots[usize::from(slot.0)].page.blocks;
-            if blocks < has { Err(ControlError::Shrink { has, asked: blocks }) } else { Ok(()) }
+        let checked = self.check_live(slot).and_then(|()| {
+            let page = &self.slots[usize::from(slot.0)].page;
+            let has = page.blocks;
+            check_size(page.block_size, blocks)?;
+            if blocks < has {
+                return Err(ControlError::Shrink { has, asked: blocks });
+            }
+            self.check_grown(slot.0, blocks)
         });
         if let Err(error) = checked {
             return self.refuse_command(tag, error);
@@ -158,7 +292,18 @@ impl Pool {
         self.pump(mem);
     }
 
-    fn check_live(&self, slot: ReplicaSlot) -> Result<(), ControlError> {
+    /// A thick replica needs room for all that it grows by.
+    fn check_grown(&self, slot: u16, blocks: u64) -> Result<(), ControlError> {
+        let slot = &self.slots[usize::from(slot)];
+        let grown = slot.page.block_size.bytes_of(blocks).div_ceil(EXTENT);
+        let needed = grown.saturating_sub(slot.extents());
+        if slot.is_thick() && needed > self.unreserved() {
+            return Err(ControlError::NoRoom { needed, free: self.unreserved() });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_live(&self, slot: ReplicaSlot) -> Result<(), ControlError> {
         if let PoolState::Failed(reason) = self.state {
             return Err(ControlError::PoolFailed(reason));
         }
@@ -168,10 +313,10 @@ impl Pool {
         }
     }
 
-    fn refuse_command(&mut self, tag: u64, error: ControlError) {
+    pub(crate) fn refuse_command(&mut self, tag: u64, error: ControlError) {
         let status = match error {
             ControlError::PoolFailed(_) => IoStatus::MediaError,
-            ControlError::NoFreeSlot(_) => IoStatus::NoSpace,
+            ControlError::NoFreeSlot(_) | ControlError::NoRoom { .. } => IoStatus::NoSpace,
             _ => IoStatus::InvalidField,
         };
         self.refuse(tag, status, error);
@@ -247,17 +392,36 @@ impl Pool {
         slot.durable_copy = 1 - slot.durable_copy;
         slot.register = register_of(&slot.page);
         job.stage = Stage::Second;
+        let tag = job.tag.take();
         match job.change {
-            Change::Create => slot.creating = false,
+            Change::Create => {
+                slot.creating = false;
+                let (layer, parent) = (slot.layer, slot.page.parent);
+                self.layer_mut(layer).parent = parent;
+                self.count_reserve();
+            }
             Change::Delete => slot.deletion = Deletion::Extents(0),
             Change::Release => {
                 slot.deletion = Deletion::No;
                 slot.deleting = false;
+                let layer = slot.layer;
                 self.deleting -= 1;
+                if let Some(parent) = self.layer_mut(layer).parent.take() {
+                    self.lose_child(parent);
+                }
             }
-            Change::Resize(_) | Change::Register(_) => {}
+            Change::Resize(_) => self.count_reserve(),
+            Change::Register(_) | Change::Mark(_) => {}
+            Change::Capture => {
+                return self.captured(index, tag.expect("a snapshot is asked for"));
+            }
+            Change::Layer { .. } => self.swapped(index),
+            Change::Adopt { parent, from } => {
+                let layer = slot.layer;
+                self.adopted(layer, parent, from);
+            }
         }
-        if let Some(tag) = job.tag.take() {
+        if let Some(tag) = tag {
             self.done.push_back(Done { tag, status: IoStatus::Ok, error: None });
         }
     }
@@ -275,12 +439,25 @@ pub(crate) fn register_of(page: &CatalogPage) -> Register {
 /// What the slot's page becomes.
 fn next_page(job: &mut Job, slot: &Slot) {
     let mut page = match job.change {
-        Change::Create => core::mem::take(&mut job.page),
-        Change::Release => CatalogPage::default(),
+        Change::Create | Change::Capture => core::mem::take(&mut job.page),
+        Change::Release => CatalogPage { layer: slot.layer, ..CatalogPage::default() },
         _ => slot.page.clone(),
     };
     match &mut job.change {
-        Change::Create | Change::Release => {}
+        Change::Create | Change::Capture | Change::Release => {}
+        Change::Layer { layer, parent } => {
+            page.layer = *layer;
+            page.parent = *parent;
+            if page.flags & FLAG_REVERTING != 0 {
+                page.flags ^= FLAG_REVERTING | FLAG_REVERTED;
+            }
+        }
+        Change::Mark(to) => {
+            page.flags &= !(FLAG_REVERTING | FLAG_REVERTED);
+            page.flags |= if to.is_some() { FLAG_REVERTING } else { 0 };
+            page.target = to.unwrap_or(SnapshotId(0));
+        }
+        Change::Adopt { parent, .. } => page.parent = *parent,
         Change::Delete => page.state = CatalogState::Deleting,
         Change::Resize(blocks) => page.blocks = page.blocks.max(*blocks),
         Change::Register(register) => {
@@ -294,8 +471,8 @@ fn next_page(job: &mut Job, slot: &Slot) {
     job.page = page;
 }
 
-fn check_size(blocks: u64) -> Result<(), ControlError> {
-    let max = MAX_REPLICA_BYTES / BLOCK;
+pub(crate) fn check_size(block_size: BlockSize, blocks: u64) -> Result<(), ControlError> {
+    let max = MAX_REPLICA_BYTES >> block_size.shift();
     if blocks == 0 || blocks > max {
         return Err(ControlError::BadSize { blocks, max });
     }

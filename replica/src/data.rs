@@ -1,23 +1,34 @@
 //! The data path: requests, and the parts that they fall into at the bounds of extents.
 
-use cairn_block::{BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
+pub(crate) mod verify;
+
+use core::ops::Range;
+
+use cairn_block::{BlockSize, BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
 use crate::DiskError;
+use crate::blocks::BlockSet;
 use crate::disk::{BLOCK, EXTENT_BLOCKS};
 use crate::extents::{ExtentState, NIL, extent_offset};
 use crate::flush::Waiter;
 use crate::journal::Owner;
-use crate::pool::{
-    DiskOp, Done, HOLE, Mapping, PENDING, Pool, PoolState, Purpose, ReplicaSlot, Slot,
-};
-use crate::sums::{Ready, Verdict};
+use crate::pool::{DiskOp, Done, Mapping, PENDING, Pool, PoolState, Purpose, ReplicaSlot};
+use crate::sums::{Begun, PersistFor, Ready, Verdict};
 
 /// Parts of one request in flight: a discard of everything must not take all the memory.
 const MAX_PARTS: u32 = 64;
 
+/// Who is told of the end of a request.
+#[derive(Debug, Clone, Copy)]
+enum Asker {
+    Tag(u64),
+    /// A request in smaller blocks, of which this is a piece.
+    Sectors(u32),
+}
+
 #[derive(Debug)]
 pub(crate) struct Request {
-    tag: u64,
+    asker: Asker,
     slot: u16,
     op: IoOp,
     /// The first block that is not yet a part of it, and the block after its last.
@@ -30,6 +41,8 @@ pub(crate) struct Request {
     status: IoStatus,
     /// Its last step, a flush, has begun.
     flushing: bool,
+    /// Blocks of a Verify that were read.
+    verified: u32,
 }
 
 impl Request {
@@ -45,6 +58,7 @@ impl Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Read,
+    Verify,
     Write {
         fua: bool,
     },
@@ -81,23 +95,74 @@ impl Pool {
         request: IoRequest,
         mem: &mut M,
     ) {
+        self.submit_one(tag, slot, request, mem);
+        self.pump(mem);
+    }
+
+    pub(crate) fn submit_one<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: ReplicaSlot,
+        request: IoRequest,
+        mem: &mut M,
+    ) {
         if let Err(status) = self.admit(slot, &request) {
             self.done.push_back(Done { tag, status, error: None });
             return;
         }
+        if self.slots[usize::from(slot.0)].frozen {
+            self.held.push_back((tag, slot, request));
+            return;
+        }
+        self.slots[usize::from(slot.0)].in_flight += 1;
+        let sectors = self.slots[usize::from(slot.0)].page.block_size != BlockSize::B4096;
+        if sectors && !matches!(request.op, IoOp::Flush | IoOp::Verify) {
+            self.submit_sectors(tag, slot.0, request, mem);
+            return;
+        }
+        let mut blocks = request.range.start().0..request.range.end().0;
+        if sectors {
+            // Every block that has one of the sectors.
+            blocks = blocks.start / 8..blocks.end.div_ceil(8);
+        }
+        self.begin(Asker::Tag(tag), slot.0, request.op, blocks, request.buf, mem);
+    }
+
+    /// Begins a piece of a request in smaller blocks.
+    pub(crate) fn begin_inner<M: Memory>(
+        &mut self,
+        sectors: u32,
+        slot: u16,
+        op: IoOp,
+        blocks: Range<u64>,
+        buf: BufSlice,
+        mem: &mut M,
+    ) {
+        self.begin(Asker::Sectors(sectors), slot, op, blocks, buf, mem);
+    }
+
+    fn begin<M: Memory>(
+        &mut self,
+        asker: Asker,
+        slot: u16,
+        op: IoOp,
+        blocks: Range<u64>,
+        buf: BufSlice,
+        mem: &mut M,
+    ) {
         let request = self.requests.insert(Request {
-            tag,
-            slot: slot.0,
-            op: request.op,
-            next: request.range.start().0,
-            end: request.range.end().0,
-            buf: request.buf,
+            asker,
+            slot,
+            op,
+            next: blocks.start,
+            end: blocks.end,
+            buf,
             outstanding: 0,
             status: IoStatus::Ok,
             flushing: false,
+            verified: 0,
         });
         self.advance(request, mem);
-        self.pump(mem);
     }
 
     fn admit(&self, slot: ReplicaSlot, request: &IoRequest) -> Result<(), IoStatus> {
@@ -107,16 +172,23 @@ impl Pool {
         let replica = self
             .slots
             .get(usize::from(slot.0))
-            .filter(|s| s.is_live())
+            .filter(|s| {
+                let reads = matches!(request.op, IoOp::Read | IoOp::Verify);
+                s.is_live() || (s.is_snapshot() && reads)
+            })
             .ok_or(IoStatus::PathError)?;
         if request.op == IoOp::Flush {
             return Ok(());
+        }
+        if matches!(request.op, IoOp::Snapshot(_)) {
+            return Err(IoStatus::Unsupported);
         }
         let range = request.range;
         LbaRange::within(range.start(), range.blocks(), replica.page.blocks)
             .map_err(|_| IoStatus::OutOfRange)?;
         let payload = matches!(request.op, IoOp::Read | IoOp::Write { .. });
-        if payload && u64::from(request.buf.len()) != range.blocks() * BLOCK {
+        let bytes = replica.page.block_size.bytes_of(range.blocks());
+        if payload && u64::from(request.buf.len()) != bytes {
             return Err(IoStatus::InvalidField);
         }
         Ok(())
@@ -132,17 +204,18 @@ impl Pool {
             if request.next >= request.end || request.outstanding >= MAX_PARTS {
                 break;
             }
-            let slot = &self.slots[usize::from(request.slot)];
-            if !matches!(request.op, IoOp::Read | IoOp::Write { .. })
-                && request.next / EXTENT_BLOCKS >= slot.map.len() as u64
-            {
+            let (slot, at) = (request.slot, request.next / EXTENT_BLOCKS);
+            let keeps = !matches!(request.op, IoOp::Read | IoOp::Write { .. });
+            if keeps && at >= self.mapped_len(self.layer_of(slot)) {
                 // Nothing was ever written from here on.
+                let request = self.requests.get_mut(id);
                 request.next = request.end;
                 break;
             }
-            let part = next_part(id, request, slot);
+            let size = self.slots[usize::from(slot)].page.bytes().div_ceil(BLOCK);
+            let part = next_part(id, self.requests.get_mut(id), size);
             match self.run_part(part, mem) {
-                Ok(waits) => self.requests.get_mut(id).outstanding += u32::from(waits),
+                Ok(parts) => self.requests.get_mut(id).outstanding += parts,
                 Err(status) => {
                     let request = self.requests.get_mut(id);
                     request.status = status;
@@ -172,69 +245,172 @@ impl Pool {
         }
     }
 
-    /// Starts a part. Returns whether it is now in flight or waits; otherwise it is done.
-    fn run_part<M: Memory>(&mut self, part: Part, mem: &mut M) -> Result<bool, IoStatus> {
+    /// Starts a part. Returns how many pieces of it are now in flight or wait; at none it is done.
+    fn run_part<M: Memory>(&mut self, part: Part, mem: &mut M) -> Result<u32, IoStatus> {
         let slot = &self.slots[usize::from(part.slot)];
-        Ok(match (slot.mapping(part.logical), part.action) {
+        let live = slot.is_live();
+        let reads = matches!(part.action, Action::Read | Action::Verify);
+        if reads && !live && !slot.is_snapshot() {
             // To a read that waited while its replica was deleted, what is gone is not zeros.
-            (Mapping::Hole, Action::Write { .. } | Action::Read) if !slot.is_live() => {
-                return Err(IoStatus::PathError);
-            }
+            return Err(IoStatus::PathError);
+        }
+        let layer = self.layer_of(part.slot);
+        let mapping = self.layer(layer).mapping(part.logical);
+        if reads && self.layer(layer).parent.is_some() {
+            return Ok(self.read_through(part, layer, mem));
+        }
+        Ok(match (mapping, part.action) {
             (Mapping::Hole | Mapping::Pending(_), Action::Read) => {
                 mem.bytes_mut(part.buf).fill(0);
-                false
+                0
             }
-            (Mapping::Hole, Action::Zero { .. } | Action::Free) => false,
-            (Mapping::Hole, Action::Write { .. }) => {
-                let alloc = self.start_alloc(part.slot, part.logical);
+            (Mapping::Hole | Mapping::Pending(_), Action::Verify) => 0,
+            (Mapping::Hole, Action::Zero { .. } | Action::Free)
+                if !self.covered(layer, part.logical) =>
+            {
+                0
+            }
+            (Mapping::Hole, _) if !live => return Err(IoStatus::PathError),
+            (Mapping::Hole, _) => {
+                let alloc = self.start_alloc(layer, part.logical);
                 self.wait_for_alloc(alloc, part);
-                true
+                1
             }
             (Mapping::Pending(alloc), _) => {
                 self.wait_for_alloc(alloc, part);
-                true
+                1
             }
-            (Mapping::Extent(extent), Action::Free) => {
-                self.start_free(part, extent);
-                true
+            (Mapping::Extent(extent), Action::Free) if !self.covered(layer, part.logical) => {
+                self.start_free(part, extent, layer);
+                1
             }
-            (Mapping::Extent(extent), action) => {
-                let sum = match self.prepare(extent, action != Action::Read) {
-                    Ready::Now(sum) => sum,
+            (Mapping::Extent(extent), Action::Read | Action::Verify) => {
+                self.read_extent(part, extent, mem)
+            }
+            (Mapping::Extent(extent), _) => self.mutate(part, extent, layer, mem),
+        })
+    }
+
+    /// Reads from the one extent that there is.
+    fn read_extent<M: Memory>(&mut self, part: Part, extent: u32, mem: &mut M) -> u32 {
+        let sum = match self.prepare(extent, false) {
+            Ready::Now(sum) => sum,
+            Ready::Wait(sum) => {
+                self.wait_for_sum(sum, part);
+                return 1;
+            }
+        };
+        if self.reads_zeros(sum, part.first, part.blocks) {
+            if part.action == Action::Read {
+                mem.bytes_mut(part.buf).fill(0);
+            }
+            return 0;
+        }
+        self.issue_read(&part, extent, (part.first, part.blocks), mem);
+        1
+    }
+
+    /// Reads each block from the uppermost layer that has it.
+    fn read_through<M: Memory>(&mut self, part: Part, layer: u16, mem: &mut M) -> u32 {
+        let wanted = BlockSet::range(part.first, part.blocks);
+        // First see that every checksum page is there: nothing is issued before that.
+        let mut need = wanted;
+        let mut at = Some(layer);
+        while let Some(l) = at
+            && !need.is_empty()
+        {
+            if let Mapping::Extent(extent) = self.layer(l).mapping(part.logical) {
+                match self.prepare(extent, false) {
+                    Ready::Now(sum) => need = need.minus(self.owned_by(sum)),
                     Ready::Wait(sum) => {
                         self.wait_for_sum(sum, part);
-                        return Ok(true);
-                    }
-                };
-                if action == Action::Read {
-                    if self.reads_zeros(sum, part.first, part.blocks) {
-                        mem.bytes_mut(part.buf).fill(0);
-                        return Ok(false);
-                    }
-                } else {
-                    let data = matches!(action, Action::Write { .. }).then_some(part.buf);
-                    if !self.begin_mutation(sum, part.first, part.blocks, data, mem) {
-                        self.hold_conflict(part);
-                        return Ok(true);
+                        return 1;
                     }
                 }
-                let version = self.sum_version(sum);
-                let start = extent_offset(&self.superblock.segments, extent);
-                let offset = ByteOffset(start + u64::from(part.first) * BLOCK);
-                let op = match action {
-                    Action::Read => DiskOp::Read { offset, buf: part.buf },
-                    Action::Write { fua } => DiskOp::Write { offset, buf: part.buf, fua },
-                    Action::Zero { punch } => {
-                        DiskOp::Zero { offset, len: u64::from(part.blocks) * BLOCK, punch }
-                    }
-                    Action::Free => unreachable!("handled above"),
-                };
-                let purpose =
-                    Purpose::Data { request: part.request, extent, version, tries: part.tries };
-                self.issue(op, purpose, None);
-                true
             }
-        })
+            at = self.layer(l).parent;
+        }
+        let mut issued = 0;
+        let mut zeros = need;
+        need = wanted;
+        at = Some(layer);
+        while let Some(l) = at
+            && !need.is_empty()
+        {
+            if let Mapping::Extent(extent) = self.layer(l).mapping(part.logical) {
+                let sum = self.extents.get(extent).sum;
+                let data = need.and(self.valid_in(sum));
+                zeros = zeros.or(need.and(self.owned_by(sum)).minus(data));
+                for (first, blocks) in data.runs() {
+                    self.issue_read(&part, extent, (first, blocks), mem);
+                    issued += 1;
+                }
+                need = need.minus(self.owned_by(sum));
+            }
+            at = self.layer(l).parent;
+        }
+        if part.action == Action::Read {
+            for (first, blocks) in zeros.runs() {
+                mem.bytes_mut(window(&part, first, blocks)).fill(0);
+            }
+        }
+        issued
+    }
+
+    fn issue_read<M: Memory>(
+        &mut self,
+        part: &Part,
+        extent: u32,
+        (first, blocks): (u32, u32),
+        mem: &mut M,
+    ) {
+        let sum = self.extents.get(extent).sum;
+        let version = self.sum_version(sum);
+        if part.action == Action::Verify {
+            return self.start_verify(Part { first, blocks, ..*part }, extent, version, mem);
+        }
+        let start = extent_offset(&self.superblock.segments, extent);
+        let offset = ByteOffset(start + u64::from(first) * BLOCK);
+        let op = DiskOp::Read { offset, buf: window(part, first, blocks) };
+        let purpose = Purpose::Data { request: part.request, extent, version, tries: part.tries };
+        self.issue(op, purpose, None);
+    }
+
+    /// Writes or zeroes blocks of an extent of the replica's own layer.
+    fn mutate<M: Memory>(&mut self, part: Part, extent: u32, layer: u16, mem: &mut M) -> u32 {
+        let sum = match self.prepare(extent, true) {
+            Ready::Now(sum) => sum,
+            Ready::Wait(sum) => {
+                self.wait_for_sum(sum, part);
+                return 1;
+            }
+        };
+        let data = matches!(part.action, Action::Write { .. }).then_some(part.buf);
+        let layered = self.layer(layer).parent.is_some();
+        let begun = self.begin_mutation(sum, part.first, part.blocks, data, layered, mem);
+        if begun == Begun::Conflict {
+            self.hold_conflict(part);
+            return 1;
+        }
+        let version = self.sum_version(sum);
+        let start = extent_offset(&self.superblock.segments, extent);
+        let offset = ByteOffset(start + u64::from(part.first) * BLOCK);
+        let len = u64::from(part.blocks) * BLOCK;
+        let op = match part.action {
+            Action::Write { fua } => DiskOp::Write { offset, buf: part.buf, fua },
+            Action::Zero { punch } => DiskOp::Zero { offset, len, punch },
+            Action::Free => DiskOp::Zero { offset, len, punch: true },
+            Action::Read | Action::Verify => unreachable!("a read changes nothing"),
+        };
+        let purpose = Purpose::Data { request: part.request, extent, version, tries: part.tries };
+        if begun == Begun::Note {
+            // Zeros on the device do not tell a block that was zeroed from one that the parent has: it
+            // is noted before they are there.
+            self.persist_zeros(extent, PersistFor::Operation(op, purpose));
+        } else {
+            self.issue(op, purpose, None);
+        }
+        1
     }
 
     /// A device operation on an extent's data is over.
@@ -268,11 +444,10 @@ impl Pool {
                     Verdict::Good => {}
                     Verdict::Bad => status = IoStatus::MediaError,
                     Verdict::Again => {
-                        let e = *self.extents.get(extent);
                         let part = Part {
                             request,
-                            slot: e.slot,
-                            logical: e.link,
+                            slot: self.requests.get(request).slot,
+                            logical: self.extents.get(extent).link,
                             first,
                             blocks: buf.len() >> 12,
                             buf,
@@ -299,25 +474,25 @@ impl Pool {
     /// Runs a part that is counted as outstanding already.
     pub(crate) fn rerun<M: Memory>(&mut self, part: Part, mem: &mut M) {
         match self.run_part(part, mem) {
-            Ok(true) => {}
-            Ok(false) => self.part_done(part.request, IoStatus::Ok, mem),
+            Ok(0) => self.part_done(part.request, IoStatus::Ok, mem),
+            Ok(parts) => self.requests.get_mut(part.request).outstanding += parts - 1,
             Err(status) => self.part_done(part.request, status, mem),
         }
     }
 
     /// Takes an extent out of its replica's map. Reads see zeros from here on; the request is answered
     /// when the record is durable; the extent is reused when its I/O has drained as well.
-    fn start_free(&mut self, part: Part, extent: u32) {
-        let slot = &mut self.slots[usize::from(part.slot)];
-        slot.map_to(part.logical, HOLE);
-        slot.allocated -= 1;
-        slot.returning += 1;
-        self.extents.allocated -= 1;
-        self.extents.returning += 1;
+    fn start_free(&mut self, part: Part, extent: u32, layer: u16) {
+        self.unmap(layer, part.logical);
+        self.log_free(extent, part.request);
+    }
+
+    /// Logs that an extent, which no map has any more, is free.
+    pub(crate) fn log_free(&mut self, extent: u32, request: u32) {
         let e = self.extents.get_mut(extent);
         assert_eq!(e.state, ExtentState::Allocated, "extent {extent} is mapped and not allocated");
         e.state = ExtentState::Freeing;
-        self.journal.push(Owner::Free { extent, request: part.request });
+        self.journal.push(Owner::Free { extent, request });
     }
 
     fn wait_for_alloc(&mut self, alloc: u32, mut part: Part) {
@@ -365,7 +540,8 @@ impl Pool {
             }
             return;
         }
-        let deleted = !self.slots[usize::from(request.slot)].is_live();
+        let slot = &self.slots[usize::from(request.slot)];
+        let deleted = !slot.is_live() && !slot.is_snapshot();
         if deleted && request.next < request.end {
             // The replica is going: what has begun ends, nothing more is begun.
             request.next = request.end;
@@ -378,30 +554,45 @@ impl Pool {
     pub(crate) fn finish(&mut self, id: u32) {
         let request = self.requests.remove(id);
         assert_eq!(request.outstanding, 0, "a request is answered with parts in flight");
-        self.done.push_back(Done { tag: request.tag, status: request.status, error: None });
+        match request.asker {
+            Asker::Tag(tag) => {
+                if request.op == IoOp::Verify {
+                    self.verifier.note_done(tag, request.verified);
+                }
+                self.slots[usize::from(request.slot)].in_flight -= 1;
+                self.done.push_back(Done { tag, status: request.status, error: None });
+            }
+            Asker::Sectors(id) => self.sectors_done.push_back((id, request.status)),
+        }
     }
 
     /// Maps a logical extent to an allocation that is under way.
-    pub(crate) fn map_pending(&mut self, slot: u16, logical: u32, alloc: u32) {
-        self.slots[usize::from(slot)].map_to(logical, PENDING | alloc);
+    pub(crate) fn map_pending(&mut self, layer: u16, logical: u32, alloc: u32) {
+        self.layer_mut(layer).map_to(logical, PENDING | alloc);
     }
 }
 
+/// The window of a part's buffer for some of its blocks, counted from the extent's start.
+fn window(part: &Part, first: u32, blocks: u32) -> BufSlice {
+    part.buf.sub((first - part.first) << 12, blocks << 12)
+}
+
 /// Cuts the next part off a request: as far as its extent reaches.
-fn next_part(id: u32, request: &mut Request, slot: &Slot) -> Part {
+fn next_part(id: u32, request: &mut Request, size: u64) -> Part {
     let logical = request.next / EXTENT_BLOCKS;
     let first = request.next % EXTENT_BLOCKS;
-    let blocks = (EXTENT_BLOCKS - first).min(request.end - request.next);
+    let most = if request.op == IoOp::Verify { verify::MAX_BLOCKS } else { EXTENT_BLOCKS };
+    let blocks = most.min(EXTENT_BLOCKS - first).min(request.end - request.next);
     // The last extent of a replica is whole even where the replica ends inside it.
-    let whole =
-        first == 0 && (blocks == EXTENT_BLOCKS || request.next + blocks == slot.page.blocks);
+    let whole = first == 0 && (blocks == EXTENT_BLOCKS || request.next + blocks == size);
     let action = match request.op {
         IoOp::Read => Action::Read,
+        IoOp::Verify => Action::Verify,
         IoOp::Write { fua } => Action::Write { fua },
         IoOp::Discard | IoOp::WriteZeroes { unmap: true, .. } if whole => Action::Free,
         IoOp::Discard => Action::Zero { punch: true },
         IoOp::WriteZeroes { unmap, .. } => Action::Zero { punch: unmap },
-        IoOp::Flush => unreachable!("a flush has no parts"),
+        IoOp::Flush | IoOp::Snapshot(_) => unreachable!("it has no parts"),
     };
     let fit = "an extent has 256 blocks, and a replica at most 2^31 extents";
     let blocks = u32::try_from(blocks).expect(fit);

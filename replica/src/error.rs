@@ -214,8 +214,8 @@ pub enum ControlError {
         /// What was asked.
         asked: u64,
     },
-    /// Only 4096-byte blocks for now.
-    #[error("a block size of {0} bytes is not supported yet; use 4096")]
+    /// A clone has its origin's block size.
+    #[error("a clone has the block size of its snapshot, which is not {0} bytes")]
     BlockSize(u32),
     /// The name does not fit its field.
     #[error("the name has {len} bytes; at most {max} fit")]
@@ -247,6 +247,26 @@ pub enum ControlError {
     /// The command about a device of the pool cannot be carried out; the text says why.
     #[error("{0}")]
     Device(String),
+    /// The replica has a snapshot of this identifier already.
+    #[error("snapshot {0} exists already")]
+    SnapshotExists(cairn_block::SnapshotId),
+    /// There is no such snapshot of the replica.
+    #[error("there is no snapshot {0} of this replica in this pool, or it is being deleted")]
+    NoSuchSnapshot(cairn_block::SnapshotId),
+    /// A snapshot is being taken of the replica, or it is being taken back to one.
+    #[error("a snapshot of the replica is being taken or restored; try again")]
+    SnapshotUnderWay,
+    /// A read would have to look through too many layers.
+    #[error("the replica has {0} snapshots on top of each other already; delete one first")]
+    TooManySnapshots(usize),
+    /// A thick replica has to have room for all of itself.
+    #[error("{needed} extents of 1 MiB have to be reserved, and {free} are free")]
+    NoRoom {
+        /// Extents that would be reserved.
+        needed: u64,
+        /// Extents that are free and reserved for nobody.
+        free: u64,
+    },
     /// The pool is offline.
     #[error("the pool is offline: {0}")]
     PoolFailed(&'static str),

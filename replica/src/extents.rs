@@ -5,7 +5,7 @@ use crate::disk::{ENTRIES_PER_PAGE, EXTENT, Entry, EntryState, Segment};
 /// The end of a free list.
 pub(crate) const NIL: u32 = u32::MAX;
 
-/// What becomes of an extent. Only the first, second and fourth are states on the device.
+/// What becomes of an extent. Only free, free and zeroed, and allocated are states on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ExtentState {
     /// On the list of extents that must be zeroed before use.
@@ -16,6 +16,8 @@ pub(crate) enum ExtentState {
     Taken,
     /// A replica's.
     Allocated,
+    /// On its way from one layer to another; the record that says so is not durable yet.
+    Moving,
     /// No longer mapped; the record that says so is not durable yet.
     Freeing,
     /// Free durably; waits for its I/O to drain and for the zeroing.
@@ -27,19 +29,23 @@ pub(crate) enum ExtentState {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Extent {
     pub(crate) epoch: u64,
+    /// The journal block that allocated it.
+    pub(crate) birth: u64,
     /// The logical extent; on a free list, the next one.
     pub(crate) link: u32,
     /// Device operations on its data in flight.
     pub(crate) pins: u32,
     /// Its checksums in memory, or [`NIL`].
     pub(crate) sum: u32,
-    pub(crate) slot: u16,
+    pub(crate) layer: u16,
     pub(crate) state: ExtentState,
     /// Marked dirty durably.
     pub(crate) dirty: bool,
+    /// The current copy of its checksum page, while it is clean.
+    pub(crate) copy: bool,
 }
 
-const _: () = assert!(size_of::<Extent>() == 24);
+const _: () = assert!(size_of::<Extent>() == 40);
 
 /// A table page in memory.
 #[derive(Debug, Clone, Copy)]
@@ -103,9 +109,11 @@ impl Extents {
             link: entry.logical,
             pins: 0,
             sum: NIL,
-            slot: entry.slot,
+            layer: entry.layer,
             state,
             dirty: entry.dirty && !entry.incoming,
+            copy: entry.copy,
+            birth: entry.birth,
         });
     }
 
@@ -149,8 +157,10 @@ impl Extents {
         assert_eq!(e.pins, 0, "extent {extent} is given back while I/O is in flight to it");
         e.state = state;
         self.incoming.retain(|&i| i != extent);
-        e.slot = 0;
+        e.layer = 0;
         e.epoch = 0;
+        e.birth = 0;
+        e.copy = false;
         e.link = list.head;
         list.head = extent;
         list.len += 1;
@@ -184,13 +194,15 @@ impl Extents {
             | ExtentState::Taken
             | ExtentState::Cleaning
             | ExtentState::Quarantined => Entry::free(false),
-            ExtentState::Allocated | ExtentState::Freeing => Entry {
+            ExtentState::Allocated | ExtentState::Moving | ExtentState::Freeing => Entry {
                 state: EntryState::Allocated,
-                slot: e.slot,
+                layer: e.layer,
                 logical: e.link,
                 epoch: e.epoch,
                 dirty: e.dirty,
                 incoming: self.incoming.contains(&extent),
+                copy: e.copy,
+                birth: e.birth,
             },
         }
     }
@@ -236,7 +248,7 @@ pub(crate) fn extent_offset(segments: &[Segment], extent: u32) -> u64 {
     unreachable!("extent {extent} lies in no segment")
 }
 
-/// Where an extent's checksum page lies, in blocks.
+/// Where copy A of an extent's checksum page lies, in blocks.
 pub(crate) fn sums_address(segments: &[Segment], extent: u32) -> u64 {
     let mut first = 0;
     for segment in segments {

@@ -11,6 +11,10 @@ pub(crate) enum Waiter {
     Alloc(u32),
     /// The checksum page of this extent, and the data that it tells of.
     Sum(u32),
+    /// Blocks of this extent that a crash had left half copied, and that were zeroed.
+    SumClean(u32),
+    /// What this merge has copied.
+    Merge(u32),
     /// A freed extent that was zeroed.
     Clean(u32),
     /// The checkpoint's or the grow's next step.

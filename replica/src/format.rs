@@ -4,7 +4,7 @@ use cairn_block::{PoolDeviceId, PoolId};
 
 use crate::disk::{
     BLOCK, BLOCK_LEN, CatalogPage, CatalogState, ENTRIES_PER_PAGE, EXTENT, EXTENT_BLOCKS, Entry,
-    MemberState, Membership, SUPERBLOCK_MAGIC, Segment, Superblock, TablePage, VERSION,
+    MAX_SLOTS, MemberState, Membership, SUPERBLOCK_MAGIC, Segment, Superblock, TablePage, VERSION,
 };
 use crate::{Device, PoolError};
 
@@ -167,7 +167,7 @@ pub(crate) fn plan_segment(start: u64, end: u64) -> Option<Segment> {
     let mut extents = u32::try_from(room).ok()?;
     while extents > 0 {
         let pages = u64::from(extents.div_ceil(ENTRIES_PER_PAGE));
-        let data = (start + 2 * pages + u64::from(extents)).next_multiple_of(EXTENT_BLOCKS);
+        let data = (start + 2 * pages + 2 * u64::from(extents)).next_multiple_of(EXTENT_BLOCKS);
         let segment = Segment { table: start, data, extents };
         if segment.end() <= end {
             return Some(segment);
@@ -233,7 +233,8 @@ impl Identity {
 
 /// Replica slots of a pool on a device of `len` bytes.
 pub(crate) fn slots_for(len: u64) -> u16 {
-    u16::try_from((len >> 20).clamp(16, 256)).unwrap_or(256)
+    let slots = (len >> 20).clamp(16, 256).max((len >> 28).min(u64::from(MAX_SLOTS)));
+    u16::try_from(slots).expect("at most 4096")
 }
 
 /// What one page adds to the table's digest. Any mixing will do that makes sums of pages differ.
@@ -298,10 +299,10 @@ pub(crate) fn format<D: Device>(
 
 fn write_catalog<D: Device>(dev: &mut D, superblock: &Superblock) -> Result<(), PoolError> {
     let mut pages = vec![0; usize::from(superblock.slots) * 2 * BLOCK_LEN];
-    let empty = CatalogPage::default();
     for (slot, pair) in (0u16..).zip(pages.chunks_mut(2 * BLOCK_LEN)) {
         for (copy, block) in (0u64..).zip(pair.chunks_mut(BLOCK_LEN)) {
             let address = superblock.catalog_address(slot, copy);
+            let empty = CatalogPage { layer: slot, ..CatalogPage::default() };
             empty.encode(slot, address, superblock.pool, block);
         }
     }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use cairn_block::{ByteOffset, IoStatus, Memory};
 
 use crate::disk::{BLOCK, BLOCK_BYTES, Entry, EntryState, JournalBlock, RECORDS_PER_BLOCK, Record};
+use crate::extents::NIL;
 use crate::flush::Waiter;
 use crate::pool::{DiskOp, Pool, Purpose};
 
@@ -13,12 +14,12 @@ use crate::pool::{DiskOp, Pool, Purpose};
 pub(crate) enum Owner {
     /// An extent is allocated.
     Alloc(u32),
-    /// An extent is given up by part of this request.
+    /// An extent is given up by part of this request, or by nobody's ([`NIL`]).
     Free { extent: u32, request: u32 },
     /// An extent is marked dirty.
     Mark(u32),
-    /// The mark is taken back.
-    Unmark(u32),
+    /// The mark is taken back: this copy of the checksum page is current.
+    Unmark { extent: u32, copy: bool },
     /// A copy is finished: its extent belongs to its replica.
     Arrived { extent: u32, tag: u64 },
     /// Not a record: this request waits for those before it.
@@ -57,6 +58,15 @@ impl Journal {
 
     pub(crate) fn push_waiter(&mut self, request: u32) {
         self.pending.push_back(Owner::Request(request));
+    }
+
+    /// Extents whose release is not durable yet.
+    pub(crate) fn freeing(&self) -> impl Iterator<Item = u32> {
+        let waits = if self.frees > 0 { usize::MAX } else { 0 };
+        self.pending.iter().chain(&self.batch).take(waits).filter_map(|owner| match *owner {
+            Owner::Free { extent, .. } => Some(extent),
+            _ => None,
+        })
     }
 
     pub(crate) fn clear(&mut self) {
@@ -109,20 +119,28 @@ impl Pool {
         let records = self.journal.batch.iter().filter_map(|owner| match *owner {
             Owner::Alloc(id) => {
                 let alloc = allocs.get(id);
-                let entry = Entry {
-                    state: EntryState::Allocated,
-                    slot: alloc.slot,
-                    logical: alloc.logical,
-                    epoch: 0,
-                    dirty: true,
-                    incoming: alloc.import.is_some_and(|import| import.incoming),
+                let entry = match alloc.from {
+                    Some(_) => Entry { layer: alloc.layer, ..table.entry(alloc.extent) },
+                    None => Entry {
+                        state: EntryState::Allocated,
+                        layer: alloc.layer,
+                        logical: alloc.logical,
+                        dirty: true,
+                        incoming: alloc.import.is_some_and(|import| import.incoming),
+                        birth: sequence,
+                        ..Entry::free(false)
+                    },
                 };
                 Some(Record { extent: alloc.extent, entry })
             }
             Owner::Free { extent, .. } => Some(Record { extent, entry: Entry::free(false) }),
-            Owner::Mark(extent) | Owner::Unmark(extent) => {
-                let dirty = matches!(owner, Owner::Mark(_));
-                Some(Record { extent, entry: Entry { dirty, ..table.entry(extent) } })
+            Owner::Mark(extent) => {
+                let entry = Entry { dirty: true, ..table.entry(extent) };
+                Some(Record { extent, entry })
+            }
+            Owner::Unmark { extent, copy } => {
+                let entry = Entry { dirty: false, copy, ..table.entry(extent) };
+                Some(Record { extent, entry })
             }
             Owner::Arrived { extent, .. } => {
                 Some(Record { extent, entry: Entry { incoming: false, ..table.entry(extent) } })
@@ -148,10 +166,12 @@ impl Pool {
                 Owner::Free { extent, request } => {
                     self.journal.frees -= 1;
                     self.free_durable(extent);
-                    self.part_done(request, IoStatus::Ok, mem);
+                    if request != NIL {
+                        self.part_done(request, IoStatus::Ok, mem);
+                    }
                 }
                 Owner::Mark(extent) => self.mark_durable(extent, mem),
-                Owner::Unmark(extent) => self.unmark_durable(extent, mem),
+                Owner::Unmark { extent, copy } => self.unmark_durable(extent, copy, mem),
                 Owner::Arrived { extent, tag } => self.arrived(extent, tag),
                 Owner::Request(request) => self.flusher.next.push(Waiter::Request(request)),
             }

@@ -14,6 +14,7 @@
 //! The bytes on the device are drawn in `docs/format.md`.
 
 mod alloc;
+mod blocks;
 mod check;
 mod clean;
 mod control;
@@ -26,12 +27,16 @@ mod flush;
 mod format;
 mod inspect;
 mod journal;
+mod layers;
 mod maintain;
 mod member;
+mod merge;
 mod multi;
 mod open;
 mod pool;
+mod sectors;
 mod slab;
+mod snapshot;
 mod sums;
 
 pub use device::{Device, MemDevice, SparseDevice};
@@ -48,3 +53,4 @@ pub use pool::{
     DiskId, DiskIo, DiskOp, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot, ReplicaSpec,
     ReplicaState, Usage,
 };
+pub use snapshot::{SnapshotInfo, SnapshotSpec};

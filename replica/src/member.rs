@@ -3,7 +3,7 @@
 use cairn_block::{IoStatus, Memory, PoolDeviceId};
 
 use crate::alloc::Alloc;
-use crate::disk::{BLOCK, BLOCK_LEN, CatalogPage, CatalogState, Membership};
+use crate::disk::{BLOCK, BLOCK_LEN, CatalogPage, CatalogState, FLAG_SNAPSHOT, Membership};
 use crate::extents::ExtentState;
 use crate::journal::Owner;
 use crate::pool::{Deletion, Done, Mapping, Pool, PoolState, ReplicaSlot};
@@ -18,47 +18,71 @@ pub(crate) struct Import {
 }
 
 impl Pool {
-    /// Whether this device holds a logical extent of a replica, or is about to: there is an extent for
-    /// it, or an allocation under way. Where it does, no other device of the pool may get one. Whatever
-    /// reads through to another layer's extent of the same index must count here too.
+    /// Whether this device holds a logical extent of a replica, or is about to: the replica's layer or
+    /// one beneath it has an extent for it, or an allocation under way, or one whose release is not
+    /// durable yet. Where it does, no other device of the pool may get one.
     #[must_use]
     pub fn maps(&self, slot: ReplicaSlot, logical: u32) -> bool {
-        self.slots
-            .get(usize::from(slot.0))
-            .is_some_and(|slot| slot.mapping(logical) != Mapping::Hole)
+        let Some(slot) = self.slots.get(usize::from(slot.0)) else { return false };
+        let there = |layer| self.layer(layer).mapping(logical) != Mapping::Hole;
+        self.chain(slot.layer).any(there)
+            || self.journal.freeing().any(|extent| {
+                let e = self.extents.get(extent);
+                e.link == logical && self.chain(slot.layer).any(|layer| layer == e.layer)
+            })
     }
 
     /// The logical extent after the last one that a replica can have here.
     pub(crate) fn mapped_end(&self, slot: u16) -> u32 {
-        let len = self.slots.get(usize::from(slot)).map_or(0, |slot| slot.map.len());
+        let len = self.slots.get(usize::from(slot)).map_or(0, |slot| self.mapped_len(slot.layer));
         u32::try_from(len).expect("a map has at most 2^31 entries")
     }
 
     /// The pool failed: what was being freed may still be mapped on stable storage, so no other device
     /// may take its place.
     pub(crate) fn map_unfreed(&mut self) {
-        let slots = &mut self.slots;
+        let layers = &mut self.layers;
         for (index, extent) in self.extents.iter().filter(|(_, e)| e.state == ExtentState::Freeing)
         {
-            slots[usize::from(extent.slot)].map_to(extent.link, index);
+            layers[usize::from(extent.layer)].map_to(extent.link, index);
         }
     }
 
-    /// Extents of a replica on this device, those on their way among them.
+    /// Extents of a replica on this device, those on their way among them, without its snapshots'.
     pub(crate) fn extents_in(&self, slot: u16) -> u64 {
-        self.slots
-            .get(usize::from(slot))
-            .map_or(0, |slot| u64::from(slot.allocated) + u64::from(slot.allocs))
+        self.slots.get(usize::from(slot)).map_or(0, |slot| {
+            let layer = self.layer(slot.layer);
+            u64::from(layer.allocated) + u64::from(layer.allocs)
+        })
+    }
+
+    /// Whether there are snapshots or clones, or what is left of some.
+    pub(crate) fn has_layers(&self) -> bool {
+        let snapshot = |page: &CatalogPage| {
+            page.state != CatalogState::Free && page.flags & FLAG_SNAPSHOT != 0
+        };
+        self.slots.iter().any(|s| snapshot(&s.page))
+            || self.layers.iter().any(|layer| layer.parent.is_some())
+    }
+
+    /// Whether a thick replica is here.
+    pub(crate) fn has_thick(&self) -> bool {
+        self.slots.iter().any(|s| s.is_live() && s.is_thick())
+    }
+
+    /// Whether a slot holds a replica or a snapshot that is not being deleted.
+    pub(crate) fn is_used(&self, slot: u16) -> bool {
+        self.slots.get(usize::from(slot)).is_some_and(|s| s.is_live() || s.is_snapshot())
+    }
+
+    /// The size in blocks of a snapshot.
+    pub(crate) fn snapshot_blocks(&self, slot: u16) -> Option<u64> {
+        self.slots.get(usize::from(slot)).filter(|s| s.is_snapshot()).map(|s| s.page.blocks)
     }
 
     /// Extents that have to leave before the device can.
     pub(crate) fn extents_left(&self) -> u64 {
         u64::from(self.extents.allocated) + self.allocs.len() as u64
-    }
-
-    /// Extents that wait for nothing but their zeroing.
-    pub(crate) fn extents_returning(&self) -> bool {
-        self.extents.returning > 0 || self.deleting > 0
     }
 
     pub(crate) fn slot_count(&self) -> u16 {
@@ -112,7 +136,7 @@ impl Pool {
             let error = ControlError::NoSuchReplica(slot);
             return self.refuse(tag, IoStatus::PathError, error);
         }
-        let alloc = self.start_alloc(slot, logical);
+        let alloc = self.start_alloc(self.layer_of(slot), logical);
         let alloc: &mut Alloc = self.allocs.get_mut(alloc);
         alloc.import = Some(Import { tag, incoming });
         self.moves.push(tag);
@@ -124,7 +148,7 @@ impl Pool {
         if let PoolState::Failed(reason) = self.state {
             return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
         }
-        let Mapping::Extent(extent) = self.slots[usize::from(slot)].mapping(logical) else {
+        let Mapping::Extent(extent) = self.layer(self.layer_of(slot)).mapping(logical) else {
             return self.refuse(tag, IoStatus::PathError, ControlError::NoSuchReplica(slot));
         };
         self.moves.push(tag);
@@ -171,6 +195,7 @@ impl Pool {
             self.deleting += 1;
         }
         slot.page = page;
+        self.count_reserve();
         Ok(())
     }
 

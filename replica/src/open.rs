@@ -2,15 +2,16 @@
 
 use crate::control::register_of;
 use crate::disk::{
-    BLOCK, BLOCK_LEN, BlockError, CatalogPage, CatalogState, EXTENT_BLOCKS, EntryState,
+    BLOCK, BLOCK_LEN, BlockError, CatalogPage, CatalogState, EntryState, FLAG_SNAPSHOT,
     INCOMPAT_CHECKSUMS, INCOMPAT_KNOWN, JournalBlock, SUPERBLOCK_MAGIC, Segment, Superblock,
     TablePage, VERSION,
 };
 use crate::extents::{ExtentState, Extents, Page, page_of};
 use crate::format::{CHUNK_PAGES, digest_of, entries_of_page};
 use crate::journal::Journal;
+use crate::layers::Layer;
 use crate::maintain::Maintenance;
-use crate::pool::{Deletion, HOLE, Pool, Slot};
+use crate::pool::{Deletion, Mapping, Pool, Slot};
 use crate::{Device, PoolError};
 
 pub(crate) fn open<D: Device>(dev: &mut D) -> Result<Pool, PoolError> {
@@ -21,7 +22,8 @@ pub(crate) fn open<D: Device>(dev: &mut D) -> Result<Pool, PoolError> {
     let mut table = read_table(dev, &superblock)?;
     let (mut slots, repairs) = read_catalog(dev, &superblock)?;
     let head = replay(dev, &superblock, &mut table.extents)?;
-    build_maps(&mut slots, &table.extents)?;
+    let mut layers = assign_layers(&mut slots)?;
+    build_maps(&slots, &mut layers, &table.extents)?;
     table.extents.link_free(0);
     let stale = table.extents.iter().filter(|(_, e)| e.dirty).map(|(i, _)| i).collect();
     for (address, block) in &repairs {
@@ -31,7 +33,8 @@ pub(crate) fn open<D: Device>(dev: &mut D) -> Result<Pool, PoolError> {
         dev.flush()?;
     }
     let maintenance = Maintenance::new(&superblock, table.last_checkpoint, table.digest);
-    Ok(Pool::new(superblock, copy, table.extents, slots, Journal::new(head), maintenance, stale))
+    let replicas = (slots, layers);
+    Ok(Pool::new(superblock, copy, table.extents, replicas, Journal::new(head), maintenance, stale))
 }
 
 /// The newest superblock that verifies, and which copy it is.
@@ -264,32 +267,85 @@ fn replay<D: Device>(
     Ok(next)
 }
 
-/// Builds each replica's map out of the table, which names each physical extent once.
-fn build_maps(slots: &mut [Slot], extents: &Extents) -> Result<(), PoolError> {
-    for slot in &*slots {
-        if slot.page.state != CatalogState::Free
-            && slot.page.block_size != cairn_block::BlockSize::B4096
-        {
-            return Err(PoolError::Inconsistent("a replica has a block size that is not served"));
+/// Gives every slot its layer, and every layer its parent.
+///
+/// A slot whose page takes the layer that a live replica still has is what a crash left of a snapshot
+/// that was being taken: it is released. It and the free slots get the numbers that nobody has.
+fn assign_layers(slots: &mut [Slot]) -> Result<Vec<Layer>, PoolError> {
+    let mut layers: Vec<Layer> = slots.iter().map(|_| Layer::default()).collect();
+    let mut owned = vec![false; slots.len()];
+    let mut without = Vec::new();
+    let order = [CatalogState::Live, CatalogState::Snapshot, CatalogState::Deleting];
+    for state in order {
+        for (index, slot) in (0u16..).zip(&mut *slots).filter(|(_, s)| s.page.state == state) {
+            let layer = usize::from(slot.page.layer);
+            match owned.get_mut(layer) {
+                Some(owned) if !*owned => *owned = true,
+                Some(_) if state != CatalogState::Live && slot.page.flags & FLAG_SNAPSHOT != 0 => {
+                    slot.deleting = true;
+                    slot.deletion = Deletion::Checkpoint(0);
+                    without.push(index);
+                    continue;
+                }
+                _ => return Err(PoolError::Inconsistent("two replicas have one layer")),
+            }
+            slot.layer = slot.page.layer;
+            layers[layer].owner = index;
+            layers[layer].parent = slot.page.parent;
         }
     }
+    let free = (0u16..).zip(&*slots).filter(|(_, s)| s.page.state == CatalogState::Free);
+    without.extend(free.map(|(index, _)| index));
+    let mut spare = (0u16..).zip(&owned).filter(|(_, owned)| !**owned).map(|(layer, _)| layer);
+    for index in without {
+        let layer = spare.next().ok_or(PoolError::Inconsistent("layers are missing"))?;
+        slots[usize::from(index)].layer = layer;
+        layers[usize::from(layer)].owner = index;
+    }
+    for at in 0..layers.len() {
+        let Some(parent) = layers[at].parent.map(usize::from) else { continue };
+        let there = owned.get(parent).is_some_and(|&owned| owned)
+            && slots[usize::from(layers[parent].owner)].page.state != CatalogState::Live;
+        if !there {
+            return Err(PoolError::Inconsistent("a layer's parent is not a snapshot's"));
+        }
+        layers[parent].children += 1;
+    }
+    for layer in &layers {
+        let chain = core::iter::successors(Some(layer), |at| {
+            at.parent.map(|parent| &layers[usize::from(parent)])
+        });
+        if chain.take(layers.len() + 1).count() > layers.len() {
+            return Err(PoolError::Inconsistent("layers are each other's parents"));
+        }
+    }
+    Ok(layers)
+}
+
+/// Builds each layer's map out of the table, which names each physical extent once.
+fn build_maps(slots: &[Slot], layers: &mut [Layer], extents: &Extents) -> Result<(), PoolError> {
     for (index, extent) in extents.iter() {
         if extent.state != ExtentState::Allocated {
             continue;
         }
         debug_assert_eq!(extents.entry(index).state, EntryState::Allocated);
-        let slot = slots
-            .get_mut(usize::from(extent.slot))
-            .filter(|s| s.page.state != CatalogState::Free)
-            .ok_or(PoolError::Inconsistent("an extent belongs to a replica that is not there"))?;
-        if u64::from(extent.link) >= slot.page.blocks.div_ceil(EXTENT_BLOCKS) {
+        let layer = layers
+            .get_mut(usize::from(extent.layer))
+            .ok_or(PoolError::Inconsistent("an extent belongs to a layer that is not there"))?;
+        let slot = &slots[usize::from(layer.owner)];
+        if slot.page.state == CatalogState::Free || slot.page.layer != slot.layer {
+            return Err(PoolError::Inconsistent(
+                "an extent belongs to a replica that is not there",
+            ));
+        }
+        if u64::from(extent.link) >= slot.extents() {
             return Err(PoolError::Inconsistent("an extent lies past the end of its replica"));
         }
-        if slot.map.get(extent.link as usize).is_some_and(|&e| e != HOLE) {
+        if layer.mapping(extent.link) != Mapping::Hole {
             return Err(PoolError::Inconsistent("two extents claim one place in a replica"));
         }
-        slot.map_to(extent.link, index);
-        slot.allocated += 1;
+        layer.map_to(extent.link, index);
+        layer.allocated += 1;
     }
     Ok(())
 }

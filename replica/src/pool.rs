@@ -3,18 +3,24 @@
 use std::collections::VecDeque;
 
 use cairn_block::{
-    BlockSize, Buf, BufSlice, ByteOffset, Epoch, IoStatus, Memory, PoolId, ReplicaId, VolumeId,
+    BlockSize, Buf, BufSlice, ByteOffset, Epoch, IoRequest, IoStatus, Memory, PoolId, ReplicaId,
+    SnapshotId, VolumeId,
 };
 
 use crate::alloc::Alloc;
 use crate::control::Job;
+use crate::data::verify::Verifier;
 use crate::data::{Part, Request};
-use crate::disk::{CatalogPage, CatalogState, EXTENT, Superblock};
+use crate::disk::{CatalogPage, CatalogState, EXTENT, FLAG_SNAPSHOT, FLAG_THICK, Superblock};
 use crate::extents::{ExtentState, Extents, page_of};
 use crate::flush::{Flusher, Waiter};
 use crate::journal::Journal;
+use crate::layers::Layer;
 use crate::maintain::Maintenance;
+use crate::merge::Merge;
+use crate::sectors::SectorRequest;
 use crate::slab::Slab;
+use crate::snapshot::Swap;
 use crate::sums::Sums;
 use crate::{ControlError, Device, DiskError, FormatOptions, PoolError, Probe};
 
@@ -96,6 +102,10 @@ pub struct Usage {
     pub extents_free: u64,
     /// Extents that hold a replica's data. The rest is on its way from one to the other.
     pub extents_allocated: u64,
+    /// Free extents that are kept for thick replicas.
+    pub extents_reserved: u64,
+    /// Extents that the live replicas would take if they were full.
+    pub extents_provisioned: u64,
     /// Bytes of an extent.
     pub extent_bytes: u32,
 }
@@ -126,8 +136,12 @@ pub struct ReplicaInfo {
     pub blocks: u64,
     /// The size of its blocks.
     pub block_size: BlockSize,
-    /// Extents that it takes.
+    /// Extents that it takes, those of its snapshots not counted.
     pub allocated_extents: u64,
+    /// Whether its whole size is reserved for it.
+    pub thick: bool,
+    /// The snapshot that it is a clone of.
+    pub source: Option<SnapshotId>,
     /// What it is doing.
     pub state: ReplicaState,
 }
@@ -143,8 +157,12 @@ pub struct ReplicaSpec {
     pub name: String,
     /// Its size in blocks.
     pub blocks: u64,
-    /// The size of its blocks: 4096.
+    /// The size of its blocks.
     pub block_size: BlockSize,
+    /// Reserve its whole size.
+    pub thick: bool,
+    /// Begin with what this snapshot of this replica holds.
+    pub source: Option<(ReplicaId, SnapshotId)>,
 }
 
 /// A replica's part in its volume's authority: what it promised and what it accepted.
@@ -187,14 +205,15 @@ pub(crate) struct Slot {
     pub(crate) deleting: bool,
     /// A catalog write is under way.
     pub(crate) busy: bool,
-    /// Where each logical extent is. Grows up to the last one that was written.
-    pub(crate) map: Vec<u32>,
-    pub(crate) allocated: u32,
-    /// Extents that were its own and are on their way to a free list.
-    pub(crate) returning: u32,
-    /// Allocations under way.
-    pub(crate) allocs: u32,
+    /// What was written to it. Differs from the page's while a snapshot is being taken.
+    pub(crate) layer: u16,
+    /// Requests that were admitted and are not answered.
+    pub(crate) in_flight: u32,
+    /// A snapshot is being taken: requests wait.
+    pub(crate) frozen: bool,
     pub(crate) deletion: Deletion,
+    /// The deletion waits: several layers still read what it holds, or a block of it cannot be read.
+    pub(crate) parked: bool,
 }
 
 /// How far a deletion has come.
@@ -205,6 +224,8 @@ pub(crate) enum Deletion {
     No,
     /// Giving back extents; the next to look at.
     Extents(usize),
+    /// Waits for the page of the layer on top, which no longer names it as its parent.
+    Parent,
     /// Waits for this checkpoint, after which the table no longer names the slot.
     Checkpoint(u64),
     /// Waits for the catalog page.
@@ -216,24 +237,21 @@ impl Slot {
         self.page.state == CatalogState::Live && !self.deleting
     }
 
+    pub(crate) fn is_snapshot(&self) -> bool {
+        self.page.state == CatalogState::Snapshot && !self.deleting && !self.creating
+    }
+
+    pub(crate) fn is_thick(&self) -> bool {
+        self.page.flags & FLAG_THICK != 0
+    }
+
+    /// Extents that it takes where it is full.
+    pub(crate) fn extents(&self) -> u64 {
+        self.page.bytes().div_ceil(EXTENT)
+    }
+
     pub(crate) fn is_free(&self) -> bool {
         self.page.state == CatalogState::Free && !self.creating && !self.busy
-    }
-
-    pub(crate) fn mapping(&self, logical: u32) -> Mapping {
-        match self.map.get(logical as usize).copied().unwrap_or(HOLE) {
-            HOLE => Mapping::Hole,
-            entry if entry & PENDING != 0 => Mapping::Pending(entry & !PENDING),
-            entry => Mapping::Extent(entry),
-        }
-    }
-
-    pub(crate) fn map_to(&mut self, logical: u32, entry: u32) {
-        let at = logical as usize;
-        if at >= self.map.len() {
-            self.map.resize(at + 1, HOLE);
-        }
-        self.map[at] = entry;
     }
 }
 
@@ -249,10 +267,17 @@ pub(crate) enum Purpose {
         /// How often a read met a write of its blocks.
         tries: u8,
     },
-    /// Reads the checksum page of an extent, or all of the extent to hash it.
+    /// Reads the checksum pages of an extent, or all of the extent to hash it.
     SumLoad(u32),
+    /// Zeroes blocks of an extent that a copy cut off by a crash left.
+    SumClean(u32),
     /// Writes the checksum page of an extent.
     SumWrite(u32),
+    /// Reads or writes blocks of an extent for this merge.
+    Merge {
+        merge: u32,
+        extent: u32,
+    },
     Flush,
     Journal,
     /// Zeroes an extent for this allocation.
@@ -287,7 +312,19 @@ pub struct Pool {
     pub(crate) state: PoolState,
     pub(crate) extents: Extents,
     pub(crate) slots: Vec<Slot>,
-    /// How many of them are being deleted.
+    pub(crate) layers: Vec<Layer>,
+    /// Free extents that are kept for thick replicas.
+    pub(crate) reserved: u64,
+    pub(crate) swaps: Vec<Swap>,
+    /// Requests that wait until a snapshot has been taken.
+    pub(crate) held: VecDeque<(u64, ReplicaSlot, IoRequest)>,
+    pub(crate) merges: Slab<Merge>,
+    /// Requests in blocks of 512 bytes; those that wait, in the order in which they came; and the ends
+    /// of their pieces.
+    pub(crate) sectors: Slab<SectorRequest>,
+    pub(crate) sectors_waiting: VecDeque<u32>,
+    pub(crate) sectors_done: VecDeque<(u32, IoStatus)>,
+    /// How many of them are being deleted, those that wait for their children left out.
     pub(crate) deleting: usize,
     pub(crate) requests: Slab<Request>,
     pub(crate) parts: Slab<Part>,
@@ -301,6 +338,7 @@ pub struct Pool {
     pub(crate) flusher: Flusher,
     pub(crate) maintenance: Maintenance,
     pub(crate) sums: Sums,
+    pub(crate) verifier: Verifier,
     pub(crate) jobs: VecDeque<Job>,
     /// Tags of allocations and arrivals that were asked for by themselves.
     pub(crate) moves: Vec<u64>,
@@ -338,19 +376,27 @@ impl Pool {
         superblock: Superblock,
         superblock_copy: u64,
         extents: Extents,
-        slots: Vec<Slot>,
+        (slots, layers): (Vec<Slot>, Vec<Layer>),
         journal: Journal,
         maintenance: Maintenance,
         stale: VecDeque<u32>,
     ) -> Self {
         let deleting = slots.iter().filter(|s| s.deleting).count();
-        Self {
+        let mut pool = Self {
             deleting,
             superblock,
             superblock_copy,
             state: PoolState::Online,
             extents,
             slots,
+            layers,
+            reserved: 0,
+            swaps: Vec::new(),
+            held: VecDeque::new(),
+            merges: Slab::with_capacity(0),
+            sectors: Slab::with_capacity(0),
+            sectors_waiting: VecDeque::new(),
+            sectors_done: VecDeque::new(),
             requests: Slab::with_capacity(WARM),
             parts: Slab::with_capacity(WARM),
             issued: Slab::with_capacity(WARM),
@@ -361,11 +407,14 @@ impl Pool {
             flusher: Flusher::with_capacity(WARM),
             maintenance,
             sums: Sums::new(stale),
+            verifier: Verifier::default(),
             jobs: VecDeque::new(),
             moves: Vec::new(),
             out: VecDeque::with_capacity(WARM),
             done: VecDeque::with_capacity(WARM),
-        }
+        };
+        pool.count_reserve();
+        pool
     }
 
     /// The pool's identifier.
@@ -387,8 +436,14 @@ impl Pool {
             extents_total: u64::from(self.extents.len()),
             extents_free: u64::from(self.extents.free()),
             extents_allocated: u64::from(self.extents.allocated),
+            extents_reserved: self.reserved,
+            extents_provisioned: self.provisioned(),
             extent_bytes: u32::try_from(EXTENT).expect("1 MiB"),
         }
+    }
+
+    fn provisioned(&self) -> u64 {
+        self.slots.iter().filter(|s| s.is_live()).map(Slot::extents).sum()
     }
 
     /// Whether the pool serves.
@@ -401,7 +456,8 @@ impl Pool {
     pub fn replicas(&self) -> impl Iterator<Item = ReplicaInfo> {
         (0u16..).zip(&self.slots).filter_map(|(i, slot)| {
             let page = match (slot.page.state, slot.creating) {
-                (CatalogState::Free, false) => return None,
+                (CatalogState::Free, false) | (CatalogState::Snapshot, _) => return None,
+                _ if slot.page.flags & FLAG_SNAPSHOT != 0 => return None,
                 (CatalogState::Free, true) => self.created(i)?,
                 _ => &slot.page,
             };
@@ -418,7 +474,9 @@ impl Pool {
                 name: page.name.clone(),
                 blocks: page.blocks,
                 block_size: page.block_size,
-                allocated_extents: u64::from(slot.allocated),
+                allocated_extents: u64::from(self.layer(slot.layer).allocated),
+                thick: page.flags & FLAG_THICK != 0,
+                source: Some(page.snapshot).filter(|s| s.0 != 0),
                 state,
             })
         })
@@ -443,10 +501,13 @@ impl Pool {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.requests.len()
+            + self.sectors.len()
             + self.jobs.iter().filter(|job| job.tag.is_some()).count()
             + self.maintenance.commands()
             + self.sums.commands.len()
             + self.moves.len()
+            + self.swaps.iter().filter(|swap| swap.is_waiting()).count()
+            + self.held.len()
     }
 
     /// Whether nothing is under way: no request, no command, no device operation, no deletion.
@@ -456,6 +517,7 @@ impl Pool {
             && self.issued.len() == 0
             && self.jobs.is_empty()
             && self.deleting == 0
+            && self.merges.len() == 0
             && self.maintenance.is_idle()
             && self.sums.is_idle()
     }
@@ -484,7 +546,13 @@ impl Pool {
         let issued = self.issued.remove(id.0);
         let buf = issued.buf;
         if let Purpose::Data { request, extent, version, tries } = issued.purpose {
-            self.data_done(issued.op, request, extent, (version, tries), result, mem);
+            let of = (request, extent);
+            match buf {
+                Some(scratch) => {
+                    self.verify_done(issued.op, of, (version, tries), result, scratch, mem);
+                }
+                None => self.data_done(issued.op, request, extent, (version, tries), result, mem),
+            }
         } else if let (Purpose::SumLoad(extent), true) =
             (issued.purpose, self.state == PoolState::Online)
         {
@@ -510,6 +578,8 @@ impl Pool {
     ) {
         match purpose {
             Purpose::Data { .. } | Purpose::SumLoad(_) => unreachable!("handled before"),
+            Purpose::Merge { merge, extent } => self.merge_io_done(merge, extent, result, mem),
+            Purpose::SumClean(extent) => self.sum_cleaned(extent, result, mem),
             Purpose::SumWrite(extent) => match result {
                 Ok(()) => self.sum_written(extent),
                 Err(_) => self.fail("a write of checksums failed", mem),
@@ -545,7 +615,9 @@ impl Pool {
                 Waiter::Journal => self.journal_durable(mem),
                 Waiter::Alloc(alloc) => self.log_alloc(alloc),
                 Waiter::Clean(extent) => self.cleaned(extent),
-                Waiter::Sum(extent) => self.sum_flushed(extent),
+                Waiter::Sum(extent) => self.sum_flushed(extent, mem),
+                Waiter::SumClean(extent) => self.sum_settled(extent, true, mem),
+                Waiter::Merge(merge) => self.merge_flushed(merge),
                 Waiter::Maintain => self.maintain_flushed(),
                 Waiter::Catalog(slot) => self.catalog_durable(slot),
             }
@@ -563,13 +635,16 @@ impl Pool {
 
     /// Moves on everything that can move. Called at the end of every event.
     pub(crate) fn pump<M: Memory>(&mut self, mem: &mut M) {
+        self.pump_sectors(mem);
         if self.state != PoolState::Online {
             return;
         }
-        self.pump_deletions();
+        self.pump_swaps(mem);
+        self.pump_deletions(mem);
         self.pump_clean();
         self.pump_allocs(mem);
         self.pump_sums(mem);
+        self.pump_verify(mem);
         self.pump_journal(mem);
         self.pump_maintenance(mem);
         self.pump_catalog(mem);
@@ -579,7 +654,7 @@ impl Pool {
     }
 
     pub(crate) fn issue(&mut self, op: DiskOp, purpose: Purpose, buf: Option<Buf>) {
-        if let Purpose::Data { extent, .. } = purpose {
+        if let Purpose::Data { extent, .. } | Purpose::Merge { extent, .. } = purpose {
             self.extents.get_mut(extent).pins += 1;
         }
         let id = self.issued.insert(Issued { op, purpose, buf });
@@ -608,7 +683,7 @@ impl Pool {
         self.state = PoolState::Failed(reason);
         while let Some(id) = self.out.pop_front() {
             let issued = self.issued.remove(id);
-            if let Purpose::Data { extent, .. } = issued.purpose {
+            if let Purpose::Data { extent, .. } | Purpose::Merge { extent, .. } = issued.purpose {
                 self.extents.get_mut(extent).pins -= 1;
             }
             if let Some(buf) = issued.buf {
@@ -616,12 +691,16 @@ impl Pool {
             }
         }
         self.map_unfreed();
+        self.give_up_held();
+        self.give_up_sectors(mem);
+        self.clear_merges(mem);
         self.parts.clear();
         self.allocs.clear();
         self.need_extent.clear();
         self.to_clean.clear();
         self.journal.clear();
         self.sums.clear();
+        self.verifier.clear();
         self.flusher.clear();
         for (_, request) in self.requests.iter_mut() {
             request.give_up();
@@ -640,14 +719,17 @@ impl Pool {
         for request in idle {
             self.finish(request);
         }
+        self.pump_sectors(mem);
         let jobs = core::mem::take(&mut self.jobs);
         let washing = core::mem::take(&mut self.sums.commands);
+        let swaps = core::mem::take(&mut self.swaps);
         let tags = jobs
             .iter()
             .filter_map(|job| job.tag)
             .chain(self.maintenance.take_commands())
             .chain(washing)
-            .chain(core::mem::take(&mut self.moves));
+            .chain(core::mem::take(&mut self.moves))
+            .chain(swaps.iter().filter(|swap| swap.is_waiting()).map(|swap| swap.tag));
         let error = ControlError::PoolFailed(reason);
         self.done.extend(tags.map(|tag| Done {
             tag,

@@ -8,12 +8,15 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BufSlice, ByteOffset, IoStatus, Memory};
+use cairn_block::{BufSlice, ByteOffset, IoStatus, Memory, PoolId};
 
 use crate::DiskError;
+use crate::blocks::BlockSet;
 use crate::data::Part;
-use crate::disk::{BLOCK, BLOCK_BYTES, BLOCK_LEN, BlockSums, EXTENT, EXTENT_BLOCKS, block_crc};
-use crate::extents::{ExtentState, NIL, extent_offset, sums_address};
+use crate::disk::{
+    BLOCK, BLOCK_BYTES, BLOCK_LEN, BlockSums, EXTENT, EXTENT_BLOCKS, PageOf, block_crc,
+};
+use crate::extents::{Extent, ExtentState, NIL, extent_offset, sums_address};
 use crate::flush::Waiter;
 use crate::journal::Owner;
 use crate::pool::{DiskOp, Pool, Purpose};
@@ -21,6 +24,8 @@ use crate::slab::Slab;
 
 /// Extents whose checksums are kept in memory, unless more are dirty.
 const CACHE_LIMIT: usize = 16_384;
+/// How far the number of extents whose checksums are in memory may exceed the limit for a while.
+const CACHE_SLACK: usize = 1024;
 /// Dirty extents at most, as far as washing keeps up: what a crash makes the next open hash.
 const DIRTY_LIMIT: usize = 4_096;
 /// Extents that are washed together.
@@ -32,7 +37,7 @@ const MAX_TRIES: u8 = 200;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SumState {
-    /// Its page is being read.
+    /// Its pages are being read.
     Loading,
     /// It was dirty at a crash, or a write of it failed: its blocks are being read and hashed.
     Hashing,
@@ -58,12 +63,22 @@ pub(crate) struct Sum {
     last: u32,
     /// Mutations in flight.
     writers: u32,
+    /// No mutation is to begin.
+    held: bool,
     /// Counts mutations, so that a read knows that it met one.
     version: u32,
     /// A write of its page is under way, whatever has become of the state since.
     in_wash: bool,
+    /// The sequence of its newest page.
+    page: u64,
     /// A write failed: hash anew once none is in flight.
     rehash: bool,
+    /// What was copied from the parent is durable: the next page need not mention it.
+    arrived: bool,
+    /// The page that is being written does not mention it.
+    clears: bool,
+    /// Zeroings of half-copied blocks under way, and whether one failed.
+    cleaning: (u32, bool),
     /// Used since the cache last looked.
     used: bool,
     sums: BlockSums,
@@ -74,6 +89,26 @@ pub(crate) struct Sum {
 pub(crate) enum Ready {
     Now(u32),
     Wait(u32),
+}
+
+/// What became of a mutation that was to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Begun {
+    /// It is in flight.
+    Plain,
+    /// The extent's page has to be written first: blocks are zeroed that a parent layer may have, or
+    /// what was copied from it is overwritten.
+    Note,
+    /// One that overlaps is in flight.
+    Conflict,
+}
+
+/// Who waits until zeroed blocks are noted durably.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum PersistFor {
+    /// A part of a request: this is issued then.
+    Operation(DiskOp, Purpose),
+    Merge(u32),
 }
 
 /// What a read turned out to be.
@@ -96,11 +131,16 @@ pub(crate) struct Sums {
     /// Dirty since before the pool was opened, and not hashed yet.
     stale: VecDeque<u32>,
     hashing: u32,
+    /// Extents whose checksums are on their way here.
+    loading: usize,
     dirty: usize,
     washing: u32,
     mutating: Vec<(u32, u32, u32)>,
     /// Mutations that overlap one in flight.
     conflicts: VecDeque<Part>,
+    /// Who waits for a page to be written, and for one that is being written.
+    unnoted: Vec<(u32, PersistFor)>,
+    noting: Vec<(u32, PersistFor)>,
     /// Checkpoints that wait until everything has been washed, and how far that is.
     pub(crate) commands: Vec<u64>,
     cursor: u32,
@@ -120,10 +160,13 @@ impl Sums {
             to_load: VecDeque::new(),
             stale,
             hashing: 0,
+            loading: 0,
             dirty: 0,
             washing: 0,
             mutating: Vec::with_capacity(1024),
             conflicts: VecDeque::new(),
+            unnoted: Vec::new(),
+            noting: Vec::new(),
             commands: Vec::new(),
             cursor: 0,
             verify: true,
@@ -142,6 +185,8 @@ impl Sums {
         self.stale.clear();
         self.conflicts.clear();
         self.mutating.clear();
+        self.unnoted.clear();
+        self.noting.clear();
     }
 }
 
@@ -186,9 +231,14 @@ impl Pool {
                 first: NIL,
                 last: NIL,
                 writers: 0,
+                held: false,
                 version: 0,
                 in_wash: false,
+                page: 0,
                 rehash: false,
+                arrived: false,
+                clears: false,
+                cleaning: (0, false),
                 used: true,
                 sums: BlockSums::default(),
             })
@@ -197,6 +247,11 @@ impl Pool {
         sum.extent = extent;
         sum.state = state;
         sum.rehash = false;
+        sum.held = false;
+        sum.arrived = false;
+        sum.clears = false;
+        sum.cleaning = (0, false);
+        sum.page = 0;
         sum.used = true;
         sum.sums = BlockSums::default();
         assert!(sum.first == NIL && sum.writers == 0, "a checksum entry is reused while in use");
@@ -250,7 +305,7 @@ impl Pool {
         }
         let sum = self.sums.cache.get_mut(at);
         sum.used = true;
-        if sum.rehash {
+        if sum.rehash || (sum.held && mutation) {
             return Ready::Wait(at);
         }
         match (sum.state, mutation) {
@@ -274,10 +329,9 @@ impl Pool {
     }
 
     fn begin_load(&mut self, extent: u32) -> u32 {
-        let e = self.extents.get_mut(extent);
-        e.pins += 1;
-        let state = if e.dirty { SumState::Hashing } else { SumState::Loading };
-        let at = self.insert_sum(extent, state);
+        self.extents.get_mut(extent).pins += 1;
+        self.sums.loading += 1;
+        let at = self.insert_sum(extent, SumState::Loading);
         self.sums.to_load.push_back(extent);
         at
     }
@@ -318,7 +372,7 @@ impl Pool {
             let (offset, len) = if hashing {
                 (start, u32::try_from(EXTENT).expect("1 MiB"))
             } else {
-                (sums_address(&self.superblock.segments, extent) * BLOCK, BLOCK_BYTES)
+                (sums_address(&self.superblock.segments, extent) * BLOCK, 2 * BLOCK_BYTES)
             };
             let Some(buf) = mem.alloc(len) else { break };
             self.sums.to_load.pop_front();
@@ -326,10 +380,11 @@ impl Pool {
             let op = DiskOp::Read { offset: ByteOffset(offset), buf: buf.slice() };
             self.issue(op, Purpose::SumLoad(extent), Some(buf));
         }
+        self.pump_notes(mem);
         self.pump_washing(mem);
     }
 
-    /// The page, or the whole extent, has been read into `bytes`.
+    /// The pages, or the whole extent, has been read into `bytes`.
     pub(crate) fn sum_loaded<M: Memory>(
         &mut self,
         extent: u32,
@@ -340,27 +395,78 @@ impl Pool {
         let address = sums_address(&self.superblock.segments, extent);
         let start = extent_offset(&self.superblock.segments, extent) / BLOCK;
         let pool = self.superblock.pool;
+        let e = *self.extents.get(extent);
+        let at = e.sum;
+        let sum = self.sums.cache.get_mut(at);
+        let hashed = sum.state == SumState::Hashing;
+        let mut loaded = result.is_ok();
+        if loaded && hashed {
+            let junk = hash(&mut sum.sums, start, mem.bytes(bytes));
+            sum.rehash = false;
+            if !junk.is_empty() {
+                self.clean_junk(extent, junk);
+                return;
+            }
+        } else if loaded {
+            let newest = newest_page(&e, extent, address, pool, mem.bytes(bytes));
+            if let Some((sums, sequence)) = newest {
+                sum.sums = sums;
+                sum.page = sequence;
+                sum.state = SumState::Clean;
+            }
+            if e.dirty {
+                // Only what was zeroed or copied is taken from it: the rest may be behind the data.
+                sum.state = SumState::Hashing;
+                self.sums.to_load.push_back(extent);
+                return;
+            }
+            loaded = newest.is_some();
+        }
+        self.sum_settled(extent, loaded, mem);
+    }
+
+    /// A copy from the parent layer was cut off by a crash: what it left must not be taken for data.
+    fn clean_junk(&mut self, extent: u32, junk: BlockSet) {
+        let start = extent_offset(&self.superblock.segments, extent);
+        let mut count = 0;
+        for (first, blocks) in junk.runs() {
+            let offset = ByteOffset(start + u64::from(first) * BLOCK);
+            let op = DiskOp::Zero { offset, len: u64::from(blocks) * BLOCK, punch: true };
+            self.issue(op, Purpose::SumClean(extent), None);
+            count += 1;
+        }
+        if let Some(sum) = self.sum_of(extent) {
+            sum.cleaning = (count, false);
+        }
+    }
+
+    pub(crate) fn sum_cleaned<M: Memory>(
+        &mut self,
+        extent: u32,
+        result: Result<(), DiskError>,
+        mem: &mut M,
+    ) {
+        let Some(sum) = self.sum_of(extent) else { return };
+        sum.cleaning.0 -= 1;
+        sum.cleaning.1 |= result.is_err();
+        match sum.cleaning {
+            (0, false) => self.flusher.next.push(Waiter::SumClean(extent)),
+            (0, true) => self.sum_settled(extent, false, mem),
+            _ => {}
+        }
+    }
+
+    /// Whoever waits for the extent's checksums goes on, or is told that there are none.
+    pub(crate) fn sum_settled<M: Memory>(&mut self, extent: u32, loaded: bool, mem: &mut M) {
         let at = self.extents.get(extent).sum;
         let sum = self.sums.cache.get_mut(at);
         let hashed = sum.state == SumState::Hashing;
-        let loaded = result.is_ok()
-            && if hashed {
-                hash(&mut sum.sums, start, mem.bytes(bytes));
-                sum.state = SumState::Dirty;
-                sum.rehash = false;
-                true
-            } else {
-                match BlockSums::decode(extent, address, pool, mem.bytes(bytes)) {
-                    Ok(sums) => {
-                        sum.sums = sums;
-                        sum.state = SumState::Clean;
-                        true
-                    }
-                    Err(_) => false,
-                }
-            };
+        if hashed && loaded {
+            sum.state = SumState::Dirty;
+            self.sums.dirty += 1;
+        }
+        self.sums.loading -= 1;
         self.sums.hashing -= u32::from(hashed);
-        self.sums.dirty += usize::from(hashed && loaded);
         self.unpin(extent);
         if loaded {
             self.run_sum_waiters(extent, mem);
@@ -389,38 +495,106 @@ impl Pool {
         self.sums.cache.get(at).version
     }
 
-    /// Takes note of a mutation that begins now; false where one that overlaps is in flight.
+    /// Takes note of a mutation that begins now. `layered` says that there is a parent layer.
     pub(crate) fn begin_mutation<M: Memory>(
         &mut self,
         at: u32,
         first: u32,
         blocks: u32,
         data: Option<BufSlice>,
+        layered: bool,
         mem: &M,
-    ) -> bool {
+    ) -> Begun {
         let verify = self.sums.verify;
         let sum = self.sums.cache.get_mut(at);
         let extent = sum.extent;
         let overlaps =
             |&(e, f, n): &(u32, u32, u32)| e == extent && f < first + blocks && first < f + n;
         if sum.writers > 0 && self.sums.mutating.iter().any(overlaps) {
-            return false;
+            return Begun::Conflict;
         }
         sum.writers += 1;
         sum.version = sum.version.wrapping_add(1);
         self.sums.mutating.push((extent, first, blocks));
         let start = extent_offset(&self.superblock.segments, extent) / BLOCK + u64::from(first);
+        let range = BlockSet::range(first, blocks);
+        // What was copied here is vouched for by its checksum alone: not when something else is there.
+        let copied = !BlockSet(sum.sums.incoming).and(range).is_empty();
+        sum.sums.incoming = BlockSet(sum.sums.incoming).minus(range).0;
+        let mut zeros = data.is_none();
         match data {
             Some(window) => {
                 let payload = mem.bytes(window).chunks_exact(BLOCK_LEN);
                 for ((block, bytes), address) in (first as usize..).zip(payload).zip(start..) {
                     let crc = if verify { block_crc(address, bytes) } else { 0 };
+                    if layered && is_zeros(bytes) {
+                        sum.sums.clear(block);
+                        zeros = true;
+                    }
                     sum.sums.set(block, crc);
                 }
             }
             None => (first..first + blocks).for_each(|block| sum.sums.clear(block as usize)),
         }
-        true
+        if copied || (zeros && layered) { Begun::Note } else { Begun::Plain }
+    }
+
+    /// The blocks that hold data.
+    pub(crate) fn valid_in(&self, at: u32) -> BlockSet {
+        BlockSet(self.sums.cache.get(at).sums.valid)
+    }
+
+    /// The blocks that are not looked for in the parent layer.
+    pub(crate) fn owned_by(&self, at: u32) -> BlockSet {
+        self.valid_in(at).or(BlockSet(self.sums.cache.get(at).sums.zeroed))
+    }
+
+    /// Lets no mutation of the extent begin, until [`Pool::admit_mutations`].
+    pub(crate) fn hold_mutations(&mut self, extent: u32) {
+        if let Some(sum) = self.sum_of(extent) {
+            sum.held = true;
+        }
+    }
+
+    pub(crate) fn admit_mutations<M: Memory>(&mut self, extent: u32, mem: &mut M) {
+        if let Some(sum) = self.sum_of(extent) {
+            sum.held = false;
+            self.run_sum_waiters(extent, mem);
+        }
+    }
+
+    pub(crate) fn has_writers(&mut self, extent: u32) -> bool {
+        self.sum_of(extent).is_some_and(|sum| sum.writers > 0 || sum.rehash)
+    }
+
+    /// Takes note of blocks that are being copied here.
+    pub(crate) fn note_incoming(&mut self, at: u32, blocks: BlockSet) {
+        let sum = self.sums.cache.get_mut(at);
+        sum.arrived = false;
+        sum.sums.incoming = BlockSet(sum.sums.incoming).or(blocks).0;
+    }
+
+    /// What was copied here is durable.
+    pub(crate) fn note_arrived(&mut self, extent: u32) {
+        if let Some(sum) = self.sum_of(extent) {
+            sum.arrived = true;
+        }
+    }
+
+    /// Takes note of blocks that read as zeros here, whatever the parent layer has.
+    pub(crate) fn note_zeroed(&mut self, at: u32, blocks: BlockSet) {
+        let sum = self.sums.cache.get_mut(at);
+        sum.version = sum.version.wrapping_add(1);
+        sum.sums.zeroed = BlockSet(sum.sums.zeroed).or(blocks).0;
+    }
+
+    /// Whether something is on its way that says what state the extent's checksums are in.
+    pub(crate) fn is_noting(&mut self, extent: u32) -> bool {
+        self.sum_of(extent).is_some_and(|sum| {
+            let marks =
+                matches!(sum.state, SumState::Marking | SumState::Washing | SumState::Unmarking);
+            marks || sum.in_wash
+        })
     }
 
     pub(crate) fn hold_conflict(&mut self, part: Part) {
@@ -448,6 +622,7 @@ impl Pool {
             sum.state = SumState::Hashing;
             self.sums.dirty -= 1;
             self.extents.get_mut(extent).pins += 1;
+            self.sums.loading += 1;
             self.sums.to_load.push_back(extent);
         }
         for _ in 0..self.sums.conflicts.len() {
@@ -504,10 +679,11 @@ impl Pool {
     }
 
     /// The mark is taken back durably.
-    pub(crate) fn unmark_durable<M: Memory>(&mut self, extent: u32, mem: &mut M) {
+    pub(crate) fn unmark_durable<M: Memory>(&mut self, extent: u32, copy: bool, mem: &mut M) {
         self.extents.get_mut(extent).dirty = false;
         self.dirty_page(extent);
         self.sums.washing -= 1;
+        self.extents.get_mut(extent).copy = copy;
         if let Some(sum) = self.sum_of(extent) {
             assert_eq!(sum.state, SumState::Unmarking, "an extent is washed twice");
             sum.state = SumState::Clean;
@@ -535,8 +711,7 @@ impl Pool {
             return;
         }
         let mut looked = 0;
-        while (self.sums.cache.len() > self.sums.cache_limit
-            || self.sums.dirty > self.sums.dirty_limit)
+        while (self.cache_is_full() || self.sums.dirty > self.sums.dirty_limit)
             && looked < 64
             && self.sums.washing < MAX_WASHING
         {
@@ -545,7 +720,7 @@ impl Pool {
             let pins = self.extents.get(extent).pins;
             let Some(sum) = self.sum_of(extent) else { continue };
             let (state, used) = (sum.state, core::mem::take(&mut sum.used));
-            if state == SumState::Clean && pins == 0 && !used {
+            if state == SumState::Clean && pins == 0 && !used && self.cache_is_full() {
                 let at = core::mem::replace(&mut self.extents.get_mut(extent).sum, NIL);
                 let sum = self.sums.cache.remove(at);
                 self.keep_spare(sum);
@@ -558,28 +733,96 @@ impl Pool {
         }
     }
 
+    /// Whether checksums are to be dropped. Not while some are on their way: a read through several
+    /// layers needs those of all of them together.
+    fn cache_is_full(&self) -> bool {
+        let (len, limit) = (self.sums.cache.len(), self.sums.cache_limit);
+        len > limit && (self.sums.loading == 0 || len > 2 * limit + CACHE_SLACK)
+    }
+
     /// Begins to wash an extent, if it is dirty and nobody writes to it. False where there is no memory.
     fn wash<M: Memory>(&mut self, extent: u32, mem: &mut M) -> bool {
         if self.extents.get(extent).state != ExtentState::Allocated {
             return true;
         }
-        let address = sums_address(&self.superblock.segments, extent);
-        let pool = self.superblock.pool;
         let Some(sum) = self.sum_of(extent) else { return true };
         if sum.state != SumState::Dirty || sum.in_wash || sum.writers > 0 || sum.rehash {
             return true;
         }
+        if !self.write_page(extent, mem) {
+            return false;
+        }
+        if let Some(sum) = self.sum_of(extent) {
+            sum.state = SumState::Washing;
+            self.sums.dirty -= 1;
+        }
+        true
+    }
+
+    /// Writes the page of an extent, to the copy that is not the newest one. False where there is no
+    /// memory.
+    fn write_page<M: Memory>(&mut self, extent: u32, mem: &mut M) -> bool {
+        let address = sums_address(&self.superblock.segments, extent);
+        let pool = self.superblock.pool;
+        let birth = self.extents.get(extent).birth;
+        let Some(sum) = self.sum_of(extent) else { return true };
+        assert!(!sum.in_wash, "the two copies of a page are written one after the other");
         let Some(buf) = mem.alloc(BLOCK_BYTES) else { return false };
-        sum.sums.encode(extent, address, pool, mem.bytes_mut(buf.slice()));
-        sum.state = SumState::Washing;
+        let of = PageOf { extent, birth, sequence: sum.page + 1 };
+        let address = address + (of.sequence & 1);
+        let mut sums = sum.sums;
+        if sum.arrived {
+            sums.incoming = [0; 4];
+        }
+        sum.clears = sum.arrived;
+        sums.encode(&of, address, pool, mem.bytes_mut(buf.slice()));
         sum.in_wash = true;
-        self.sums.dirty -= 1;
         self.sums.washing += 1;
         self.extents.get_mut(extent).pins += 1;
+        let (unnoted, noting) = (&mut self.sums.unnoted, &mut self.sums.noting);
+        noting.extend(unnoted.extract_if(.., |(e, _)| *e == extent));
         let op =
             DiskOp::Write { offset: ByteOffset(address * BLOCK), buf: buf.slice(), fua: false };
         self.issue(op, Purpose::SumWrite(extent), Some(buf));
         true
+    }
+
+    /// Asks that what was zeroed in an extent be on stable storage.
+    pub(crate) fn persist_zeros(&mut self, extent: u32, who: PersistFor) {
+        self.extents.get_mut(extent).pins += 1;
+        self.sums.unnoted.push((extent, who));
+    }
+
+    fn pump_notes<M: Memory>(&mut self, mem: &mut M) {
+        let mut at = 0;
+        while let Some(&(extent, who)) = self.sums.unnoted.get(at) {
+            match self.sum_of(extent).map(|sum| sum.in_wash) {
+                Some(true) => at += 1,
+                Some(false) => {
+                    if !self.write_page(extent, mem) {
+                        return;
+                    }
+                    at = 0;
+                }
+                None => {
+                    // The extent could not be read any more.
+                    self.sums.unnoted.swap_remove(at);
+                    self.noted(extent, who, IoStatus::MediaError, mem);
+                }
+            }
+        }
+    }
+
+    fn noted<M: Memory>(&mut self, extent: u32, who: PersistFor, status: IoStatus, mem: &mut M) {
+        match who {
+            PersistFor::Operation(op, purpose) if status.is_ok() => self.issue(op, purpose, None),
+            PersistFor::Operation(_, Purpose::Data { request, .. }) => {
+                self.part_done(request, status, mem);
+            }
+            PersistFor::Operation(..) => unreachable!("only parts of requests wait for it"),
+            PersistFor::Merge(merge) => self.merge_noted(merge, status, mem),
+        }
+        self.unpin(extent);
     }
 
     pub(crate) fn sum_written(&mut self, extent: u32) {
@@ -587,24 +830,35 @@ impl Pool {
     }
 
     /// The page is durable, and so is every write that it tells of.
-    pub(crate) fn sum_flushed(&mut self, extent: u32) {
+    pub(crate) fn sum_flushed<M: Memory>(&mut self, extent: u32, mem: &mut M) {
         let allocated = self.extents.get(extent).state == ExtentState::Allocated;
+        let mut unmark = None;
         if let Some(sum) = self.sum_of(extent) {
             sum.in_wash = false;
-        }
-        if let Some(sum) = self.sum_of(extent)
-            && sum.state == SumState::Washing
-        {
-            if allocated {
-                sum.state = SumState::Unmarking;
-                self.journal.push(Owner::Unmark(extent));
-                return;
+            sum.page += 1;
+            if core::mem::take(&mut sum.clears) && sum.arrived {
+                sum.sums.incoming = [0; 4];
             }
-            sum.state = SumState::Dirty;
-            self.sums.dirty += 1;
+            if sum.state == SumState::Washing {
+                if allocated {
+                    sum.state = SumState::Unmarking;
+                    unmark = Some(sum.page & 1 == 1);
+                } else {
+                    sum.state = SumState::Dirty;
+                    self.sums.dirty += 1;
+                }
+            }
         }
-        self.sums.washing -= 1;
-        self.unpin(extent);
+        if let Some(copy) = unmark {
+            self.journal.push(Owner::Unmark { extent, copy });
+        } else {
+            self.sums.washing -= 1;
+            self.unpin(extent);
+        }
+        while let Some(at) = self.sums.noting.iter().position(|(e, _)| *e == extent) {
+            let (_, who) = self.sums.noting.swap_remove(at);
+            self.noted(extent, who, IoStatus::Ok, mem);
+        }
     }
 
     /// Washes everything, then makes a checkpoint that answers `tag`.
@@ -614,14 +868,52 @@ impl Pool {
     }
 }
 
-/// Hashes a whole extent. A block of zeros is one that holds no data.
-fn hash(sums: &mut BlockSums, start: u64, bytes: &[u8]) {
+/// The current page of an extent, and its sequence. Where the extent is clean the table says which copy
+/// that is; where it is dirty the newer one that verifies will do.
+fn newest_page(
+    e: &Extent,
+    extent: u32,
+    address: u64,
+    pool: PoolId,
+    bytes: &[u8],
+) -> Option<(BlockSums, u64)> {
+    let (a, b) = bytes.split_at(BLOCK_LEN);
+    let decode = |copy: u64, block| {
+        let (sums, sequence) =
+            BlockSums::decode(extent, e.birth, address + copy, pool, block).ok()?;
+        (sequence & 1 == copy).then_some((sums, sequence))
+    };
+    match (e.dirty, e.copy) {
+        (false, false) => decode(0, a),
+        (false, true) => decode(1, b),
+        (true, _) => match (decode(0, a), decode(1, b)) {
+            (Some(a), Some(b)) => Some(if a.1 > b.1 { a } else { b }),
+            (a, b) => a.or(b),
+        },
+    }
+}
+
+/// Whether a block is all zeros. The first word tells, nearly always.
+fn is_zeros(bytes: &[u8]) -> bool {
+    bytes[..8] == [0; 8] && bytes.iter().all(|&b| b == 0)
+}
+
+/// Hashes a whole extent. A block of zeros is one that holds no data. Returns the blocks whose copying
+/// from the parent layer was cut off.
+fn hash(sums: &mut BlockSums, start: u64, bytes: &[u8]) -> BlockSet {
     assert_eq!(bytes.len() as u64, EXTENT_BLOCKS * BLOCK, "a whole extent");
-    for ((block, bytes), address) in bytes.chunks_exact(BLOCK_LEN).enumerate().zip(start..) {
-        if bytes.iter().all(|&b| b == 0) {
-            sums.clear(block);
+    let mut junk = BlockSet::default();
+    for ((block, bytes), address) in (0u32..).zip(bytes.chunks_exact(BLOCK_LEN)).zip(start..) {
+        let at = block as usize;
+        let crc = block_crc(address, bytes);
+        if is_zeros(bytes) {
+            sums.forget(at);
+        } else if BlockSet(sums.incoming).contains(block) && sums.crc[at] != crc {
+            sums.forget(at);
+            junk = junk.or(BlockSet::range(block, 1));
         } else {
-            sums.set(block, block_crc(address, bytes));
+            sums.set(at, crc);
         }
     }
+    junk
 }

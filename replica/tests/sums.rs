@@ -139,6 +139,7 @@ fn a_rotten_checksum_page_is_an_error_and_not_a_wrong_read() {
     let mut sim = Sim::open(disk, 0);
     let at = sums_start(&mut sim);
     flip(&mut sim.disk, at + 300, 2);
+    flip(&mut sim.disk, at + 4096 + 300, 2);
     assert_eq!(read(&mut sim, slot, 1), Err(IoStatus::MediaError));
     // The rest of the pool serves.
     assert!(sim.request(slot, WRITE, 5 * EXTENT_BLOCKS, 1, 3).is_ok());
@@ -156,4 +157,58 @@ fn a_steady_overwrite_logs_nothing() {
         assert!(sim.request(slot, WRITE, lba, 1, round).is_ok());
     }
     assert_eq!(sim.disk.flushes, flushes);
+}
+
+#[test]
+fn verify_finds_what_rotted_and_costs_nothing_in_holes() {
+    let (mut sim, slot) = full_extent(9);
+    let tag = sim.tag() + 1;
+    assert!(sim.request(slot, IoOp::Verify, 0, 8 * EXTENT_BLOCKS, 0).is_ok());
+    assert_eq!(sim.pool.take_verified(tag), Some(256), "holes do not count");
+    let start = data_start(&mut sim);
+    for lba in [0u64, 33, 255] {
+        flip(&mut sim.disk, start + lba * 4096 + 7, 3);
+        assert_eq!(sim.request(slot, IoOp::Verify, 0, EXTENT_BLOCKS, 0), IoStatus::MediaError);
+        assert_eq!(sim.request(slot, IoOp::Verify, lba, 1, 0), IoStatus::MediaError);
+        assert!(sim.request(slot, IoOp::Verify, (lba + 1) % 256, 1, 0).is_ok());
+        // Written again it is good again.
+        assert!(sim.request(slot, WRITE, lba, 1, 1).is_ok());
+        assert!(sim.request(slot, IoOp::Verify, 0, EXTENT_BLOCKS, 0).is_ok());
+    }
+    // A hole reads nothing from the device; nor does a discarded extent.
+    assert!(sim.request(slot, IoOp::Discard, 0, EXTENT_BLOCKS, 0).is_ok());
+    sim.settle();
+    let tag = sim.tag();
+    let range = LbaRange::new(Lba(0), 8 * EXTENT_BLOCKS).unwrap();
+    let request = IoRequest { op: IoOp::Verify, range, buf: cairn_block::BufSlice::EMPTY };
+    sim.pool.submit(tag, slot, request, &mut sim.mem);
+    assert!(sim.pool.poll_disk().is_none());
+    assert!(sim.wait(tag).status.is_ok());
+    assert_eq!(sim.pool.take_verified(tag), Some(0));
+}
+
+#[test]
+fn a_verify_waits_for_a_scratch_buffer_and_meets_writes() {
+    let (mut sim, slot) = full_extent(10);
+    let mut held = Vec::new();
+    while let Some(buf) = sim.mem.alloc(4096) {
+        held.push(buf);
+    }
+    let tag = sim.tag();
+    let range = LbaRange::new(Lba(0), EXTENT_BLOCKS).unwrap();
+    let request = IoRequest { op: IoOp::Verify, range, buf: cairn_block::BufSlice::EMPTY };
+    sim.pool.submit(tag, slot, request, &mut sim.mem);
+    assert!(sim.pool.poll_disk().is_none());
+    assert!(sim.pool.waits_for_memory());
+    held.into_iter().for_each(|buf| sim.mem.release(buf));
+    sim.pool.retry(&mut sim.mem);
+    assert!(!sim.pool.waits_for_memory());
+    sim.issue();
+    // Blocks that are overwritten while they are verified are good before and after.
+    for lba in 0..EXTENT_BLOCKS {
+        assert!(sim.request(slot, WRITE, lba, 1, value(lba + 1)).is_ok());
+    }
+    sim.settle();
+    assert_eq!(sim.pool.checksum_mismatches(), 0);
+    assert!(sim.pool.is_idle());
 }

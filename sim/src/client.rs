@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use cairn_block::{Buf, BufSlice, IoOp, IoRequest, Lba, LbaRange, Memory};
+use cairn_block::{Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
 use cairn_engine::nvmf::initiator::{
     Completed, QueueIndex, Session, SessionConfig, SessionEvent, Submit,
 };
@@ -414,7 +414,7 @@ impl Client {
                 history.write_began(lba, blocks, value)
             }
             IoOp::WriteZeroes { .. } | IoOp::Discard => history.write_began(lba, blocks, 0),
-            IoOp::Read | IoOp::Flush => history.tick(),
+            IoOp::Read | IoOp::Flush | IoOp::Verify | IoOp::Snapshot(_) => history.tick(),
         };
         drop(history);
         let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
@@ -464,6 +464,9 @@ impl Client {
         let mut history = self.history.borrow_mut();
         match (request.op.is_mutation(), ok) {
             (true, true) => history.write_acked(lba, blocks, invoked),
+            (true, false) if done.io_status == IoStatus::NoSpace => {
+                history.write_found_no_space(lba, blocks, invoked);
+            }
             (true, false) => history.write_failed(lba, blocks, invoked),
             (false, true) => {
                 if let (IoOp::Read, Some(buf)) = (request.op, &request.buf) {

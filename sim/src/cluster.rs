@@ -8,11 +8,14 @@ use std::sync::mpsc;
 
 use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, PoolId};
 use cairn_block::{ReplicaId, VolumeId};
-use cairn_engine::nexus::Purpose;
-use cairn_engine::replica::{DiskOp, FormatOptions, MultiPool, Pool, ReplicaSpec};
+use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
+use cairn_engine::nexus::{Purpose, ScrubReport, ScrubState};
+use cairn_engine::replica::{
+    DiskOp, FormatOptions, MultiPool, Pool, ReplicaSpec, inspect_superblock,
+};
 use cairn_engine::{
-    ChildAddress, Command, EngineError, PoolMember, Reply, Shard, ShardConfig, VolumeReport,
-    VolumeSpec,
+    ChildAddress, Command, EncryptionSpec, EngineError, PoolMember, Reply, ScrubAction, Shard,
+    ShardConfig, VolumeReport, VolumeSpec,
 };
 
 use crate::client::{Client, Workload};
@@ -23,6 +26,8 @@ use crate::world::{DiskRef, MS, Machine, NodeId, World};
 
 /// Where a node listens on its machine.
 const PORT: u16 = 4420;
+/// Bytes of the smallest pool.
+const SMALL_POOL: u64 = 8 << 20;
 /// Turns in one moment, before it is taken for a busy loop.
 const MAX_TURNS: usize = 200;
 
@@ -42,6 +47,8 @@ pub struct ClusterConfig {
     pub local_replica: bool,
     /// Bytes of each pool's disk.
     pub disk_len: u64,
+    /// A pool whose disk is as small as a pool can be: it runs full.
+    pub small_pool: Option<usize>,
     /// The nexus takes a replica out that does not answer for so long.
     pub child_deadline_ms: u64,
     /// Keep-alive timeout between the nexus and replicas.
@@ -56,7 +63,12 @@ pub struct ClusterConfig {
     pub arena_len: u32,
     /// Whether pools are formatted as on a device known to be zeroed.
     pub zeroed: bool,
+    /// Whether volumes are encrypted.
+    pub encrypted: bool,
 }
+
+/// What a command will have answered.
+type Answer = mpsc::Receiver<Result<(), EngineError>>;
 
 enum Process {
     Dead,
@@ -76,6 +88,8 @@ pub struct Cluster {
     histories: Vec<Rc<RefCell<History>>>,
     /// How often each machine has lost power.
     lives: Vec<u128>,
+    /// Sizes that volumes were to grow to, and what became of it.
+    growth: Vec<(usize, u64, Answer)>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -104,6 +118,22 @@ fn volume_nqn(volume: usize) -> String {
     format!("nqn.2026-11.io.cairn:volume:{volume}")
 }
 
+/// The key of a volume, and the one that it is wrapped with.
+fn keys(volume: usize) -> (VolumeKey, Kek) {
+    let number = u8::try_from(volume).expect("few volumes");
+    let mut bytes = [number; DATA_KEY_LEN];
+    bytes[0] ^= 1;
+    let key = VolumeKey::new(bytes).expect("its halves differ");
+    (key, Kek::parse(&[number; 32]).expect("a key has 32 bytes"))
+}
+
+fn encryption(volume: usize, purpose: Purpose) -> EncryptionSpec {
+    let (key, kek) = keys(volume);
+    let wrap = || Box::new(kek.wrap(&key, VolumeId(volume as u128 + 1), [0; 12]));
+    let new = (purpose == Purpose::Create).then(wrap);
+    EncryptionSpec { new, keks: vec![kek], ..EncryptionSpec::default() }
+}
+
 impl Cluster {
     /// Formats the pools, makes the replicas, and starts the nexus on new volumes.
     ///
@@ -115,7 +145,8 @@ impl Cluster {
         let mut disks = Vec::new();
         for at in 0..config.replicas {
             let mut w = world.borrow_mut();
-            let disk = w.add_disk(config.disk_len);
+            let small = config.small_pool == Some(at);
+            let disk = w.add_disk(if small { SMALL_POOL } else { config.disk_len });
             let options = FormatOptions {
                 pool_id: PoolId(at as u128 + 1),
                 device_is_zeroed: config.zeroed,
@@ -134,6 +165,7 @@ impl Cluster {
         let mut cluster = Self {
             world,
             lives: vec![0; config.replicas + 2],
+            growth: Vec::new(),
             processes: Vec::new(),
             disks,
             replicas: vec![None; config.replicas],
@@ -271,6 +303,8 @@ impl Cluster {
                 name: format!("volume{volume}"),
                 blocks: self.config.blocks,
                 block_size: BlockSize::B4096,
+                thick: false,
+                source: None,
             };
             self.command(node.expect("it runs"), |reply| Command::CreateReplica {
                 pool: pool_name(at),
@@ -318,6 +352,7 @@ impl Cluster {
                 purpose,
                 child_deadline_ms: self.config.child_deadline_ms,
                 allowed_hosts: None,
+                encryption: self.config.encrypted.then(|| encryption(volume, purpose)),
             };
             self.command(node, |reply| Command::AddVolume { spec, reply })
                 .expect("the volume is new to the process");
@@ -335,6 +370,44 @@ impl Cluster {
         self.add(node, Process::Client(Box::new(client)));
         self.clients.push(node);
         self.run(node);
+    }
+
+    /// Has a volume grow, where the nexus runs; what comes of it is looked at in [`Cluster::compare`].
+    pub fn grow_volume(&mut self, volume: usize, blocks: u64) {
+        let Some(node) = self.nexus else { return };
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return };
+        let (tx, rx) = mpsc::channel();
+        let reply = Reply::new(move |result| {
+            // Nobody may look.
+            let _told = tx.send(result);
+        });
+        shard.command(Command::ResizeVolume { name: format!("volume{volume}"), blocks, reply });
+        self.growth.push((volume, blocks, rx));
+        self.run(node);
+    }
+
+    /// A size that was acked is the volume's, or a larger one is, and its replicas have it.
+    fn check_sizes(&self, volume: usize, report: &VolumeReport) {
+        let mut possible = vec![self.config.blocks];
+        for (_, blocks, answer) in self.growth.iter().filter(|(v, ..)| *v == volume) {
+            possible.push(*blocks);
+            if let Ok(Ok(())) = answer.try_recv() {
+                assert!(
+                    report.blocks >= *blocks,
+                    "volume {volume} had grown to {blocks}: {report:?}"
+                );
+            }
+        }
+        assert!(possible.contains(&report.blocks), "volume {volume}: {report:?}, of {possible:?}");
+        for (at, child) in report.children.iter().enumerate() {
+            if child.state == "online" {
+                let mut disk = self.world().disk(self.disks[at]).clone();
+                let pool = Pool::open(&mut disk).expect("the pool opens");
+                let id = replica_id(volume, at);
+                let has = pool.replicas().find(|r| r.id == id).map_or(0, |r| r.blocks);
+                assert!(has >= report.blocks, "replica {at} has {has} blocks: {report:?}");
+            }
+        }
     }
 
     /// Kills the process of a pool, if it runs.
@@ -489,13 +562,52 @@ impl Cluster {
         self.command(node, |reply| Command::ListVolumes { reply })
     }
 
-    /// Reads every pool of a volume's in-sync set directly and compares them.
+    /// Flips a bit of a block of data, or of what was data, in a pool.
+    pub fn rot(&mut self, at: usize) {
+        let disk = self.disks[at];
+        let mut world = self.world();
+        let copies = inspect_superblock(world.disk(disk)).expect("the disk can be read");
+        let superblock = copies.into_iter().find_map(|c| c.content.ok()).expect("a pool");
+        let data = superblock.segments[0].data;
+        let mut rng = world.rng.fork();
+        let page = world.disk(disk).rot(data, &mut rng);
+        world.say(format_args!("page {page:?} of pool {at} rots"));
+    }
+
+    /// Starts a scrub of every volume.
     ///
     /// # Panics
-    /// Where two of them differ in a block that must be alike.
-    pub fn compare(&mut self) {
+    /// Where a volume does not serve.
+    pub fn scrub(&mut self, compare: bool) {
+        let node = self.nexus.expect("the nexus runs");
+        for volume in 0..self.config.volumes {
+            let report = ScrubReport { compare, rate_mib_s: 64, ..ScrubReport::default() };
+            let name = format!("volume{volume}");
+            let action = ScrubAction::Start(report);
+            self.command(node, |reply| Command::ScrubVolume { name, action, reply })
+                .expect("the volume serves");
+        }
+    }
+
+    /// Whether every scrub has come to its end.
+    ///
+    /// # Panics
+    /// Where the nexus does not run.
+    pub fn scrubs_are_done(&mut self) -> bool {
+        let volumes = self.volumes().expect("the nexus runs");
+        let done = |s: &ScrubReport| s.state == ScrubState::Finished;
+        volumes.iter().all(|v| v.scrub.as_ref().is_some_and(done))
+    }
+
+    /// Reads every pool of a volume's in-sync set directly and compares them. With `all`, no block may
+    /// differ, whatever hosts were told of it.
+    ///
+    /// # Panics
+    /// Where two of them differ in a block that must be alike, or a replica is smaller than its volume.
+    pub fn compare(&mut self, all: bool) {
         let reports = self.volumes().expect("the nexus runs");
         for (volume, report) in reports.iter().enumerate() {
+            self.check_sizes(volume, report);
             let members: BTreeSet<usize> = report
                 .children
                 .iter()
@@ -511,7 +623,7 @@ impl Cluster {
                 for (lba, (x, y)) in (0u64..).zip(a.chunks(PAGE).zip(b.chunks(PAGE))) {
                     let (x, y) = (history.borrow().decode(lba, x), history.borrow().decode(lba, y));
                     assert!(
-                        x == y || history.borrow().may_differ(lba),
+                        x == y || (!all && history.borrow().may_differ(lba)),
                         "volume {volume} block {lba}: in-sync replica {first} holds {x}, {other} \
                          holds {y}"
                     );
@@ -520,7 +632,7 @@ impl Cluster {
         }
     }
 
-    /// What a replica holds, read from its pool as after a crash at this moment.
+    /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
     fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
         let mut disk = self.world().disk(self.disks[at]).clone();
         let mut pool = Pool::open(&mut disk).expect("the pool opens");
@@ -546,6 +658,9 @@ impl Cluster {
             assert!(done.status.is_ok(), "a read of a healthy pool");
             out.extend_from_slice(memory.bytes(buf.slice()));
             memory.release(buf);
+        }
+        if self.config.encrypted {
+            keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
         }
         out
     }

@@ -113,6 +113,23 @@ impl SimDisk {
         });
     }
 
+    /// Flips a bit of a page that was written, at or after page `from`. Returns which.
+    pub fn rot(&mut self, from: u64, rng: &mut Rng) -> Option<u64> {
+        let n = self.live.range(from..).count();
+        if n == 0 {
+            return None;
+        }
+        let (&number, page) = self.live.range(from..).nth(rng.index(n))?;
+        let mut bytes = **page;
+        bytes[rng.index(PAGE)] ^= 1 << rng.below(8);
+        let page = Rc::new(bytes);
+        if self.durable.get(&number).is_some_and(|durable| self.live[&number] == *durable) {
+            self.durable.insert(number, Rc::clone(&page));
+        }
+        self.live.insert(number, page);
+        Some(number)
+    }
+
     /// Cuts the power: each cached page keeps any of its versions, or a mixture of their sectors.
     pub fn lose_power(&mut self, rng: &mut Rng) {
         let cached = std::mem::take(&mut self.cached);

@@ -15,6 +15,8 @@ struct Write {
     value: u64,
     invoked: u64,
     ended: u64,
+    /// It was answered with "no space": it was done by then, or never will be.
+    maybe: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +52,7 @@ impl History {
     /// A new volume of `blocks` blocks, all of them zeros.
     #[must_use]
     pub fn new(volume: u64, blocks: usize) -> Self {
-        let zeros = Write { value: 0, invoked: 0, ended: 0 };
+        let zeros = Write { value: 0, invoked: 0, ended: 0, maybe: false };
         let fresh = || Block { writes: vec![zeros], ..Block::default() };
         Self {
             volume,
@@ -84,7 +86,7 @@ impl History {
     pub fn write_began(&mut self, lba: u64, blocks: u64, value: u64) -> u64 {
         let invoked = self.tick();
         for block in self.range(lba, blocks) {
-            block.writes.push(Write { value, invoked, ended: OPEN });
+            block.writes.push(Write { value, invoked, ended: OPEN, maybe: false });
         }
         invoked
     }
@@ -112,6 +114,22 @@ impl History {
         let now = self.tick();
         for at in lba..lba + blocks {
             self.taint(at, now, |w| w.invoked == invoked);
+        }
+    }
+
+    /// The write met a full pool: each block has it or has not, and stays so. (What zeros a read saw
+    /// cannot be told, so a write of zeros counts as one that may go either way.)
+    pub fn write_found_no_space(&mut self, lba: u64, blocks: u64, invoked: u64) {
+        let now = self.tick();
+        for at in lba..lba + blocks {
+            let block = &mut self.blocks[usize::try_from(at).expect("a small volume")];
+            match block.writes.iter_mut().find(|w| w.invoked == invoked) {
+                Some(write) if write.value != 0 => {
+                    write.ended = now;
+                    write.maybe = true;
+                }
+                _ => self.taint(at, now, |w| w.invoked == invoked),
+            }
         }
     }
 
@@ -156,7 +174,8 @@ impl History {
             }
             let admissible = block.writes.iter().any(|w| {
                 let over = |later: &Write| {
-                    later.value != value && later.invoked > w.ended && later.ended < invoked
+                    let later_for_sure = later.invoked > w.ended && later.ended < invoked;
+                    later.value != value && !later.maybe && later_for_sure
                 };
                 w.value == value && w.invoked < now && !block.writes.iter().any(over)
             });
@@ -166,6 +185,16 @@ impl History {
                 self.volume, block.writes
             );
             block.reads.push(Read { value, invoked, ended: now });
+            // A write that may have been done was, where it was read; and was not, where something older
+            // was read after it had ended.
+            let before = block.writes.iter().filter(|w| w.value == value).map(|w| w.ended).max();
+            let older = before.unwrap_or(OPEN);
+            block.writes.retain(|w| {
+                !(w.maybe && w.value != value && older < w.invoked && w.ended < invoked)
+            });
+            for write in block.writes.iter_mut().filter(|w| w.value == value) {
+                write.maybe = false;
+            }
             self.judged += 1;
         }
     }
@@ -185,7 +214,7 @@ impl History {
     fn judge(&mut self, at: usize) {
         let block = &self.blocks[at];
         let mut zones = Vec::with_capacity(block.writes.len());
-        for write in &block.writes {
+        for write in block.writes.iter().filter(|w| !w.maybe) {
             let (mut first_end, mut last_begin) = (write.ended, write.invoked);
             if write.value != 0 {
                 for read in block.reads.iter().filter(|r| r.value == write.value) {

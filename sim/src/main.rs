@@ -52,6 +52,7 @@ fn main() -> ExitCode {
     };
     let start = Instant::now();
     let (mut failed, mut acked, mut judged, mut faults) = (0u64, 0, 0, 0);
+    let (mut healed, mut converged) = (0, 0);
     for seed in options.first..options.first.saturating_add(options.seeds) {
         let sink = options.trace.then(|| Box::new(print_line) as Sink);
         match catch_unwind(AssertUnwindSafe(|| scenario::run(seed, sink))) {
@@ -60,6 +61,8 @@ fn main() -> ExitCode {
                 acked += outcome.acked;
                 judged += outcome.judged;
                 faults += outcome.faults;
+                healed += outcome.healed;
+                converged += outcome.converged;
                 if options.seeds == 1 {
                     println!("{outcome:?}");
                     println!("seed {seed}: {steps} events, {virtual_ms} ms, {trace_hash:016x}");
@@ -73,7 +76,7 @@ fn main() -> ExitCode {
     }
     println!(
         "{} seeds, {failed} failed; {acked} writes acked, {judged} blocks judged, {faults} faults, \
-         {:.1} s",
+         {healed} copies healed, {converged} writes met a full pool, {:.1} s",
         options.seeds,
         start.elapsed().as_secs_f64()
     );

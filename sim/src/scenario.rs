@@ -1,6 +1,6 @@
 //! One run: a cluster, its hosts, and what goes wrong, all drawn from a seed.
 
-use cairn_engine::nexus::Purpose;
+use cairn_engine::nexus::{Found, Purpose};
 
 use crate::client::Workload;
 use crate::cluster::{Cluster, ClusterConfig, NEXUS};
@@ -28,6 +28,10 @@ pub struct Outcome {
     pub errors: u64,
     /// Things that went wrong.
     pub faults: u64,
+    /// Copies of blocks that the last nexus healed.
+    pub healed: u64,
+    /// Writes that met a full pool at the last nexus, after which the replicas were made alike.
+    pub converged: u64,
     /// Virtual time that passed, in milliseconds.
     pub virtual_ms: u64,
 }
@@ -43,11 +47,22 @@ pub struct Faults {
     pub host: bool,
     /// Every replica loses its connections at once.
     pub everywhere: bool,
+    /// Blocks of one replica rot.
+    pub rot: bool,
+    /// One pool runs full.
+    pub full: bool,
 }
 
 impl Faults {
     /// Nothing goes wrong.
-    pub const NONE: Self = Self { nexus: false, replica: false, host: false, everywhere: false };
+    pub const NONE: Self = Self {
+        nexus: false,
+        replica: false,
+        host: false,
+        everywhere: false,
+        rot: false,
+        full: false,
+    };
 
     fn drawn(rng: &mut Rng) -> Self {
         Self {
@@ -55,6 +70,8 @@ impl Faults {
             replica: rng.chance(800),
             host: rng.chance(400),
             everywhere: rng.chance(200),
+            rot: rng.chance(250),
+            full: rng.chance(150),
         }
     }
 }
@@ -65,6 +82,24 @@ enum Repair {
     StartNexus,
     StartReplica(usize),
     Disk(usize),
+}
+
+/// When a volume is to grow, and to how many blocks.
+type Growth = (u64, usize, u64);
+
+/// Growth while the hosts work, drawn apart: nothing else changes with it where there is none.
+fn growth(seed: u64, volumes: usize, now_ns: u64) -> Vec<Growth> {
+    let mut rng = Rng::new(seed ^ 0x9706);
+    if !rng.chance(250) {
+        return Vec::new();
+    }
+    let at = |rng: &mut Rng| {
+        let most = [50, 500, 4_000][rng.index(3)] * MS;
+        now_ns + rng.below(most)
+    };
+    (0..1 + rng.index(4))
+        .map(|_| (at(&mut rng), rng.index(volumes), 1025 + rng.below(3000)))
+        .collect()
 }
 
 /// Runs the cluster of a seed, and checks it.
@@ -99,6 +134,7 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         replicas,
         local_replica: rng.chance(300),
         disk_len: 24 << 20,
+        small_pool: faults.full.then(|| Rng::new(seed ^ 0xf011).index(replicas)),
         child_deadline_ms: 200 + rng.below(1500),
         replica_kato_ms: u32::try_from(300 + rng.below(2000)).expect("a short time"),
         digests: rng.chance(300),
@@ -106,16 +142,30 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         volume_requests: if rng.chance(200) { 4 } else { 64 },
         arena_len: if rng.chance(200) { 5 << 20 } else { 8 << 20 },
         zeroed: rng.chance(500),
+        // Drawn apart: nothing else changes with it.
+        encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
     };
     world.say(format_args!("{config:?} {faults:?}"));
-    let volumes = config.volumes;
+    let (volumes, small) = (config.volumes, config.small_pool);
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
         for _ in 0..1 + rng.index(2) {
             cluster.add_client(volume, workload(&mut rng));
         }
     }
-    let mut run = Run { cluster, rng, faults, victim: 0, repairs: Vec::new(), count: 0, most: 0 };
+    let growth = growth(seed, volumes, cluster.world().now_ns());
+    let mut run = Run {
+        cluster,
+        rng,
+        faults,
+        victim: 0,
+        repairs: Vec::new(),
+        growth,
+        count: 0,
+        most: 0,
+        small,
+        mended: (0, 0),
+    };
     run.most = 1 + run.rng.below(25);
     run.victim = run.rng.index(replicas);
     run.work();
@@ -128,6 +178,8 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         judged: 0,
         errors: run.cluster.client_errors(),
         faults: run.count,
+        healed: run.mended.0,
+        converged: run.mended.1,
         virtual_ms: world.now_ns() / MS,
     };
     drop(world);
@@ -158,9 +210,14 @@ struct Run {
     /// The one replica that may be lost.
     victim: usize,
     repairs: Vec<(u64, Repair)>,
+    growth: Vec<Growth>,
     /// Faults so far, and how many there are to be.
     count: u64,
     most: u64,
+    /// The pool that runs full.
+    small: Option<usize>,
+    /// Copies healed, and writes that met a full pool.
+    mended: (u64, u64),
 }
 
 impl Run {
@@ -186,7 +243,10 @@ impl Run {
                 next_fault = now + if last { 10_000 * MS } else { MS + self.rng.below(2 * pace) };
             }
             self.repair(now);
-            let next = self.repairs.iter().map(|(at, _)| *at).fold(next_fault, u64::min);
+            self.grow(now);
+            let growth = self.growth.iter().map(|(at, ..)| *at);
+            let next =
+                self.repairs.iter().map(|(at, _)| *at).chain(growth).fold(next_fault, u64::min);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
     }
@@ -210,6 +270,13 @@ impl Run {
         self.repairs.retain(|(at, _)| *at > now);
         for what in due {
             self.mend(what);
+        }
+    }
+
+    fn grow(&mut self, now: u64) {
+        let due: Vec<Growth> = self.growth.extract_if(.., |(at, ..)| *at <= now).collect();
+        for (_, volume, blocks) in due {
+            self.cluster.grow_volume(volume, blocks);
         }
     }
 
@@ -253,6 +320,8 @@ impl Run {
             (self.faults.replica, 1),
             (self.faults.host, 2),
             (self.faults.everywhere, 3),
+            (self.rots(), 4),
+            (self.rots(), 4),
         ];
         let kinds: Vec<u8> = kinds.iter().filter(|(on, _)| *on).map(|(_, kind)| *kind).collect();
         if kinds.is_empty() {
@@ -268,8 +337,26 @@ impl Run {
             }
             1 => self.hurt_replica(),
             2 => self.hurt_hosts(),
+            4 => {
+                for _ in 0..1 + self.rng.below(12) {
+                    self.cluster.rot(self.rotten());
+                }
+            }
             _ => self.hurt_everything(),
         }
+    }
+
+    /// The replica whose blocks rot: not the one that may be lost, so that a third has each block; and
+    /// not one that a crash may make take what it finds for right, since its extents were dirty.
+    fn rotten(&self) -> usize {
+        (self.victim + 1) % self.cluster.replicas()
+    }
+
+    fn rots(&self) -> bool {
+        let can = self.cluster.replicas() == 3 && !self.cluster.is_local(self.rotten());
+        // Nor where two others may go: one that fails while another is full.
+        let two = self.faults.everywhere || self.faults.full && self.faults.replica;
+        self.faults.rot && !two && can
     }
 
     fn hurt_replica(&mut self) {
@@ -381,6 +468,35 @@ impl Run {
         }
     }
 
+    /// A scrub leaves no bad block, and one that compares no difference.
+    fn scrub(&mut self) {
+        let deep = self.rng.chance(400);
+        self.cluster.scrub(deep);
+        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
+        while !self.cluster.scrubs_are_done() {
+            let now = self.cluster.world().now_ns();
+            assert!(now < limit, "a scrub does not end: {:?}", self.cluster.volumes());
+            self.cluster.run_until(now + 50 * MS);
+        }
+        let calm = Faults { full: self.faults.full, rot: self.faults.rot, ..Faults::NONE };
+        for volume in self.cluster.volumes().expect("the nexus runs") {
+            let everybody = volume.children.iter().all(|c| c.in_sync);
+            assert!(self.faults != calm || everybody, "a replica was taken out: {volume:?}");
+            let report = volume.scrub.expect("a scrub ran");
+            // A replica whose pool has gone offline is taken out by what it could not heal.
+            let left = report.findings.iter().filter(|f| {
+                let out = !volume.children[usize::from(f.child.0)].in_sync;
+                // What a full pool has no room for stays different.
+                let full = deep && self.small == Some(usize::from(f.child.0));
+                f.found == Found::Unrecoverable || f.found == Found::NotHealed && !out && !full
+            });
+            assert_eq!((left.count(), report.unrecoverable), (0, 0), "{report:?}");
+            self.mended.0 += volume.mends.healed;
+            self.mended.1 += volume.mends.converged;
+        }
+        self.cluster.compare(deep && self.small.is_none());
+    }
+
     /// Nothing goes wrong any more: everything is served again, and is right.
     fn recover(&mut self) {
         self.cluster.world().say(format_args!("faults stop"));
@@ -404,7 +520,7 @@ impl Run {
         // What the verification left behind settles.
         let quiet = self.cluster.world().now_ns() + 5_000 * MS;
         self.cluster.run_until(quiet);
-        self.cluster.compare();
+        self.scrub();
         for volume in 0..self.cluster.volume_count() {
             self.cluster.history(volume).borrow_mut().judge_all();
         }

@@ -10,6 +10,7 @@ use cairn_block::{
     BlockSize, Buf, BufSlice, IoOp, IoRequest, Lba, LbaRange, Memory, PoolDeviceId, PoolId,
     ReplicaId, VolumeId,
 };
+use cairn_engine::crypt::{Kek, VolumeKey};
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::initiator::{QueueIndex, Session, SessionConfig, SessionEvent, Submit};
@@ -21,7 +22,8 @@ use cairn_engine::replica::{
     Device, DeviceOptions, FormatOptions, MultiPool, OpenOptions, ReplicaSpec,
 };
 use cairn_engine::{
-    ChildAddress, Command, EngineError, PoolMember, Reply, Shard, ShardConfig, VolumeSpec,
+    ChildAddress, Command, EncryptionSpec, EngineError, PoolMember, Reply, Shard, ShardConfig,
+    VolumeSpec,
 };
 
 const BLOCKS: u64 = 1024;
@@ -169,6 +171,8 @@ impl Shards {
             name: "volume".to_owned(),
             blocks: BLOCKS,
             block_size: BlockSize::B4096,
+            thick: false,
+            source: None,
         };
         self.command(at, |reply| Command::CreateReplica { pool: "pool".to_owned(), spec, reply });
         (id, address)
@@ -344,6 +348,22 @@ fn a_replica_on_two_devices_serves_without_allocating() {
 
 #[test]
 fn a_volume_of_three_replicas_serves_without_allocating() {
+    measure_volume(None);
+}
+
+#[test]
+fn an_encrypted_volume_serves_without_allocating() {
+    let kek = Kek::parse(&[7; 32]).unwrap();
+    let key = VolumeKey::new(std::array::from_fn(|i| u8::try_from(i).unwrap())).unwrap();
+    let new = Box::new(kek.wrap(&key, VolumeId(7), [1; 12]));
+    measure_volume(Some(EncryptionSpec {
+        keks: vec![kek],
+        new: Some(new),
+        ..EncryptionSpec::default()
+    }));
+}
+
+fn measure_volume(encryption: Option<EncryptionSpec>) {
     let mut shards = Shards { shards: Vec::new(), allocations: 0 };
     let replicas: Vec<(ReplicaId, SocketAddr)> = (0..3).map(|_| shards.add_replica()).collect();
     let (nexus, address) = shards.add();
@@ -360,6 +380,7 @@ fn a_volume_of_three_replicas_serves_without_allocating() {
         purpose: Purpose::Create,
         child_deadline_ms: 10_000,
         allowed_hosts: None,
+        encryption,
     };
     shards.command(nexus, |reply| Command::AddVolume { spec, reply });
     while !shards.command(nexus, |reply| Command::ListVolumes { reply })[0].serving {

@@ -10,6 +10,7 @@ fn cluster(seed: u64) -> Cluster {
         replicas: 3,
         local_replica: false,
         disk_len: 24 << 20,
+        small_pool: None,
         child_deadline_ms: 1_000,
         replica_kato_ms: 1_000,
         digests: false,
@@ -17,6 +18,7 @@ fn cluster(seed: u64) -> Cluster {
         volume_requests: 64,
         arena_len: 8 << 20,
         zeroed: true,
+        encrypted: false,
     };
     let mut cluster = Cluster::new(World::new(seed), config);
     cluster.add_client(
@@ -40,7 +42,7 @@ fn come_back_and_check(mut cluster: Cluster) {
     cluster.run_while(5_000 * MS, |_| false);
     cluster.verify();
     assert!(cluster.run_while(20_000 * MS, Cluster::clients_are_done), "every block can be read");
-    cluster.compare();
+    cluster.compare(false);
     cluster.history(0).borrow_mut().judge_all();
 }
 

@@ -44,7 +44,13 @@ pub(crate) struct Cluster<'a> {
 }
 
 impl<'a> Cluster<'a> {
-    pub(crate) fn start(net: &'a Net, cairn: &Path, dir: &Path, logs: &Path) -> Result<Self> {
+    pub(crate) fn start(
+        net: &'a Net,
+        cairn: &Path,
+        dir: &Path,
+        logs: &Path,
+        encrypted: bool,
+    ) -> Result<Self> {
         if !cairn.exists() {
             bail!("there is no {}: cargo build --release -p cairn", cairn.display());
         }
@@ -65,7 +71,7 @@ impl<'a> Cluster<'a> {
         }
         cluster.configure(NEXUS, NEXUS_PORT, false)?;
         cluster.launch(NEXUS)?;
-        cluster.create_volume()?;
+        cluster.create_volume(encrypted)?;
         Ok(cluster)
     }
 
@@ -124,7 +130,7 @@ impl<'a> Cluster<'a> {
         format!("{name}'s log ends:\n{}", tail(&self.log(name), 10))
     }
 
-    fn create_volume(&mut self) -> Result<()> {
+    fn create_volume(&mut self, encrypted: bool) -> Result<()> {
         let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
         let uuid = uuid.trim();
         let mut uris = Vec::new();
@@ -138,6 +144,9 @@ impl<'a> Cluster<'a> {
         let mut create = vec!["volume", "create", VOLUME, "--size", VOLUME_SIZE];
         for uri in &uris {
             create.extend(["--replica", uri]);
+        }
+        if encrypted {
+            create.extend(["--encrypt", "--key-command", "printf %064d 7"]);
         }
         let made = self.call(NEXUS, &create)?;
         self.nqn = text(&made, "nqn")?;
@@ -207,6 +216,11 @@ impl Peer for Cluster<'_> {
             "expect-degraded" => self.await_state("degraded"),
             "kill-nexus" => self.kill(NEXUS).map(|()| "killed the nexus".to_owned()),
             "start-nexus" => self.launch(NEXUS).map(|()| "the nexus runs".to_owned()),
+            _ if verb.starts_with("grow ") => {
+                let size = &verb["grow ".len()..];
+                let grown = self.call(NEXUS, &["volume", "resize", VOLUME, "--size", size])?;
+                Ok(grown.to_string())
+            }
             _ => bail!("the cluster knows no {verb}"),
         }
     }

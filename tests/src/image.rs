@@ -27,8 +27,10 @@ const PROGRAMS: &[&str] = &[
     "usr/bin/fio",
     "sbin/mke2fs",
     "sbin/e2fsck",
+    "sbin/resize2fs",
     "sbin/mkfs.xfs",
     "sbin/xfs_repair",
+    "usr/sbin/xfs_growfs",
     "sbin/blkdiscard",
     "sbin/fstrim",
     "bin/kmod",
@@ -71,7 +73,7 @@ const MODULES: &[&str] = &[
 const REQUIRED_MODULES: &[&str] = &["nvme-tcp", "ext4", "xfs", "virtio_net"];
 
 /// Raised when the code below makes a different image from the same lists.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 
 /// A bootable image.
 #[derive(Debug, Clone)]

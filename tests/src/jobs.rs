@@ -19,6 +19,8 @@ pub(crate) struct Job {
     cases: &'static [&'static str],
     /// Whether the host's log may speak of a lost and regained connection.
     reconnects: bool,
+    /// Whether the volume is encrypted.
+    pub(crate) encrypted: bool,
     /// For the whole boot, set-up included.
     limit: Duration,
 }
@@ -29,10 +31,14 @@ pub(crate) const SMOKE: Job = Job {
     script: include_str!("../guest/smoke.sh"),
     cases: &["smoke-network", "smoke-acknowledgement", "smoke-tools"],
     reconnects: false,
+    encrypted: false,
     limit: Duration::from_secs(120),
 };
 
-pub(crate) const JOBS: [Job; 3] = [
+/// The job whose volume grows: the kernel's target is not asked to.
+pub(crate) const GROW: &str = "grow";
+
+pub(crate) const JOBS: [Job; 4] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -47,6 +53,7 @@ pub(crate) const JOBS: [Job; 3] = [
             "xfs",
         ],
         reconnects: false,
+        encrypted: false,
         limit: Duration::from_secs(480),
     },
     Job {
@@ -54,6 +61,7 @@ pub(crate) const JOBS: [Job; 3] = [
         script: include_str!("../guest/replica-kill.sh"),
         cases: &["replica-kill"],
         reconnects: false,
+        encrypted: false,
         limit: Duration::from_secs(240),
     },
     Job {
@@ -61,7 +69,16 @@ pub(crate) const JOBS: [Job; 3] = [
         script: include_str!("../guest/nexus-restart.sh"),
         cases: &["nexus-restart"],
         reconnects: true,
+        encrypted: false,
         limit: Duration::from_secs(240),
+    },
+    Job {
+        name: GROW,
+        script: include_str!("../guest/grow.sh"),
+        cases: &["grow-fio", "grow-ext4", "grow-xfs"],
+        reconnects: false,
+        encrypted: true,
+        limit: Duration::from_secs(300),
     },
 ];
 

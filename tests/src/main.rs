@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 
 use crate::cluster::Cluster;
-use crate::jobs::{JOBS, Job, SMOKE};
+use crate::jobs::{GROW, JOBS, Job, SMOKE};
 use crate::net::Net;
 use crate::peer::{Nothing, Nvmet, Peer};
 
@@ -107,7 +107,8 @@ fn run_jobs(args: &Args, jobs: &[Job], image: &image::Image, run_dir: &Path) -> 
     let began = Instant::now();
     let net = Net::up()?;
     let mut outcomes = Vec::new();
-    for job in jobs.iter().filter(|job| job.wanted(&args.only)) {
+    let can = |job: &&Job| args.peer != PeerKind::Nvmet || job.name != GROW;
+    for job in jobs.iter().filter(can).filter(|job| job.wanted(&args.only)) {
         host::check_interrupted()?;
         let logs = run_dir.join(job.name);
         fs::create_dir_all(&logs)?;
@@ -116,7 +117,8 @@ fn run_jobs(args: &Args, jobs: &[Job], image: &image::Image, run_dir: &Path) -> 
             Ok(match args.peer {
                 PeerKind::Cairn => {
                     let state = logs.join("state");
-                    Box::new(Cluster::start(&net, &args.cairn, &state, &logs)?) as Box<dyn Peer>
+                    Box::new(Cluster::start(&net, &args.cairn, &state, &logs, job.encrypted)?)
+                        as Box<dyn Peer>
                 }
                 PeerKind::Nvmet => Box::new(Nvmet::start(image, &net, &logs)?),
                 PeerKind::None => Box::new(Nothing),

@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask sim`.
+//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask rot`, `cargo xtask sim`.
 #![forbid(unsafe_code)]
 
 mod install;
@@ -32,6 +32,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Flip bits in the pools of a running cluster: every read is right or an error, and a scrub heals
+    /// what can be healed.
+    Rot {
+        /// In how many places.
+        #[arg(long, default_value_t = 1000)]
+        flips: u16,
+    },
     /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`,
     /// `--seed S`, `--trace`).
     #[command(disable_help_flag = true)]
@@ -57,6 +64,7 @@ fn run() -> Result<bool> {
         Task::Tidy => tidy::run(),
         Task::Test(options) => suites::run(&options),
         Task::Crash { options } => tool(&["-p", "cairn-fuzz", "--bin", "crash"], &options),
+        Task::Rot { flips } => tool(&["-p", "cairn"], &["up".into(), format!("--rot={flips}")]),
         Task::Sim { options } => tool(&["-p", "cairn-sim"], &options),
     }
 }

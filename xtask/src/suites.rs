@@ -43,6 +43,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "fuzz", what: "each fuzz target for a few seconds", run: fuzz },
     Suite { name: "crash", what: "the pool, crashed and recovered", run: crash },
     Suite { name: "check", what: "cairn up --check", run: check },
+    Suite { name: "rot", what: "bits flipped in a running cluster's pools", run: rot },
     Suite { name: "guest", what: "a Linux guest uses a volume", run: guest },
 ];
 
@@ -281,6 +282,11 @@ fn crash(bench: &Bench) -> Result<Counts> {
 fn check(bench: &Bench) -> Result<Counts> {
     let mut check = Command::new(bench.cairn()?);
     bench.run(check.args(["up", "--check"]), Duration::from_secs(300)).map(Counts::of)
+}
+
+fn rot(bench: &Bench) -> Result<Counts> {
+    let mut rot = Command::new(bench.cairn()?);
+    bench.run(rot.args(["up", "--rot", "60"]), Duration::from_secs(300)).map(Counts::of)
 }
 
 fn guest(bench: &Bench) -> Result<Counts> {

@@ -18,6 +18,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cairn-iscsi", &["cairn-block"]),
     ("cairn-nexus", &["cairn-block"]),
     ("cairn-replica", &["cairn-block"]),
+    ("cairn-crypt", &["cairn-block"]),
     (
         "cairn-engine",
         &[
@@ -25,6 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "cairn-iscsi",
             "cairn-nexus",
             "cairn-replica",
+            "cairn-crypt",
             "cairn-reactor",
             "cairn-block",
         ],
@@ -42,8 +44,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Crates that decide and touch nothing. Their clippy.toml keeps the standard library's clock, files,
 /// threads and sockets out; this check keeps out the packages that would bring others.
-const PURE: [&str; 5] =
-    ["cairn-block", "cairn-nvmf", "cairn-iscsi", "cairn-nexus", "cairn-replica"];
+const PURE: [&str; 6] =
+    ["cairn-block", "cairn-nvmf", "cairn-iscsi", "cairn-nexus", "cairn-replica", "cairn-crypt"];
 
 /// What a pure crate may not depend on.
 const IMPURE: [&str; 14] = [

@@ -17,6 +17,12 @@ impl BlockSize {
         1 << self.shift()
     }
 
+    /// Bytes in `blocks` blocks.
+    #[must_use]
+    pub const fn bytes_of(self, blocks: u64) -> u64 {
+        blocks << self.shift()
+    }
+
     /// The base-2 logarithm of the size: NVMe's LBADS.
     #[must_use]
     pub const fn shift(self) -> u8 {

@@ -56,6 +56,11 @@ macro_rules! id {
 }
 
 id! {
+    /// Names a snapshot of a volume: the same on each of its replicas.
+    SnapshotId
+}
+
+id! {
     /// Names a volume: the block device that a host sees.
     VolumeId
 }

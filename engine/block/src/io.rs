@@ -23,13 +23,34 @@ pub enum IoOp {
     },
     /// The range is no longer needed: it reads as zeros afterwards where whole blocks are covered.
     Discard,
+    /// Check that every block of the range can be read right, without giving its data out.
+    Verify,
+    /// Something about a snapshot of the whole device, between a nexus and its replicas. The payload
+    /// says what.
+    Snapshot(SnapshotVerb),
+}
+
+/// What is done about a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotVerb {
+    /// Take one.
+    Create,
+    /// Delete it.
+    Delete,
+    /// Give up all that was written since.
+    Restore,
+    /// Make another device that begins with what it holds.
+    Clone,
 }
 
 impl IoOp {
     /// Whether the operation changes what later reads of the range return.
     #[must_use]
     pub const fn is_mutation(self) -> bool {
-        matches!(self, Self::Write { .. } | Self::WriteZeroes { .. } | Self::Discard)
+        matches!(
+            self,
+            Self::Write { .. } | Self::WriteZeroes { .. } | Self::Discard | Self::Snapshot(_)
+        )
     }
 }
 

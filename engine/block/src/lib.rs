@@ -12,6 +12,6 @@ mod mem;
 
 pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};
 pub use buddy::Buddy;
-pub use ids::{Epoch, ParseIdError, PoolDeviceId, PoolId, ReplicaId, VolumeId};
-pub use io::{IoOp, IoRequest, IoStatus};
+pub use ids::{Epoch, ParseIdError, PoolDeviceId, PoolId, ReplicaId, SnapshotId, VolumeId};
+pub use io::{IoOp, IoRequest, IoStatus, SnapshotVerb};
 pub use mem::{Buf, BufSlice, HeapMemory, Memory};

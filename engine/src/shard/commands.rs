@@ -12,7 +12,8 @@ use super::pools::Waiter;
 use super::volumes::{Route, Volume};
 use super::{Shard, Subject, token};
 use crate::control::{
-    ChildReport, Command, EngineError, HostReport, PoolReport, ReplicaReport, Reply, VolumeReport,
+    ChildReport, Command, EngineError, HostReport, PoolReport, ReplicaReport, Reply, ScrubAction,
+    VolumeReport,
 };
 
 impl<D: Driver> Shard<D> {
@@ -21,6 +22,11 @@ impl<D: Driver> Shard<D> {
         match command {
             Command::ListPools { reply } => reply.send(Ok(self.pool_reports())),
             Command::ListReplicas { reply } => reply.send(Ok(self.replica_reports())),
+            Command::ListSnapshots { volume, reply } => self.list_snapshots(&volume, reply),
+            Command::Snapshot { reply, .. } if stopping => reply.send(Err(EngineError::Stopped)),
+            Command::Snapshot { volumes, verb, call, force, reply } => {
+                self.snapshot_volumes(&volumes, (verb, &call), force, reply, now);
+            }
             Command::ListVolumes { reply } => reply.send(Ok(self.volume_reports())),
             Command::Shutdown { reply } => self.begin_shutdown(reply, now),
             Command::AddListener { reply, .. }
@@ -28,6 +34,9 @@ impl<D: Driver> Shard<D> {
             | Command::DeleteReplica { reply, .. }
             | Command::AddVolume { reply, .. }
             | Command::RemoveVolume { reply, .. }
+            | Command::GrowPool { reply, .. }
+            | Command::ResizeVolume { reply, .. }
+            | Command::RotateKey { reply, .. }
                 if stopping =>
             {
                 reply.send(Err(EngineError::Stopped));
@@ -58,6 +67,18 @@ impl<D: Driver> Shard<D> {
                 let added = self.add_volume(spec, now);
                 reply.send(added);
             }
+            Command::GrowPool { pool, device, device_len, reply } => {
+                self.grow_pool(&pool, (device, device_len), reply);
+            }
+            Command::ResizeVolume { name, blocks, reply } => {
+                self.resize_volume(&name, blocks, reply, now);
+            }
+            Command::RotateKey { name, kek, nonce, reply } => {
+                self.rotate_key(&name, &kek, nonce, reply, now);
+            }
+            Command::ScrubVolume { name, action, reply } => {
+                reply.send(self.scrub_volume(name, action, now));
+            }
             Command::RemoveVolume { name, reply } => {
                 let found = self.volumes.iter().find(|(_, v)| v.spec.name == name);
                 match found.map(|(at, _)| at) {
@@ -66,6 +87,32 @@ impl<D: Driver> Shard<D> {
                 }
             }
         }
+    }
+
+    fn scrub_volume(
+        &mut self,
+        name: String,
+        action: ScrubAction,
+        now: u64,
+    ) -> Result<(), EngineError> {
+        let found = self.volumes.iter().find(|(_, v)| v.spec.name == name).map(|(at, _)| at);
+        let Some(at) = found else {
+            return Err(EngineError::NotFound { kind: "volume", name });
+        };
+        let nexus = &mut self.volumes[at].nexus;
+        match action {
+            ScrubAction::Start(_) if !nexus.state().is_serving() => {
+                return Err(EngineError::Busy(format!(
+                    "volume `{name}` is {}; it is scrubbed once it is online",
+                    nexus.state().word()
+                )));
+            }
+            ScrubAction::Start(report) => nexus.start_scrub(report, now),
+            ScrubAction::Stop => nexus.stop_scrub(),
+            ScrubAction::Rate(rate) => nexus.set_scrub_rate(rate),
+        }
+        self.touch_volume(at);
+        Ok(())
     }
 
     fn add_listener(
@@ -225,6 +272,9 @@ impl<D: Driver> Shard<D> {
             hosts,
             counters: volume.counters,
             in_flight: requests,
+            encryption: super::keys::report(volume.nexus.encryption(), volume.nexus.locked()),
+            mends: volume.nexus.mend_counters(),
+            scrub: volume.nexus.scrub().cloned(),
         }
     }
 }

@@ -6,7 +6,7 @@ use cairn_nvmf::target::{self, ConnId, Outcome, QueueConfig};
 use cairn_reactor::{Chunk, Driver, EndReason, Op, SocketFault, SocketId};
 
 use super::{Shard, Subject, token};
-use crate::register;
+use crate::{register, snapshot};
 
 /// One connection.
 pub(super) struct Host {
@@ -147,7 +147,12 @@ impl<D: Driver> Shard<D> {
                 }
                 Outcome::Io(io) => self.start_host_io(at, io, now),
                 Outcome::Vendor { slot, namespace, sqe, data } => {
-                    self.start_register_command(at, slot, namespace, &sqe, data);
+                    let opcode = sqe.opcode();
+                    if snapshot::verb(opcode).is_some() || opcode == snapshot::OPCODE_LIST {
+                        self.start_snapshot_command((at, slot), namespace, &sqe, data, now);
+                    } else {
+                        self.start_register_command(at, slot, namespace, &sqe, data);
+                    }
                 }
             }
         }

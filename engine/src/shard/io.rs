@@ -39,6 +39,11 @@ pub(super) struct HostIo {
     read_len: u32,
     /// Ranges of a discard that are still to be done, and the next one's index.
     discards: (u16, u16),
+    /// The encrypted volume that it is for, once it was handed over: a write is encrypted by then, and
+    /// what comes of a read is to be decrypted.
+    sealed: Option<u32>,
+    /// Blocks that a Verify found data in: told in DW0 of the completion, where a nexus looks.
+    verified: u32,
     answered: bool,
 }
 
@@ -68,6 +73,8 @@ impl<D: Driver> Shard<D> {
             buf: None,
             read_len: 0,
             discards: (0, 0),
+            sealed: None,
+            verified: 0,
             answered: false,
         };
         match io.command {
@@ -88,6 +95,10 @@ impl<D: Driver> Shard<D> {
                 entry.buf = Some(data);
             }
             IoCommand::Flush => {}
+            IoCommand::Verify { range } => {
+                entry.op = IoOp::Verify;
+                entry.range = range;
+            }
             IoCommand::WriteZeroes { range, fua, unmap } => {
                 entry.op = IoOp::WriteZeroes { fua, unmap };
                 entry.range = range;
@@ -147,7 +158,16 @@ impl<D: Driver> Shard<D> {
         let request = IoRequest { op: io.op, range: io.range, buf };
         let (namespace, conn, generation) = (io.namespace, io.conn, io.generation);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
-            Some(&Export::Volume(volume)) => self.submit_to_volume(volume, at, request, now),
+            Some(&Export::Volume(volume)) => {
+                // Once, here: from here on the nexus may hold the request and send it again, and its
+                // children only ever see what is encrypted. (A discard comes by once for each range.)
+                let io = &self.ios[at];
+                let fresh = io.sealed.is_none();
+                if fresh && self.seal(volume, request.op, request.range, request.buf) {
+                    self.ios[at].sealed = Some(volume);
+                }
+                self.submit_to_volume(volume, at, request, now);
+            }
             Some(&Export::Replica { pool, slot, .. }) => {
                 if self.is_fenced(conn, generation, pool, slot) {
                     self.finish(at, IoStatus::Fenced, now);
@@ -165,9 +185,22 @@ impl<D: Driver> Shard<D> {
     /// The request, or one range of a discard, is done; its buffer may still be in use.
     pub(super) fn host_io_done(&mut self, at: u32, status: IoStatus, _now: u64) {
         let io = &self.ios[at];
+        if let (Some(volume), IoOp::Read, IoStatus::Ok, Some(buf)) =
+            (io.sealed, io.op, status, io.buf.as_ref())
+        {
+            let (range, data) = (io.range, buf.slice());
+            self.unseal(volume, range, data);
+        }
+        let io = &self.ios[at];
         let more = io.op == IoOp::Discard && status.is_ok() && io.discards.1 < io.discards.0;
         if !more {
             self.answer(at, status);
+        }
+    }
+
+    pub(super) fn host_io_verified(&mut self, at: u32, blocks: Option<u32>) {
+        if let Some(blocks) = blocks {
+            self.ios[at].verified = blocks;
         }
     }
 
@@ -206,6 +239,7 @@ impl<D: Driver> Shard<D> {
         io.answered = true;
         let (conn, generation, slot, namespace) = (io.conn, io.generation, io.slot, io.namespace);
         let (op, len) = (io.op, io.buf.as_ref().map_or(0, Buf::len));
+        let verified = u64::from(io.verified);
         let data = if op == IoOp::Read && status.is_ok() { io.buf.take() } else { None };
         if let Some(counters) = self.counters(namespace) {
             count(counters, op, len, status);
@@ -218,7 +252,7 @@ impl<D: Driver> Shard<D> {
             .map(|host| &mut host.queue);
         match (queue, data) {
             (Some(queue), Some(data)) => queue.complete_with_data(slot, data, memory),
-            (Some(queue), None) => queue.complete(slot, status_of(status), 0, memory),
+            (Some(queue), None) => queue.complete(slot, status_of(status), verified, memory),
             (None, Some(data)) => memory.release(data),
             (None, None) => {}
         }
@@ -249,5 +283,7 @@ fn count(counters: &mut ExportCounters, op: IoOp, len: u32, status: IoStatus) {
         }
         IoOp::Flush => counters.flushes += 1,
         IoOp::Discard => counters.discards += 1,
+        IoOp::Snapshot(_) => {}
+        IoOp::Verify => {}
     }
 }

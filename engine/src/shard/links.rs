@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 
-use cairn_block::{Buf, IoRequest, IoStatus, Memory, ReplicaId};
-use cairn_nexus::{ChildId, ChildOp, Ticket};
+use cairn_block::{Buf, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
+use cairn_nexus::{ChildId, ChildOp, Register, Ticket};
 use cairn_nvmf::initiator::{
     Completed, NamespaceInfo, QueueIndex, Session, SessionConfig, SessionEvent, Submit,
     SubmitError, VendorData,
@@ -12,7 +12,7 @@ use cairn_nvmf::initiator::{
 use cairn_reactor::{Chunk, Driver, Op, SocketFault, SocketId};
 
 use super::{Shard, Subject, token};
-use crate::register;
+use crate::{register, snapshot};
 
 /// A connect that takes longer is given up.
 const CONNECT_TIMEOUT_MS: u32 = 3_000;
@@ -25,7 +25,7 @@ const IO_QUEUE: QueueIndex = QueueIndex(1);
 /// The volume of a link that has none any more: the number may be another volume's by then.
 const NO_VOLUME: u32 = u32::MAX;
 /// The queue that register commands go on.
-const ADMIN_QUEUE: QueueIndex = QueueIndex(0);
+pub(super) const ADMIN_QUEUE: QueueIndex = QueueIndex(0);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -69,6 +69,11 @@ pub(super) struct Link {
 }
 
 impl Link {
+    /// The session, where it can take requests.
+    pub(super) fn ready_session(&mut self) -> Option<&mut Session> {
+        self.session.as_mut().filter(|_| self.stage == Stage::Ready)
+    }
+
     pub(super) fn new(
         volume: u32,
         child: ChildId,
@@ -299,7 +304,9 @@ impl<D: Driver> Shard<D> {
     fn link_abandoned(&mut self, at: u32, ticket: Ticket, now: u64) {
         let link = &mut self.links[at];
         let (volume, child) = (link.volume, link.child);
-        if ticket.is_register() {
+        if Self::is_list(ticket.0) {
+            self.list_answered(at, ticket.0, None);
+        } else if ticket.is_register() {
             if let Some(page) = take_page(&mut link.pages, ticket.0) {
                 self.driver.memory().release(page);
             }
@@ -337,6 +344,23 @@ impl<D: Driver> Shard<D> {
         let (volume, child) = (link.volume, link.child);
         match op {
             ChildOp::Io(request) => {
+                if let IoOp::Snapshot(verb) = request.op {
+                    let command = Submit::Vendor {
+                        opcode: snapshot::opcode(verb),
+                        cdw10: 0,
+                        cdw11: 0,
+                        data: VendorData::Out(request.buf),
+                    };
+                    let sent = link.ready_session().is_some_and(|s| {
+                        s.submit(ADMIN_QUEUE, ticket.0, command, self.driver.memory()).is_ok()
+                    });
+                    if sent {
+                        self.touch_link(at);
+                    } else {
+                        self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
+                    }
+                    return;
+                }
                 let full = match link.session.as_mut().filter(|_| link.stage == Stage::Ready) {
                     None => Err(SubmitError::NotReady),
                     Some(_) if !link.waiting.is_empty() => Err(SubmitError::Full),
@@ -376,6 +400,12 @@ impl<D: Driver> Shard<D> {
             ChildOp::Accept(register) => {
                 register::encode(register, memory.bytes_mut(window));
                 (register::OPCODE_ACCEPT, 0, 0, VendorData::Out(window))
+            }
+            ChildOp::Resize { epoch, blocks } => {
+                let asked =
+                    Register { accepted_epoch: *epoch, blocks: *blocks, ..Register::default() };
+                register::encode(&asked, memory.bytes_mut(window));
+                (register::OPCODE_RESIZE, 0, 0, VendorData::Out(window))
             }
             ChildOp::ReadRegister | ChildOp::Io(_) => {
                 (register::OPCODE_READ, 0, 0, VendorData::In(window))
@@ -442,15 +472,9 @@ impl<D: Driver> Shard<D> {
         let link = &mut self.links[at];
         let (volume, child) = (link.volume, link.child);
         let Some(v) = self.volumes.get_mut(volume) else { return };
-        if info.id != link.replica.0 || info.blocks < v.nexus.blocks() {
-            let why = format!(
-                "{} at {} is not replica {}, or is too small ({} blocks; the volume has {})",
-                link.nqn,
-                link.peer,
-                link.replica,
-                info.blocks,
-                v.nexus.blocks()
-            );
+        // One that is too small grows before the nexus uses it.
+        if info.id != link.replica.0 {
+            let why = format!("{} at {} is not replica {}", link.nqn, link.peer, link.replica);
             self.fail_link(at, &why);
             return;
         }
@@ -467,7 +491,12 @@ impl<D: Driver> Shard<D> {
     fn link_completed(&mut self, at: u32, done: Completed, now: u64) {
         let link = &mut self.links[at];
         let (volume, child, ticket) = (link.volume, link.child, Ticket(done.tag));
+        if Self::is_list(done.tag) {
+            self.list_answered(at, done.tag, Some(done.status));
+            return;
+        }
         if !ticket.is_register() {
+            self.child_verified(volume, ticket, done.result);
             self.child_io_done(volume, child, ticket, done.io_status, now);
             return;
         }

@@ -6,14 +6,17 @@
 mod commands;
 mod hosts;
 mod io;
+mod keys;
 mod links;
 mod pools;
+mod resize;
+mod snapshots;
 mod table;
 mod volumes;
 
 use std::collections::VecDeque;
 
-use cairn_block::{BufSlice, Memory};
+use cairn_block::{Buf, BufSlice, Memory};
 use cairn_nvmf::target::{ConnId, Port, Target, TargetConfig};
 use cairn_reactor::{Completion, Driver, ListenerId, Op, Token};
 
@@ -120,6 +123,15 @@ pub struct Shard<D: Driver> {
     waiting_ios: VecDeque<u32>,
     /// Promises that wait for earlier requests to end.
     drains: Vec<pools::Drain>,
+    /// Snapshots being taken, and lists of them being put together.
+    snapshots: Vec<snapshots::SnapshotWork>,
+    lists: Vec<snapshots::ListWork>,
+    next_snapshot: u64,
+    /// What mends of all volumes fall back on where there is no memory, and whether it was set aside.
+    mend_reserve: Option<Buf>,
+    has_mend_reserve: bool,
+    /// Volumes with a mend that waits for memory.
+    short_volumes: Vec<u32>,
     /// Connections with bytes that could not be taken yet.
     stalled: Vec<u32>,
     /// Connections, links, volumes and pools that something happened to in this turn.
@@ -170,6 +182,12 @@ impl<D: Driver> Shard<D> {
             exports: Vec::new(),
             waiting_ios: VecDeque::with_capacity(1024),
             drains: Vec::new(),
+            snapshots: Vec::new(),
+            lists: Vec::new(),
+            next_snapshot: 0,
+            mend_reserve: None,
+            has_mend_reserve: false,
+            short_volumes: Vec::new(),
             stalled: Vec::with_capacity(64),
             busy_hosts: Vec::with_capacity(256),
             busy_links: Vec::with_capacity(256),
@@ -213,6 +231,9 @@ impl<D: Driver> Shard<D> {
             self.handle_completion(completion, now);
         }
         self.completions = completions;
+        for local in &mut self.pools {
+            local.busy |= local.pool.waits_for_memory();
+        }
         self.settle(now);
         woken
     }
@@ -331,6 +352,17 @@ impl<D: Driver> Shard<D> {
             self.waiting_ios.pop_front();
             moved = true;
         }
+        let mut short = std::mem::take(&mut self.short_volumes);
+        short.retain(|&at| {
+            let mends = self.run_mends(at, now);
+            moved |= mends;
+            if mends {
+                self.touch_volume(at);
+            }
+            // A volume that is run says again that it is short.
+            !mends && self.volumes.get(at).is_some_and(|v| v.nexus.waits_for_memory())
+        });
+        self.short_volumes.append(&mut short);
         let stalled = std::mem::take(&mut self.stalled);
         for at in stalled {
             moved |= self.retry_host(at, now);

@@ -15,6 +15,7 @@ use cairn_replica::{
 };
 
 use super::io::Export;
+use super::snapshots::SnapshotOrigin;
 use super::{Shard, Subject, token};
 use crate::control::{DeviceReport, EngineError, PoolMember, ReplicaReport, Reply};
 use crate::register;
@@ -72,6 +73,7 @@ impl LocalPool {
                 path,
                 state: state.to_owned(),
                 reason: member.reason,
+                device_len: member.device_len,
                 size_bytes: member.usage.map_or(0, |u| u.extents_total * extent),
                 free_bytes: member.usage.map_or(0, |u| u.extents_free * extent),
                 extents_left: member.drain.map(|drain| drain.extents_left),
@@ -97,11 +99,28 @@ const POOL_BITS: u32 = 10;
 
 /// Who waits for a control operation of a pool.
 pub(super) enum Waiter {
-    Create { id: ReplicaId, reply: Reply<ReplicaReport> },
-    Delete { reply: Reply<()> },
+    Create {
+        id: ReplicaId,
+        reply: Reply<ReplicaReport>,
+    },
+    Delete {
+        reply: Reply<()>,
+    },
     Checkpoint,
-    Grow,
-    Devices { what: &'static str, reply: Reply<()> },
+    Grow {
+        reply: Option<Reply<()>>,
+    },
+    Devices {
+        what: &'static str,
+        reply: Reply<()>,
+    },
+    Snapshot {
+        origin: SnapshotOrigin,
+        slot: ReplicaSlot,
+        made: Option<ReplicaId>,
+    },
+    /// Nobody.
+    Orphan,
 }
 
 /// Who asked for a register operation.
@@ -116,6 +135,7 @@ pub(super) enum RegisterKind {
     Read,
     Promise { epoch: Epoch, again: bool },
     Accept(Register),
+    Resize { epoch: Epoch, blocks: u64 },
 }
 
 /// A promise that is stored, but not answered before what the replica had in hand for earlier
@@ -127,6 +147,8 @@ pub(super) struct Drain {
     answer: Register,
     /// Requests to wait for.
     ios: Vec<u32>,
+    /// On this replica.
+    replica: (u16, ReplicaSlot),
 }
 
 #[derive(Debug)]
@@ -224,11 +246,12 @@ impl<D: Driver> Shard<D> {
         for slot in slots {
             self.export_replica(at, slot)?;
         }
+        self.drop_orphans(at);
         let found = self.pools[usize::from(at)].pool.members();
         for (number, len) in (0u8..).zip(lens) {
             let used = found.iter().find(|m| m.number == Some(number)).map_or(0, |m| m.device_len);
             if used > 0 && len / 4096 > used / 4096 {
-                let tag = self.control_tag(at, Waiter::Grow);
+                let tag = self.control_tag(at, Waiter::Grow { reply: None });
                 self.pools[usize::from(at)].pool.grow(tag, number, len, self.driver.memory());
             }
         }
@@ -410,12 +433,15 @@ impl<D: Driver> Shard<D> {
     }
 
     fn pool_done(&mut self, pool: u16, done: cairn_replica::Done, now: u64) {
+        let verified = self.pools[usize::from(pool)].pool.take_verified(done.tag);
         match Owner::of(done.tag) {
             Owner::Host { io } => {
+                self.host_io_verified(io, verified);
                 self.host_io_done(io, done.status, now);
                 self.host_io_released(io, now);
             }
             Owner::Child { volume, child, ticket } => {
+                self.child_verified(volume, ticket, u64::from(verified.unwrap_or_default()));
                 self.child_io_done(volume, child, ticket, done.status, now);
             }
             Owner::Register => self.register_stored(pool, done.status, now),
@@ -423,6 +449,14 @@ impl<D: Driver> Shard<D> {
                 let local = &mut self.pools[usize::from(pool)];
                 let Some(at) = local.control.iter().position(|(i, _)| *i == id) else { return };
                 let (_, waiter) = local.control.swap_remove(at);
+                if let Waiter::Snapshot { origin, made, .. } = waiter {
+                    if let Some(error) = &done.error {
+                        tracing::warn!(pool = %local.name, %error, "a snapshot call was refused");
+                    }
+                    self.snapshot_done(pool, (origin, made), done.status, now);
+                    self.finish_drains();
+                    return;
+                }
                 let result = match (done.status.is_ok(), done.error) {
                     (true, _) => Ok(()),
                     (false, Some(error)) => Err(EngineError::Invalid(error.to_string())),
@@ -445,6 +479,19 @@ impl<D: Driver> Shard<D> {
         Owner::Control { id }.tag()
     }
 
+    /// Takes back a tag that was not used.
+    pub(super) fn forget_control(&mut self, pool: u16, tag: u64) {
+        if let Owner::Control { id } = Owner::of(tag) {
+            self.pools[usize::from(pool)].control.retain(|(i, _)| *i != id);
+        }
+    }
+
+    /// Whether a snapshot call of a replica is under way.
+    fn has_snapshot_call(&self, pool: u16, slot: ReplicaSlot) -> bool {
+        let on = |w: &Waiter| matches!(w, Waiter::Snapshot { slot: s, .. } if *s == slot);
+        self.pools[usize::from(pool)].control.iter().any(|(_, w)| on(w))
+    }
+
     fn control_done(&mut self, pool: u16, waiter: Waiter, result: Result<(), EngineError>) {
         match waiter {
             Waiter::Create { id, reply } => {
@@ -457,7 +504,11 @@ impl<D: Driver> Shard<D> {
                 });
                 reply.send(result);
             }
-            Waiter::Delete { reply } => reply.send(result),
+            Waiter::Delete { reply } => {
+                reply.send(result);
+                self.drop_orphans(pool);
+            }
+            Waiter::Snapshot { .. } => unreachable!("answered before"),
             Waiter::Devices { what, reply } => {
                 match &result {
                     Ok(()) => tracing::info!(pool = %self.pools[usize::from(pool)].name, "{what}"),
@@ -468,8 +519,14 @@ impl<D: Driver> Shard<D> {
                 }
                 reply.send(result);
             }
+            Waiter::Orphan => {
+                if let Err(error) = result {
+                    tracing::warn!(%error, "the snapshot of a replica that is gone stays");
+                }
+            }
             Waiter::Checkpoint => self.checkpoint_done(),
-            Waiter::Grow => {
+            Waiter::Grow { reply: Some(reply) } => reply.send(result),
+            Waiter::Grow { reply: None } => {
                 if let Err(error) = result {
                     let pool = &self.pools[usize::from(pool)].name;
                     tracing::error!(%pool, %error, "the pool did not grow with its device");
@@ -509,7 +566,10 @@ impl<D: Driver> Shard<D> {
                 RegisterKind::Promise { epoch: Epoch(epoch), again }
             }
             (register::OPCODE_ACCEPT, Some(page)) => RegisterKind::Accept(page),
-            (register::OPCODE_ACCEPT, None) => {
+            (register::OPCODE_RESIZE, Some(page)) => {
+                RegisterKind::Resize { epoch: page.accepted_epoch, blocks: page.blocks }
+            }
+            (register::OPCODE_ACCEPT | register::OPCODE_RESIZE, None) => {
                 self.answer_register(origin, Err(IoStatus::InvalidField));
                 return;
             }
@@ -550,9 +610,10 @@ impl<D: Driver> Shard<D> {
                 self.pools[usize::from(pool)].registers.pop_front();
                 continue;
             }
+            let blocks = self.replica_blocks(pool, slot);
             let local = &mut self.pools[usize::from(pool)];
             let Some(op) = local.registers.front() else { return };
-            let Some(held) = local.pool.register(slot).map(|r| to_nexus(r, life)) else {
+            let Some(held) = local.pool.register(slot).map(|r| to_nexus(r, life, blocks)) else {
                 local.registers.pop_front();
                 self.answer_register(origin, Err(IoStatus::NotReady));
                 continue;
@@ -572,6 +633,17 @@ impl<D: Driver> Shard<D> {
                     } else {
                         Some(Err(IoStatus::Fenced))
                     }
+                }
+                RegisterKind::Resize { epoch, .. } if *epoch < held.promised_epoch => {
+                    Some(Err(IoStatus::Fenced))
+                }
+                RegisterKind::Resize { blocks, .. } if *blocks <= held.blocks => Some(Ok(held)),
+                RegisterKind::Resize { blocks, .. } => {
+                    local.register_busy = true;
+                    local.busy = true;
+                    let tag = Owner::Register.tag();
+                    local.pool.resize_replica(tag, slot, *blocks, self.driver.memory());
+                    None
                 }
                 RegisterKind::Accept(new) => {
                     let current = (held.accepted_epoch, held.seq);
@@ -614,7 +686,12 @@ impl<D: Driver> Shard<D> {
         local.register_busy = false;
         local.busy = true;
         let Some(op) = local.registers.pop_front() else { return };
-        let held = local.pool.register(op.slot).map(|r| to_nexus(r, life));
+        if let (RegisterKind::Resize { .. }, IoStatus::Ok) = (&op.kind, status) {
+            self.replica_resized(pool, op.slot);
+        }
+        let blocks = self.replica_blocks(pool, op.slot);
+        let local = &self.pools[usize::from(pool)];
+        let held = local.pool.register(op.slot).map(|r| to_nexus(r, life, blocks));
         let answer = match (status, held) {
             (IoStatus::Ok, Some(held)) => Ok(held),
             (IoStatus::Ok, None) => Err(IoStatus::NotReady),
@@ -637,7 +714,9 @@ impl<D: Driver> Shard<D> {
         // From here on, what comes on an earlier session of this host is refused.
         self.bind_epoch(op.origin, *epoch);
         let ios = self.ios_on(pool, op.slot);
-        let drain = Drain { origin: op.origin, epoch: *epoch, answer: answer.clone(), ios };
+        let replica = (pool, op.slot);
+        let drain =
+            Drain { origin: op.origin, epoch: *epoch, answer: answer.clone(), ios, replica };
         self.drains.push(drain);
         self.finish_drains();
     }
@@ -654,7 +733,9 @@ impl<D: Driver> Shard<D> {
     }
 
     fn finish_drains(&mut self) {
-        while let Some(at) = self.drains.iter().position(|drain| drain.ios.is_empty()) {
+        while let Some(at) = self.drains.iter().position(|drain| {
+            drain.ios.is_empty() && !self.has_snapshot_call(drain.replica.0, drain.replica.1)
+        }) {
             let Drain { origin, epoch, answer, .. } = self.drains.swap_remove(at);
             tracing::debug!(%epoch, "promised, and drained");
             self.answer_register(origin, Ok(answer));
@@ -721,13 +802,14 @@ impl<D: Driver> Shard<D> {
     }
 }
 
-fn to_nexus(register: &cairn_replica::Register, incarnation: u128) -> Register {
+fn to_nexus(register: &cairn_replica::Register, incarnation: u128, blocks: u64) -> Register {
     Register {
         promised_epoch: register.promised_epoch,
         accepted_epoch: register.accepted_epoch,
         seq: register.seq,
         config: register.config.clone(),
         incarnation,
+        blocks,
     }
 }
 

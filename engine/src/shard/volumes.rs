@@ -2,9 +2,11 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, IoRequest, IoStatus, ReplicaId};
+use cairn_block::{BlockSize, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
+use cairn_crypt::VolumeKey;
 use cairn_nexus::{
-    ChildId, ChildOp, ChildReply, ChildSpec, Event, Nexus, NexusConfig, Ticket, VolumeState,
+    ChildId, ChildOp, ChildReply, ChildSpec, Event, MEND_RESERVE, Nexus, NexusConfig, Purpose,
+    Ticket, VolumeState,
 };
 use cairn_nvmf::target::{
     MAX_NQN_LEN, NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId,
@@ -14,9 +16,14 @@ use cairn_replica::ReplicaSlot;
 
 use super::Shard;
 use super::io::Export;
+use super::keys;
 use super::links::Link;
 use super::pools::{Origin, Owner, RegisterKind, serial_of};
-use crate::control::{ChildAddress, EngineError, ExportCounters, Reply, VolumeSpec};
+use super::snapshots::SnapshotOrigin;
+use crate::control::{
+    ChildAddress, EncryptionSpec, EngineError, ExportCounters, Reply, VolumeSpec,
+};
+use crate::snapshot;
 
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +37,12 @@ pub(super) enum Route {
     },
     /// The volume is being removed; the link's number may be another's.
     Gone,
+}
+
+/// A change of a volume's configuration that somebody waits for.
+pub(super) enum PendingChange {
+    Size(Reply<()>),
+    Key(Reply<()>),
 }
 
 /// One volume.
@@ -46,7 +59,25 @@ pub(super) struct Volume {
     /// Host requests that the nexus has no room for.
     waiting: VecDeque<(u32, IoRequest)>,
     removing: Option<Reply<()>>,
+    pub(super) change: Option<PendingChange>,
+    /// Encrypts and decrypts, where the volume is encrypted and its key is at hand.
+    pub(super) key: Option<Box<VolumeKey>>,
+    /// Requests wait: a snapshot of several volumes is being taken.
+    pub(super) frozen: bool,
     pub(super) busy: bool,
+}
+
+impl Volume {
+    pub(super) fn removing(&self) -> bool {
+        self.removing.is_some()
+    }
+
+    /// Whoever waits for a change hears that it was not made.
+    pub(super) fn fail_change(&mut self, why: &str) {
+        if let Some(PendingChange::Size(reply) | PendingChange::Key(reply)) = self.change.take() {
+            reply.send(Err(EngineError::Storage(why.to_owned())));
+        }
+    }
 }
 
 impl<D: Driver> Shard<D> {
@@ -74,7 +105,7 @@ impl<D: Driver> Shard<D> {
                 )));
             }
             match address {
-                ChildAddress::Local { pool } => self.check_local(pool, *replica, spec.blocks)?,
+                ChildAddress::Local { pool } => self.check_local(pool, *replica, &spec)?,
                 ChildAddress::Remote { nqn, .. } if nqn.len() > MAX_NQN_LEN => {
                     return Err(EngineError::Invalid(format!(
                         "replica {replica}: an NQN has at most {MAX_NQN_LEN} bytes"
@@ -84,9 +115,13 @@ impl<D: Driver> Shard<D> {
             }
             children.push(ChildSpec { replica: *replica, local });
         }
+        let key = keys::new_key(&spec)?;
+        let section =
+            |e: &EncryptionSpec| e.new.as_ref().map_or(Vec::new(), |new| new.encode().to_vec());
         let nexus = Nexus::new(NexusConfig {
             volume: spec.id,
             blocks: spec.blocks,
+            encryption: spec.encryption.as_ref().map(section),
             children,
             purpose: spec.purpose,
             child_deadline_ms: spec.child_deadline_ms,
@@ -94,6 +129,10 @@ impl<D: Driver> Shard<D> {
             max_requests: self.config.volume_requests,
         });
         let addresses = spec.children.clone();
+        if !self.has_mend_reserve {
+            self.mend_reserve = self.driver.memory().alloc(MEND_RESERVE);
+            self.has_mend_reserve = self.mend_reserve.is_some();
+        }
         self.next_generation = self.next_generation.wrapping_add(1);
         let at = self.volumes.insert(Volume {
             spec,
@@ -105,6 +144,9 @@ impl<D: Driver> Shard<D> {
             register_replies: VecDeque::with_capacity(16),
             waiting: VecDeque::with_capacity(64),
             removing: None,
+            change: None,
+            key,
+            frozen: false,
             busy: false,
         });
         for (child, (replica, address)) in (0u8..).zip(addresses) {
@@ -130,7 +172,7 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Whether a replica in a pool of this process can be a child of a volume so large.
-    fn check_local(&self, name: &str, id: ReplicaId, blocks: u64) -> Result<(), EngineError> {
+    fn check_local(&self, name: &str, id: ReplicaId, spec: &VolumeSpec) -> Result<(), EngineError> {
         let missing =
             || EngineError::NotFound { kind: "replica", name: format!("local:{name}/{id}") };
         let (pool, slot, _) = self.find_replica(id).ok_or_else(missing)?;
@@ -143,10 +185,11 @@ impl<D: Driver> Shard<D> {
         }
         let pool = &local.pool;
         let found = pool.replicas().find(|r| r.slot == slot).ok_or_else(missing)?;
-        if found.blocks < blocks {
+        // One of a volume that exists may have missed that it grew: it does so when it joins.
+        if spec.purpose == Purpose::Create && found.blocks < spec.blocks {
             return Err(EngineError::Invalid(format!(
-                "replica {id} is too small: it has {} blocks, the volume {blocks}",
-                found.blocks
+                "replica {id} is too small: it has {} blocks, the volume {}",
+                found.blocks, spec.blocks
             )));
         }
         Ok(())
@@ -179,12 +222,21 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn submit_to_volume(&mut self, at: u32, io: u32, request: IoRequest, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else { return };
-        if volume.nexus.has_room() && volume.waiting.is_empty() {
+        if volume.nexus.has_room() && volume.waiting.is_empty() && !volume.frozen {
             volume.nexus.submit(u64::from(io), request, now);
         } else {
             volume.waiting.push_back((io, request));
         }
         self.touch_volume(at);
+    }
+
+    /// A Verify of a child, whose answer comes next, found data in so many blocks.
+    pub(super) fn child_verified(&mut self, volume: u32, ticket: Ticket, blocks: u64) {
+        if blocks > 0
+            && let Some(v) = self.volumes.get_mut(volume)
+        {
+            v.nexus.handle_verified(ticket, blocks);
+        }
     }
 
     pub(super) fn child_io_done(
@@ -218,23 +270,28 @@ impl<D: Driver> Shard<D> {
             self.volumes[at].nexus.handle_register(child, ticket, reply, now);
         }
         loop {
-            let mut moved = false;
+            let mut moved = self.run_mends(at, now);
             while let Some(io) = self.volumes[at].nexus.poll_child() {
                 let route = self.volumes[at].routes[usize::from(io.child.0)];
                 self.send_child(at, route, io, now);
                 moved = true;
             }
             while let Some(done) = self.volumes[at].nexus.poll_done() {
-                let io = u32::try_from(done.tag).expect("tags are request numbers");
-                self.host_io_done(io, done.status, now);
+                match u32::try_from(done.tag) {
+                    Ok(io) => self.host_io_done(io, done.status, now),
+                    Err(_) => self.own_request_done(done.tag, Some(done.status)),
+                }
                 moved = true;
             }
             while let Some(tag) = self.volumes[at].nexus.poll_release() {
-                let io = u32::try_from(tag).expect("tags are request numbers");
-                self.host_io_released(io, now);
+                match u32::try_from(tag) {
+                    Ok(io) => self.host_io_released(io, now),
+                    Err(_) => self.own_request_done(tag, None),
+                }
                 moved = true;
             }
-            while self.volumes[at].nexus.has_room()
+            while !self.volumes[at].frozen
+                && self.volumes[at].nexus.has_room()
                 && let Some((io, request)) = self.volumes[at].waiting.pop_front()
             {
                 self.volumes[at].nexus.submit(u64::from(io), request, now);
@@ -245,9 +302,15 @@ impl<D: Driver> Shard<D> {
             }
         }
         while let Some(event) = self.volumes[at].nexus.poll_event() {
-            self.volume_event(at, event);
+            self.volume_event(at, event, now);
+        }
+        if !self.snapshots.is_empty() {
+            self.advance_snapshots(now);
         }
         let volume = &mut self.volumes[at];
+        if volume.nexus.waits_for_memory() && !self.short_volumes.contains(&at) {
+            self.short_volumes.push(at);
+        }
         let next = volume.nexus.poll_timeout(now);
         let finished =
             volume.removing.is_some() && volume.nexus.in_flight() == 0 && volume.waiting.is_empty();
@@ -258,8 +321,15 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// Moves a volume's mends on; false where nothing can be done now.
+    pub(super) fn run_mends(&mut self, at: u32, now: u64) -> bool {
+        let Some(volume) = self.volumes.get_mut(at) else { return false };
+        volume.nexus.run_mends(self.driver.memory(), &mut self.mend_reserve, now)
+    }
+
     fn drop_volume(&mut self, at: u32) {
-        let Some(volume) = self.volumes.remove(at) else { return };
+        let Some(mut volume) = self.volumes.remove(at) else { return };
+        volume.fail_change("the volume was removed meanwhile");
         self.detach_links(at);
         if let Some(reply) = volume.removing {
             reply.send(Ok(()));
@@ -268,6 +338,15 @@ impl<D: Driver> Shard<D> {
 
     fn send_child(&mut self, at: u32, route: Route, io: cairn_nexus::ChildIo, now: u64) {
         match (route, io.op) {
+            (
+                Route::Local { pool, slot },
+                ChildOp::Io(IoRequest { op: IoOp::Snapshot(verb), buf, .. }),
+            ) => {
+                let (child, ticket) = (io.child, io.ticket);
+                let origin = SnapshotOrigin::Child { volume: at, child, ticket };
+                let call = snapshot::decode(self.driver.memory().bytes(buf));
+                self.snapshot_on_replica((pool, slot), origin, verb, call, now);
+            }
             (Route::Local { pool, slot }, ChildOp::Io(request)) => {
                 let tag = Owner::Child { volume: at, child: io.child, ticket: io.ticket }.tag();
                 let local = &mut self.pools[usize::from(pool)];
@@ -281,6 +360,7 @@ impl<D: Driver> Shard<D> {
                 let kind = match op {
                     ChildOp::Promise { epoch, again } => RegisterKind::Promise { epoch, again },
                     ChildOp::Accept(register) => RegisterKind::Accept(register),
+                    ChildOp::Resize { epoch, blocks } => RegisterKind::Resize { epoch, blocks },
                     ChildOp::ReadRegister | ChildOp::Io(_) => RegisterKind::Read,
                 };
                 self.register_op(origin, pool, slot, kind);
@@ -290,8 +370,8 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    fn volume_event(&mut self, at: u32, event: Event) {
-        let volume = &self.volumes[at];
+    fn volume_event(&mut self, at: u32, event: Event, now: u64) {
+        let volume = &mut self.volumes[at];
         let name = &volume.spec.name;
         let child = |c: ChildId| volume.spec.children[usize::from(c.0)].0;
         match event {
@@ -302,6 +382,9 @@ impl<D: Driver> Shard<D> {
                         tracing::info!(volume = %name, state = word, detail, "volume state");
                     }
                     _ => tracing::warn!(volume = %name, state = word, detail, "volume state"),
+                }
+                if matches!(state, VolumeState::Fenced | VolumeState::Refused(_)) {
+                    volume.fail_change(&format!("the volume is {word}: {detail}"));
                 }
                 if state.is_serving() && volume.export.is_none() && volume.removing.is_none() {
                     self.export_volume(at);
@@ -320,6 +403,22 @@ impl<D: Driver> Shard<D> {
             Event::Committed { epoch, seq } => {
                 tracing::info!(volume = %name, %epoch, seq, "configuration stored");
             }
+            Event::Locked if volume.removing.is_none() => self.volume_locked(at, now),
+            Event::Locked => {}
+            Event::Resized(blocks) => self.volume_resized(at, blocks),
+            Event::ResizeFailed(child, status) => self.resize_failed(at, child, status),
+            Event::KeyChanged => {
+                tracing::info!(volume = %name, "the volume's key is wrapped anew");
+                let change = volume.change.take_if(|c| matches!(c, PendingChange::Key(_)));
+                if let Some(PendingChange::Key(reply)) = change {
+                    reply.send(Ok(()));
+                }
+            }
+            Event::Found { lba, child: c, found } => tracing::warn!(
+                volume = %name, replica = %child(c), lba = lba.0, outcome = found.word(),
+                "a block did not verify, or differed"
+            ),
+            Event::ScrubFinished => tracing::info!(volume = %name, "scrub finished"),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
                     self.fail_link(link, "the nexus gave the session up");
@@ -330,6 +429,16 @@ impl<D: Driver> Shard<D> {
 
     /// Lets hosts connect.
     fn export_volume(&mut self, at: u32) {
+        let volume = &mut self.volumes[at];
+        assert_eq!(
+            volume.key.is_some(),
+            !volume.nexus.encryption().is_empty(),
+            "a volume is served as its configuration says"
+        );
+        // The keys that opened it are not needed any more.
+        if let Some(encryption) = volume.spec.encryption.as_mut() {
+            encryption.keks.clear();
+        }
         let spec = &self.volumes[at].spec;
         let (name, id) = (spec.name.clone(), spec.id);
         let added = self.target.add_subsystem(SubsystemConfig {

@@ -51,6 +51,22 @@ fn every_size_and_operation_with_every_digest() {
 }
 
 #[test]
+fn verify_transfers_nothing_and_tells_what_is_damaged() {
+    let mut world = World::connected(session_config());
+    world.disk[40 * 4096] = 0xbd;
+    let good = world.io(IoOp::Verify, 8, 32, BufSlice::EMPTY);
+    assert_eq!((good.io_status, good.data_len), (IoStatus::Ok, 0));
+    let bad = world.io(IoOp::Verify, 8, 33, BufSlice::EMPTY);
+    assert_eq!(bad.io_status, IoStatus::MediaError);
+    // VSL: 1 MiB.
+    let most = world.io(IoOp::Verify, 41, 256, BufSlice::EMPTY);
+    assert_eq!(most.io_status, IoStatus::Ok);
+    let long = world.io(IoOp::Verify, 41, 257, BufSlice::EMPTY);
+    assert_eq!(long.io_status, IoStatus::InvalidField);
+    world.close();
+}
+
+#[test]
 fn writes_are_cut_to_maxh2cdata() {
     for digests in [false, true] {
         let mut world = World::new(with_digests(digests, digests));

@@ -36,8 +36,8 @@ const LOG_PAGES: [u8; 6] = [
 const CTRATT: u32 = 1 | 1 << 6;
 /// LPA: the Command Effects log page, and offsets and long reads of log pages.
 const LPA: u8 = 1 << 1 | 1 << 2;
-/// ONCS: Dataset Management, Write Zeroes.
-const ONCS: u16 = 1 << 2 | 1 << 3;
+/// ONCS: Dataset Management, Write Zeroes, Verify.
+const ONCS: u16 = 1 << 2 | 1 << 3 | 1 << 7;
 /// SGLS: supported; offsets for in-capsule data.
 const SGLS: u32 = 1 | 1 << 20;
 /// Broadcast NSID.
@@ -160,8 +160,7 @@ impl Target {
                 let nsids = subsystem.namespaces.iter().map(|ns| ns.nsid);
                 identify::encode_active_namespaces(nsids, nsid, page);
             }
-            // No limits but MDTS.
-            cns::CONTROLLER_CSI => {}
+            cns::CONTROLLER_CSI => identify::encode_nvm_controller(page),
             // Bit 0 of the first combination: the NVM command set.
             cns::COMMAND_SETS => page[0] = 1,
             _ if !valid => return Err(invalid_namespace),

@@ -3,12 +3,19 @@
 use cairn_block::{BlockSize, Lba, LbaRange, Memory};
 
 use super::{Command, Io, IoCommand, NamespaceConfig, Outcome, Queue, Status, Target, refuse};
+use crate::identify::{PAGE_LEN, VSL};
 use crate::sqe::{Sqe, opcode};
 use crate::wire::{u32_at, u64_at};
 
 /// I/O commands, and those of them that change data.
-pub(super) const IO_OPCODES: [u8; 5] =
-    [opcode::FLUSH, opcode::WRITE, opcode::READ, opcode::WRITE_ZEROES, opcode::DATASET_MANAGEMENT];
+pub(super) const IO_OPCODES: [u8; 6] = [
+    opcode::FLUSH,
+    opcode::WRITE,
+    opcode::READ,
+    opcode::WRITE_ZEROES,
+    opcode::DATASET_MANAGEMENT,
+    opcode::VERIFY,
+];
 pub(super) const MUTATING_OPCODES: [u8; 3] =
     [opcode::WRITE, opcode::WRITE_ZEROES, opcode::DATASET_MANAGEMENT];
 
@@ -18,6 +25,8 @@ const FUA: u32 = 1 << 30;
 const DEAC: u32 = 1 << 25;
 /// CDW11 of Dataset Management: Attribute - Deallocate.
 const AD: u32 = 1 << 2;
+/// Bytes of one Verify at most: a child has to answer it within its deadline, however slow its disk is.
+const VERIFY_LIMIT: u32 = PAGE_LEN << VSL;
 /// Bytes of one range of Dataset Management.
 const DSM_RANGE_LEN: usize = 16;
 
@@ -85,6 +94,12 @@ fn decode_io<M: Memory>(
                 return Ok(IoCommand::WriteZeroes { range, fua, unmap });
             }
             let len = byte_len(range, namespace.block_size);
+            if sqe.opcode() == opcode::VERIFY {
+                if len.is_none_or(|len| len > VERIFY_LIMIT) {
+                    return Err((cmd, Status::INVALID_FIELD.with_dnr()));
+                }
+                return Ok(IoCommand::Verify { range });
+            }
             if len != Some(queue.data_len(cmd.slot)) {
                 return Err((cmd, Status::SGL_DATA_LENGTH_INVALID.with_dnr()));
             }

@@ -211,7 +211,9 @@ fn a_linux_host_finds_its_way() {
     host.capsule(admin, Sqe::new(0x0c).with_cid(0x1f), &[]);
     assert_eq!(host.answers(admin), []);
 
-    host.ok(admin, identify(0x06, 0), &[]);
+    // ONCS bit 7 and VSL: Verify, 1 MiB at most.
+    assert_ne!(page[520] & 1 << 7, 0);
+    assert_eq!(host.ok(admin, identify(0x06, 0), &[]).data[0], 8);
     let list = host.ok(admin, identify(0x02, 0), &[]).data;
     assert_eq!(active_namespaces(&list).collect::<Vec<_>>(), [1]);
     assert_eq!(descriptor_id(&host.ok(admin, identify(0x03, 1), &[]).data), Some(ID));

@@ -1,6 +1,6 @@
 //! The catalog: a page for each replica slot, with the replica's identity and its durable register.
 
-use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, VolumeId};
+use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, SnapshotId, VolumeId};
 
 use super::superblock::MAX_EXTENTS;
 use super::{
@@ -14,13 +14,29 @@ pub const CATALOG_MAGIC: [u8; 8] = *b"CAIRNCAT";
 pub const NAME_MAX: usize = 64;
 /// Bytes of a register's configuration.
 pub const CONFIG_MAX: usize = 2048;
+/// The flag of a replica whose whole size is reserved for it.
+pub const FLAG_THICK: u16 = 1;
+/// The flag of a slot that holds a snapshot, or held one until it was deleted.
+pub const FLAG_SNAPSHOT: u16 = 2;
+/// Bit of a page's flags: the replica is about to go back to a snapshot on every device of its pool.
+pub const FLAG_REVERTING: u16 = 4;
+/// Bit of a page's flags: it has done so here.
+pub const FLAG_REVERTED: u16 = 8;
+/// No layer, on the device.
+const NO_LAYER: u16 = u16::MAX;
 /// The largest replica: 256 TiB.
 pub const MAX_REPLICA_BYTES: u64 = 1 << 48;
 
+const LAYER_AT: usize = 120;
 const NAME_AT: usize = 128;
+const CREATED_AT: usize = 192;
+const SNAPSHOT_AT: usize = 200;
+const TARGET_AT: usize = 216;
 const CONFIG_AT: usize = 256;
 const _: () = assert!(HEADER_LEN + 80 == NAME_AT);
-const _: () = assert!(NAME_AT + NAME_MAX <= CONFIG_AT && CONFIG_AT + CONFIG_MAX <= BLOCK_LEN);
+const _: () = assert!(NAME_AT + NAME_MAX == CREATED_AT && SNAPSHOT_AT + 16 == TARGET_AT);
+const _: () = assert!(TARGET_AT + 16 <= CONFIG_AT);
+const _: () = assert!(CONFIG_AT + CONFIG_MAX <= BLOCK_LEN);
 const _: () = assert!(MAX_REPLICA_BYTES / EXTENT <= MAX_EXTENTS);
 
 /// What a slot holds.
@@ -31,8 +47,10 @@ pub enum CatalogState {
     Free,
     /// A replica.
     Live,
-    /// A replica whose extents are being given back. There is no way back from here.
+    /// A replica or snapshot whose extents are being given back. There is no way back from here.
     Deleting,
+    /// A snapshot of a replica.
+    Snapshot,
 }
 
 /// A decoded catalog page.
@@ -42,7 +60,7 @@ pub struct CatalogPage {
     pub sequence: u64,
     /// What the slot holds.
     pub state: CatalogState,
-    /// The replica.
+    /// The replica; for a snapshot, the replica that it was taken of.
     pub replica: ReplicaId,
     /// The volume that it is a replica of.
     pub volume: VolumeId,
@@ -52,6 +70,18 @@ pub struct CatalogPage {
     pub blocks: u64,
     /// The size of its blocks.
     pub block_size: BlockSize,
+    /// The layer that holds what was written to it.
+    pub layer: u16,
+    /// The layer that holds what was there before, if any.
+    pub parent: Option<u16>,
+    /// Bit 0: its whole size is reserved for it.
+    pub flags: u16,
+    /// When a snapshot was taken, in seconds since 1970, as its taker told.
+    pub created: u64,
+    /// The snapshot; for a replica, the snapshot that it is a clone of.
+    pub snapshot: SnapshotId,
+    /// The snapshot that it is about to go back to, where its flags say so.
+    pub target: SnapshotId,
     /// The register's promise.
     pub promised_epoch: Epoch,
     /// The epoch of the accepted configuration.
@@ -63,6 +93,12 @@ pub struct CatalogPage {
 }
 
 impl CatalogPage {
+    /// Its size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.blocks << self.block_size.shift()
+    }
+
     /// Encodes the page of `slot` as the copy that lies at `address`, in blocks.
     pub fn encode(&self, slot: u16, address: u64, pool: PoolId, block: &mut [u8]) {
         block.fill(0);
@@ -73,6 +109,7 @@ impl CatalogPage {
             CatalogState::Free => 0,
             CatalogState::Live => 1,
             CatalogState::Deleting => 2,
+            CatalogState::Snapshot => 3,
         };
         block[51] = self.block_size.shift();
         put_u16(block, 52, u16::try_from(self.name.len()).expect("at most 64"));
@@ -83,6 +120,12 @@ impl CatalogPage {
         put_u64(block, 96, self.promised_epoch.0);
         put_u64(block, 104, self.accepted_epoch.0);
         put_u64(block, 112, self.register_seq);
+        put_u16(block, LAYER_AT, self.layer);
+        put_u16(block, LAYER_AT + 2, self.parent.unwrap_or(NO_LAYER));
+        put_u16(block, LAYER_AT + 4, self.flags);
+        put_u64(block, CREATED_AT, self.created);
+        block[SNAPSHOT_AT..SNAPSHOT_AT + 16].copy_from_slice(&self.snapshot.to_bytes());
+        block[TARGET_AT..TARGET_AT + 16].copy_from_slice(&self.target.to_bytes());
         block[NAME_AT..NAME_AT + self.name.len()].copy_from_slice(self.name.as_bytes());
         block[CONFIG_AT..CONFIG_AT + self.config.len()].copy_from_slice(&self.config);
         seal(block);
@@ -101,6 +144,7 @@ impl CatalogPage {
             0 => CatalogState::Free,
             1 => CatalogState::Live,
             2 => CatalogState::Deleting,
+            3 => CatalogState::Snapshot,
             _ => return Err(BlockError::Field("replica state")),
         };
         let block_size = match block[51] {
@@ -127,6 +171,12 @@ impl CatalogPage {
             name: name.to_owned(),
             blocks,
             block_size,
+            layer: get_u16(block, LAYER_AT),
+            parent: Some(get_u16(block, LAYER_AT + 2)).filter(|&parent| parent != NO_LAYER),
+            flags: get_u16(block, LAYER_AT + 4),
+            created: get_u64(block, CREATED_AT),
+            snapshot: SnapshotId::from_bytes(get_bytes(block, SNAPSHOT_AT)),
+            target: SnapshotId::from_bytes(get_bytes(block, TARGET_AT)),
             promised_epoch: Epoch(get_u64(block, 96)),
             accepted_epoch: Epoch(get_u64(block, 104)),
             register_seq: get_u64(block, 112),

@@ -11,10 +11,10 @@ use super::{
 /// What a journal block begins with.
 pub const JOURNAL_MAGIC: [u8; 8] = *b"CAIRNJNL";
 /// Records that fit in a block: the largest group that one commit takes.
-pub const RECORDS_PER_BLOCK: usize = 168;
+pub const RECORDS_PER_BLOCK: usize = 126;
 
 const RECORDS_AT: usize = 64;
-const RECORD_LEN: usize = 24;
+const RECORD_LEN: usize = 32;
 const KIND_SET: u8 = 1;
 const _: () = assert!(HEADER_LEN + 16 == RECORDS_AT);
 const _: () = assert!(RECORDS_AT + RECORDS_PER_BLOCK * RECORD_LEN == BLOCK_LEN);
@@ -52,11 +52,12 @@ impl JournalBlock {
         for (record, at) in records.zip((RECORDS_AT..BLOCK_LEN).step_by(RECORD_LEN)) {
             put_u32(block, at, record.extent);
             put_u32(block, at + 4, record.entry.logical);
-            put_u16(block, at + 8, record.entry.slot);
+            put_u16(block, at + 8, record.entry.layer);
             block[at + 10] = record.entry.state.to_byte();
             block[at + 11] = KIND_SET;
             block[at + 12] = record.entry.flags();
             put_u64(block, at + 16, record.entry.epoch);
+            put_u64(block, at + 24, record.entry.birth);
             count += 1;
         }
         put_u32(block, 48, count);
@@ -91,11 +92,13 @@ impl JournalBlock {
         }
         let entry = Entry {
             state: EntryState::from_byte(block[at + 10])?,
-            slot: get_u16(block, at + 8),
+            layer: get_u16(block, at + 8),
             logical: get_u32(block, at + 4),
             epoch: get_u64(block, at + 16),
             dirty: Entry::dirty_of(block[at + 12]),
             incoming: Entry::incoming_of(block[at + 12]),
+            copy: Entry::copy_of(block[at + 12]),
+            birth: get_u64(block, at + 24),
         };
         Ok(Record { extent: get_u32(block, at), entry })
     }

@@ -11,15 +11,16 @@ mod superblock;
 mod table;
 
 pub use catalog::{
-    CATALOG_MAGIC, CONFIG_MAX, CatalogPage, CatalogState, MAX_REPLICA_BYTES, NAME_MAX,
+    CATALOG_MAGIC, CONFIG_MAX, CatalogPage, CatalogState, FLAG_REVERTED, FLAG_REVERTING,
+    FLAG_SNAPSHOT, FLAG_THICK, MAX_REPLICA_BYTES, NAME_MAX,
 };
 pub use journal::{JOURNAL_MAGIC, JournalBlock, RECORDS_PER_BLOCK, Record};
-pub use sums::{BlockSums, SUMS_MAGIC, block_crc};
-pub(crate) use superblock::MAX_EXTENTS;
+pub use sums::{BlockSums, PageOf, SUMS_MAGIC, block_crc};
 pub use superblock::{
     COMPAT_KNOWN, INCOMPAT_CHECKSUMS, INCOMPAT_KNOWN, MAX_MEMBERS, MAX_SEGMENTS, MemberEntry,
     MemberState, Membership, SUPERBLOCK_MAGIC, Segment, Superblock, VERSION,
 };
+pub(crate) use superblock::{MAX_EXTENTS, MAX_SLOTS};
 pub use table::{ENTRIES_PER_PAGE, Entry, EntryState, TABLE_MAGIC, TablePage};
 
 use cairn_block::PoolId;

@@ -12,23 +12,42 @@ pub const SUMS_MAGIC: [u8; 8] = *b"CAIRNSUM";
 
 const VALID_AT: usize = 64;
 const SUMS_AT: usize = 96;
+const ZEROED_AT: usize = SUMS_AT + 4 * BLOCKS;
+const INCOMING_AT: usize = ZEROED_AT + BLOCKS / 8;
 const BLOCKS: usize = 256;
 const _: () = assert!(EXTENT_BLOCKS == BLOCKS as u64);
 const _: () = assert!(HEADER_LEN + 16 == VALID_AT && VALID_AT + BLOCKS / 8 == SUMS_AT);
-const _: () = assert!(SUMS_AT + BLOCKS * 4 <= BLOCK_LEN);
+const _: () = assert!(INCOMING_AT + BLOCKS / 8 <= BLOCK_LEN);
+
+/// Which extent a page is of, in which of its lives, and how new the page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageOf {
+    /// The extent.
+    pub extent: u32,
+    /// [`Entry::birth`](super::Entry::birth) of the extent.
+    pub birth: u64,
+    /// One more at each write of the page; its lowest bit is the copy that it is written to.
+    pub sequence: u64,
+}
 
 /// The checksums of an extent's blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockSums {
-    /// A bit for each block that holds data; the others read as zeros.
+    /// A bit for each block that holds data.
     pub valid: [u64; 4],
+    /// A bit for each block that was zeroed here: where it holds no data it reads as zeros, and what the
+    /// parent layer has is not seen. Once set it stays.
+    pub zeroed: [u64; 4],
+    /// A bit for each block that is being copied here from the parent layer: after a crash it holds data
+    /// only where its checksum is right, whatever is in it.
+    pub incoming: [u64; 4],
     /// The CRC-32C of each block that holds data.
     pub crc: [u32; BLOCKS],
 }
 
 impl Default for BlockSums {
     fn default() -> Self {
-        Self { valid: [0; 4], crc: [0; BLOCKS] }
+        Self { valid: [0; 4], zeroed: [0; 4], incoming: [0; 4], crc: [0; BLOCKS] }
     }
 }
 
@@ -54,17 +73,31 @@ impl BlockSums {
         self.crc[at] = crc;
     }
 
-    /// Block `at` reads as zeros.
-    pub fn clear(&mut self, at: usize) {
+    /// Block `at` was never written here.
+    pub fn forget(&mut self, at: usize) {
         self.valid[at / 64] &= !(1 << (at % 64));
         self.crc[at] = 0;
     }
 
-    /// Encodes the page of extent `extent` that lies at `address`, in blocks.
-    pub fn encode(&self, extent: u32, address: u64, pool: PoolId, block: &mut [u8]) {
+    /// Block `at` was zeroed: it reads as zeros.
+    pub fn clear(&mut self, at: usize) {
+        self.zeroed[at / 64] |= 1 << (at % 64);
+        self.valid[at / 64] &= !(1 << (at % 64));
+        self.crc[at] = 0;
+    }
+
+    /// Encodes the page of `of` that lies at `address`, in blocks.
+    pub fn encode(&self, of: &PageOf, address: u64, pool: PoolId, block: &mut [u8]) {
         block.fill(0);
-        Header { address, sequence: 0, pool }.encode(SUMS_MAGIC, block);
-        put_u32(block, 48, extent);
+        Header { address, sequence: of.sequence, pool }.encode(SUMS_MAGIC, block);
+        put_u32(block, 48, of.extent);
+        put_u64(block, 56, of.birth);
+        for (i, word) in self.zeroed.iter().enumerate() {
+            put_u64(block, ZEROED_AT + i * 8, *word);
+        }
+        for (i, word) in self.incoming.iter().enumerate() {
+            put_u64(block, INCOMING_AT + i * 8, *word);
+        }
         for (i, word) in self.valid.iter().enumerate() {
             put_u64(block, VALID_AT + i * 8, *word);
         }
@@ -74,19 +107,24 @@ impl BlockSums {
         seal(block);
     }
 
-    /// Decodes the page of extent `extent` that lies at `address`, in blocks.
+    /// Decodes the page of extent `extent`, born at `birth`, that lies at `address`, in blocks. Also
+    /// returns its sequence.
     ///
     /// # Errors
     /// [`BlockError`].
     pub fn decode(
         extent: u32,
+        birth: u64,
         address: u64,
         pool: PoolId,
         block: &[u8],
-    ) -> Result<Self, BlockError> {
-        Header::decode_for(SUMS_MAGIC, address, pool, block)?;
-        if get_u32(block, 48) != extent {
-            return Err(BlockError::Field("extent"));
+    ) -> Result<(Self, u64), BlockError> {
+        let header = Header::decode_for(SUMS_MAGIC, address, pool, block)?;
+        if get_u32(block, 48) != extent || get_u64(block, 56) != birth {
+            return Err(BlockError::Field("extent, or when it was allocated"));
+        }
+        if header.sequence > u64::MAX / 2 {
+            return Err(BlockError::Field("sequence"));
         }
         let mut sums = Self::default();
         for (i, word) in sums.valid.iter_mut().enumerate() {
@@ -95,7 +133,13 @@ impl BlockSums {
         for (i, crc) in sums.crc.iter_mut().enumerate() {
             *crc = get_u32(block, SUMS_AT + i * 4);
         }
-        Ok(sums)
+        for (i, word) in sums.incoming.iter_mut().enumerate() {
+            *word = get_u64(block, INCOMING_AT + i * 8);
+        }
+        for (i, word) in sums.zeroed.iter_mut().enumerate() {
+            *word = get_u64(block, ZEROED_AT + i * 8);
+        }
+        Ok((sums, header.sequence))
     }
 }
 
@@ -111,11 +155,13 @@ mod tests {
         sums.set(100, 1);
         sums.clear(100);
         let mut block = vec![0; BLOCK_LEN];
-        sums.encode(3, 40, PoolId(1), &mut block);
-        assert_eq!(BlockSums::decode(3, 40, PoolId(1), &block), Ok(sums));
-        assert!(BlockSums::decode(4, 40, PoolId(1), &block).is_err());
+        let of = PageOf { extent: 3, birth: 5, sequence: 9 };
+        sums.encode(&of, 40, PoolId(1), &mut block);
+        assert_eq!(BlockSums::decode(3, 5, 40, PoolId(1), &block), Ok((sums, 9)));
+        assert!(BlockSums::decode(4, 5, 40, PoolId(1), &block).is_err());
+        assert!(BlockSums::decode(3, 6, 40, PoolId(1), &block).is_err());
         block[200] ^= 1;
-        assert_eq!(BlockSums::decode(3, 40, PoolId(1), &block), Err(BlockError::Checksum));
+        assert_eq!(BlockSums::decode(3, 5, 40, PoolId(1), &block), Err(BlockError::Checksum));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub const MAX_MEMBERS: usize = 64;
 
 /// More extents than this cannot be mapped: the map's top bit is taken.
 pub(crate) const MAX_EXTENTS: u64 = (1 << 31) - 2;
-pub(crate) const MAX_SLOTS: u16 = 256;
+pub(crate) const MAX_SLOTS: u16 = 4096;
 const MAX_JOURNAL_BLOCKS: u64 = 1 << 14;
 /// The deepest a segment may lie, so that no sum of addresses overflows.
 const MAX_ADDRESS: u64 = 1 << 44;
@@ -33,12 +33,12 @@ const FIXED: usize = HEADER_LEN + 12 * 8;
 const SEGMENT_LEN: usize = 24;
 const _: () = assert!(FIXED == 144);
 const DEVICE_AT: usize = FIXED + MAX_SEGMENTS * SEGMENT_LEN;
-const LOST_AT: usize = DEVICE_AT + 32;
-const MEMBERS_AT: usize = LOST_AT + 32;
+const MEMBERS_AT: usize = DEVICE_AT + 32;
+const LOST_AT: usize = MEMBERS_AT + MAX_MEMBERS * MEMBER_LEN;
+const LOST_WORDS: usize = MAX_SLOTS as usize / 64;
 const MEMBER_LEN: usize = 24;
-const _: () = assert!(DEVICE_AT == 1680 && MEMBERS_AT == 1744);
-const _: () = assert!(MEMBERS_AT + MAX_MEMBERS * MEMBER_LEN <= 4096);
-const _: () = assert!(MAX_SLOTS as usize == 4 * 64);
+const _: () = assert!(DEVICE_AT == 1680 && MEMBERS_AT == 1712 && LOST_AT == 3248);
+const _: () = assert!(LOST_AT + 8 * LOST_WORDS <= 4096);
 
 /// What a device is to its pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,19 +94,31 @@ pub struct MemberEntry {
 }
 
 /// The devices of a pool, as all of them are told.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Membership {
     /// The highest is right. Its upper half counts how often the pool went on without a device, so that
     /// whatever a device that was left behind may have stored last is never the highest.
     pub generation: u64,
     /// A bit for each replica slot: its extents that are mapped nowhere may have been on a device that
     /// is gone, and do not read as zeros.
-    pub lost: [u64; 4],
+    pub lost: [u64; LOST_WORDS],
     /// At most [`MAX_MEMBERS`], none twice.
     pub members: Vec<MemberEntry>,
 }
 
+impl Default for Membership {
+    fn default() -> Self {
+        Self { generation: 0, lost: [0; LOST_WORDS], members: Vec::new() }
+    }
+}
+
 impl Membership {
+    /// Whether of no slot anything may have been lost.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.lost == [0; LOST_WORDS]
+    }
+
     /// One device alone.
     #[must_use]
     pub fn alone(id: PoolDeviceId, state: MemberState) -> Self {
@@ -181,10 +193,10 @@ impl Segment {
         self.data + u64::from(self.extents) * EXTENT_BLOCKS
     }
 
-    /// Where the checksum page of its extent `local` lies.
+    /// Where copy A of the checksum page of its extent `local` lies; copy B is next to it.
     #[must_use]
     pub fn sums_address(&self, local: u32) -> u64 {
-        self.table + 2 * u64::from(self.pages()) + u64::from(local)
+        self.table + 2 * u64::from(self.pages()) + 2 * u64::from(local)
     }
 
     /// Where copy `copy` (0 or 1) of its page `page` lies.
@@ -209,7 +221,7 @@ pub struct Superblock {
     pub device_len: u64,
     /// The device's sector size in bytes.
     pub sector_size: u32,
-    /// Replica slots in the catalog.
+    /// Slots in the catalog, for replicas and snapshots.
     pub slots: u16,
     /// The first block of the catalog.
     pub catalog: u64,

@@ -24,7 +24,7 @@ pub enum EntryState {
     FreeUnzeroed,
     /// Free, and reads as zeros.
     FreeZeroed,
-    /// Holds a logical extent of a replica.
+    /// Holds a logical extent of a layer.
     Allocated,
 }
 
@@ -52,9 +52,9 @@ impl EntryState {
 pub struct Entry {
     /// What it is used for.
     pub state: EntryState,
-    /// The replica, where it is allocated.
-    pub slot: u16,
-    /// Which of the replica's extents, where it is allocated.
+    /// The layer that it belongs to, where it is allocated.
+    pub layer: u16,
+    /// Which of the layer's extents, where it is allocated.
     pub logical: u32,
     /// The stamp of the first write under a configuration. Zero until it is used.
     pub epoch: u64,
@@ -63,16 +63,24 @@ pub struct Entry {
     /// Whether it is a copy that is being made of another device's extent, and no part of the replica
     /// until that is done: open frees it.
     pub incoming: bool,
+    /// Which copy of its checksum page is current, where it is not dirty.
+    pub copy: bool,
+    /// The journal block that allocated it: tells one life of the extent from the next.
+    pub birth: u64,
 }
 
 /// The bit of an entry's flags that says that it is dirty.
 const DIRTY: u8 = 1;
 /// The bit that says that it is an unfinished copy.
 const INCOMING: u8 = 2;
+/// The bit that says that copy B of its checksum page is the current one.
+const COPY_B: u8 = 4;
 
 impl Entry {
     pub(crate) fn flags(&self) -> u8 {
-        (if self.dirty { DIRTY } else { 0 }) | (if self.incoming { INCOMING } else { 0 })
+        (if self.dirty { DIRTY } else { 0 })
+            | (if self.incoming { INCOMING } else { 0 })
+            | (if self.copy { COPY_B } else { 0 })
     }
 
     pub(crate) fn dirty_of(flags: u8) -> bool {
@@ -82,6 +90,10 @@ impl Entry {
     pub(crate) fn incoming_of(flags: u8) -> bool {
         flags & INCOMING != 0
     }
+
+    pub(crate) fn copy_of(flags: u8) -> bool {
+        flags & COPY_B != 0
+    }
 }
 
 impl Entry {
@@ -89,7 +101,16 @@ impl Entry {
     #[must_use]
     pub const fn free(zeroed: bool) -> Self {
         let state = if zeroed { EntryState::FreeZeroed } else { EntryState::FreeUnzeroed };
-        Self { state, slot: 0, logical: 0, epoch: 0, dirty: false, incoming: false }
+        Self {
+            state,
+            layer: 0,
+            logical: 0,
+            epoch: 0,
+            dirty: false,
+            incoming: false,
+            copy: false,
+            birth: 0,
+        }
     }
 }
 
@@ -127,9 +148,10 @@ impl TablePage {
         for (entry, at) in entries.zip((ENTRIES_AT..).step_by(ENTRY_LEN)) {
             block[at] = entry.state.to_byte();
             block[at + 1] = entry.flags();
-            put_u16(block, at + 2, entry.slot);
+            put_u16(block, at + 2, entry.layer);
             put_u32(block, at + 4, entry.logical);
             put_u64(block, at + 8, entry.epoch);
+            put_u64(block, at + 16, entry.birth);
             count += 1;
         }
         assert_eq!(count, self.entries, "as many entries as the head says");
@@ -176,11 +198,13 @@ impl TablePage {
         let at = ENTRIES_AT + i as usize * ENTRY_LEN;
         Ok(Entry {
             state: EntryState::from_byte(block[at])?,
-            slot: get_u16(block, at + 2),
+            layer: get_u16(block, at + 2),
             logical: get_u32(block, at + 4),
             epoch: get_u64(block, at + 8),
             dirty: Entry::dirty_of(block[at + 1]),
             incoming: Entry::incoming_of(block[at + 1]),
+            copy: Entry::copy_of(block[at + 1]),
+            birth: get_u64(block, at + 16),
         })
     }
 }

@@ -1,4 +1,4 @@
-use cairn_block::{BlockSize, Epoch, PoolDeviceId, PoolId, ReplicaId, VolumeId};
+use cairn_block::{BlockSize, Epoch, PoolDeviceId, PoolId, ReplicaId, SnapshotId, VolumeId};
 use proptest::prelude::*;
 
 use super::*;
@@ -11,11 +11,13 @@ fn the_header_is_as_drawn() {
     let mut block = vec![0; BLOCK_LEN];
     let entry = Entry {
         state: EntryState::Allocated,
-        slot: 0x102,
+        layer: 0x102,
         logical: 0x304,
         epoch: 5,
         dirty: false,
         incoming: true,
+        copy: true,
+        birth: 6,
     };
     let records = [Record { extent: 0x607, entry }].into_iter();
     JournalBlock::encode(0x1122, 0x42, POOL, records, &mut block);
@@ -26,9 +28,10 @@ fn the_header_is_as_drawn() {
     assert_eq!(block[32..36], [0x3f, 0x2c, 0x1a, 0x60]);
     assert_eq!(block[48..56], [1, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(block[64..72], [7, 6, 0, 0, 4, 3, 0, 0]);
-    assert_eq!(block[72..80], [2, 1, 3, 1, 2, 0, 0, 0]);
+    assert_eq!(block[72..80], [2, 1, 3, 1, 6, 0, 0, 0]);
     assert_eq!(block[80..88], [5, 0, 0, 0, 0, 0, 0, 0]);
-    assert!(block[88..].iter().all(|&b| b == 0));
+    assert_eq!(block[88..96], [6, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(block[96..].iter().all(|&b| b == 0));
 }
 
 #[test]
@@ -45,7 +48,7 @@ fn a_block_elsewhere_or_of_another_pool_does_not_decode() {
 prop_compose! {
     fn page()(
         sequence in 0..u64::MAX / 2,
-        state in prop::sample::select(vec![CatalogState::Free, CatalogState::Live, CatalogState::Deleting]),
+        state in prop::sample::select(vec![CatalogState::Free, CatalogState::Live, CatalogState::Deleting, CatalogState::Snapshot]),
         ids in any::<(u128, u128)>(),
         name in "[a-zé€]{0,16}",
         blocks in 0..=MAX_REPLICA_BYTES / BLOCK,
@@ -64,6 +67,12 @@ prop_compose! {
             accepted_epoch: Epoch(register.1),
             register_seq: register.2,
             config,
+            layer: 7,
+            parent: (ids.0 % 2 == 0).then_some(9),
+            flags: 3,
+            target: SnapshotId(ids.1),
+            created: register.0 / 2,
+            snapshot: SnapshotId(ids.1 / 3),
         }
     }
 }
@@ -87,7 +96,10 @@ proptest! {
             .into_iter()
             .map(|(extent, state, slot, logical, epoch)| {
                 let state = EntryState::from_byte(state).expect("a known state");
-                Record { extent, entry: Entry { state, slot, logical, epoch, dirty: epoch % 2 == 1, incoming: epoch % 3 == 1 } }
+                Record { extent, entry: Entry {
+                    state, layer: slot, logical, epoch, dirty: epoch % 2 == 1, incoming: epoch % 3 == 1,
+                    copy: slot % 2 == 1, birth: epoch / 2,
+                } }
             })
             .collect();
         let mut block = vec![0; BLOCK_LEN];
@@ -133,10 +145,11 @@ fn the_list_of_devices_is_as_drawn() {
     superblock.encode(1, &mut block);
     assert_eq!(block[1680..1683], [0x0a, 0x0b, 0]);
     assert_eq!(block[1696..1706], [2, 1, 0, 0, 0, 0, 0, 0, 1, 0]);
-    assert_eq!(block[1712..1722], [0, 0, 0, 0, 0, 0, 0, 0, 2, 0]);
-    assert_eq!(block[1744..1747], [0x0a, 0x0b, 0]);
-    assert_eq!(block[1760], 2);
-    assert!(block[1761..].iter().all(|&b| b == 0));
+    assert_eq!(block[1712..1715], [0x0a, 0x0b, 0]);
+    assert_eq!(block[1728], 2);
+    assert!(block[1729..3248].iter().all(|&b| b == 0));
+    assert_eq!(block[3248..3258], [0, 0, 0, 0, 0, 0, 0, 0, 2, 0]);
+    assert!(block[3257..].iter().all(|&b| b == 0));
     assert_eq!(Superblock::decode(1, &block), Ok(superblock.clone()));
     // A device that its own list does not name.
     block[1680] = 9;

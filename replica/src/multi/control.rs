@@ -6,25 +6,28 @@
 //!
 //! What a crash cuts off, open settles: see `open.rs`.
 
-use cairn_block::{BlockSize, IoStatus, Memory, PoolDeviceId};
+use cairn_block::{IoStatus, Memory, PoolDeviceId};
 
+use super::snapshot::Revert;
 use super::{JOB, Member, MultiPool};
-use crate::ControlError;
-use crate::disk::{CONFIG_MAX, MAX_REPLICA_BYTES, MemberState, Membership, NAME_MAX};
+use crate::control::check_size;
+use crate::disk::{CONFIG_MAX, MemberState, Membership};
 use crate::pool::{Done, PoolState, Register, ReplicaSlot, ReplicaSpec};
+use crate::{ControlError, SnapshotSpec};
 
 /// A command on its way.
 #[derive(Debug)]
 pub(super) struct Job {
-    id: u32,
+    pub(super) id: u32,
     /// Nobody, where nobody asked.
     pub(super) tag: Option<u64>,
-    kind: Kind,
+    pub(super) kind: Kind,
     /// Answers of devices that are awaited.
-    waiting: u32,
-    /// Devices that did it.
-    ok: u64,
-    error: Option<(IoStatus, Option<ControlError>)>,
+    pub(super) waiting: u32,
+    /// Devices that did it, and those that work and did not.
+    pub(super) ok: u64,
+    pub(super) refused: u64,
+    pub(super) error: Option<(IoStatus, Option<ControlError>)>,
 }
 
 #[derive(Debug)]
@@ -33,9 +36,17 @@ pub(super) enum Kind {
         spec: ReplicaSpec,
         slot: u16,
     },
-    /// A create that some devices refused is taken back on the others.
+    /// A create or a snapshot that some devices refused is taken back on the others.
     Undo,
     Delete(u16),
+    Snapshot {
+        slot: u16,
+        spec: SnapshotSpec,
+        /// The slot that it gets.
+        with: u16,
+    },
+    DeleteSnapshot(u16),
+    Revert(Revert),
     Resize(u16, u64),
     Register(u16, Register),
     Checkpoint,
@@ -66,8 +77,8 @@ pub(super) enum Kind {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Change {
     Set(PoolDeviceId, MemberState),
-    /// What the slot does not map is zeros.
-    NotLost(u16),
+    /// What the slot does not map may be lost, or is zeros.
+    Lost(u16, bool),
     /// Without the devices that failed.
     Exclude,
 }
@@ -79,15 +90,33 @@ pub(super) enum Then {
     Joined(usize),
     Drains(usize),
     Left(usize),
-    /// The create that a slot was made ready for.
-    Create(ReplicaSpec, u16),
+    /// The command that a slot was made ready for.
+    Start(Box<Kind>),
     /// Devices that failed are left behind.
     Excluded,
 }
 
+/// Why a device is not taken in.
+pub(super) const THICK_JOINS: &str = "the pool has thick replicas, whose reserve lies on its only \
+    device: delete them, or make them anew as thin ones, and then add the device";
+/// Why a device is not removed.
+pub(super) const LAYERS_DRAIN: &str = "a device cannot be removed while the pool has snapshots or \
+    clones, whose shared extents cannot move: delete the snapshots and the clones first, and wait until \
+    the snapshots are gone";
+
 impl Kind {
     pub(super) fn members(change: Change, then: Then) -> Self {
         Self::Members { change, next: Membership::default(), joins: None, then }
+    }
+
+    /// The replica whose requests it holds.
+    fn holds(&self) -> Option<u16> {
+        match self {
+            Self::Snapshot { slot, .. } => Some(*slot),
+            Self::Revert(revert) => Some(revert.slot),
+            Self::Members { then: Then::Start(kind), .. } => kind.holds(),
+            _ => None,
+        }
     }
 
     fn is_exclusive(&self) -> bool {
@@ -158,7 +187,7 @@ impl MultiPool {
 
     fn job(&mut self, tag: Option<u64>, kind: Kind) -> Job {
         self.next_job = self.next_job.wrapping_add(1);
-        Job { id: self.next_job, tag, kind, waiting: 0, ok: 0, error: None }
+        Job { id: self.next_job, tag, kind, waiting: 0, ok: 0, refused: 0, error: None }
     }
 
     /// Whether a command waits that must not find copies under way.
@@ -210,6 +239,7 @@ impl MultiPool {
     fn fail<M: Memory>(&mut self, reason: &'static str, mem: &mut M) {
         self.state = PoolState::Failed(reason);
         self.abort_copies(mem);
+        self.give_up_waiting();
         for job in core::mem::take(&mut self.jobs) {
             self.finish(job.tag, IoStatus::MediaError, Some(ControlError::PoolFailed(reason)));
         }
@@ -236,6 +266,18 @@ impl MultiPool {
             if front.kind.is_exclusive() && !(self.active.is_empty() && self.copies.is_empty()) {
                 return;
             }
+            if let Some(slot) = front.kind.holds()
+                && !self.is_at_rest(slot)
+            {
+                return;
+            }
+            if let Some(Job { kind: Kind::Revert(revert), .. }) = self.jobs.front()
+                && revert.resumed
+                && self.free_slot().is_err()
+            {
+                // What is being deleted gives a slot back.
+                return;
+            }
             let Some(job) = self.jobs.pop_front() else { return };
             self.start(job, mem);
         }
@@ -252,14 +294,14 @@ impl MultiPool {
         let mut next = self.membership.clone();
         match change {
             Change::Set(id, state) => next.set(id, state),
-            Change::NotLost(slot) => next.set_lost(slot, false),
+            Change::Lost(slot, lost) => next.set_lost(slot, lost),
             Change::Exclude => {
                 next.leave_behind();
                 for member in self.present().filter(|m| m.role == MemberState::Failed) {
                     next.set(member.id, MemberState::Failed);
                 }
                 for slot in 0..self.slots {
-                    if self.live_blocks(slot).is_some() {
+                    if self.is_used(slot) {
                         next.set_lost(slot, true);
                     }
                 }
@@ -276,24 +318,31 @@ impl MultiPool {
             return self.finish(job.tag, IoStatus::MediaError, Some(error));
         }
         if let Err(error) = self.check_job(&mut job.kind) {
-            if let Kind::Members { then: Then::Drains(at), .. } = job.kind
-                && self.member(at).is_serving()
-            {
-                self.member_mut(at).role = MemberState::Live;
+            match job.kind {
+                Kind::Members { then: Then::Drains(at), .. } if self.member(at).is_serving() => {
+                    self.member_mut(at).role = MemberState::Live;
+                }
+                Kind::Join { member, .. } => self.member_mut(member).leaving = true,
+                _ => {}
             }
             let status = match error {
                 ControlError::PoolFailed(_) => IoStatus::MediaError,
-                ControlError::NoFreeSlot(_) => IoStatus::NoSpace,
+                ControlError::NoFreeSlot(_) | ControlError::NoRoom { .. } => IoStatus::NoSpace,
                 _ => IoStatus::InvalidField,
             };
             return self.finish(job.tag, status, Some(error));
         }
-        if let Kind::Create { spec, slot } = &job.kind
-            && self.membership.is_lost(*slot)
-        {
-            // What the slot's last replica lost is none of the new one's business.
-            let then = Then::Create(spec.clone(), *slot);
-            job.kind = Kind::members(Change::NotLost(*slot), then);
+        if let Some((slot, lost)) = self.inherits(&job.kind) {
+            if self.membership.is_lost(slot) != lost {
+                let kind = core::mem::replace(&mut job.kind, Kind::Checkpoint);
+                job.kind = Kind::members(Change::Lost(slot, lost), Then::Start(Box::new(kind)));
+            } else {
+                self.lost.set_lost(slot, lost);
+                self.refresh_direct();
+            }
+        }
+        if let Kind::Revert(revert) = &mut job.kind {
+            self.first_step(revert);
         }
         if let Kind::Members { change, next, .. } = &mut job.kind {
             *next = self.changed(*change);
@@ -315,6 +364,13 @@ impl MultiPool {
         if let Kind::Join { member, registers } = job.kind {
             return self.start_join(job, member, registers, mem);
         }
+        if let Kind::Revert(revert) = &job.kind {
+            job.waiting = self.ask_revert(revert, job.id, mem);
+            if job.waiting == 0 {
+                return self.job_over(job, mem);
+            }
+            return self.active.push(job);
+        }
         job.waiting = u32::try_from(members.len()).expect("at most 64 devices");
         let tag = JOB | u64::from(job.id);
         for at in members {
@@ -322,6 +378,11 @@ impl MultiPool {
             match &job.kind {
                 Kind::Create { spec, slot } => pool.create_in(tag, Some(*slot), spec.clone(), mem),
                 Kind::Delete(slot) => pool.delete_replica(tag, ReplicaSlot(*slot), mem),
+                Kind::Snapshot { slot, spec, with } => {
+                    let slot = ReplicaSlot(*slot);
+                    pool.create_snapshot_in(tag, Some(*with), slot, spec.clone(), mem);
+                }
+                Kind::DeleteSnapshot(slot) => pool.delete_snapshot(tag, ReplicaSlot(*slot), mem),
                 Kind::Resize(slot, blocks) => {
                     pool.resize_replica(tag, ReplicaSlot(*slot), *blocks, mem);
                 }
@@ -332,7 +393,9 @@ impl MultiPool {
                 Kind::Grow { len, .. } => pool.grow(tag, *len, mem),
                 Kind::Members { next, .. } => pool.set_membership(tag, next.clone(), mem),
                 Kind::Wipe { .. } => pool.wipe(tag, mem),
-                Kind::Undo | Kind::Join { .. } => unreachable!("started elsewhere"),
+                Kind::Undo | Kind::Join { .. } | Kind::Revert(_) => {
+                    unreachable!("started elsewhere")
+                }
             }
         }
         if job.waiting == 0 {
@@ -353,10 +416,29 @@ impl MultiPool {
             }
             Kind::Resize(slot, blocks) => {
                 let has = live(*slot)?;
-                check_size(*blocks)?;
+                check_size(self.block_size(*slot), *blocks)?;
                 if *blocks < has {
                     return Err(ControlError::Shrink { has, asked: *blocks });
                 }
+            }
+            Kind::Snapshot { slot, spec, with } => {
+                live(*slot)?;
+                *with = self.check_snapshot(*slot, spec)?;
+            }
+            Kind::DeleteSnapshot(slot) => {
+                self.snapshot_blocks(*slot).ok_or(ControlError::NoSuchReplica(*slot))?;
+            }
+            Kind::Revert(revert) => {
+                live(revert.slot)?;
+                revert.with = self.check_revert(revert)?;
+            }
+            Kind::Join { .. } if self.present().any(|m| m.pool.has_thick()) => {
+                return Err(ControlError::Device(THICK_JOINS.to_owned()));
+            }
+            Kind::Members { then: Then::Drains(_), .. }
+                if self.present().any(|m| m.pool.has_layers()) =>
+            {
+                return Err(ControlError::Device(LAYERS_DRAIN.to_owned()));
             }
             Kind::Register(slot, register) => {
                 live(*slot)?;
@@ -381,49 +463,77 @@ impl MultiPool {
     }
 
     fn check_create(&self, spec: &ReplicaSpec) -> Result<u16, ControlError> {
-        if spec.block_size != BlockSize::B4096 {
-            return Err(ControlError::BlockSize(spec.block_size.bytes()));
+        if spec.thick && self.present().filter(|m| !m.leaving && !m.excluded).count() > 1 {
+            let why = "a thick replica cannot be made in a pool of several devices, because its \
+                       reserve would have to lie on one of them: make it thin, or use a pool of one \
+                       device";
+            return Err(ControlError::Device(why.to_owned()));
         }
-        if spec.name.len() > NAME_MAX {
-            return Err(ControlError::NameTooLong { len: spec.name.len(), max: NAME_MAX });
-        }
-        check_size(spec.blocks)?;
         if self.find(spec.id).is_some() {
             return Err(ControlError::Exists(spec.id));
         }
-        (0..self.slots)
-            .find(|&slot| self.serving().all(|(_, m)| m.pool.is_slot_free(slot)))
-            .ok_or(ControlError::NoFreeSlot(usize::from(self.slots)))
+        if spec.source.is_some() && self.present().any(|m| m.role == MemberState::Draining) {
+            return Err(ControlError::Device(LAYERS_DRAIN.to_owned()));
+        }
+        let slot = self.free_slot()?;
+        for (_, member) in self.serving() {
+            member.pool.check_create(spec, Some(slot))?;
+        }
+        Ok(slot)
+    }
+
+    /// Whether what a new slot does not map may be lost: where that is so of what it is made of.
+    fn inherits(&self, kind: &Kind) -> Option<(u16, bool)> {
+        match kind {
+            Kind::Create { spec, slot } => {
+                let of = spec.source.and_then(|(replica, id)| self.find_snapshot(replica, id));
+                Some((*slot, of.is_some_and(|of| self.membership.is_lost(of.0))))
+            }
+            Kind::Snapshot { slot, with, .. } => Some((*with, self.membership.is_lost(*slot))),
+            _ => None,
+        }
+    }
+
+    /// Whether a slot holds a replica or a snapshot.
+    fn is_used(&self, slot: u16) -> bool {
+        self.serving().any(|(_, m)| m.pool.is_used(slot))
+    }
+
+    /// Whether a command holds the requests of a replica, or is about to.
+    pub(super) fn is_held(&self, slot: u16) -> bool {
+        let front = self.jobs.front();
+        self.active.iter().chain(front).any(|job| job.kind.holds() == Some(slot))
+            || self
+                .jobs
+                .iter()
+                .any(|job| matches!(&job.kind, Kind::Revert(r) if r.resumed && r.slot == slot))
     }
 
     /// A new device gets every replica in its slot, and then, once that is durable, their registers.
     fn start_join<M: Memory>(&mut self, mut job: Job, at: usize, registers: bool, mem: &mut M) {
-        let mut replicas = Vec::new();
+        let mut pages = Vec::new();
         for slot in 0..self.slots {
-            if let (Some(blocks), Some(lead)) = (self.live_blocks(slot), self.lead()) {
-                let page = lead.page(slot);
-                let spec = ReplicaSpec {
-                    id: page.replica,
-                    volume: page.volume,
-                    name: page.name.clone(),
-                    blocks,
-                    block_size: page.block_size,
-                };
+            let Some(lead) = self.lead() else { break };
+            let mut page = lead.page(slot).clone();
+            if self.snapshot_blocks(slot).is_some() && !registers {
+                pages.push((slot, page, Register::default()));
+            } else if let Some(blocks) = self.live_blocks(slot) {
+                page.blocks = blocks;
                 let register = self.register(ReplicaSlot(slot)).cloned().unwrap_or_default();
-                replicas.push((slot, spec, register));
+                pages.push((slot, page, register));
             }
         }
         if registers {
-            replicas.retain(|(_, _, register)| *register != Register::default());
+            pages.retain(|(_, _, register)| *register != Register::default());
         }
-        job.waiting = u32::try_from(replicas.len()).expect("at most 256 replicas");
+        job.waiting = u32::try_from(pages.len()).expect("at most 4096 slots");
         let tag = JOB | u64::from(job.id);
         let pool = &mut self.member_mut(at).pool;
-        for (slot, spec, register) in replicas {
+        for (slot, page, register) in pages {
             if registers {
                 pool.write_register(tag, ReplicaSlot(slot), register, mem);
             } else {
-                pool.create_in(tag, Some(slot), spec, mem);
+                pool.adopt_page(tag, slot, &page, mem);
             }
         }
         if job.waiting == 0 {
@@ -446,6 +556,7 @@ impl MultiPool {
         if done.status.is_ok() {
             job.ok |= 1 << member;
         } else if self.members[member].as_ref().is_some_and(Member::is_online) {
+            job.refused |= 1 << member;
             job.error.get_or_insert((done.status, done.error));
         }
         if self.active[at].waiting == 0 {
@@ -456,6 +567,13 @@ impl MultiPool {
 
     /// Every device has answered.
     fn job_over<M: Memory>(&mut self, job: Job, mem: &mut M) {
+        let job = match job {
+            Job { kind: Kind::Revert(revert), .. } => {
+                let job = Job { kind: Kind::Undo, ..job };
+                return self.revert_over(job, revert, mem);
+            }
+            job => job,
+        };
         let Job { id, tag, kind, ok, error, .. } = job;
         let offline = || (IoStatus::MediaError, None);
         let one_failed = matches!(
@@ -464,12 +582,28 @@ impl MultiPool {
                 if !self.member(member).is_online() && !matches!(kind, Kind::Wipe { .. } if ok != 0)
         );
         match kind {
-            Kind::Create { slot, .. } if error.is_some() && ok != 0 => {
+            Kind::Create { slot, .. } | Kind::Snapshot { with: slot, .. }
+                if error.is_some() && ok != 0 =>
+            {
+                let snapshot = matches!(kind, Kind::Snapshot { .. });
                 let waiting = ok.count_ones();
-                self.active.push(Job { id, tag, kind: Kind::Undo, waiting, ok: 0, error });
+                self.active.push(Job {
+                    id,
+                    tag,
+                    kind: Kind::Undo,
+                    waiting,
+                    ok: 0,
+                    refused: 0,
+                    error,
+                });
+                let (tag, slot) = (JOB | u64::from(id), ReplicaSlot(slot));
                 for at in (0..self.members.len()).filter(|at| ok >> at & 1 != 0) {
                     let pool = &mut self.member_mut(at).pool;
-                    pool.delete_replica(JOB | u64::from(id), ReplicaSlot(slot), mem);
+                    if snapshot {
+                        pool.delete_snapshot(tag, slot, mem);
+                    } else {
+                        pool.delete_replica(tag, slot, mem);
+                    }
                 }
             }
             // Nobody has it, for nobody is left.
@@ -480,7 +614,7 @@ impl MultiPool {
             Kind::Members { change, next, joins: Some(joins), then } => {
                 // Everybody else has it.
                 let kind = Kind::Members { change, next: next.clone(), joins: None, then };
-                self.active.push(Job { id, tag, kind, waiting: 1, ok, error });
+                self.active.push(Job { id, tag, kind, waiting: 1, ok, refused: 0, error });
                 let pool = &mut self.member_mut(joins).pool;
                 pool.set_membership(JOB | u64::from(id), next, mem);
             }
@@ -493,7 +627,7 @@ impl MultiPool {
             }
             Kind::Join { member, registers: false } => {
                 let kind = Kind::Join { member, registers: true };
-                let job = Job { id, tag, kind, waiting: 0, ok: 0, error: None };
+                let job = Job { id, tag, kind, waiting: 0, ok: 0, refused: 0, error: None };
                 self.start_join(job, member, true, mem);
             }
             Kind::Join { member, .. } => {
@@ -503,7 +637,7 @@ impl MultiPool {
                     joins: Some(member),
                     then: Then::Joined(member),
                 };
-                self.start(Job { id, tag, kind, waiting: 0, ok: 0, error: None }, mem);
+                self.start(Job { id, tag, kind, waiting: 0, ok: 0, refused: 0, error: None }, mem);
             }
             Kind::Wipe { member } => {
                 self.member_mut(member).leaving = true;
@@ -544,10 +678,8 @@ impl MultiPool {
                 member.drain.begin();
             }
             Then::Left(member) => self.left(member),
-            Then::Create(spec, slot) => {
-                self.lost.set_lost(slot, false);
-                let job = self.job(tag, Kind::Create { spec, slot });
-                self.refresh_direct();
+            Then::Start(kind) => {
+                let job = self.job(tag, *kind);
                 return self.start(job, mem);
             }
             Then::Excluded => {
@@ -596,12 +728,4 @@ pub(super) fn revive(next: &mut Membership) {
             member.state = MemberState::Live;
         }
     }
-}
-
-fn check_size(blocks: u64) -> Result<(), ControlError> {
-    let max = MAX_REPLICA_BYTES / crate::disk::BLOCK;
-    if blocks == 0 || blocks > max {
-        return Err(ControlError::BadSize { blocks, max });
-    }
-    Ok(())
 }

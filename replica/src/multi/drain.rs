@@ -8,18 +8,18 @@
 
 use std::collections::BTreeSet;
 
-use cairn_block::{Buf, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
+use cairn_block::{BlockSize, Buf, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
 
 use super::control::{Change, Kind, Then};
 use super::route::Part;
 use super::{COPY, MultiPool};
-use crate::disk::{BLOCK, BLOCK_LEN, EXTENT_BLOCKS, MemberState};
+use crate::disk::{BLOCK_LEN, EXTENT, MemberState};
 use crate::pool::{PoolState, ReplicaSlot};
 
 /// Extents that move together.
 const MAX_COPIES: usize = 4;
-/// Blocks that are read at a time.
-const CHUNK_BLOCKS: u64 = 64;
+/// Bytes that are read at a time.
+const CHUNK: u64 = 256 << 10;
 
 /// Where the removal of a device stands.
 #[derive(Debug, Default)]
@@ -72,6 +72,8 @@ pub(super) struct Copy {
     logical: u32,
     /// Blocks of the extent that the replica has.
     blocks: u64,
+    /// The size of the replica's blocks.
+    block_size: BlockSize,
     stage: Stage,
     writers: u32,
     /// Changes that wait.
@@ -102,12 +104,12 @@ impl Copy {
     }
 
     fn range(&self, first: u64, blocks: u64) -> LbaRange {
-        let start = u64::from(self.logical) * EXTENT_BLOCKS + first;
+        let start = u64::from(self.logical) * (EXTENT >> self.block_size.shift()) + first;
         LbaRange::new(Lba(start), blocks).expect("inside the replica")
     }
 
     fn chunk(&self) -> u64 {
-        CHUNK_BLOCKS.min(self.blocks - self.next)
+        (CHUNK >> self.block_size.shift()).min(self.blocks - self.next)
     }
 }
 
@@ -178,13 +180,16 @@ impl MultiPool {
 
     fn copy(&mut self, source: usize, target: usize, slot: u16, logical: u32, blocks: u64) -> Copy {
         self.next_copy = self.next_copy.wrapping_add(1);
+        let block_size = self.block_size(slot);
+        let extent_blocks = EXTENT >> block_size.shift();
         Copy {
             id: self.next_copy,
             source,
             target,
             slot,
             logical,
-            blocks: (blocks - u64::from(logical) * EXTENT_BLOCKS).min(EXTENT_BLOCKS),
+            blocks: (blocks - u64::from(logical) * extent_blocks).min(extent_blocks),
+            block_size,
             stage: Stage::Writers,
             writers: 0,
             parked: Vec::new(),
@@ -195,9 +200,8 @@ impl MultiPool {
         }
     }
 
-    /// The next logical extent that is to leave a device, and how many go with it: everything that reads
-    /// through to it, or through which it is read, has to be on its device too. Today that is nothing:
-    /// an extent has one layer.
+    /// The next logical extent that is to leave a device. What reads through to it, or what it reads
+    /// through to, would have to go with it: so there are no layers while a device is being removed.
     fn next_to_move(&mut self, source: usize) -> Option<(u16, u32)> {
         let (mut slot, mut logical) = {
             let drain = &self.member(source).drain;
@@ -317,7 +321,7 @@ impl MultiPool {
     fn read_chunk<M: Memory>(&mut self, at: usize, mem: &mut M) {
         let copy = &mut self.copies[at];
         let chunk = copy.chunk();
-        let len = u32::try_from(chunk * BLOCK).expect("a chunk is 256 KiB");
+        let len = u32::try_from(copy.block_size.bytes_of(chunk)).expect("a chunk is 256 KiB");
         if copy.buf.is_none() {
             copy.buf = mem.alloc(len);
         }
@@ -339,11 +343,18 @@ impl MultiPool {
         let chunk = copy.chunk();
         let mut requests = Vec::new();
         let mut run: Option<(u64, u64)> = None;
-        for (i, block) in (0..chunk).zip(mem.bytes(slice).chunks(BLOCK_LEN)) {
+        // In whole blocks of the pool, of which the replica's last may be a part.
+        let each = BLOCK_LEN as u64 >> copy.block_size.shift();
+        let step = usize::try_from(each).expect("1 or 8");
+        let bytes = copy.block_size.bytes_of(chunk);
+        let bytes = usize::try_from(bytes).expect("a chunk is 256 KiB");
+        for (i, block) in (0..chunk).step_by(step).zip(mem.bytes(slice)[..bytes].chunks(BLOCK_LEN))
+        {
             let zero = block.iter().all(|&b| b == 0);
+            let here = each.min(chunk - i);
             match (&mut run, zero) {
-                (Some((_, blocks)), false) => *blocks += 1,
-                (None, false) => run = Some((i, 1)),
+                (Some((_, blocks)), false) => *blocks += here,
+                (None, false) => run = Some((i, here)),
                 (_, true) => requests.extend(run.take()),
             }
         }
@@ -356,7 +367,9 @@ impl MultiPool {
             return self.chunk_written(at, mem);
         }
         for (first, blocks) in requests {
-            let byte = |blocks: u64| u32::try_from(blocks * BLOCK).expect("a chunk is 256 KiB");
+            let size = self.copies[at].block_size;
+            let byte =
+                |blocks: u64| u32::try_from(size.bytes_of(blocks)).expect("a chunk is 256 KiB");
             let request = IoRequest {
                 op: IoOp::Write { fua: false },
                 range: self.copies[at].range(next + first, blocks),

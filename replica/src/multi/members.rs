@@ -2,7 +2,7 @@
 
 use cairn_block::{IoStatus, Memory, PoolDeviceId};
 
-use super::control::{Change, Kind, Then};
+use super::control::{Change, Kind, LAYERS_DRAIN, THICK_JOINS, Then};
 use super::{INTERNAL, MAX_DEVICES, Member, MultiPool};
 use crate::ControlError;
 use crate::disk::MemberState;
@@ -141,6 +141,9 @@ impl MultiPool {
         if let PoolState::Failed(reason) = self.state() {
             return Err(ControlError::PoolFailed(reason));
         }
+        if self.present().any(|m| m.pool.has_thick()) {
+            return refuse(THICK_JOINS.to_owned());
+        }
         let number = self.next_number();
         let mut member = Member::new(pool, MemberState::Joining);
         if !self.verify {
@@ -220,6 +223,9 @@ impl MultiPool {
                  device of at least {} MiB first, or delete replicas",
                 needed - free
             ));
+        }
+        if self.present().any(|m| m.pool.has_layers()) {
+            return Err(LAYERS_DRAIN.to_owned());
         }
         self.member_mut(at).role = MemberState::Draining;
         let change = Change::Set(id, MemberState::Draining);

@@ -13,15 +13,16 @@ mod drain;
 mod members;
 mod open;
 mod route;
+mod snapshot;
 
 use std::collections::VecDeque;
 
-use cairn_block::{IoRequest, IoStatus, Memory, PoolDeviceId, PoolId, ReplicaId};
+use cairn_block::{IoRequest, IoStatus, Memory, PoolDeviceId, PoolId, ReplicaId, SnapshotId};
 
 use crate::disk::{EXTENT, MAX_MEMBERS, MemberState, Membership};
 use crate::pool::{DiskId, DiskIo, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot};
 use crate::slab::Slab;
-use crate::{DiskError, ReplicaState, Usage};
+use crate::{DiskError, ReplicaState, SnapshotInfo, Usage};
 
 pub use members::{DrainInfo, MemberInfo};
 pub use open::{DeviceOptions, OpenOptions, OpenedSet, SetAside};
@@ -115,6 +116,12 @@ pub struct MultiPool {
     jobs: VecDeque<Job>,
     active: Vec<Job>,
     next_job: u32,
+    /// The replica of which a snapshot is being taken, or which is being taken back to one.
+    still: Option<u16>,
+    /// Requests to it that wait meanwhile.
+    waiting: VecDeque<(u64, ReplicaSlot, IoRequest)>,
+    /// Of each Verify over several devices that was answered, by its tag: how many blocks held data.
+    verified: Vec<(u64, u32)>,
     /// Answers that wait until the membership without a device that failed is durable.
     held: Vec<Done>,
     done: VecDeque<Done>,
@@ -156,6 +163,9 @@ impl MultiPool {
             jobs: VecDeque::new(),
             active: Vec::new(),
             next_job: 0,
+            still: None,
+            waiting: VecDeque::new(),
+            verified: Vec::new(),
             held: Vec::new(),
             done: VecDeque::with_capacity(WARM),
             gone: VecDeque::new(),
@@ -217,7 +227,7 @@ impl MultiPool {
         let (first, more) = (present.next(), present.next());
         self.direct = match (first, more) {
             (Some((at, Some(member))), None)
-                if member.role == MemberState::Live && self.lost.lost == [0; 4] =>
+                if member.role == MemberState::Live && self.lost.is_whole() =>
             {
                 Some(at)
             }
@@ -249,12 +259,17 @@ impl MultiPool {
             extents_total: 0,
             extents_free: 0,
             extents_allocated: 0,
+            extents_reserved: 0,
+            extents_provisioned: 0,
             extent_bytes: u32::try_from(EXTENT).expect("1 MiB"),
         };
         for (_, member) in self.serving() {
             let usage = member.pool.usage();
             sum.extents_total += usage.extents_total;
             sum.extents_allocated += usage.extents_allocated;
+            sum.extents_reserved += usage.extents_reserved;
+            // Every device has every replica.
+            sum.extents_provisioned = sum.extents_provisioned.max(usage.extents_provisioned);
             if member.role == MemberState::Live {
                 sum.extents_free += usage.extents_free;
             }
@@ -330,6 +345,53 @@ impl MultiPool {
         least.or_else(|| self.present().next()?.pool.register(slot))
     }
 
+    /// The snapshots, those that are being deleted among them.
+    pub fn snapshots(&self) -> impl Iterator<Item = SnapshotInfo> {
+        let mut found: Vec<SnapshotInfo> = Vec::new();
+        for info in self.serving().flat_map(|(_, m)| m.pool.snapshots()) {
+            match found.iter_mut().find(|other| other.slot == info.slot) {
+                Some(other) => {
+                    other.own_extents += info.own_extents;
+                    other.deleting |= info.deleting;
+                }
+                None => found.push(info),
+            }
+        }
+        // One that not every device has is being taken.
+        found.retain(|info| info.deleting || self.snapshot_blocks(info.slot.0).is_some());
+        found.into_iter()
+    }
+
+    /// The slot of a snapshot that every device has.
+    #[must_use]
+    pub fn find_snapshot(&self, replica: ReplicaId, id: SnapshotId) -> Option<ReplicaSlot> {
+        let slot = self.lead()?.find_snapshot(replica, id)?;
+        self.snapshot_blocks(slot.0).is_some().then_some(slot)
+    }
+
+    /// The size of a snapshot that every device has.
+    fn snapshot_blocks(&self, slot: u16) -> Option<u64> {
+        let mut blocks = None;
+        for (_, member) in self.serving() {
+            blocks = Some(member.pool.snapshot_blocks(slot)?);
+        }
+        blocks
+    }
+
+    /// See [`Pool::waits_for_memory`].
+    #[must_use]
+    pub fn waits_for_memory(&self) -> bool {
+        self.present().any(|m| m.pool.waits_for_memory())
+    }
+
+    /// See [`Pool::take_verified`].
+    pub fn take_verified(&mut self, tag: u64) -> Option<u32> {
+        if let Some(at) = self.verified.iter().position(|&(t, _)| t == tag) {
+            return Some(self.verified.swap_remove(at).1);
+        }
+        self.members.iter_mut().flatten().find_map(|m| m.pool.take_verified(tag))
+    }
+
     /// Whether a device holds a logical extent of a replica; see [`Pool::maps`].
     #[must_use]
     pub fn maps(&self, slot: ReplicaSlot, logical: u32) -> bool {
@@ -375,7 +437,7 @@ impl MultiPool {
     pub fn in_flight(&self) -> usize {
         let commands = self.jobs.iter().chain(&self.active).filter(|j| j.tag.is_some()).count();
         let direct = usize::try_from(self.direct_io).expect("fewer than 2^32 requests");
-        self.requests.len() + direct + commands + self.held.len()
+        self.requests.len() + direct + commands + self.held.len() + self.waiting.len()
     }
 
     /// Whether nothing is under way: no request, no command, no device operation, no deletion, no copy.
@@ -403,7 +465,11 @@ impl MultiPool {
             self.member_mut(at).pool.submit(tag, slot, request, mem);
             return;
         }
-        self.submit_parts(tag, slot, request, mem);
+        if self.still == Some(slot.0) {
+            self.waiting.push_back((tag, slot, request));
+        } else {
+            self.submit_parts(tag, slot, request, mem);
+        }
         self.settle(mem);
     }
 
@@ -456,6 +522,7 @@ impl MultiPool {
             && self.jobs.is_empty()
             && self.parts.len() == 0
             && self.copies.is_empty()
+            && self.waiting.is_empty()
     }
 
     /// Tries again whatever waited for memory, and takes up what a crash cut off.
@@ -483,6 +550,7 @@ impl MultiPool {
             }
             self.notice_failures(mem);
             self.pump_jobs(mem);
+            self.go_on(mem);
             self.pump_copies(mem);
             self.pump_leaving(mem);
             if self.present().all(|m| m.pool.done.is_empty()) {
@@ -502,7 +570,7 @@ impl MultiPool {
         }
         let id = u32::try_from(done.tag & u64::from(u32::MAX)).expect("32 bits");
         match done.tag & (INTERNAL | KIND) {
-            PART => self.part_done(id, done.status, mem),
+            PART => self.part_done(id, done.status, done.tag, mem),
             JOB => self.job_answered(id, at, done, mem),
             _ => self.copy_answered(id, done.status, mem),
         }

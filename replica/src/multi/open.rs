@@ -5,17 +5,21 @@
 //! serves:
 //!
 //! - a list of devices: the highest generation is right;
-//! - a replica that is not live on every device was being made or being deleted: it is deleted;
+//! - a replica or a snapshot that is not on every device was being made or being deleted: it is deleted;
+//! - a replica that went back to a snapshot on some devices does so on the others;
 //! - a size: the largest is right, for replicas only grow;
 //! - a register: the highest promise, and the highest of what was accepted, are right;
 //! - an extent on two devices: the copy on the device that is being removed is freed;
 //! - an unfinished copy: the device's own open frees it.
 
-use cairn_block::{PoolDeviceId, PoolId};
+use cairn_block::{PoolDeviceId, PoolId, SnapshotId};
 
 use super::control::revive;
 use super::{MAX_DEVICES, Member, MultiPool};
-use crate::disk::{CatalogPage, CatalogState, MemberEntry, MemberState, Membership, Superblock};
+use crate::disk::{
+    CatalogPage, CatalogState, FLAG_REVERTED, FLAG_REVERTING, MemberEntry, MemberState, Membership,
+    Superblock,
+};
 use crate::format::{self, FormatOptions, Identity, slots_for};
 use crate::open::read_superblock;
 use crate::pool::{Pool, ReplicaSlot};
@@ -193,7 +197,7 @@ impl MultiPool {
         if left_behind {
             next.leave_behind();
             for slot in 0..pools.iter().map(Pool::slot_count).min().unwrap_or(0) {
-                if pools.iter().any(|p| p.page(slot).state == CatalogState::Live) {
+                if pools.iter().any(|p| p.is_used(slot)) {
                     next.set_lost(slot, true);
                 }
             }
@@ -202,7 +206,7 @@ impl MultiPool {
             revive(&mut next);
             next.advance();
         }
-        settle_catalogs(devs, &used, &mut pools)?;
+        let reverts = settle_catalogs(devs, &used, &mut pools)?;
         for (pool, &index) in pools.iter_mut().zip(&used) {
             if *pool.membership() != next {
                 pool.rewrite_membership(&mut devs[index], &next)?;
@@ -221,6 +225,9 @@ impl MultiPool {
             .collect();
         let mut pool = Self::new(members, next);
         pool.find_doubles()?;
+        for (slot, to) in reverts {
+            pool.resume_revert(slot, to);
+        }
         Ok(OpenedSet { pool, devices: used, set_aside })
     }
 
@@ -230,6 +237,10 @@ impl MultiPool {
             return Ok(());
         }
         for slot in 0..self.slots {
+            // The extents of what is being deleted go anyway.
+            if self.live_blocks(slot).is_none() && self.snapshot_blocks(slot).is_none() {
+                continue;
+            }
             let end = self.present().map(|m| m.pool.mapped_end(slot)).max().unwrap_or(0);
             for logical in 0..end {
                 let mut first = None;
@@ -248,7 +259,6 @@ impl MultiPool {
                             ));
                         }
                     };
-                    // The extents of a replica that is being deleted go anyway.
                     if let Some(blocks) = self.live_blocks(slot) {
                         self.resume_copy(source, target, slot, logical, blocks);
                     }
@@ -308,39 +318,67 @@ fn newest(heads: &[(usize, Superblock)]) -> Result<Membership, PoolError> {
     Ok(best.ok_or(unknown)?.membership.clone())
 }
 
-/// Makes the catalogs the same.
+/// Makes the catalogs the same. Returns the replicas that went back to a snapshot on some devices only,
+/// and to which.
 fn settle_catalogs<D: Device>(
     devs: &mut [D],
     used: &[usize],
     pools: &mut [Pool],
-) -> Result<(), PoolError> {
+) -> Result<Vec<(u16, SnapshotId)>, PoolError> {
+    let mut reverts = Vec::new();
     let slots = pools.iter().map(Pool::slot_count).max().unwrap_or(0);
     for slot in 0..slots {
-        let pages: Vec<Option<CatalogPage>> = pools
+        // A page that takes a layer whose owner still has it is what is left of a snapshot that was
+        // being taken: that device does not have it.
+        let pages: Vec<Option<(CatalogPage, bool)>> = pools
             .iter()
-            .map(|p| (slot < p.slot_count()).then(|| p.page(slot).clone()))
-            .map(|page| page.filter(|page| page.state != CatalogState::Free))
+            .map(|p| (slot < p.slot_count()).then(|| (p.page(slot).clone(), p.is_used(slot))))
+            .map(|page| page.filter(|(page, _)| page.state != CatalogState::Free))
             .collect();
-        let Some(first) = pages.iter().flatten().next() else { continue };
-        if pages.iter().flatten().any(|page| page.replica != first.replica) {
+        let Some((first, _)) = pages.iter().flatten().next() else { continue };
+        if pages.iter().flatten().any(|(page, _)| page.replica != first.replica) {
             return Err(PoolError::Inconsistent("two devices have different replicas in one slot"));
         }
-        let live = |page: &Option<CatalogPage>| {
-            page.as_ref().is_some_and(|page| page.state == CatalogState::Live)
+        let there = pages.iter().all(|p| p.as_ref().is_some_and(|(_, used)| *used));
+        let same = |page: &CatalogPage| {
+            page.state == first.state
+                && (page.state == CatalogState::Live || page.snapshot == first.snapshot)
         };
-        let right = pages.iter().all(live).then(|| merge(pages.iter().flatten()));
+        if there && !pages.iter().flatten().all(|(page, _)| same(page)) {
+            return Err(PoolError::Inconsistent("two devices have different replicas in one slot"));
+        }
+        let right = there.then(|| merge(pages.iter().flatten().map(|(page, _)| page)));
+        // Every device has the note before one goes back, and has gone back before one forgets it.
+        let with = |flag| pages.iter().flatten().find(|(page, _)| page.flags & flag != 0);
+        let goes_on = there && with(FLAG_REVERTED).is_some();
+        if let Some((page, _)) = with(FLAG_REVERTING).filter(|_| goes_on) {
+            reverts.push((slot, page.target));
+        }
+        let keeps = goes_on && with(FLAG_REVERTING).is_some();
         for ((pool, page), &index) in pools.iter_mut().zip(&pages).zip(used) {
-            let Some(page) = page else { continue };
-            let wanted = match &right {
-                Some(right) => CatalogPage { sequence: page.sequence, ..CatalogPage::clone(right) },
-                None => CatalogPage { state: CatalogState::Deleting, ..page.clone() },
+            let Some((page, used)) = page else { continue };
+            let mut wanted = match &right {
+                Some(right) => CatalogPage {
+                    sequence: page.sequence,
+                    layer: page.layer,
+                    parent: page.parent,
+                    flags: page.flags,
+                    target: page.target,
+                    ..CatalogPage::clone(right)
+                },
+                None if *used => CatalogPage { state: CatalogState::Deleting, ..page.clone() },
+                None => continue,
             };
+            if !keeps {
+                wanted.flags &= !(FLAG_REVERTING | FLAG_REVERTED);
+                wanted.target = SnapshotId(0);
+            }
             if wanted != *page {
                 pool.rewrite_page(&mut devs[index], slot, wanted)?;
             }
         }
     }
-    Ok(())
+    Ok(reverts)
 }
 
 /// What the pages of one replica say together.

@@ -1,9 +1,9 @@
 //! The data path over several devices: each part of a request goes to the device that holds its extent.
 
-use cairn_block::{BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
+use cairn_block::{BlockSize, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
 
 use super::{MultiPool, PART};
-use crate::disk::{BLOCK, EXTENT_BLOCKS, MemberState};
+use crate::disk::{EXTENT, MemberState};
 use crate::pool::{PoolState, ReplicaSlot};
 
 /// Parts of one request in flight: a discard of everything must not take all the memory.
@@ -19,6 +19,10 @@ pub(super) struct Request {
     end: u64,
     /// The size of the replica when it came.
     blocks: u64,
+    /// Its blocks in an extent.
+    extent_blocks: u64,
+    /// Blocks of a Verify that were read.
+    verified: u32,
     /// What is left of the payload.
     buf: BufSlice,
     outstanding: u32,
@@ -51,7 +55,7 @@ impl Part {
     }
 
     pub(super) fn is_read(&self) -> bool {
-        self.op == IoOp::Read
+        matches!(self.op, IoOp::Read | IoOp::Verify)
     }
 
     pub(super) fn is_on(&self, member: usize) -> bool {
@@ -67,8 +71,8 @@ impl MultiPool {
         request: IoRequest,
         mem: &mut M,
     ) {
-        let blocks = match self.admit(slot, &request) {
-            Ok(blocks) => blocks,
+        let (blocks, block_size) = match self.admit(slot, &request) {
+            Ok(found) => found,
             Err(status) => return self.answer(tag, status),
         };
         let id = self.requests.insert(Request {
@@ -78,6 +82,8 @@ impl MultiPool {
             next: request.range.start().0,
             end: request.range.end().0,
             blocks,
+            extent_blocks: EXTENT >> block_size.shift(),
+            verified: 0,
             buf: request.buf,
             outstanding: 0,
             status: IoStatus::Ok,
@@ -86,23 +92,31 @@ impl MultiPool {
         self.advance(id, mem);
     }
 
-    /// The replica's size, where the request can be met.
-    fn admit(&self, slot: ReplicaSlot, request: &IoRequest) -> Result<u64, IoStatus> {
+    /// The replica's size, where the request can be met, and that of its blocks.
+    fn admit(&self, slot: ReplicaSlot, request: &IoRequest) -> Result<(u64, BlockSize), IoStatus> {
         if self.state != PoolState::Online {
             return Err(IoStatus::MediaError);
         }
-        let blocks = self.live_blocks(slot.0).ok_or(IoStatus::PathError)?;
+        let reads = matches!(request.op, IoOp::Read | IoOp::Verify);
+        let blocks = self
+            .live_blocks(slot.0)
+            .or_else(|| self.snapshot_blocks(slot.0).filter(|_| reads))
+            .ok_or(IoStatus::PathError)?;
+        let block_size = self.block_size(slot.0);
         if request.op == IoOp::Flush {
-            return Ok(blocks);
+            return Ok((blocks, block_size));
+        }
+        if matches!(request.op, IoOp::Snapshot(_)) {
+            return Err(IoStatus::Unsupported);
         }
         let range = request.range;
         LbaRange::within(range.start(), range.blocks(), blocks)
             .map_err(|_| IoStatus::OutOfRange)?;
         let payload = matches!(request.op, IoOp::Read | IoOp::Write { .. });
-        if payload && u64::from(request.buf.len()) != range.blocks() * BLOCK {
+        if payload && u64::from(request.buf.len()) != block_size.bytes_of(range.blocks()) {
             return Err(IoStatus::InvalidField);
         }
-        Ok(blocks)
+        Ok((blocks, block_size))
     }
 
     /// Cuts parts off a request until enough are in flight, and ends it when there is nothing left.
@@ -115,11 +129,11 @@ impl MultiPool {
             if request.next >= request.end || request.outstanding >= MAX_PARTS {
                 break;
             }
-            let (slot, next) = (request.slot, request.next);
+            let (slot, next) = (request.slot, request.next / request.extent_blocks);
             let allocates = matches!(request.op, IoOp::Read | IoOp::Write { .. });
             if !allocates && !self.lost.is_lost(slot) {
                 let end = self.present().map(|m| m.pool.mapped_end(slot)).max().unwrap_or(0);
-                if next / EXTENT_BLOCKS >= u64::from(end) {
+                if next >= u64::from(end) {
                     // Nothing was ever written from here on.
                     let request = self.requests.get_mut(id);
                     request.next = request.end;
@@ -152,6 +166,9 @@ impl MultiPool {
         let request = self.requests.get(id);
         if request.outstanding == 0 {
             let request = self.requests.remove(id);
+            if request.op == IoOp::Verify {
+                self.verified.push((request.tag, request.verified));
+            }
             self.answer(request.tag, request.status);
         }
     }
@@ -207,13 +224,14 @@ impl MultiPool {
             return Ok(true);
         }
         match part.op {
-            IoOp::Read if lost => Err(IoStatus::MediaError),
+            IoOp::Read | IoOp::Verify if lost => Err(IoStatus::MediaError),
+            IoOp::Verify => Ok(false),
             IoOp::Read => {
                 mem.bytes_mut(part.buf).fill(0);
                 Ok(false)
             }
             // Nothing is promised of what is discarded here but that it is no other data.
-            IoOp::Discard | IoOp::Flush => Ok(false),
+            IoOp::Discard | IoOp::Flush | IoOp::Snapshot(_) => Ok(false),
             IoOp::Write { .. } | IoOp::WriteZeroes { .. } if lost && !part.whole => {
                 Err(IoStatus::MediaError)
             }
@@ -274,7 +292,7 @@ impl MultiPool {
             if tried >> at & 1 != 0 || member.role != MemberState::Live {
                 continue;
             }
-            let key = (member.pool.usage().extents_free, member.pool.extents_returning());
+            let key = (member.pool.usage().extents_free, member.pool.extents_are_returning());
             if best.is_none_or(|(_, b)| b < key) {
                 best = Some((at, key));
             }
@@ -282,8 +300,18 @@ impl MultiPool {
         best.map(|(at, _)| at)
     }
 
-    pub(super) fn part_done<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
+    pub(super) fn part_done<M: Memory>(
+        &mut self,
+        id: u32,
+        status: IoStatus,
+        tag: u64,
+        mem: &mut M,
+    ) {
         let mut part = self.parts.remove(id);
+        if part.op == IoOp::Verify {
+            let blocks = self.member_mut(part.member).pool.take_verified(tag).unwrap_or(0);
+            self.requests.get_mut(part.request).verified += blocks;
+        }
         if part.op == IoOp::Flush {
             let slot = usize::from(part.slot);
             if status.is_ok() && self.changes[slot] == part.changes {
@@ -309,7 +337,7 @@ impl MultiPool {
 
     fn has_room(&self, member: usize) -> bool {
         let pool = &self.member(member).pool;
-        pool.usage().extents_free > 0 || pool.extents_returning()
+        pool.usage().extents_free > 0 || pool.extents_are_returning()
     }
 
     /// Runs a part that is counted as outstanding already.
@@ -322,7 +350,8 @@ impl MultiPool {
     }
 
     fn part_over<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
-        let gone = self.live_blocks(self.requests.get(id).slot).is_none();
+        let slot = self.requests.get(id).slot;
+        let gone = self.live_blocks(slot).is_none() && self.snapshot_blocks(slot).is_none();
         let request = self.requests.get_mut(id);
         assert!(request.outstanding > 0, "a part completed twice");
         request.outstanding -= 1;
@@ -333,6 +362,16 @@ impl MultiPool {
             request.status = worse(request.status, IoStatus::PathError);
         }
         self.advance(id, mem);
+    }
+
+    /// Whether a request of a replica is not answered, those that wait for a snapshot left aside.
+    pub(super) fn has_requests(&self, slot: u16) -> bool {
+        self.requests.iter().any(|(_, request)| request.slot == slot)
+    }
+
+    /// The size of a replica's blocks.
+    pub(super) fn block_size(&self, slot: u16) -> BlockSize {
+        self.lead().map_or(BlockSize::B4096, |lead| lead.page(slot).block_size)
     }
 
     /// Changes under way in an extent, those that wait for a copy of it not among them.
@@ -354,14 +393,14 @@ fn kept(op: IoOp) -> IoOp {
 
 /// Cuts the next part off a request: as far as its extent reaches.
 fn next_part(id: u32, request: &mut Request) -> Part {
-    let logical = request.next / EXTENT_BLOCKS;
-    let first = request.next % EXTENT_BLOCKS;
-    let blocks = (EXTENT_BLOCKS - first).min(request.end - request.next);
-    let fit = "an extent has 256 blocks, and a replica at most 2^31 extents";
+    let logical = request.next / request.extent_blocks;
+    let first = request.next % request.extent_blocks;
+    let blocks = (request.extent_blocks - first).min(request.end - request.next);
+    let fit = "an extent has 1 MiB, and a replica at most 2^31 extents";
     let buf = if request.buf.is_empty() {
         BufSlice::EMPTY
     } else {
-        let len = u32::try_from(blocks).expect(fit) << 12;
+        let len = u32::try_from(blocks * (EXTENT / request.extent_blocks)).expect(fit);
         let head = request.buf.sub(0, len);
         request.buf = request.buf.from(len);
         head
@@ -381,7 +420,7 @@ fn next_part(id: u32, request: &mut Request) -> Part {
         op,
         range,
         buf,
-        whole: first == 0 && (blocks == EXTENT_BLOCKS || request.next == request.blocks),
+        whole: first == 0 && (blocks == request.extent_blocks || request.next == request.blocks),
         tried: 0,
         changes: 0,
     }

@@ -81,6 +81,8 @@ pub(crate) struct Disk {
     pub(crate) fail_write: bool,
     pub(crate) fail_zero: Option<DiskError>,
     pub(crate) flushes: u64,
+    /// Bytes that were written.
+    pub(crate) written: u64,
 }
 
 fn apply(dev: &mut SparseDevice, change: &Change) {
@@ -132,6 +134,7 @@ impl Disk {
             fail_write: false,
             fail_zero: None,
             flushes: 0,
+            written: 0,
         }
     }
 
@@ -140,6 +143,7 @@ impl Disk {
             DiskOp::Write { buf, .. } => mem.bytes(buf).to_vec(),
             _ => Vec::new(),
         };
+        self.written += data.len() as u64;
         self.flying.push(InFlight { io, data, covers: self.log.len() });
     }
 
@@ -405,5 +409,7 @@ pub(crate) fn spec(id: u128, blocks: u64) -> ReplicaSpec {
         name: format!("r{id}"),
         blocks,
         block_size: BlockSize::B4096,
+        thick: false,
+        source: None,
     }
 }

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cairn_block::{
-    Buf, BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
+    Buf, BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
 };
 use cairn_replica::{
-    Device, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SparseDevice,
+    Device, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SnapshotSpec, SparseDevice,
 };
 
 use super::{BLOCK, Disk, EXTENT_BLOCKS, MIB, Sim, options, spec};
@@ -22,12 +22,24 @@ struct Held {
     certain: bool,
 }
 
+type Blocks = BTreeMap<u64, Vec<Held>>;
+
 #[derive(Default)]
 struct ModelReplica {
-    blocks: BTreeMap<u64, Vec<Held>>,
+    blocks: Blocks,
     size: u64,
     slot: Option<ReplicaSlot>,
     registers: Vec<(u64, bool)>,
+    delete_asked: bool,
+    /// What it holds if it was taken back to a snapshot, which is not answered.
+    reverting: Option<Blocks>,
+}
+
+/// A snapshot: of which replica, and what it must hold.
+struct ModelSnapshot {
+    blocks: Blocks,
+    size: u64,
+    answered: bool,
     delete_asked: bool,
 }
 
@@ -44,6 +56,9 @@ enum Asked {
     Create(u128),
     Delete(u128),
     Register(u128, u64),
+    Snapshot(u128, u128),
+    Unsnapshot(u128, u128),
+    Revert(u128),
     Other,
 }
 
@@ -51,6 +66,7 @@ enum Asked {
 pub(crate) struct World {
     pub(crate) sim: Sim,
     replicas: BTreeMap<u128, ModelReplica>,
+    snapshots: BTreeMap<(u128, u128), ModelSnapshot>,
     asked: BTreeMap<u64, Asked>,
     next_id: u128,
     order: u64,
@@ -73,6 +89,7 @@ impl World {
         Self {
             sim: Sim::open(Disk::new(dev), seed),
             replicas: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
             asked: BTreeMap::new(),
             next_id: 1,
             order: 0,
@@ -95,9 +112,10 @@ impl World {
             0..45 => {
                 self.sim.step();
             }
-            45..48 if self.replicas.len() < 4 => self.create(),
-            48 => self.delete(),
-            49..52 => self.register(),
+            45..47 if self.replicas.len() < 4 => self.create(),
+            47..50 => self.snapshot_work(),
+            50 => self.delete(),
+            51 => self.register(),
             52..55 => {
                 let tag = self.sim.tag();
                 self.asked.insert(tag, Asked::Other);
@@ -122,11 +140,83 @@ impl World {
         self.sim.pool.create_replica(tag, spec(id, size), &mut self.sim.mem);
     }
 
+    fn snapshot_work(&mut self) {
+        let known: Vec<(u128, u128)> = self
+            .snapshots
+            .iter()
+            .filter(|(_, s)| s.answered && !s.delete_asked)
+            .map(|(key, _)| *key)
+            .collect();
+        let one = known.get(self.sim.rng.index(known.len().max(1))).copied();
+        match (self.sim.rng.below(6), one) {
+            (0, Some((of, id))) => {
+                let slot = self.sim.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).unwrap();
+                self.snapshots.get_mut(&(of, id)).unwrap().delete_asked = true;
+                let tag = self.sim.tag();
+                self.asked.insert(tag, Asked::Unsnapshot(of, id));
+                self.sim.pool.delete_snapshot(tag, slot, &mut self.sim.mem);
+            }
+            (1, Some(from)) if self.replicas.len() < 4 => self.clone_of(from),
+            (2, Some(to)) => self.revert(to),
+            _ if self.snapshots.len() < 5 => self.take(),
+            _ => {}
+        }
+    }
+
+    fn take(&mut self) {
+        let Some((of, slot)) = self.pick() else { return };
+        let id = self.next_id;
+        self.next_id += 1;
+        let tag = self.sim.tag();
+        let replica = &self.replicas[&of];
+        let taken = ModelSnapshot {
+            blocks: replica.blocks.clone(),
+            size: replica.size,
+            answered: false,
+            delete_asked: false,
+        };
+        self.snapshots.insert((of, id), taken);
+        self.asked.insert(tag, Asked::Snapshot(of, id));
+        let spec = SnapshotSpec { id: SnapshotId(id), name: format!("s{id}"), created: 7 };
+        self.sim.pool.create_snapshot(tag, slot, spec, &mut self.sim.mem);
+    }
+
+    fn clone_of(&mut self, (of, snapshot): (u128, u128)) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let tag = self.sim.tag();
+        let from = &self.snapshots[&(of, snapshot)];
+        let (size, blocks) = (from.size, from.blocks.clone());
+        self.replicas.insert(id, ModelReplica { size, blocks, ..ModelReplica::default() });
+        self.asked.insert(tag, Asked::Create(id));
+        let mut spec = spec(id, size);
+        spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));
+        self.sim.pool.create_replica(tag, spec, &mut self.sim.mem);
+    }
+
+    fn revert(&mut self, (of, snapshot): (u128, u128)) {
+        let in_use = self.asked.values().any(|asked| match asked {
+            Asked::Change { id, .. } | Asked::Read { id, .. } => *id == of,
+            Asked::Snapshot(id, _) | Asked::Revert(id) => *id == of,
+            Asked::Flush { .. } => true,
+            _ => false,
+        });
+        let Some(replica) = self.replicas.get_mut(&of) else { return };
+        let Some(slot) = replica.slot else { return };
+        if in_use || replica.delete_asked {
+            return;
+        }
+        replica.reverting = Some(self.snapshots[&(of, snapshot)].blocks.clone());
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Revert(of));
+        self.sim.pool.revert(tag, slot, SnapshotId(snapshot), &mut self.sim.mem);
+    }
+
     fn pick(&mut self) -> Option<(u128, ReplicaSlot)> {
         let live: Vec<_> = self
             .replicas
             .iter()
-            .filter(|(_, r)| !r.delete_asked)
+            .filter(|(_, r)| !r.delete_asked && r.reverting.is_none())
             .filter_map(|(id, r)| Some((*id, r.slot?)))
             .collect();
         if live.is_empty() { None } else { Some(live[self.sim.rng.index(live.len())]) }
@@ -229,7 +319,8 @@ impl World {
                 self.asked.insert(tag, Asked::Read { id, range, buf: buf.take().unwrap() });
             }
             IoOp::Write { fua } => {
-                let value = (u64::try_from(id).unwrap() << 48) | order;
+                let zeros = self.sim.rng.chance(10);
+                let value = if zeros { 0 } else { (u64::try_from(id).unwrap() << 48) | order };
                 let bytes = self.sim.mem.bytes_mut(slice);
                 for word in bytes.chunks_mut(8) {
                     word.copy_from_slice(&value.to_le_bytes());
@@ -274,7 +365,9 @@ impl World {
                 if !ok {
                     return;
                 }
-                for held in replica.blocks.values_mut() {
+                let snapshots = self.snapshots.iter_mut().filter(|((of, _), _)| *of == id);
+                let copies = snapshots.flat_map(|(_, s)| s.blocks.values_mut());
+                for held in replica.blocks.values_mut().chain(copies) {
                     if let Some(at) = held.iter().position(|h| h.order == order) {
                         held[at].certain = true;
                         if durable {
@@ -289,7 +382,7 @@ impl World {
                 let Some(replica) = self.replicas.get(&id) else { return };
                 if ok {
                     for (lba, block) in (range.start().0..).zip(bytes.chunks(BLOCK)) {
-                        verify(id, replica, lba, block, false);
+                        verify(id, &replica.blocks, lba, block, false);
                     }
                 } else {
                     assert!(replica.delete_asked, "{:?}", done.status);
@@ -301,19 +394,54 @@ impl World {
                 }
                 for (id, lba, order) in covered {
                     let Some(replica) = self.replicas.get_mut(&id) else { continue };
-                    let held = replica.blocks.get_mut(&lba).unwrap();
+                    let Some(held) = replica.blocks.get_mut(&lba) else { continue };
                     if let Some(at) = held.iter().position(|h| h.order == order) {
                         held.drain(..at);
                     }
                 }
             }
-            Asked::Create(id) => {
+            Asked::Snapshot(of, id) => {
+                if !ok {
+                    assert!(no_room(done), "{:?}", done.error);
+                    self.snapshots.remove(&(of, id));
+                    return;
+                }
+                let snapshot = self.snapshots.get_mut(&(of, id)).unwrap();
+                snapshot.answered = true;
+                for held in snapshot.blocks.values_mut() {
+                    // What it was taken of was flushed with it.
+                    let last = held.iter().rposition(|h| h.certain).unwrap();
+                    held.drain(..last);
+                }
+            }
+            Asked::Unsnapshot(of, id) => {
                 assert!(ok, "{:?}", done.error);
+                self.snapshots.remove(&(of, id));
+            }
+            Asked::Revert(id) => {
+                let replica = self.replicas.get_mut(&id).unwrap();
+                let blocks = replica.reverting.take().unwrap();
+                if ok {
+                    replica.blocks = blocks;
+                } else {
+                    assert!(no_room(done), "{:?}", done.error);
+                }
+            }
+            Asked::Create(id) => {
+                if !ok {
+                    assert!(no_room(done), "{:?}", done.error);
+                    self.replicas.remove(&id);
+                    return;
+                }
                 let slot = self.sim.pool.find(ReplicaId(id)).unwrap();
                 self.replicas.get_mut(&id).unwrap().slot = Some(slot);
             }
             Asked::Delete(id) => {
-                assert!(ok, "{:?}", done.error);
+                if !ok {
+                    assert!(no_room(done), "{:?}", done.error);
+                    self.replicas.get_mut(&id).unwrap().delete_asked = false;
+                    return;
+                }
                 assert_eq!(self.sim.pool.find(ReplicaId(id)), None);
                 self.replicas.remove(&id);
             }
@@ -362,6 +490,18 @@ impl World {
             .map(|r| r.id.0)
             .collect();
         assert!(live.iter().copied().eq(world.replicas.keys().copied()), "replicas came or went");
+        let mut gone = Vec::new();
+        for (&(of, id), snapshot) in &mut world.snapshots {
+            let there = world.sim.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).is_some();
+            assert!(there || !snapshot.answered || snapshot.delete_asked, "a snapshot went");
+            snapshot.delete_asked = false;
+            if !there {
+                gone.push((of, id));
+            }
+        }
+        for key in gone {
+            world.snapshots.remove(&key);
+        }
         world.verify_all(power);
         world
     }
@@ -369,7 +509,9 @@ impl World {
     /// Reads everything. What is read becomes what is held.
     pub(crate) fn verify_all(&mut self, power: bool) {
         let ids: Vec<u128> = self.replicas.keys().copied().collect();
+        let mut again = false;
         for id in ids {
+            let mut went_back = None;
             let slot = self.sim.pool.find(ReplicaId(id)).unwrap();
             let register = self.sim.pool.register(slot).unwrap();
             assert!(register.config.chunks(8).all(|c| c == register.seq.to_le_bytes()));
@@ -386,11 +528,46 @@ impl World {
                 let blocks = EXTENT_BLOCKS.min(size - start);
                 let bytes = self.sim.read(slot, start, blocks);
                 let replica = self.replicas.get_mut(&id).unwrap();
+                if let Some(back) = &replica.reverting {
+                    let was = holds(&replica.blocks, start, &bytes, power);
+                    let is = holds(back, start, &bytes, power);
+                    went_back = match (was, is) {
+                        (true, true) => went_back,
+                        (true, false) if went_back != Some(true) => Some(false),
+                        (false, true) if went_back != Some(false) => Some(true),
+                        _ => panic!("replica {id} is neither what it was nor its snapshot"),
+                    };
+                    continue;
+                }
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
-                    verify(id, replica, lba, block, power);
-                    settle_block(replica, lba, block);
+                    verify(id, &replica.blocks, lba, block, power);
+                    settle_block(&mut replica.blocks, lba, block);
                 }
             }
+            let replica = self.replicas.get_mut(&id).unwrap();
+            if let Some(back) = replica.reverting.take() {
+                if went_back == Some(true) {
+                    replica.blocks = back;
+                }
+                again = true;
+            }
+        }
+        if again {
+            return self.verify_all(power);
+        }
+        for (&(of, id), snapshot) in &mut self.snapshots {
+            if snapshot.delete_asked {
+                continue;
+            }
+            let slot = self.sim.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).unwrap();
+            for start in (0..snapshot.size).step_by(256) {
+                let bytes = self.sim.read(slot, start, EXTENT_BLOCKS.min(snapshot.size - start));
+                for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
+                    verify(id, &snapshot.blocks, lba, block, power && !snapshot.answered);
+                    settle_block(&mut snapshot.blocks, lba, block);
+                }
+            }
+            snapshot.answered = true;
         }
     }
 
@@ -410,9 +587,23 @@ impl World {
     }
 }
 
+/// Refused, with no effect: no slot is free, or another command is under way.
+fn no_room(done: &Done) -> bool {
+    use cairn_replica::ControlError;
+    matches!(
+        done.error,
+        Some(
+            ControlError::NoFreeSlot(_)
+                | ControlError::SnapshotUnderWay
+                | ControlError::NoSuchSnapshot(_)
+                | ControlError::NoSuchReplica(_)
+        )
+    )
+}
+
 /// After a crash, a block that was mixed of several writes is whatever it is; it must stay so.
-fn settle_block(replica: &mut ModelReplica, lba: u64, block: &[u8]) {
-    if let Some(held) = replica.blocks.get_mut(&lba) {
+fn settle_block(blocks: &mut Blocks, lba: u64, block: &[u8]) {
+    if let Some(held) = blocks.get_mut(&lba) {
         let first = u64::from_le_bytes(block[..8].try_into().unwrap());
         let same = block[8..] == block[..BLOCK - 8];
         if same {
@@ -421,23 +612,38 @@ fn settle_block(replica: &mut ModelReplica, lba: u64, block: &[u8]) {
             for h in held.iter_mut() {
                 h.certain = false;
             }
-            held[0].certain = true;
+            held.insert(0, Held { order: 0, value: 0, certain: true });
         }
     }
 }
 
-fn verify(id: u128, replica: &ModelReplica, lba: u64, block: &[u8], power: bool) {
-    let Some(held) = replica.blocks.get(&lba) else {
-        assert!(block == [0; BLOCK], "block {lba} of {id} was never written");
-        return;
+fn verify(id: u128, blocks: &Blocks, lba: u64, block: &[u8], power: bool) {
+    assert!(
+        holds_block(blocks, lba, block, power),
+        "block {lba} of {id} holds {:x?}; held: {:x?}",
+        block
+            .chunks(512)
+            .map(|s| u64::from_le_bytes(s[..8].try_into().unwrap()))
+            .collect::<Vec<_>>(),
+        blocks.get(&lba)
+    );
+}
+
+fn holds(blocks: &Blocks, start: u64, bytes: &[u8], power: bool) -> bool {
+    (start..).zip(bytes.chunks(BLOCK)).all(|(lba, block)| holds_block(blocks, lba, block, power))
+}
+
+fn holds_block(blocks: &Blocks, lba: u64, block: &[u8], power: bool) -> bool {
+    let Some(held) = blocks.get(&lba) else {
+        return block == [0; BLOCK];
     };
     let first = held.iter().rposition(|h| h.certain).unwrap();
     let allowed = if power { &held[..] } else { &held[first..] };
-    for sector in block.chunks(512) {
+    let uniform = block[8..] == block[..BLOCK - 8];
+    block.chunks(512).all(|sector| {
         let value = u64::from_le_bytes(sector[..8].try_into().unwrap());
-        assert!(
-            sector[8..] == sector[..504] && allowed.iter().any(|h| h.value == value),
-            "block {lba} of {id} holds {value:#x}; held: {held:x?}"
-        );
-    }
+        // The first write to a block on top of a snapshot may be torn over zeros.
+        let torn = power && !uniform && value == 0;
+        sector[8..] == sector[..504] && (torn || allowed.iter().any(|h| h.value == value))
+    })
 }

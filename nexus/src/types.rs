@@ -1,0 +1,265 @@
+//! What goes into a nexus and what comes out of it.
+
+use cairn_block::{Epoch, IoRequest, IoStatus, Lba, ReplicaId, VolumeId};
+
+use crate::children::{ChildState, FaultReason};
+use crate::config::Register;
+use crate::scrub::Found;
+
+/// Replicas of a volume at most.
+pub const MAX_CHILDREN: usize = 8;
+
+/// A child of this nexus: its place in [`NexusConfig::children`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChildId(pub u8);
+
+/// One replica of the volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChildSpec {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Whether it is in this process: then it is read first.
+    pub local: bool,
+}
+
+/// Why the nexus comes up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// The volume is new: every replica must be there and empty.
+    Create,
+    /// The volume exists: its configuration is learnt from its replicas.
+    Assemble,
+}
+
+/// How a nexus is set up.
+#[derive(Debug, Clone)]
+pub struct NexusConfig {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its size in blocks.
+    pub blocks: u64,
+    /// Whether it is encrypted; then what its first configuration says of it, where the volume is new and
+    /// a key is at hand.
+    pub encryption: Option<Vec<u8>>,
+    /// Its replicas, at most [`MAX_CHILDREN`].
+    pub children: Vec<ChildSpec>,
+    /// Why it comes up.
+    pub purpose: Purpose,
+    /// A child that does not answer a request for so long is taken out.
+    pub child_deadline_ms: u64,
+    /// How long assembly waits for the rest once a majority is there.
+    pub assembly_wait_ms: u64,
+    /// Host requests in flight at most; more wait outside.
+    pub max_requests: u16,
+}
+
+/// Names a child operation when its answer comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(pub u32);
+
+/// Set in tickets of register operations.
+pub(crate) const REGISTER: u32 = 1 << 31;
+/// Set in tickets of mends.
+const MEND: u32 = 1 << 30;
+
+impl Ticket {
+    pub(crate) fn io(slot: u16) -> Self {
+        Self(u32::from(slot))
+    }
+
+    pub(crate) fn of_mend(at: u16) -> Self {
+        Self(MEND | u32::from(at))
+    }
+
+    pub(crate) fn is_mend(self) -> bool {
+        !self.is_register() && self.0 & MEND != 0
+    }
+
+    pub(crate) fn mend(self) -> usize {
+        usize::from(u16::try_from(self.0 & !MEND).expect("a place of a mend"))
+    }
+
+    pub(crate) fn register(round: u32) -> Self {
+        Self(REGISTER | round)
+    }
+
+    /// Whether the operation was on the register.
+    #[must_use]
+    pub fn is_register(self) -> bool {
+        self.0 & REGISTER != 0
+    }
+}
+
+/// What a child is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChildOp {
+    /// A block request.
+    Io(IoRequest),
+    /// Tell what the register holds.
+    ReadRegister,
+    /// Promise to accept nothing older than this epoch, and bind the session to it. The epoch must be
+    /// newer than the one that was promised; with `again`, it may be that one.
+    Promise {
+        /// The epoch.
+        epoch: Epoch,
+        /// Whether the nexus has the epoch already: this child may have promised it before, or have
+        /// been away when a majority did.
+        again: bool,
+    },
+    /// Store this register durably, unless a newer epoch was promised.
+    Accept(Register),
+    /// Grow to this size, unless a newer epoch was promised.
+    Resize {
+        /// The epoch.
+        epoch: Epoch,
+        /// The size in blocks.
+        blocks: u64,
+    },
+}
+
+/// An operation for one child.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChildIo {
+    /// For which.
+    pub child: ChildId,
+    /// Comes back with the answer.
+    pub ticket: Ticket,
+    /// What to do.
+    pub op: ChildOp,
+}
+
+/// A child's answer to a register operation: what the register holds now.
+pub type ChildReply = Result<Register, IoStatus>;
+
+/// The answer for the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// As submitted.
+    pub tag: u64,
+    /// How it ended.
+    pub status: IoStatus,
+}
+
+/// What happened, for logs and for whoever manages the volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The volume's state changed.
+    State(VolumeState),
+    /// A child failed; it is being taken out.
+    ChildFailing(ChildId, FaultReason),
+    /// A child is out of the in-sync set, durably.
+    ChildOut(ChildId, FaultReason),
+    /// A child takes I/O.
+    ChildOnline(ChildId),
+    /// The session with a child is to be ended: it did not answer.
+    ResetChild(ChildId),
+    /// A configuration was stored by a majority.
+    Committed {
+        /// Its epoch.
+        epoch: Epoch,
+        /// Its number within the epoch.
+        seq: u64,
+    },
+    /// The configuration that was found is of an encrypted volume, or is not and should be: see
+    /// [`Nexus::locked`](crate::Nexus::locked). Assembly waits.
+    Locked,
+    /// The volume has another size: this many blocks.
+    Resized(u64),
+    /// The volume could not be grown: a replica refused, or none could be reached any more.
+    ResizeFailed(Option<ChildId>, IoStatus),
+    /// Another wrapping of the volume's key is stored.
+    KeyChanged,
+    /// Something was wrong with a block of a child.
+    Found {
+        /// The block.
+        lba: Lba,
+        /// Whose copy.
+        child: ChildId,
+        /// What it was, and what became of it.
+        found: Found,
+    },
+    /// A scrub has come to the end of the volume.
+    ScrubFinished,
+}
+
+/// Where the volume stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeState {
+    /// Its configuration is being learnt; the text says what is missing.
+    Assembling(String),
+    /// Serving, every replica in sync.
+    Online,
+    /// Serving with fewer replicas than it has.
+    Degraded,
+    /// A replica failed and no majority can store that, or no replica in sync is there: requests
+    /// are held.
+    Suspended,
+    /// A newer nexus has taken the volume over: nothing is served here.
+    Fenced,
+    /// It cannot be served; the text says why.
+    Refused(String),
+}
+
+impl VolumeState {
+    /// Whether host requests are taken.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        matches!(self, Self::Online | Self::Degraded | Self::Suspended)
+    }
+
+    /// One word for tables.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Assembling(_) => "assembling",
+            Self::Online => "online",
+            Self::Degraded => "degraded",
+            Self::Suspended => "suspended",
+            Self::Fenced => "fenced",
+            Self::Refused(_) => "refused",
+        }
+    }
+
+    /// What a person wants to know besides the word.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        match self {
+            Self::Assembling(text) | Self::Refused(text) => text,
+            Self::Online => "every replica is in sync",
+            Self::Degraded => "serving with fewer replicas than configured",
+            Self::Suspended => {
+                "requests are held until the replicas are back: too few can be reached to record \
+                 that one failed, or none that is in sync"
+            }
+            Self::Fenced => "a newer nexus has taken this volume over",
+        }
+    }
+}
+
+/// A child as a person sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChildStatus {
+    /// Which replica.
+    pub replica: ReplicaId,
+    /// Where it stands.
+    pub state: ChildState,
+    /// Whether it holds every acked write.
+    pub in_sync: bool,
+    /// Requests that it has not answered.
+    pub load: u32,
+}
+
+/// The volume as a person sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// Where it stands.
+    pub state: VolumeState,
+    /// The epoch that it serves in.
+    pub epoch: Epoch,
+    /// The number of the last configuration within the epoch.
+    pub seq: u64,
+    /// Its children, in order.
+    pub children: Vec<ChildStatus>,
+    /// Host requests in flight.
+    pub requests: usize,
+}

@@ -1,0 +1,144 @@
+//! Layers: where each logical extent is.
+//!
+//! A replica writes to a layer of its own. What that does not hold is read from the parent layer, which
+//! is a snapshot's and never changes, and so on; what none holds reads as zeros. A snapshot takes the
+//! replica's layer and leaves it a new one on top; a clone begins with a new one on top of a
+//! snapshot's. Every slot of the catalog has one layer, and they are never shared.
+
+use crate::extents::NIL;
+use crate::pool::{HOLE, Mapping, PENDING, Pool};
+
+/// Layers that a read may have to look through. More snapshots in a row are refused.
+pub(crate) const MAX_DEPTH: usize = 64;
+
+#[derive(Debug, Default)]
+pub(crate) struct Layer {
+    /// Where each logical extent is. Grows up to the last one that was written.
+    pub(crate) map: Vec<u32>,
+    pub(crate) allocated: u32,
+    /// Extents that were its own and are on their way to a free list.
+    pub(crate) returning: u32,
+    /// Allocations, and extents on their way here from the parent.
+    pub(crate) allocs: u32,
+    /// Extents on their way to the layer on top.
+    pub(crate) leaving: u32,
+    /// Copies into it from the parent that are under way.
+    pub(crate) copies: u32,
+    pub(crate) parent: Option<u16>,
+    /// Layers whose parent it is.
+    pub(crate) children: u32,
+    /// The slot that it belongs to.
+    pub(crate) owner: u16,
+}
+
+impl Layer {
+    pub(crate) fn mapping(&self, logical: u32) -> Mapping {
+        match self.map.get(logical as usize).copied().unwrap_or(HOLE) {
+            HOLE => Mapping::Hole,
+            entry if entry & PENDING != 0 => Mapping::Pending(entry & !PENDING),
+            entry => Mapping::Extent(entry),
+        }
+    }
+
+    pub(crate) fn map_to(&mut self, logical: u32, entry: u32) {
+        let at = logical as usize;
+        if at >= self.map.len() {
+            self.map.resize(at + 1, HOLE);
+        }
+        self.map[at] = entry;
+    }
+}
+
+impl Pool {
+    pub(crate) fn layer(&self, layer: u16) -> &Layer {
+        &self.layers[usize::from(layer)]
+    }
+
+    pub(crate) fn layer_mut(&mut self, layer: u16) -> &mut Layer {
+        &mut self.layers[usize::from(layer)]
+    }
+
+    pub(crate) fn layer_of(&self, slot: u16) -> u16 {
+        self.slots[usize::from(slot)].layer
+    }
+
+    /// A layer and those beneath it, from the top.
+    pub(crate) fn chain(&self, layer: u16) -> impl Iterator<Item = u16> {
+        core::iter::successors(Some(layer), |&at| self.layer(at).parent)
+    }
+
+    /// Whether a layer beneath this one holds something of a logical extent.
+    pub(crate) fn covered(&self, layer: u16, logical: u32) -> bool {
+        self.chain(layer).skip(1).any(|at| self.layer(at).mapping(logical) != Mapping::Hole)
+    }
+
+    /// The first logical extent from which on neither the layer nor those beneath it hold anything.
+    pub(crate) fn mapped_len(&self, layer: u16) -> u64 {
+        self.chain(layer).map(|at| self.layer(at).map.len() as u64).max().unwrap_or(0)
+    }
+
+    /// Takes an extent out of its layer's map. The caller says so in the journal, or the catalog does.
+    pub(crate) fn unmap(&mut self, layer: u16, logical: u32) {
+        let at = self.layer_mut(layer);
+        at.map_to(logical, HOLE);
+        at.allocated -= 1;
+        at.returning += 1;
+        self.extents.allocated -= 1;
+        self.extents.returning += 1;
+        self.reserve_again(layer);
+    }
+
+    /// A child of `layer` is gone. Where the layer was kept only for its children, its deletion goes on.
+    pub(crate) fn lose_child(&mut self, layer: u16) {
+        let at = self.layer_mut(layer);
+        at.children -= 1;
+        let owner = usize::from(at.owner);
+        self.unpark(owner);
+    }
+
+    // ---- thick replicas
+
+    /// Extents that the thick replica that owns a layer may still write, or nothing.
+    pub(crate) fn reserved_by(&self, slot: u16) -> u64 {
+        let of = &self.slots[usize::from(slot)];
+        if !of.is_live() || !of.is_thick() {
+            return 0;
+        }
+        of.extents().saturating_sub(u64::from(self.layer(of.layer).allocated))
+    }
+
+    fn is_reserving(&self, layer: u16) -> bool {
+        let slot = &self.slots[usize::from(self.layer(layer).owner)];
+        slot.is_live() && slot.is_thick() && slot.layer == layer
+    }
+
+    /// An extent of the layer was allocated: it needs no reserve any more.
+    pub(crate) fn use_reserve(&mut self, layer: u16) {
+        if self.is_reserving(layer) {
+            self.reserved -= 1;
+        }
+    }
+
+    fn reserve_again(&mut self, layer: u16) {
+        if self.is_reserving(layer) {
+            self.reserved += 1;
+        }
+    }
+
+    /// Counts the reserve anew, after a command that changes what is thick or how large.
+    pub(crate) fn count_reserve(&mut self) {
+        self.reserved = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+    }
+
+    /// Whether the layer may take a free extent: the last ones are kept for thick replicas.
+    pub(crate) fn may_allocate(&self, layer: u16) -> bool {
+        u64::from(self.extents.free()) > self.reserved || self.is_reserving(layer)
+    }
+
+    /// Extents that nobody holds and that are reserved for nobody.
+    pub(crate) fn unreserved(&self) -> u64 {
+        u64::from(self.extents.free() + self.extents.returning).saturating_sub(self.reserved)
+    }
+}
+
+const _: () = assert!(NIL == HOLE);

@@ -1,0 +1,217 @@
+//! Snapshots over several devices, and going back to them.
+//!
+//! What is taken must be of one point in time. Each device holds still by itself, but not at the same
+//! moment; so requests to the replica wait here, those that had begun are answered first, and only then
+//! the devices are asked. Layers are each device's own: only the slots are the same everywhere.
+//!
+//! Going back cannot be undone where it is done, so a crash must not leave it done on some devices
+//! without a trace. First every device takes durable note that it is to come, then each does it, which
+//! turns the note into another one, and then all forget it. Open completes it where a device has done
+//! it, and else forgets it.
+
+use cairn_block::{IoStatus, Memory, SnapshotId};
+
+use super::control::{Job, Kind};
+use super::{JOB, MultiPool};
+use crate::disk::{FLAG_REVERTED, FLAG_REVERTING, MemberState};
+use crate::pool::{PoolState, ReplicaSlot};
+use crate::{ControlError, SnapshotSpec};
+
+/// Going back to a snapshot.
+#[derive(Debug)]
+pub(super) struct Revert {
+    pub(super) slot: u16,
+    pub(super) to: SnapshotId,
+    /// Takes what is given up.
+    pub(super) with: u16,
+    pub(super) step: Step,
+    /// A crash had cut it off: it has to be done.
+    pub(super) resumed: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Every device takes note of what is to come.
+    Mark,
+    /// Every device goes back.
+    Switch,
+    /// Every device forgets it.
+    Clear,
+}
+
+impl MultiPool {
+    /// Takes a snapshot of a replica: what every request that was answered before has left, on all
+    /// devices. Requests that come while it is taken wait for it.
+    pub fn create_snapshot<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: ReplicaSlot,
+        spec: SnapshotSpec,
+        mem: &mut M,
+    ) {
+        self.push_job(Some(tag), Kind::Snapshot { slot: slot.0, spec, with: 0 });
+        self.settle(mem);
+    }
+
+    /// Deletes a snapshot. Answered when there is no way back; its space returns after that.
+    pub fn delete_snapshot<M: Memory>(&mut self, tag: u64, slot: ReplicaSlot, mem: &mut M) {
+        self.push_job(Some(tag), Kind::DeleteSnapshot(slot.0));
+        self.settle(mem);
+    }
+
+    /// Takes a replica back to one of its snapshots: all that was written since is given up.
+    pub fn revert<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: ReplicaSlot,
+        snapshot: SnapshotId,
+        mem: &mut M,
+    ) {
+        let (step, resumed) = (Step::Mark, false);
+        let revert = Revert { slot: slot.0, to: snapshot, with: 0, step, resumed };
+        self.push_job(Some(tag), Kind::Revert(revert));
+        self.settle(mem);
+    }
+
+    /// Does on the devices that have not done it what others have.
+    pub(super) fn resume_revert(&mut self, slot: u16, to: SnapshotId) {
+        let step = Step::Switch;
+        self.push_job(None, Kind::Revert(Revert { slot, to, with: 0, step, resumed: true }));
+        self.still = Some(slot);
+    }
+
+    pub(super) fn check_snapshot(
+        &self,
+        slot: u16,
+        spec: &SnapshotSpec,
+    ) -> Result<u16, ControlError> {
+        if self.present().any(|m| m.role == MemberState::Draining) {
+            let why = "a device is being removed from the pool, and what snapshots share cannot \
+                       move meanwhile: take the snapshot when the device has left";
+            return Err(ControlError::Device(why.to_owned()));
+        }
+        let with = self.free_slot()?;
+        for (_, member) in self.serving() {
+            member.pool.check_snapshot(ReplicaSlot(slot), spec, Some(with))?;
+        }
+        Ok(with)
+    }
+
+    pub(super) fn check_revert(&self, revert: &Revert) -> Result<u16, ControlError> {
+        let with = self.free_slot()?;
+        for (_, member) in self.serving() {
+            if member.pool.page(revert.slot).flags & FLAG_REVERTED == 0 {
+                member.pool.check_revert(ReplicaSlot(revert.slot), revert.to, Some(with))?;
+            }
+        }
+        Ok(with)
+    }
+
+    /// A slot that is free on every device.
+    pub(super) fn free_slot(&self) -> Result<u16, ControlError> {
+        (0..self.slots)
+            .find(|&slot| self.serving().all(|(_, m)| m.pool.is_slot_free(slot)))
+            .ok_or(ControlError::NoFreeSlot(usize::from(self.slots)))
+    }
+
+    // ---- holding still
+
+    /// Whether the command at the front may begin: its replica is at rest. From here on it is held.
+    pub(super) fn is_at_rest(&mut self, slot: u16) -> bool {
+        self.still = Some(slot);
+        // The only device holds still by itself what passes straight through to it.
+        !self.has_requests(slot) && (self.direct.is_some() || self.direct_io == 0)
+    }
+
+    /// Lets requests go on that nothing holds any more.
+    pub(super) fn go_on<M: Memory>(&mut self, mem: &mut M) {
+        let Some(slot) = self.still else { return };
+        if self.is_held(slot) {
+            return;
+        }
+        self.still = None;
+        for (tag, slot, request) in core::mem::take(&mut self.waiting) {
+            self.submit_parts(tag, slot, request, mem);
+        }
+    }
+
+    /// The pool failed: what was held is answered.
+    pub(super) fn give_up_waiting(&mut self) {
+        for (tag, ..) in core::mem::take(&mut self.waiting) {
+            self.answer(tag, IoStatus::MediaError);
+        }
+    }
+
+    // ---- going back
+
+    /// Asks the devices for the next step. Returns on how many.
+    pub(super) fn ask_revert<M: Memory>(&mut self, revert: &Revert, id: u32, mem: &mut M) -> u32 {
+        let members: Vec<usize> = self.serving().map(|(at, _)| at).collect();
+        let tag = JOB | u64::from(id);
+        let mut asked = 0;
+        for at in members {
+            let pool = &mut self.member_mut(at).pool;
+            let flags = pool.page(revert.slot).flags;
+            match revert.step {
+                Step::Mark => pool.mark_revert(tag, revert.slot, Some(revert.to), mem),
+                Step::Switch if flags & FLAG_REVERTED != 0 => continue,
+                Step::Switch => {
+                    let slot = ReplicaSlot(revert.slot);
+                    pool.revert_in(tag, Some(revert.with), slot, revert.to, mem);
+                }
+                Step::Clear if flags & (FLAG_REVERTED | FLAG_REVERTING) == 0 => continue,
+                Step::Clear => pool.mark_revert(tag, revert.slot, None, mem),
+            }
+            asked += 1;
+        }
+        asked
+    }
+
+    /// The first step that there is: a note is of use where there are several devices.
+    pub(super) fn first_step(&self, revert: &mut Revert) {
+        if revert.step == Step::Mark && self.serving().count() == 1 {
+            revert.step = Step::Switch;
+        }
+    }
+
+    /// Every device has answered.
+    pub(super) fn revert_over<M: Memory>(&mut self, mut job: Job, revert: Revert, mem: &mut M) {
+        let (ok, refused) = (job.ok, job.refused);
+        let step = match revert.step {
+            Step::Mark if job.error.is_none() && ok != 0 => Step::Switch,
+            Step::Mark => Step::Clear,
+            Step::Switch => {
+                if ok != 0 && refused != 0 {
+                    // The devices must not differ: the others have gone back, and so this one goes.
+                    let why =
+                        "it could not go back to a snapshot that the other devices went back to";
+                    for at in (0..self.members.len()).filter(|at| refused >> at & 1 != 0) {
+                        self.member_mut(at).pool.fail(why, mem);
+                    }
+                    job.error = None;
+                }
+                Step::Clear
+            }
+            Step::Clear => return self.revert_ended(job),
+        };
+        if ok == 0 && job.error.is_none() && !(revert.resumed && step == Step::Clear) {
+            job.error = Some((IoStatus::MediaError, None));
+        }
+        let revert = Revert { step, ..revert };
+        if self.state != PoolState::Online {
+            return self.revert_ended(job);
+        }
+        job.waiting = self.ask_revert(&revert, job.id, mem);
+        (job.ok, job.refused) = (0, 0);
+        if job.waiting == 0 {
+            return self.revert_ended(job);
+        }
+        job.kind = Kind::Revert(revert);
+        self.active.push(job);
+    }
+
+    fn revert_ended(&mut self, job: Job) {
+        let (status, error) = job.error.unwrap_or((IoStatus::Ok, None));
+        self.finish(job.tag, status, error);
+    }
+}

@@ -1,0 +1,76 @@
+//! A volume grows while one of its replicas is away and nothing is written: the replica stays in sync, and
+//! is too small when it comes back.
+
+use cairn_engine::nexus::Purpose;
+use cairn_sim::world::MS;
+use cairn_sim::{Cluster, ClusterConfig, Workload, World};
+
+fn cluster(seed: u64, local_replica: bool) -> Cluster {
+    let config = ClusterConfig {
+        volumes: 1,
+        blocks: 1024,
+        replicas: 3,
+        local_replica,
+        disk_len: 24 << 20,
+        child_deadline_ms: 1_000,
+        replica_kato_ms: 1_000,
+        digests: false,
+        queue_entries: 64,
+        volume_requests: 64,
+        arena_len: 8 << 20,
+        zeroed: true,
+        encrypted: seed.is_multiple_of(2),
+        small_pool: None,
+    };
+    let mut cluster = Cluster::new(World::new(seed), config);
+    let work = Workload {
+        depth: 8,
+        gap_ns: 0,
+        hot_blocks: 64,
+        requests: 100,
+        reads_per_mille: 300,
+        kato_ms: 5_000,
+        digests: false,
+    };
+    cluster.add_client(0, work);
+    assert!(cluster.run_while(20_000 * MS, Cluster::clients_are_done), "the writes end");
+    cluster
+}
+
+fn check(mut cluster: Cluster) {
+    cluster.run_while(10_000 * MS, |_| false);
+    cluster.verify();
+    assert!(cluster.run_while(20_000 * MS, Cluster::clients_are_done), "every block can be read");
+    let report = cluster.volumes().expect("the nexus runs").remove(0);
+    assert_eq!((report.blocks, report.state.as_str()), (5000, "online"), "{report:?}");
+    // Sizes among the rest.
+    cluster.compare(false);
+}
+
+#[test]
+fn a_replica_that_was_away_grows_when_it_is_back() {
+    for seed in 0..10 {
+        let mut cluster = cluster(seed, seed % 3 == 0);
+        cluster.kill_replica(1);
+        cluster.run_while(3_000 * MS, |_| false);
+        cluster.grow_volume(0, 5000);
+        cluster.run_while(3_000 * MS, |_| false);
+        cluster.start_replica(1);
+        check(cluster);
+    }
+}
+
+#[test]
+fn and_so_it_does_under_a_nexus_that_started_anew() {
+    for seed in 0..10 {
+        let mut cluster = cluster(seed, seed % 3 == 0);
+        cluster.kill_replica(1);
+        cluster.run_while(3_000 * MS, |_| false);
+        cluster.grow_volume(0, 5000);
+        cluster.run_while(3_000 * MS, |_| false);
+        cluster.kill_nexus();
+        cluster.start_replica(1);
+        cluster.start_nexus(Purpose::Assemble);
+        check(cluster);
+    }
+}
