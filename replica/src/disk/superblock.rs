@@ -101,14 +101,14 @@ pub struct Membership {
     pub generation: u64,
     /// A bit for each replica slot: its extents that are mapped nowhere may have been on a device that
     /// is gone, and do not read as zeros.
-    pub lost: [u64; LOST_WORDS],
+    pub lost: Box<[u64; LOST_WORDS]>,
     /// At most [`MAX_MEMBERS`], none twice.
     pub members: Vec<MemberEntry>,
 }
 
 impl Default for Membership {
     fn default() -> Self {
-        Self { generation: 0, lost: [0; LOST_WORDS], members: Vec::new() }
+        Self { generation: 0, lost: Box::new([0; LOST_WORDS]), members: Vec::new() }
     }
 }
 
@@ -116,7 +116,7 @@ impl Membership {
     /// Whether of no slot anything may have been lost.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.lost == [0; LOST_WORDS]
+        *self.lost == [0; LOST_WORDS]
     }
 
     /// One device alone.

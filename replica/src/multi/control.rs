@@ -499,14 +499,9 @@ impl MultiPool {
         self.serving().any(|(_, m)| m.pool.is_used(slot))
     }
 
-    /// Whether a command holds the requests of a replica, or is about to.
+    /// Whether a command holds the requests of a replica.
     pub(super) fn is_held(&self, slot: u16) -> bool {
-        let front = self.jobs.front();
-        self.active.iter().chain(front).any(|job| job.kind.holds() == Some(slot))
-            || self
-                .jobs
-                .iter()
-                .any(|job| matches!(&job.kind, Kind::Revert(r) if r.resumed && r.slot == slot))
+        self.active.iter().chain(&self.jobs).any(|job| job.kind.holds() == Some(slot))
     }
 
     /// A new device gets every replica in its slot, and then, once that is durable, their registers.

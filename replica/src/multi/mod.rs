@@ -116,9 +116,7 @@ pub struct MultiPool {
     jobs: VecDeque<Job>,
     active: Vec<Job>,
     next_job: u32,
-    /// The replica of which a snapshot is being taken, or which is being taken back to one.
-    still: Option<u16>,
-    /// Requests to it that wait meanwhile.
+    /// Requests to replicas of which a snapshot is to be taken, or which are to go back to one.
     waiting: VecDeque<(u64, ReplicaSlot, IoRequest)>,
     /// Of each Verify over several devices that was answered, by its tag: how many blocks held data.
     verified: Vec<(u64, u32)>,
@@ -163,7 +161,6 @@ impl MultiPool {
             jobs: VecDeque::new(),
             active: Vec::new(),
             next_job: 0,
-            still: None,
             waiting: VecDeque::new(),
             verified: Vec::new(),
             held: Vec::new(),
@@ -460,17 +457,23 @@ impl MultiPool {
         mem: &mut M,
     ) {
         assert!(tag & INTERNAL == 0, "a caller's tag is below 2^63");
+        if self.is_held(slot.0) {
+            self.waiting.push_back((tag, slot, request));
+            return;
+        }
+        self.pass(tag, slot, request, mem);
+        if self.direct.is_none() {
+            self.settle(mem);
+        }
+    }
+
+    fn pass<M: Memory>(&mut self, tag: u64, slot: ReplicaSlot, request: IoRequest, mem: &mut M) {
         if let Some(at) = self.direct {
             self.direct_io += 1;
             self.member_mut(at).pool.submit(tag, slot, request, mem);
-            return;
-        }
-        if self.still == Some(slot.0) {
-            self.waiting.push_back((tag, slot, request));
         } else {
             self.submit_parts(tag, slot, request, mem);
         }
-        self.settle(mem);
     }
 
     /// The next operation for a device: for which, and what. They may be performed in any order.

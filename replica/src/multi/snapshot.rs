@@ -1,8 +1,8 @@
 //! Snapshots over several devices, and going back to them.
 //!
 //! What is taken must be of one point in time. Each device holds still by itself, but not at the same
-//! moment; so requests to the replica wait here, those that had begun are answered first, and only then
-//! the devices are asked. Layers are each device's own: only the slots are the same everywhere.
+//! moment; so requests to the replica wait here from the call on, those that had begun are answered first, and
+//! only then the devices are asked. Layers are each device's own: only the slots are the same everywhere.
 //!
 //! Going back cannot be undone where it is done, so a crash must not leave it done on some devices
 //! without a trace. First every device takes durable note that it is to come, then each does it, which
@@ -18,7 +18,7 @@ use crate::pool::{PoolState, ReplicaSlot};
 use crate::{ControlError, SnapshotSpec};
 
 /// Going back to a snapshot.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Revert {
     pub(super) slot: u16,
     pub(super) to: SnapshotId,
@@ -49,8 +49,7 @@ impl MultiPool {
         spec: SnapshotSpec,
         mem: &mut M,
     ) {
-        self.push_job(Some(tag), Kind::Snapshot { slot: slot.0, spec, with: 0 });
-        self.settle(mem);
+        self.hold(tag, slot, Kind::Snapshot { slot: slot.0, spec, with: 0 }, mem);
     }
 
     /// Deletes a snapshot. Answered when there is no way back; its space returns after that.
@@ -69,7 +68,17 @@ impl MultiPool {
     ) {
         let (step, resumed) = (Step::Mark, false);
         let revert = Revert { slot: slot.0, to: snapshot, with: 0, step, resumed };
-        self.push_job(Some(tag), Kind::Revert(revert));
+        self.hold(tag, slot, Kind::Revert(revert), mem);
+    }
+
+    fn hold<M: Memory>(&mut self, tag: u64, slot: ReplicaSlot, kind: Kind, mem: &mut M) {
+        if self.is_held(slot.0) {
+            // What waits for the first one would be on the wrong side of the second.
+            let error = Some(ControlError::SnapshotUnderWay);
+            self.finish(Some(tag), IoStatus::InvalidField, error);
+        } else {
+            self.push_job(Some(tag), kind);
+        }
         self.settle(mem);
     }
 
@@ -77,7 +86,6 @@ impl MultiPool {
     pub(super) fn resume_revert(&mut self, slot: u16, to: SnapshotId) {
         let step = Step::Switch;
         self.push_job(None, Kind::Revert(Revert { slot, to, with: 0, step, resumed: true }));
-        self.still = Some(slot);
     }
 
     pub(super) fn check_snapshot(
@@ -116,22 +124,21 @@ impl MultiPool {
 
     // ---- holding still
 
-    /// Whether the command at the front may begin: its replica is at rest. From here on it is held.
-    pub(super) fn is_at_rest(&mut self, slot: u16) -> bool {
-        self.still = Some(slot);
+    /// Whether nothing is in flight to a replica that is held.
+    pub(super) fn is_at_rest(&self, slot: u16) -> bool {
         // The only device holds still by itself what passes straight through to it.
         !self.has_requests(slot) && (self.direct.is_some() || self.direct_io == 0)
     }
 
     /// Lets requests go on that nothing holds any more.
     pub(super) fn go_on<M: Memory>(&mut self, mem: &mut M) {
-        let Some(slot) = self.still else { return };
-        if self.is_held(slot) {
-            return;
-        }
-        self.still = None;
-        for (tag, slot, request) in core::mem::take(&mut self.waiting) {
-            self.submit_parts(tag, slot, request, mem);
+        for _ in 0..self.waiting.len() {
+            let Some((tag, slot, request)) = self.waiting.pop_front() else { return };
+            if self.is_held(slot.0) {
+                self.waiting.push_back((tag, slot, request));
+            } else {
+                self.pass(tag, slot, request, mem);
+            }
         }
     }
 

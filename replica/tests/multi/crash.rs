@@ -22,11 +22,15 @@ fn run(seed: u64, cut: Cut, deaths: bool) -> Seen {
     let mut world = World::new(lens, seed);
     world.set.check = seed.is_multiple_of(8);
     world.deaths = deaths;
+    world.layers = !seed.is_multiple_of(3);
     for _ in 0..4 {
         let most = if world.set.rng.chance(30) { 30 } else { 500 };
         let actions = world.set.rng.below(most);
         for _ in 0..actions {
             world.act();
+        }
+        if world.layers && world.set.rng.chance(60) {
+            world.revert_some();
         }
         let power = cut == Cut::Power || (cut == Cut::Either && world.set.rng.chance(50));
         world = world.crash(power);
@@ -50,6 +54,7 @@ fn run_all(seeds: std::ops::Range<u64>, cut: Cut, deaths: bool) -> Seen {
 fn met(seen: &Seen) {
     assert!(seen.adds > 50 && seen.drained > 20, "{seen:?}");
     assert!(seen.draining > 20 && seen.doubles > 0 && seen.removed > 0, "{seen:?}");
+    assert!(seen.snapshots > 50 && seen.reverts > 20 && seen.resumed > 0, "{seen:?}");
 }
 
 #[test]

@@ -4,10 +4,10 @@ use cairn_block::{Buf, BufSlice, ReplicaId};
 use cairn_block::{
     HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, PoolDeviceId, PoolId,
 };
-use cairn_replica::disk::{MemberState, Superblock};
+use cairn_replica::disk::{FLAG_REVERTING, MemberState, Superblock};
 use cairn_replica::{
     DeviceOptions, Done, MultiPool, OpenOptions, Pool, PoolError, ReplicaSlot, SparseDevice,
-    inspect_superblock,
+    inspect_catalog, inspect_superblock,
 };
 
 use crate::common::{Disk, EXTENT_BLOCKS, Rng, options, spec};
@@ -29,6 +29,9 @@ pub(crate) struct Seen {
     pub(crate) failed: u64,
     pub(crate) lost_reads: u64,
     pub(crate) good_reads: u64,
+    pub(crate) snapshots: u64,
+    pub(crate) reverts: u64,
+    pub(crate) resumed: u64,
 }
 
 impl Seen {
@@ -43,6 +46,9 @@ impl Seen {
         self.failed += other.failed;
         self.lost_reads += other.lost_reads;
         self.good_reads += other.good_reads;
+        self.snapshots += other.snapshots;
+        self.reverts += other.reverts;
+        self.resumed += other.resumed;
     }
 }
 
@@ -62,6 +68,12 @@ pub(crate) struct Set {
 
 fn superblock(disk: &mut Disk) -> Option<Superblock> {
     inspect_superblock(disk).unwrap().into_iter().find_map(|copy| copy.content.ok())
+}
+
+/// Whether a replica has gone back to a snapshot on a device and not on another.
+fn resumes(disks: &mut [Disk]) -> bool {
+    let pages = disks.iter_mut().flat_map(|disk| inspect_catalog(disk).unwrap_or_default());
+    pages.filter_map(|page| page.content.ok()).any(|page| page.flags & FLAG_REVERTING != 0)
 }
 
 pub(crate) fn formatted(lens: &[u64]) -> Vec<Disk> {
@@ -122,6 +134,7 @@ impl Set {
             _ => pool.set_checksum_limits(16, 2),
         }
         pool.check();
+        seen.resumed += u64::from(resumes(&mut disks));
         seen.draining += u64::from(pool.members().iter().any(|m| m.drain.is_some()));
         let mut numbered: Vec<Option<Disk>> = disks.into_iter().map(Some).collect();
         let disks = set.devices.iter().map(|&i| numbered[i].take()).collect();
