@@ -128,6 +128,29 @@ impl Pool {
         self.begin(Asker::Tag(tag), slot.0, request.op, blocks, request.buf, mem);
     }
 
+    /// Gives up a logical extent, all of it, whatever the size of the replica's blocks. Nothing else may
+    /// change it meanwhile.
+    pub(crate) fn free_extent<M: Memory>(
+        &mut self,
+        tag: u64,
+        slot: ReplicaSlot,
+        logical: u32,
+        mem: &mut M,
+    ) {
+        let request =
+            IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
+        if let Err(status) = self.admit(slot, &request) {
+            self.done.push_back(Done { tag, status, error: None });
+            return;
+        }
+        let of = &mut self.slots[usize::from(slot.0)];
+        of.in_flight += 1;
+        let start = u64::from(logical) * EXTENT_BLOCKS;
+        let end = (start + EXTENT_BLOCKS).min(of.page.bytes().div_ceil(BLOCK));
+        self.begin(Asker::Tag(tag), slot.0, IoOp::Discard, start..end, BufSlice::EMPTY, mem);
+        self.pump(mem);
+    }
+
     /// Begins a piece of a request in smaller blocks.
     pub(crate) fn begin_inner<M: Memory>(
         &mut self,

@@ -432,11 +432,11 @@ impl MultiPool {
                 live(revert.slot)?;
                 revert.with = self.check_revert(revert)?;
             }
-            Kind::Join { .. } if self.present().any(|m| m.pool.has_thick()) => {
+            Kind::Join { .. } if self.serving().any(|(_, m)| m.pool.has_thick()) => {
                 return Err(ControlError::Device(THICK_JOINS.to_owned()));
             }
             Kind::Members { then: Then::Drains(_), .. }
-                if self.present().any(|m| m.pool.has_layers()) =>
+                if self.serving().any(|(_, m)| m.pool.has_layers()) =>
             {
                 return Err(ControlError::Device(LAYERS_DRAIN.to_owned()));
             }

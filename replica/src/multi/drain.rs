@@ -411,13 +411,8 @@ impl MultiPool {
     fn discard<M: Memory>(&mut self, at: usize, member: usize, mem: &mut M) {
         let copy = &mut self.copies[at];
         copy.outstanding = 1;
-        let request = IoRequest {
-            op: IoOp::Discard,
-            range: copy.range(0, copy.blocks),
-            buf: cairn_block::BufSlice::EMPTY,
-        };
-        let (slot, tag) = (ReplicaSlot(copy.slot), copy.tag());
-        self.member_mut(member).pool.submit(tag, slot, request, mem);
+        let (slot, logical, tag) = (ReplicaSlot(copy.slot), copy.logical, copy.tag());
+        self.member_mut(member).pool.free_extent(tag, slot, logical, mem);
     }
 
     pub(super) fn copy_answered<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {

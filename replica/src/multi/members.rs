@@ -141,7 +141,7 @@ impl MultiPool {
         if let PoolState::Failed(reason) = self.state() {
             return Err(ControlError::PoolFailed(reason));
         }
-        if self.present().any(|m| m.pool.has_thick()) {
+        if self.serving().any(|(_, m)| m.pool.has_thick()) {
             return refuse(THICK_JOINS.to_owned());
         }
         let number = self.next_number();
@@ -224,7 +224,7 @@ impl MultiPool {
                 needed - free
             ));
         }
-        if self.present().any(|m| m.pool.has_layers()) {
+        if self.serving().any(|(_, m)| m.pool.has_layers()) {
             return Err(LAYERS_DRAIN.to_owned());
         }
         self.member_mut(at).role = MemberState::Draining;

@@ -6,5 +6,6 @@ mod cases;
 #[path = "../common/mod.rs"]
 mod common;
 mod crash;
+mod layers;
 mod set;
 mod world;

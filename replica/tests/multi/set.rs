@@ -6,8 +6,8 @@ use cairn_block::{
 };
 use cairn_replica::disk::{FLAG_REVERTING, MemberState, Superblock};
 use cairn_replica::{
-    DeviceOptions, Done, MultiPool, OpenOptions, Pool, PoolError, ReplicaSlot, SparseDevice,
-    inspect_catalog, inspect_superblock,
+    ControlError, DeviceOptions, Done, MultiPool, OpenOptions, Pool, PoolError, ReplicaSlot,
+    SparseDevice, inspect_catalog, inspect_superblock,
 };
 
 use crate::common::{Disk, EXTENT_BLOCKS, Rng, options, spec};
@@ -257,6 +257,10 @@ impl Set {
 
     /// A new disk in the pool; the tag that is answered.
     pub(crate) fn add(&mut self, id: u128, len: u64) -> u64 {
+        self.try_add(id, len).unwrap()
+    }
+
+    pub(crate) fn try_add(&mut self, id: u128, len: u64) -> Result<u64, ControlError> {
         let mut dev = SparseDevice::new(len);
         MultiPool::format_device(
             &mut dev,
@@ -270,13 +274,13 @@ impl Set {
         let opened = Pool::open(&mut disk).unwrap();
         let tag = self.tag();
         let number = usize::from(self.pool.next_number());
+        let given = self.pool.add_device(tag, opened, &mut self.mem)?;
+        assert_eq!(usize::from(given), number);
         if number == self.disks.len() {
             self.disks.push(None);
         }
         self.disks[number] = Some(disk);
-        let given = self.pool.add_device(tag, opened, &mut self.mem).unwrap();
-        assert_eq!(usize::from(given), number);
-        tag
+        Ok(tag)
     }
 
     pub(crate) fn remove(&mut self, id: u128) -> u64 {

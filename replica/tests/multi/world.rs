@@ -430,7 +430,7 @@ impl World {
     fn answered(&mut self, asked: Asked, done: &Done) {
         let ok = done.status.is_ok();
         match asked {
-            Asked::Change { id, order, durable, buf, range } => {
+            Asked::Change { id, order, durable, buf, .. } => {
                 if let Some(buf) = buf {
                     self.set.mem.release(buf);
                 }
