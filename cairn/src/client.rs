@@ -267,7 +267,7 @@ pub(crate) fn said(status: &tonic::Status) -> anyhow::Error {
     anyhow!("{}", status.message())
 }
 
-fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
@@ -455,7 +455,7 @@ pub(crate) async fn volumes(client: &mut CairnClient<Channel>) -> Result<Vec<v1:
     Ok(reply.into_inner().volumes)
 }
 
-fn show_volume(output: Output, volume: &v1::Volume) -> Result<()> {
+pub(crate) fn show_volume(output: Output, volume: &v1::Volume) -> Result<()> {
     match output {
         Output::Table => say!("{}", output::volume_status(volume)),
         Output::Json => output::one(output, volume)?,

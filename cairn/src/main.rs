@@ -15,6 +15,7 @@ mod rot;
 mod scrub;
 mod serve;
 mod service;
+mod snapshot;
 mod state;
 mod up;
 

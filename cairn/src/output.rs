@@ -157,6 +157,33 @@ impl Show for v1::Replica {
     }
 }
 
+impl Show for v1::Snapshot {
+    const HEADS: &'static [&'static str] =
+        &["SNAPSHOT", "NAME", "VOLUME", "TAKEN", "SIZE", "OWN", "STATE", "REPLICAS"];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.id.clone(),
+            self.name.clone(),
+            self.volume.clone(),
+            time(self.created_unix_s),
+            size(self.size_bytes),
+            size(self.own_bytes),
+            self.state.clone(),
+            format!("{}/{}", self.replicas, self.of_replicas),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "id": self.id, "name": self.name, "volume": self.volume,
+            "created_unix_s": self.created_unix_s, "size_bytes": self.size_bytes,
+            "own_bytes": self.own_bytes, "state": self.state, "replicas": self.replicas,
+            "of_replicas": self.of_replicas,
+        })
+    }
+}
+
 impl Show for v1::Volume {
     const HEADS: &'static [&'static str] = &[
         "VOLUME",

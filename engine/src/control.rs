@@ -100,6 +100,8 @@ pub struct EncryptionReport {
     pub cipher: &'static str,
     /// The id of the key that the volume's key is wrapped with.
     pub key_id: KeyId,
+    /// Its key, wrapped.
+    pub envelope: Envelope,
 }
 
 /// A volume to be served.
