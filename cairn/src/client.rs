@@ -134,6 +134,9 @@ Example:
         /// Its own id. Default: a new one.
         #[arg(long, value_name = "UUID", default_value = "")]
         id: String,
+        /// Reserve all of its size: a write to it never finds the pool full.
+        #[arg(long)]
+        thick: bool,
     },
     /// Delete a replica and its data.
     Delete {
@@ -180,6 +183,9 @@ Examples:
         /// A replica that does not answer for so long is taken out. Default: the process's.
         #[arg(long, value_name = "MS", default_value_t = 0)]
         child_deadline_ms: u64,
+        /// Reserve all of its size in the pools that --pool names.
+        #[arg(long, requires = "pool")]
+        thick: bool,
         /// Encrypt it, with a key of its own that is wrapped with the one given here.
         #[arg(long)]
         encrypt: bool,
@@ -316,13 +322,14 @@ pub(crate) fn replica(global: &Global, command: ReplicaCommand) -> Result<ExitCo
                     client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
                 output::list(global.output, &reply.into_inner().replicas)?;
             }
-            ReplicaCommand::Create { pool, volume, size, name, id } => {
+            ReplicaCommand::Create { pool, volume, size, name, id, thick } => {
                 let request = v1::CreateReplicaRequest {
                     pool,
                     volume_id: volume,
                     name,
                     size_bytes: size.as_u64(),
                     id,
+                    thick,
                 };
                 let replica = client.create_replica(request).await.map_err(|s| said(&s))?;
                 output::one(global.output, &replica.into_inner())?;
@@ -354,6 +361,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                 id,
                 allow_host,
                 child_deadline_ms,
+                thick,
                 encrypt,
                 key,
             } => {
@@ -370,6 +378,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                         name: name.clone(),
                         size_bytes: size.as_u64(),
                         id: String::new(),
+                        thick,
                     };
                     let made = client.create_replica(request).await.map_err(|s| said(&s))?;
                     replicas.push(format!("local:{pool}/{}", made.into_inner().id));

@@ -70,14 +70,18 @@ pub(crate) fn size(bytes: u64) -> String {
 
 impl Show for v1::Pool {
     const HEADS: &'static [&'static str] =
-        &["POOL", "STATE", "SIZE", "FREE", "BAD READS", "PATH", "ID"];
+        &["POOL", "STATE", "SIZE", "FREE", "PROMISED", "BAD READS", "PATH", "ID"];
 
     fn row(&self) -> Vec<String> {
         vec![
             self.name.clone(),
-            self.state.clone(),
+            match self.warning.as_str() {
+                "" => self.state.clone(),
+                warning => format!("{}, {warning}", self.state),
+            },
             size(self.capacity_bytes),
             size(self.free_bytes),
+            size(self.provisioned_bytes),
             self.checksum_mismatches.to_string(),
             self.path.clone(),
             self.id.clone(),
@@ -90,6 +94,8 @@ impl Show for v1::Pool {
             "capacity_bytes": self.capacity_bytes, "free_bytes": self.free_bytes,
             "extent_bytes": self.extent_bytes, "dirty_extents": self.dirty_extents,
             "checksum_mismatches": self.checksum_mismatches,
+            "reserved_bytes": self.reserved_bytes, "provisioned_bytes": self.provisioned_bytes,
+            "warning": self.warning,
         })
     }
 }

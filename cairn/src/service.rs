@@ -279,6 +279,9 @@ impl Service {
             extent_bytes: report.usage.extent_bytes,
             dirty_extents: report.dirty_extents,
             checksum_mismatches: report.checksum_mismatches,
+            reserved_bytes: report.usage.extents_reserved * extent,
+            provisioned_bytes: report.usage.extents_provisioned * extent,
+            warning: report.warning,
         }
     }
 
@@ -499,7 +502,7 @@ impl Cairn for Service {
             name: request.name,
             blocks: blocks_of(request.size_bytes)?,
             block_size: BlockSize::B4096,
-            thick: false,
+            thick: request.thick,
             source: None,
         };
         let pool = request.pool;

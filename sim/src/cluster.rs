@@ -244,6 +244,7 @@ impl Cluster {
             replica_data_digest: self.config.digests,
             volume_requests: self.config.volume_requests,
             assembly_wait_ms: 300,
+            overcommit: 0,
         }
     }
 

@@ -67,6 +67,7 @@ pub(super) async fn make(
             name: name.to_owned(),
             size_bytes: SIZE,
             id: String::new(),
+            thick: false,
         };
         let made = client.create_replica(request).await.map_err(|s| said(&s))?;
         replicas.push(made.into_inner().uri);

@@ -264,6 +264,8 @@ impl<D: Driver> Shard<D> {
                 };
                 self.driver.submit(op, token(Subject::PoolDisk, number, io.id.0));
             }
+            self.watch_space(at);
+            let local = &mut self.pools[at];
             if let (PoolState::Failed(why), false) = (local.pool.state(), local.failed) {
                 local.failed = true;
                 tracing::error!(pool = %local.name, why, "the pool is offline");
