@@ -1,6 +1,7 @@
 //! `cairn up --check`: the demo cluster, checked byte by byte with a replica killed half-way.
 
 mod keep;
+mod snapshots;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -53,6 +54,7 @@ async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     let volume = cluster.volume(VOLUME_SIZE).await?;
     say!("  volume `{VOLUME}` is {}", volume.state);
     keep::run(cluster, folder).await?;
+    snapshots::run(cluster, folder).await?;
     let volume = cluster.volume(VOLUME_SIZE).await?;
     let address = volume.addresses.first().context("the nexus exports nothing")?;
     let front =

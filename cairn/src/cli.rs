@@ -108,6 +108,10 @@ docs/operations.md tells of every setting.")]
     #[command(subcommand)]
     Volume(client::VolumeCommand),
 
+    /// Snapshots of the volumes of a running process, and clones.
+    #[command(subcommand)]
+    Snapshot(crate::snapshot::SnapshotCommand),
+
     /// Print the structures of a pool, read-only, also of a damaged one or one that is in use.
     #[command(after_help = "\
 Examples:
@@ -146,6 +150,7 @@ impl Cli {
             Command::Pool(command) => client::pool(&global, command),
             Command::Replica(command) => client::replica(&global, command),
             Command::Volume(command) => client::volume(&global, command),
+            Command::Snapshot(command) => crate::snapshot::run(&global, command),
             Command::Inspect(args) => crate::inspect::run(&global, &args),
             Command::Bench(args) => bench::run(&global, &args),
             Command::Completions { shell } => {

@@ -209,6 +209,9 @@ Example:
         /// Its own id. Default: a new one.
         #[arg(long, value_name = "UUID", default_value = "")]
         id: String,
+        /// Reserve all of its size: a write to it never finds the pool full.
+        #[arg(long)]
+        thick: bool,
     },
     /// Delete a replica and its data.
     Delete {
@@ -255,6 +258,9 @@ Examples:
         /// A replica that does not answer for so long is taken out. Default: the process's.
         #[arg(long, value_name = "MS", default_value_t = 0)]
         child_deadline_ms: u64,
+        /// Reserve all of its size in the pools that --pool names.
+        #[arg(long, requires = "pool")]
+        thick: bool,
         /// Encrypt it, with a key of its own that is wrapped with the one given here.
         #[arg(long)]
         encrypt: bool,
@@ -342,7 +348,7 @@ pub(crate) fn said(status: &tonic::Status) -> anyhow::Error {
     anyhow!("{}", status.message())
 }
 
-fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
@@ -433,13 +439,14 @@ pub(crate) fn replica(global: &Global, command: ReplicaCommand) -> Result<ExitCo
                     client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
                 output::list(global.output, &reply.into_inner().replicas)?;
             }
-            ReplicaCommand::Create { pool, volume, size, name, id } => {
+            ReplicaCommand::Create { pool, volume, size, name, id, thick } => {
                 let request = v1::CreateReplicaRequest {
                     pool,
                     volume_id: volume,
                     name,
                     size_bytes: size.as_u64(),
                     id,
+                    thick,
                 };
                 let replica = client.create_replica(request).await.map_err(|s| said(&s))?;
                 output::one(global.output, &replica.into_inner())?;
@@ -471,6 +478,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                 id,
                 allow_host,
                 child_deadline_ms,
+                thick,
                 encrypt,
                 key,
             } => {
@@ -487,6 +495,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                         name: name.clone(),
                         size_bytes: size.as_u64(),
                         id: String::new(),
+                        thick,
                     };
                     let made = client.create_replica(request).await.map_err(|s| said(&s))?;
                     replicas.push(format!("local:{pool}/{}", made.into_inner().id));
@@ -572,7 +581,7 @@ pub(crate) async fn volumes(client: &mut CairnClient<Channel>) -> Result<Vec<v1:
     Ok(reply.into_inner().volumes)
 }
 
-fn show_volume(output: Output, volume: &v1::Volume) -> Result<()> {
+pub(crate) fn show_volume(output: Output, volume: &v1::Volume) -> Result<()> {
     match output {
         Output::Table => say!("{}", output::volume_status(volume)),
         Output::Json => output::one(output, volume)?,

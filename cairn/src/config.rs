@@ -25,8 +25,16 @@ pub(crate) struct Config {
     pub(crate) engine: Engine,
     #[serde(default)]
     pub(crate) nexus: Nexus,
+    /// How many times its size may be promised of a pool to the replicas in it; 0: any.
+    #[serde(default = "overcommit")]
+    pub(crate) overcommit: u32,
     #[serde(default, rename = "pool", skip_serializing_if = "Vec::is_empty")]
     pub(crate) pools: Vec<Pool>,
+}
+
+/// Thin, but not without bounds.
+fn overcommit() -> u32 {
+    20
 }
 
 /// Where the process is managed.

@@ -44,6 +44,29 @@ pub(crate) struct SavedEncryption {
     /// Where the one comes from that it was to be changed to, while it is not known whether it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) next: Option<KeySource>,
+    /// The wrapped key of the volume that this one is a clone of, in hexadecimal digits: it is this one's
+    /// key, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cloned: Option<String>,
+}
+
+impl SavedEncryption {
+    /// The same for a clone.
+    pub(crate) fn for_clone(&self, envelope: &Envelope) -> Self {
+        let digits = envelope.encode().iter().map(|b| format!("{b:02x}")).collect();
+        Self { cloned: Some(digits), ..self.clone() }
+    }
+
+    fn cloned(&self) -> Result<Option<Envelope>> {
+        let Some(text) = &self.cloned else { return Ok(None) };
+        let pairs = text.as_bytes().chunks(2).map(|pair| {
+            let pair = std::str::from_utf8(pair).ok()?;
+            u8::from_str_radix(pair, 16).ok()
+        });
+        let bytes: Option<Vec<u8>> = pairs.collect();
+        let bytes = bytes.context("the clone's wrapped key in the state file is damaged")?;
+        Ok(Some(Envelope::decode(&bytes)?))
+    }
 }
 
 impl KeySource {
@@ -138,11 +161,14 @@ pub(crate) fn spec(saved: &SavedEncryption, volume: VolumeId, new: bool) -> Resu
             Err(error) => missing.push(format!("the key cannot be had: {error:#}")),
         }
     }
-    let new = match keks.first() {
-        Some(kek) if new => Some(Box::new(make(kek, volume)?)),
+    let cloned = saved.cloned()?;
+    let owner = cloned.as_ref().map(|envelope| envelope.owner);
+    let new = match (keks.first(), cloned) {
+        (Some(_), Some(envelope)) if new => Some(Box::new(envelope)),
+        (Some(kek), None) if new => Some(Box::new(make(kek, volume)?)),
         _ => None,
     };
-    Ok(EncryptionSpec { keks, missing: missing.join("; "), new, owner: None })
+    Ok(EncryptionSpec { keks, missing: missing.join("; "), new, owner })
 }
 
 /// A new volume's key, wrapped.
@@ -206,7 +232,8 @@ mod tests {
     #[test]
     fn each_new_volume_has_a_key_of_its_own() {
         let digits = "cd".repeat(32);
-        let saved = SavedEncryption { key: command(&format!("echo {digits}")), next: None };
+        let saved =
+            SavedEncryption { key: command(&format!("echo {digits}")), next: None, cloned: None };
         let [a, b] = [(); 2].map(|()| spec(&saved, VolumeId(1), true).unwrap());
         assert_ne!(a.new, b.new);
         assert!(a.keks[0].unwrap(&a.new.unwrap()).is_ok());

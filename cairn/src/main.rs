@@ -16,6 +16,7 @@ mod rot;
 mod scrub;
 mod serve;
 mod service;
+mod snapshot;
 mod state;
 mod up;
 

@@ -70,14 +70,18 @@ pub(crate) fn size(bytes: u64) -> String {
 
 impl Show for v1::Pool {
     const HEADS: &'static [&'static str] =
-        &["POOL", "STATE", "SIZE", "FREE", "BAD READS", "PATH", "ID"];
+        &["POOL", "STATE", "SIZE", "FREE", "PROMISED", "BAD READS", "PATH", "ID"];
 
     fn row(&self) -> Vec<String> {
         vec![
             self.name.clone(),
-            self.state.clone(),
+            match self.warning.as_str() {
+                "" => self.state.clone(),
+                warning => format!("{}, {warning}", self.state),
+            },
             size(self.capacity_bytes),
             size(self.free_bytes),
+            size(self.provisioned_bytes),
             self.checksum_mismatches.to_string(),
             self.path.clone(),
             self.id.clone(),
@@ -91,6 +95,8 @@ impl Show for v1::Pool {
             "extent_bytes": self.extent_bytes, "dirty_extents": self.dirty_extents,
             "checksum_mismatches": self.checksum_mismatches,
             "devices": self.devices.iter().map(device_json).collect::<Vec<_>>(),
+            "reserved_bytes": self.reserved_bytes, "provisioned_bytes": self.provisioned_bytes,
+            "warning": self.warning,
         })
     }
 }
@@ -204,6 +210,33 @@ impl Show for v1::Replica {
             "state": self.state, "size_bytes": self.size_bytes, "block_size": self.block_size,
             "allocated_bytes": self.allocated_bytes, "nqn": self.nqn, "uri": self.uri,
             "counters": counters(self.counters.as_ref()),
+        })
+    }
+}
+
+impl Show for v1::Snapshot {
+    const HEADS: &'static [&'static str] =
+        &["SNAPSHOT", "NAME", "VOLUME", "TAKEN", "SIZE", "OWN", "STATE", "REPLICAS"];
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.id.clone(),
+            self.name.clone(),
+            self.volume.clone(),
+            time(self.created_unix_s),
+            size(self.size_bytes),
+            size(self.own_bytes),
+            self.state.clone(),
+            format!("{}/{}", self.replicas, self.of_replicas),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "id": self.id, "name": self.name, "volume": self.volume,
+            "created_unix_s": self.created_unix_s, "size_bytes": self.size_bytes,
+            "own_bytes": self.own_bytes, "state": self.state, "replicas": self.replicas,
+            "of_replicas": self.of_replicas,
         })
     }
 }

@@ -100,6 +100,7 @@ fn shard_config(config: &Config) -> ShardConfig {
         replica_header_digest: config.nexus.header_digest,
         replica_data_digest: config.nexus.data_digest,
         assembly_wait_ms: config.nexus.assembly_wait_ms,
+        overcommit: config.overcommit,
         ..ShardConfig::default()
     }
 }

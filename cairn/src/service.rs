@@ -2,6 +2,7 @@
 
 mod grow;
 mod keys;
+mod snapshots;
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -248,6 +249,35 @@ impl Service {
         pools::saved(&report.name, paths.collect(), buffered)
     }
 
+    /// Brings up a volume of replicas that have no configuration yet, and remembers it.
+    async fn serve_new(&self, mut saved: SavedVolume) -> Result<v1::Volume, Status> {
+        let keys = keys::spec_of(&saved).await?;
+        let spec = self.spec_of(&saved, keys).map_err(Status::invalid_argument)?;
+        // Remembered first: a crash now leaves a volume whose making is taken up again.
+        self.remember(saved.clone())?;
+        let added = self.ask(|reply| Command::AddVolume { spec, reply }).await;
+        let served = match added {
+            Ok(()) => self.await_serving(&saved.name).await,
+            Err(status) => {
+                self.forget(&saved.name)?;
+                return Err(status);
+            }
+        };
+        match served {
+            Ok(report) => {
+                saved.created = true;
+                self.remember(saved)?;
+                Ok(self.volume_message(report))
+            }
+            Err(status) => {
+                let name = saved.name.clone();
+                self.ask(|reply| Command::RemoveVolume { name, reply }).await?;
+                self.forget(&saved.name)?;
+                Err(status)
+            }
+        }
+    }
+
     fn pool_message(report: PoolReport) -> v1::Pool {
         let extent = u64::from(report.usage.extent_bytes);
         let paths: Vec<&str> =
@@ -263,6 +293,9 @@ impl Service {
             dirty_extents: report.dirty_extents,
             checksum_mismatches: report.checksum_mismatches,
             devices: report.devices.into_iter().map(device_message).collect(),
+            reserved_bytes: report.usage.extents_reserved * extent,
+            provisioned_bytes: report.usage.extents_provisioned * extent,
+            warning: report.warning,
         }
     }
 
@@ -566,7 +599,7 @@ impl Cairn for Service {
             name: request.name,
             blocks: blocks_of(request.size_bytes)?,
             block_size: BlockSize::B4096,
-            thick: false,
+            thick: request.thick,
             source: None,
         };
         let pool = request.pool;
@@ -608,7 +641,7 @@ impl Cairn for Service {
             )));
         }
         let encryption = keys::for_new(request.encryption).await?;
-        let mut saved = SavedVolume {
+        let saved = SavedVolume {
             id: VolumeId(id_or_new(&request.id)?).to_string(),
             name: request.name.clone(),
             size_bytes: request.size_bytes,
@@ -618,31 +651,7 @@ impl Cairn for Service {
             encryption,
             created: false,
         };
-        let keys = keys::spec_of(&saved).await?;
-        let spec = self.spec_of(&saved, keys).map_err(Status::invalid_argument)?;
-        // Remembered first: a crash now leaves a volume whose making is taken up again.
-        self.remember(saved.clone())?;
-        let added = self.ask(|reply| Command::AddVolume { spec, reply }).await;
-        let served = match added {
-            Ok(()) => self.await_serving(&request.name).await,
-            Err(status) => {
-                self.forget(&request.name)?;
-                return Err(status);
-            }
-        };
-        match served {
-            Ok(report) => {
-                saved.created = true;
-                self.remember(saved)?;
-                Ok(Response::new(self.volume_message(report)))
-            }
-            Err(status) => {
-                let name = request.name.clone();
-                self.ask(|reply| Command::RemoveVolume { name, reply }).await?;
-                self.forget(&request.name)?;
-                Err(status)
-            }
-        }
+        self.serve_new(saved).await.map(Response::new)
     }
 
     async fn resize_volume(
@@ -700,6 +709,41 @@ impl Cairn for Service {
         }
         let report = find(self.volume_reports().await?).ok_or_else(missing)?;
         Ok(Response::new(self.volume_message(report)))
+    }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<v1::CreateSnapshotRequest>,
+    ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        self.take_snapshots(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<v1::ListSnapshotsRequest>,
+    ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        self.snapshots(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<v1::DeleteSnapshotRequest>,
+    ) -> Result<Response<v1::DeleteSnapshotResponse>, Status> {
+        self.drop_snapshot(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn restore_snapshot(
+        &self,
+        request: Request<v1::RestoreSnapshotRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.restore(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn clone_snapshot(
+        &self,
+        request: Request<v1::CloneSnapshotRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.clone_volume(request.into_inner()).await.map(Response::new)
     }
 
     async fn delete_volume(

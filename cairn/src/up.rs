@@ -213,6 +213,7 @@ impl Cluster {
                     name: VOLUME.to_owned(),
                     size_bytes,
                     id: String::new(),
+                    thick: false,
                 };
                 let made = replica.create_replica(request).await.map_err(|s| said(&s))?;
                 chosen.push(made.into_inner());
@@ -350,6 +351,7 @@ async fn start_process(
     let config = Config {
         name: name.to_owned(),
         state_dir: dir.clone(),
+        overcommit: 20,
         api: config::Api::default(),
         nvmf: config::Nvmf {
             listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port))],

@@ -100,6 +100,8 @@ pub struct EncryptionReport {
     pub cipher: &'static str,
     /// The id of the key that the volume's key is wrapped with.
     pub key_id: KeyId,
+    /// Its key, wrapped.
+    pub envelope: Envelope,
 }
 
 /// A volume to be served.
@@ -153,6 +155,8 @@ pub struct PoolReport {
     pub id: PoolId,
     /// How full it is.
     pub usage: Usage,
+    /// What is to be said of that; empty while there is room.
+    pub warning: String,
     /// Extents that a crash now would make the next start read and hash.
     pub dirty_extents: u64,
     /// Reads that did not verify since the pool was opened.

@@ -460,6 +460,10 @@ impl Pool {
         let block = |offset: ByteOffset| {
             u32::try_from((offset.0 - start) / BLOCK).expect("an extent has 256 blocks")
         };
+        let mutated = match op {
+            DiskOp::Write { buf, .. } => buf,
+            _ => BufSlice::EMPTY,
+        };
         match op {
             DiskOp::Read { offset, buf } if status.is_ok() => {
                 let first = block(offset);
@@ -486,7 +490,16 @@ impl Pool {
             }
             DiskOp::Write { offset, .. } | DiskOp::Zero { offset, .. } => {
                 let space = status == IoStatus::NoSpace;
-                self.end_mutation(extent, block(offset), space, mem);
+                let first = block(offset);
+                self.end_mutation(extent, first, space, mem);
+                let blocks = match op {
+                    DiskOp::Zero { len, .. } => u32::try_from(len / BLOCK).expect("256 blocks"),
+                    _ => mutated.len() >> 12,
+                };
+                if status.is_ok() && self.redeem(extent, first, blocks, request) {
+                    self.unpin(extent);
+                    return;
+                }
             }
             DiskOp::Read { .. } | DiskOp::Flush => {}
         }

@@ -13,6 +13,8 @@ pub(crate) enum Waiter {
     Sum(u32),
     /// Blocks of this extent that a crash had left half copied, and that were zeroed.
     SumClean(u32),
+    /// Blocks of this extent, of which nothing was known, that this request has written.
+    Redeemed { extent: u32, request: u32 },
     /// What this merge has copied.
     Merge(u32),
     /// A freed extent that was zeroed.

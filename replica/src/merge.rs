@@ -181,7 +181,7 @@ impl Pool {
                 let layer = self.extents.get(lower).layer;
                 if !zeroed.is_empty() && self.covered(layer, logical) {
                     self.note_zeroed(up, zeroed);
-                    self.merges.get_mut(id).changed = true;
+                    self.owe_once(id);
                 }
                 self.finish_merge(id, mem);
             }
@@ -222,9 +222,8 @@ impl Pool {
         // A mutation owns its blocks from its beginning on.
         assert_ne!(begun, Begun::Conflict, "nobody writes to blocks that nobody has");
         self.note_incoming(sum, BlockSet::range(first, blocks));
-        let merge = self.merges.get_mut(id);
-        merge.stage = Stage::Noting;
-        merge.changed = true;
+        self.owe_once(id);
+        self.merges.get_mut(id).stage = Stage::Noting;
         self.persist_zeros(upper, PersistFor::Merge(id));
     }
 
@@ -339,8 +338,20 @@ impl Pool {
         self.persist_zeros(upper, PersistFor::Merge(id));
     }
 
+    /// From the first change on the upper extent stays dirty, until the last page of the merge.
+    fn owe_once(&mut self, id: u32) {
+        let merge = self.merges.get_mut(id);
+        let upper = merge.upper;
+        if !core::mem::replace(&mut merge.changed, true) {
+            self.owe(upper);
+        }
+    }
+
     fn end_merge(&mut self, id: u32) {
         let merge = self.merges.remove(id);
+        if merge.changed {
+            self.repay(merge.upper);
+        }
         self.layer_mut(merge.to).copies -= 1;
         if merge.stuck {
             return;

@@ -617,6 +617,7 @@ impl Pool {
                 Waiter::Clean(extent) => self.cleaned(extent),
                 Waiter::Sum(extent) => self.sum_flushed(extent, mem),
                 Waiter::SumClean(extent) => self.sum_settled(extent, true, mem),
+                Waiter::Redeemed { extent, request } => self.redeemed(extent, request),
                 Waiter::Merge(merge) => self.merge_flushed(merge),
                 Waiter::Maintain => self.maintain_flushed(),
                 Waiter::Catalog(slot) => self.catalog_durable(slot),

@@ -41,6 +41,8 @@ pub(crate) enum SumState {
     Loading,
     /// It was dirty at a crash, or a write of it failed: its blocks are being read and hashed.
     Hashing,
+    /// Its page is damaged: one is being written that says so.
+    Condemned,
     /// As on the device.
     Clean,
     /// The mark that it is dirty is on its way to the journal.
@@ -65,6 +67,8 @@ pub(crate) struct Sum {
     writers: u32,
     /// No mutation is to begin.
     held: bool,
+    /// Pages that are still to be written while it is dirty: it is not washed before.
+    owed: u32,
     /// Counts mutations, so that a read knows that it met one.
     version: u32,
     /// A write of its page is under way, whatever has become of the state since.
@@ -109,6 +113,16 @@ pub(crate) enum PersistFor {
     /// A part of a request: this is issued then.
     Operation(DiskOp, Purpose),
     Merge(u32),
+    /// The request's part is done then.
+    Request(u32),
+}
+
+/// Blocks that were written though nothing was known of them.
+#[derive(Debug)]
+struct Redeemed {
+    extent: u32,
+    range: BlockSet,
+    request: u32,
 }
 
 /// What a read turned out to be.
@@ -140,6 +154,9 @@ pub(crate) struct Sums {
     conflicts: VecDeque<Part>,
     /// Who waits for a page to be written, and for one that is being written.
     unnoted: Vec<(u32, PersistFor)>,
+    /// Extents whose page is to say that nothing is known of them.
+    condemned: Vec<u32>,
+    redeemed: Vec<Redeemed>,
     noting: Vec<(u32, PersistFor)>,
     /// Checkpoints that wait until everything has been washed, and how far that is.
     pub(crate) commands: Vec<u64>,
@@ -166,6 +183,8 @@ impl Sums {
             mutating: Vec::with_capacity(1024),
             conflicts: VecDeque::new(),
             unnoted: Vec::new(),
+            condemned: Vec::new(),
+            redeemed: Vec::new(),
             noting: Vec::new(),
             commands: Vec::new(),
             cursor: 0,
@@ -186,6 +205,8 @@ impl Sums {
         self.conflicts.clear();
         self.mutating.clear();
         self.unnoted.clear();
+        self.condemned.clear();
+        self.redeemed.clear();
         self.noting.clear();
     }
 }
@@ -232,6 +253,7 @@ impl Pool {
                 last: NIL,
                 writers: 0,
                 held: false,
+                owed: 0,
                 version: 0,
                 in_wash: false,
                 page: 0,
@@ -248,6 +270,7 @@ impl Pool {
         sum.state = state;
         sum.rehash = false;
         sum.held = false;
+        sum.owed = 0;
         sum.arrived = false;
         sum.clears = false;
         sum.cleaning = (0, false);
@@ -311,7 +334,10 @@ impl Pool {
         match (sum.state, mutation) {
             (SumState::Dirty, _)
             | (SumState::Clean | SumState::Washing | SumState::Unmarking, false) => Ready::Now(at),
-            (SumState::Loading | SumState::Hashing | SumState::Marking, _)
+            (
+                SumState::Loading | SumState::Hashing | SumState::Condemned | SumState::Marking,
+                _,
+            )
             | (SumState::Unmarking, true) => Ready::Wait(at),
             (SumState::Washing, true) => {
                 // What is being written is behind already; the mark stays.
@@ -399,7 +425,7 @@ impl Pool {
         let at = e.sum;
         let sum = self.sums.cache.get_mut(at);
         let hashed = sum.state == SumState::Hashing;
-        let mut loaded = result.is_ok();
+        let loaded = result.is_ok();
         if loaded && hashed {
             let junk = hash(&mut sum.sums, start, mem.bytes(bytes));
             sum.rehash = false;
@@ -420,9 +446,61 @@ impl Pool {
                 self.sums.to_load.push_back(extent);
                 return;
             }
-            loaded = newest.is_some();
+            if newest.is_none() {
+                let next = next_page(&e, extent, address, pool, mem.bytes(bytes));
+                return self.condemn(extent, next);
+            }
         }
         self.sum_settled(extent, loaded, mem);
+    }
+
+    /// The page of a clean extent does not verify. None of its blocks can be read any more, but each that
+    /// is written can be: a page that says so is made durable first, for a crash would otherwise have
+    /// what is there hashed anew, and taken for good.
+    fn condemn(&mut self, extent: u32, next: u64) {
+        self.sums.mismatches += 1;
+        if let Some(sum) = self.sum_of(extent) {
+            sum.state = SumState::Condemned;
+            sum.sums = BlockSums::unknown();
+            sum.page = next - 1;
+        }
+        self.sums.condemned.push(extent);
+    }
+
+    /// A page is durable that tells what is unknown of its extent, or that it is no longer.
+    fn condemned<M: Memory>(&mut self, extent: u32, mem: &mut M) {
+        self.sums.loading -= 1;
+        if let Some(sum) = self.sum_of(extent) {
+            sum.state = SumState::Clean;
+        }
+        self.unpin(extent);
+        self.run_sum_waiters(extent, mem);
+    }
+
+    /// Blocks were written of which nothing was known. Whoever wrote them is answered once a page says
+    /// so durably, after what was written is: a crash leaves them unknown, or right.
+    pub(crate) fn redeem(&mut self, extent: u32, first: u32, blocks: u32, request: u32) -> bool {
+        let Some(sum) = self.sum_of(extent) else { return false };
+        let range = BlockSet::range(first, blocks);
+        if BlockSet(sum.sums.bad).and(range).is_empty() {
+            return false;
+        }
+        self.owe(extent);
+        self.extents.get_mut(extent).pins += 1;
+        self.sums.redeemed.push(Redeemed { extent, range, request });
+        self.flusher.next.push(Waiter::Redeemed { extent, request });
+        true
+    }
+
+    /// What was written is durable: the next page says that it is known again.
+    pub(crate) fn redeemed(&mut self, extent: u32, request: u32) {
+        let of = |r: &Redeemed| r.extent == extent && r.request == request;
+        let Some(at) = self.sums.redeemed.iter().position(of) else { return };
+        let Redeemed { range, .. } = self.sums.redeemed.swap_remove(at);
+        if let Some(sum) = self.sum_of(extent) {
+            sum.sums.bad = BlockSet(sum.sums.bad).minus(range).0;
+        }
+        self.persist_zeros(extent, PersistFor::Request(request));
     }
 
     /// A copy from the parent layer was cut off by a crash: what it left must not be taken for data.
@@ -549,6 +627,21 @@ impl Pool {
         self.valid_in(at).or(BlockSet(self.sums.cache.get(at).sums.zeroed))
     }
 
+    /// Keeps a dirty extent dirty, until [`Pool::repay`]: the table says which page of a clean one counts,
+    /// and another is to be written.
+    pub(crate) fn owe(&mut self, extent: u32) {
+        if let Some(sum) = self.sum_of(extent) {
+            sum.owed += 1;
+        }
+    }
+
+    pub(crate) fn repay(&mut self, extent: u32) {
+        if let Some(sum) = self.sum_of(extent) {
+            // The extent may have been read anew meanwhile, and owe nothing.
+            sum.owed = sum.owed.saturating_sub(1);
+        }
+    }
+
     /// Lets no mutation of the extent begin, until [`Pool::admit_mutations`].
     pub(crate) fn hold_mutations(&mut self, extent: u32) {
         if let Some(sum) = self.sum_of(extent) {
@@ -591,8 +684,10 @@ impl Pool {
     /// Whether something is on its way that says what state the extent's checksums are in.
     pub(crate) fn is_noting(&mut self, extent: u32) -> bool {
         self.sum_of(extent).is_some_and(|sum| {
-            let marks =
-                matches!(sum.state, SumState::Marking | SumState::Washing | SumState::Unmarking);
+            let marks = matches!(
+                sum.state,
+                SumState::Condemned | SumState::Marking | SumState::Washing | SumState::Unmarking
+            );
             marks || sum.in_wash
         })
     }
@@ -644,13 +739,18 @@ impl Pool {
         let start = extent_offset(&self.superblock.segments, extent) / BLOCK + u64::from(first);
         let check = self.sums.verify;
         let Some(sum) = self.sum_of(extent) else { return Verdict::Again };
-        if matches!(sum.state, SumState::Loading | SumState::Hashing) || sum.rehash {
+        let unread =
+            matches!(sum.state, SumState::Loading | SumState::Hashing | SumState::Condemned);
+        if unread || sum.rehash {
             return if tries < MAX_TRIES { Verdict::Again } else { Verdict::Bad };
         }
         let mut verdict = Verdict::Good;
         let bytes = mem.bytes_mut(window).chunks_exact_mut(BLOCK_LEN);
         for ((block, bytes), address) in (first as usize..).zip(bytes).zip(start..) {
-            if !sum.sums.is_valid(block) {
+            if sum.sums.bad[block / 64] >> (block % 64) & 1 != 0 {
+                verdict = Verdict::Bad;
+                break;
+            } else if !sum.sums.is_valid(block) {
                 bytes.fill(0);
             } else if check && block_crc(address, bytes) != sum.sums.crc[block] {
                 let raced = sum.version != version || sum.writers > 0;
@@ -685,6 +785,10 @@ impl Pool {
         self.sums.washing -= 1;
         self.extents.get_mut(extent).copy = copy;
         if let Some(sum) = self.sum_of(extent) {
+            if sum.state == SumState::Condemned {
+                self.unpin(extent);
+                return self.condemned(extent, mem);
+            }
             assert_eq!(sum.state, SumState::Unmarking, "an extent is washed twice");
             sum.state = SumState::Clean;
         }
@@ -746,7 +850,8 @@ impl Pool {
             return true;
         }
         let Some(sum) = self.sum_of(extent) else { return true };
-        if sum.state != SumState::Dirty || sum.in_wash || sum.writers > 0 || sum.rehash {
+        let busy = sum.in_wash || sum.writers > 0 || sum.owed > 0 || sum.rehash;
+        if sum.state != SumState::Dirty || busy {
             return true;
         }
         if !self.write_page(extent, mem) {
@@ -794,6 +899,12 @@ impl Pool {
     }
 
     fn pump_notes<M: Memory>(&mut self, mem: &mut M) {
+        while let Some(&extent) = self.sums.condemned.last() {
+            if !self.write_page(extent, mem) {
+                return;
+            }
+            self.sums.condemned.pop();
+        }
         let mut at = 0;
         while let Some(&(extent, who)) = self.sums.unnoted.get(at) {
             match self.sum_of(extent).map(|sum| sum.in_wash) {
@@ -821,6 +932,12 @@ impl Pool {
             }
             PersistFor::Operation(..) => unreachable!("only parts of requests wait for it"),
             PersistFor::Merge(merge) => self.merge_noted(merge, status, mem),
+            PersistFor::Request(request) => {
+                // Its extent stays pinned until here, once for the note and once for the flush.
+                self.repay(extent);
+                self.unpin(extent);
+                self.part_done(request, status, mem);
+            }
         }
         self.unpin(extent);
     }
@@ -833,13 +950,20 @@ impl Pool {
     pub(crate) fn sum_flushed<M: Memory>(&mut self, extent: u32, mem: &mut M) {
         let allocated = self.extents.get(extent).state == ExtentState::Allocated;
         let mut unmark = None;
+        let mut given_up = false;
         if let Some(sum) = self.sum_of(extent) {
             sum.in_wash = false;
             sum.page += 1;
             if core::mem::take(&mut sum.clears) && sum.arrived {
                 sum.sums.incoming = [0; 4];
             }
-            if sum.state == SumState::Washing {
+            if sum.state == SumState::Condemned {
+                if allocated {
+                    unmark = Some(sum.page & 1 == 1);
+                } else {
+                    given_up = true;
+                }
+            } else if sum.state == SumState::Washing {
                 if allocated {
                     sum.state = SumState::Unmarking;
                     unmark = Some(sum.page & 1 == 1);
@@ -854,6 +978,9 @@ impl Pool {
         } else {
             self.sums.washing -= 1;
             self.unpin(extent);
+        }
+        if given_up {
+            self.condemned(extent, mem);
         }
         while let Some(at) = self.sums.noting.iter().position(|(e, _)| *e == extent) {
             let (_, who) = self.sums.noting.swap_remove(at);
@@ -890,6 +1017,17 @@ fn newest_page(
             (Some(a), Some(b)) => Some(if a.1 > b.1 { a } else { b }),
             (a, b) => a.or(b),
         },
+    }
+}
+
+/// The sequence of the page that replaces a damaged one: it goes to the other copy, which is older.
+fn next_page(e: &Extent, extent: u32, address: u64, pool: PoolId, bytes: &[u8]) -> u64 {
+    let copy = u64::from(!e.copy);
+    let (a, b) = bytes.split_at(BLOCK_LEN);
+    let other = if e.copy { a } else { b };
+    match BlockSums::decode(extent, e.birth, address + copy, pool, other) {
+        Ok((_, sequence)) if sequence & 1 == copy => sequence + 2,
+        _ => 2 - copy,
     }
 }
 

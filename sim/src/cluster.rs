@@ -7,12 +7,14 @@ use std::rc::Rc;
 use std::sync::mpsc;
 
 use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, PoolId};
-use cairn_block::{ReplicaId, VolumeId};
+use cairn_block::{ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
 use cairn_engine::nexus::{Purpose, ScrubReport, ScrubState};
 use cairn_engine::replica::{
-    DiskOp, FormatOptions, MultiPool, Pool, ReplicaSpec, inspect_superblock,
+    DiskOp, FormatOptions, MultiPool, Pool, ReplicaSlot, ReplicaSpec, SnapshotSpec,
+    inspect_superblock,
 };
+use cairn_engine::snapshot::SnapshotCall;
 use cairn_engine::{
     ChildAddress, Command, EncryptionSpec, EngineError, PoolMember, Reply, ScrubAction, Shard,
     ShardConfig, VolumeReport, VolumeSpec,
@@ -76,6 +78,16 @@ enum Process {
     Client(Box<Client>),
 }
 
+/// A snapshot that was asked for.
+struct AskedSnapshot {
+    volume: usize,
+    id: SnapshotId,
+    invoked: u64,
+    /// Blocks in which replicas might differ then.
+    differing: BTreeSet<u64>,
+    answer: Answer,
+}
+
 /// A running cluster.
 pub struct Cluster {
     world: Rc<RefCell<World>>,
@@ -90,6 +102,10 @@ pub struct Cluster {
     lives: Vec<u128>,
     /// Sizes that volumes were to grow to, and what became of it.
     growth: Vec<(usize, u64, Answer)>,
+    /// Snapshots that were asked for.
+    snapshots: Vec<AskedSnapshot>,
+    /// Snapshots that were taken: on which pool, and what each holds.
+    taken: Vec<(usize, SnapshotId, usize, Vec<u8>)>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -166,6 +182,8 @@ impl Cluster {
             world,
             lives: vec![0; config.replicas + 2],
             growth: Vec::new(),
+            snapshots: Vec::new(),
+            taken: Vec::new(),
             processes: Vec::new(),
             disks,
             replicas: vec![None; config.replicas],
@@ -246,6 +264,7 @@ impl Cluster {
             replica_data_digest: self.config.digests,
             volume_requests: self.config.volume_requests,
             assembly_wait_ms: 300,
+            overcommit: 0,
         }
     }
 
@@ -632,11 +651,119 @@ impl Cluster {
         }
     }
 
+    fn snapshot_call(
+        &mut self,
+        volume: usize,
+        id: SnapshotId,
+        verb: SnapshotVerb,
+    ) -> Option<Answer> {
+        let node = self.nexus?;
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return None };
+        let (tx, rx) = mpsc::channel();
+        let reply = Reply::new(move |result| {
+            // Nobody may look.
+            let _told = tx.send(result);
+        });
+        let spec = SnapshotSpec { id, name: format!("{id}"), created: 1 };
+        let call = SnapshotCall { spec, clone: None };
+        let volumes = vec![format!("volume{volume}")];
+        shard.command(Command::Snapshot { volumes, verb, call, force: false, reply });
+        self.run(node);
+        Some(rx)
+    }
+
+    /// Asks for a snapshot while the hosts work; [`Cluster::look_at_snapshots`] sees what becomes of it.
+    pub fn take_snapshot(&mut self, volume: usize, id: u128) {
+        let id = SnapshotId(id);
+        let history = self.history(volume);
+        let invoked = history.borrow_mut().tick();
+        let blocks = history.borrow().blocks() as u64;
+        let differing = (0..blocks).filter(|&lba| history.borrow().may_differ(lba)).collect();
+        self.world().say(format_args!("snapshot {id:x?} of volume {volume}"));
+        if let Some(answer) = self.snapshot_call(volume, id, SnapshotVerb::Create) {
+            self.snapshots.push(AskedSnapshot { volume, id, invoked, differing, answer });
+        }
+    }
+
+    /// A snapshot that was taken is a read of every block by then, and the same on every member.
+    ///
+    /// # Panics
+    /// Where it holds what such a read could not have returned, or members differ.
+    pub fn look_at_snapshots(&mut self) {
+        use std::sync::mpsc::TryRecvError;
+        let mut answered = Vec::new();
+        self.snapshots.retain_mut(|asked| match asked.answer.try_recv() {
+            Ok(Ok(())) => {
+                let differing = std::mem::take(&mut asked.differing);
+                answered.push((asked.volume, asked.id, asked.invoked, differing));
+                false
+            }
+            Ok(Err(_)) | Err(TryRecvError::Disconnected) => false,
+            Err(TryRecvError::Empty) => true,
+        });
+        for (volume, id, invoked, differing) in answered {
+            let mut first: Option<Vec<u8>> = None;
+            for at in 0..self.disks.len() {
+                // One that was not in sync has none.
+                let Some(bytes) = self.snapshot_contents(volume, at, id) else { continue };
+                let history = self.history(volume);
+                history.borrow_mut().read_ended(0, &bytes, invoked);
+                if let Some(first) = &first {
+                    for (lba, (a, b)) in (0u64..).zip(first.chunks(PAGE).zip(bytes.chunks(PAGE))) {
+                        assert!(
+                            a == b || differing.contains(&lba) || history.borrow().may_differ(lba),
+                            "volume {volume} block {lba}: snapshots {id} differ"
+                        );
+                    }
+                }
+                first.get_or_insert_with(|| bytes.clone());
+                self.taken.push((volume, id, at, bytes));
+            }
+            assert!(first.is_some(), "snapshot {id} of volume {volume} is nowhere");
+        }
+    }
+
+    /// Deletes one of the snapshots that were taken.
+    pub fn drop_snapshot(&mut self) {
+        let Some((volume, id, ..)) = self.taken.first() else { return };
+        let (volume, id) = (*volume, *id);
+        self.taken.retain(|(v, i, ..)| (*v, *i) != (volume, id));
+        // Whether it is done does not matter.
+        self.snapshot_call(volume, id, SnapshotVerb::Delete);
+    }
+
+    /// Snapshots never change.
+    ///
+    /// # Panics
+    /// Where one did.
+    pub fn check_snapshots(&mut self) {
+        self.look_at_snapshots();
+        for (volume, id, at, bytes) in &self.taken {
+            let now = self.snapshot_contents(*volume, *at, *id);
+            let same = now.is_some_and(|now| now == *bytes);
+            assert!(same, "snapshot {id} of volume {volume} in pool {at} has changed, or is gone");
+        }
+    }
+
+    fn snapshot_contents(&self, volume: usize, at: usize, id: SnapshotId) -> Option<Vec<u8>> {
+        self.read_pool(volume, at, |pool| pool.find_snapshot(replica_id(volume, at), id))
+    }
+
     /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
     fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
+        let replica = |pool: &Pool| pool.find(replica_id(volume, at));
+        self.read_pool(volume, at, replica).expect("the replica is there")
+    }
+
+    fn read_pool(
+        &self,
+        volume: usize,
+        at: usize,
+        find: impl Fn(&Pool) -> Option<ReplicaSlot>,
+    ) -> Option<Vec<u8>> {
         let mut disk = self.world().disk(self.disks[at]).clone();
         let mut pool = Pool::open(&mut disk).expect("the pool opens");
-        let slot = pool.find(replica_id(volume, at)).expect("the replica is there");
+        let slot = find(&pool)?;
         let mut memory = HeapMemory::new(2 << 20);
         let mut out = Vec::new();
         let step = 256;
@@ -662,7 +789,7 @@ impl Cluster {
         if self.config.encrypted {
             keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
         }
-        out
+        Some(out)
     }
 }
 

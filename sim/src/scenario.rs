@@ -102,6 +102,16 @@ fn growth(seed: u64, volumes: usize, now_ns: u64) -> Vec<Growth> {
         .collect()
 }
 
+/// Snapshots while the hosts work, drawn apart: when, and of which volume.
+fn snapshots(seed: u64, volumes: usize, now_ns: u64) -> Vec<(u64, usize)> {
+    let mut rng = Rng::new(seed ^ 0x5a95);
+    if !rng.chance(250) {
+        return Vec::new();
+    }
+    let most = [50, 500, 4_000][rng.index(3)] * MS;
+    (0..1 + rng.index(5)).map(|_| (now_ns + rng.below(most), rng.index(volumes))).collect()
+}
+
 /// Runs the cluster of a seed, and checks it.
 ///
 /// # Panics
@@ -154,6 +164,11 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         }
     }
     let growth = growth(seed, volumes, cluster.world().now_ns());
+    // What rots in a snapshot alone is not looked for here.
+    let snapshots = match faults.rot {
+        false => snapshots(seed, volumes, cluster.world().now_ns()),
+        true => Vec::new(),
+    };
     let mut run = Run {
         cluster,
         rng,
@@ -161,6 +176,7 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         victim: 0,
         repairs: Vec::new(),
         growth,
+        snapshots,
         count: 0,
         most: 0,
         small,
@@ -211,6 +227,7 @@ struct Run {
     victim: usize,
     repairs: Vec<(u64, Repair)>,
     growth: Vec<Growth>,
+    snapshots: Vec<(u64, usize)>,
     /// Faults so far, and how many there are to be.
     count: u64,
     most: u64,
@@ -244,9 +261,11 @@ impl Run {
             }
             self.repair(now);
             self.grow(now);
+            self.snapshot(now);
             let growth = self.growth.iter().map(|(at, ..)| *at);
-            let next =
-                self.repairs.iter().map(|(at, _)| *at).chain(growth).fold(next_fault, u64::min);
+            let snapshots = self.snapshots.iter().map(|(at, _)| *at);
+            let repairs = self.repairs.iter().map(|(at, _)| *at);
+            let next = repairs.chain(growth).chain(snapshots).fold(next_fault, u64::min);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
     }
@@ -277,6 +296,17 @@ impl Run {
         let due: Vec<Growth> = self.growth.extract_if(.., |(at, ..)| *at <= now).collect();
         for (_, volume, blocks) in due {
             self.cluster.grow_volume(volume, blocks);
+        }
+    }
+
+    fn snapshot(&mut self, now: u64) {
+        self.cluster.look_at_snapshots();
+        let due: Vec<_> = self.snapshots.extract_if(.., |(at, _)| *at <= now).collect();
+        for (at, volume) in due {
+            if at.is_multiple_of(4) {
+                self.cluster.drop_snapshot();
+            }
+            self.cluster.take_snapshot(volume, u128::from(at));
         }
     }
 
@@ -495,6 +525,7 @@ impl Run {
             self.mended.1 += volume.mends.converged;
         }
         self.cluster.compare(deep && self.small.is_none());
+        self.cluster.check_snapshots();
     }
 
     /// Nothing goes wrong any more: everything is served again, and is right.

@@ -41,18 +41,22 @@ fn count_blocks(pool: &Path, seed: u64) -> Result<u64> {
     Ok(found as u64)
 }
 
-fn write_key(path: &Path, key: &[u8]) -> Result<()> {
+pub(super) fn write_key(path: &Path, key: &[u8]) -> Result<()> {
     let mut file =
         std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(key)?;
     Ok(())
 }
 
-fn key_file(path: &Path) -> v1::KeySource {
+pub(super) fn key_file(path: &Path) -> v1::KeySource {
     v1::KeySource { file: path.display().to_string(), ..v1::KeySource::default() }
 }
 
-async fn make(cluster: &mut Cluster, name: &str, key: Option<v1::KeySource>) -> Result<()> {
+pub(super) async fn make(
+    cluster: &mut Cluster,
+    name: &str,
+    key: Option<v1::KeySource>,
+) -> Result<()> {
     let volume_id = uuid::Uuid::new_v4().to_string();
     let mut replicas = Vec::new();
     for i in 1..=REPLICAS {
@@ -63,6 +67,7 @@ async fn make(cluster: &mut Cluster, name: &str, key: Option<v1::KeySource>) -> 
             name: name.to_owned(),
             size_bytes: SIZE,
             id: String::new(),
+            thick: false,
         };
         let made = client.create_replica(request).await.map_err(|s| said(&s))?;
         replicas.push(made.into_inner().uri);
@@ -95,7 +100,7 @@ async fn settled(cluster: &mut Cluster, name: &str) -> Result<v1::Volume> {
     }
 }
 
-async fn host(cluster: &mut Cluster, name: &str) -> Result<Host> {
+pub(super) async fn host(cluster: &mut Cluster, name: &str) -> Result<Host> {
     let volume = settled(cluster, name).await?;
     ensure!(volume.serving, "volume `{name}` is {}: {}", volume.state, volume.detail);
     let address = volume.addresses.first().context("the nexus exports nothing")?;

@@ -63,7 +63,7 @@ pub(super) async fn for_new(
 ) -> Result<Option<SavedEncryption>, Status> {
     let Some(message) = message else { return Ok(None) };
     let (key, _) = read(source_of(message)?).await?;
-    Ok(Some(SavedEncryption { key, next: None }))
+    Ok(Some(SavedEncryption { key, next: None, cloned: None }))
 }
 
 impl Service {
@@ -87,7 +87,7 @@ impl Service {
         })
     }
 
-    async fn report(&self, name: &str) -> Result<Option<VolumeReport>, Status> {
+    pub(super) async fn report(&self, name: &str) -> Result<Option<VolumeReport>, Status> {
         Ok(self.volume_reports().await?.into_iter().find(|v| v.name == name))
     }
 
@@ -114,7 +114,8 @@ impl Service {
                         source.key_id
                     )));
                 }
-                self.remember_keys(&name, &SavedEncryption { key: source, next: None })?;
+                let cloned = encryption.cloned.clone();
+                self.remember_keys(&name, &SavedEncryption { key: source, next: None, cloned })?;
             }
             return Ok(self.volume_message(report.clone()));
         }
@@ -164,7 +165,9 @@ impl Service {
         }
         // Both are remembered until it is known which one the volume has: a crash now leaves either.
         let next = Some(source.clone());
-        self.remember_keys(&name, &SavedEncryption { key: current.key, next })?;
+        let cloned = before.cloned.clone();
+        let both = SavedEncryption { key: current.key, next, cloned: cloned.clone() };
+        self.remember_keys(&name, &both)?;
         let nonce = keys::nonce().map_err(|e| Status::internal(format!("{e:#}")))?;
         let wanted = name.clone();
         let change = self.ask(|reply| Command::RotateKey { name: wanted, kek, nonce, reply });
@@ -185,20 +188,23 @@ impl Service {
         }
         let report = self.report(&name).await?.ok_or_else(|| Status::aborted("it was removed"))?;
         let mut after = saved;
-        after.encryption = Some(SavedEncryption { key: source, next: None });
+        after.encryption = Some(SavedEncryption { key: source, next: None, cloned });
         self.settle(&after, &report)?;
         Ok(self.volume_message(report))
     }
 
     /// Remembers as the volume's key the one that it is served with.
     fn settle(&self, volume: &SavedVolume, report: &VolumeReport) -> Result<(), Status> {
-        let Some(SavedEncryption { key, next }) = &volume.encryption else { return Ok(()) };
+        let Some(SavedEncryption { key, next, cloned }) = &volume.encryption else {
+            return Ok(());
+        };
         let current = key_id(report);
         let found = [Some(key), next.as_ref()].into_iter().flatten();
         let Some(key) = found.into_iter().find(|s| Some(&s.key_id) == current.as_ref()) else {
             return Ok(());
         };
-        self.remember_keys(&volume.name, &SavedEncryption { key: key.clone(), next: None })
+        let settled = SavedEncryption { key: key.clone(), next: None, cloned: cloned.clone() };
+        self.remember_keys(&volume.name, &settled)
     }
 
     /// After a start: learns which of two keys each volume has whose key was being changed.

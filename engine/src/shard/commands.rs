@@ -137,6 +137,10 @@ impl<D: Driver> Shard<D> {
             reply.send(Err(EngineError::NotFound { kind: "pool", name: pool.to_owned() }));
             return;
         };
+        if let Err(error) = self.check_promise(at, &spec) {
+            reply.send(Err(error));
+            return;
+        }
         let number = u16::try_from(at).expect("fewer than 2^16 pools");
         let tag = self.control_tag(number, Waiter::Create { id: spec.id, reply });
         self.pools[at].pool.create_replica(tag, spec, self.driver.memory());
@@ -175,6 +179,7 @@ impl<D: Driver> Shard<D> {
                 name: local.name.clone(),
                 id: local.pool.id(),
                 usage: local.pool.usage(),
+                warning: super::space::warning(&local.pool.usage()),
                 dirty_extents: local.pool.dirty_extents(),
                 checksum_mismatches: local.pool.checksum_mismatches(),
                 slots: local.pool.slot_count(),

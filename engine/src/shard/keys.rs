@@ -130,5 +130,5 @@ impl<D: Driver> Shard<D> {
 pub(super) fn report(section: &[u8], locked: &[u8]) -> Option<EncryptionReport> {
     let section = if section.is_empty() { locked } else { section };
     let envelope = Envelope::decode(section).ok()?;
-    Some(EncryptionReport { cipher: envelope.cipher.name(), key_id: envelope.key_id })
+    Some(EncryptionReport { cipher: envelope.cipher.name(), key_id: envelope.key_id, envelope })
 }

@@ -11,6 +11,7 @@ mod links;
 mod pools;
 mod resize;
 mod snapshots;
+mod space;
 mod table;
 mod volumes;
 
@@ -60,6 +61,8 @@ pub struct ShardConfig {
     pub volume_requests: u16,
     /// How long assembly waits for the rest of the replicas once a majority is there.
     pub assembly_wait_ms: u64,
+    /// How many times its size may be promised of a pool to the replicas in it; 0: any.
+    pub overcommit: u32,
 }
 
 impl Default for ShardConfig {
@@ -76,6 +79,7 @@ impl Default for ShardConfig {
             replica_data_digest: false,
             volume_requests: 512,
             assembly_wait_ms: 2_000,
+            overcommit: 0,
         }
     }
 }
@@ -127,6 +131,8 @@ pub struct Shard<D: Driver> {
     snapshots: Vec<snapshots::SnapshotWork>,
     lists: Vec<snapshots::ListWork>,
     next_snapshot: u64,
+    /// How full each pool was when it was last looked at.
+    pool_levels: Vec<usize>,
     /// What mends of all volumes fall back on where there is no memory, and whether it was set aside.
     mend_reserve: Option<Buf>,
     has_mend_reserve: bool,
@@ -185,6 +191,7 @@ impl<D: Driver> Shard<D> {
             snapshots: Vec::new(),
             lists: Vec::new(),
             next_snapshot: 0,
+            pool_levels: Vec::new(),
             mend_reserve: None,
             has_mend_reserve: false,
             short_volumes: Vec::new(),

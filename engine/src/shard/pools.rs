@@ -424,6 +424,8 @@ impl<D: Driver> Shard<D> {
             if local.devices.len() > 1 && local.pool.has_failed() {
                 local.log_failed();
             }
+            self.watch_space(at);
+            let local = &mut self.pools[at];
             if let (PoolState::Failed(why), false) = (local.pool.state(), local.failed) {
                 local.failed = true;
                 tracing::error!(pool = %local.name, why, "the pool is offline");

@@ -271,6 +271,11 @@ impl<D: Driver> Shard<D> {
         if done {
             return self.snapshot_answered(origin, IoStatus::Ok, now);
         }
+        let cloned = clone.as_ref().filter(|_| verb == SnapshotVerb::Clone);
+        if let Some(Err(error)) = cloned.map(|spec| self.check_promise(usize::from(pool), spec)) {
+            tracing::warn!(%error, "no clone was made");
+            return self.snapshot_answered(origin, IoStatus::NoSpace, now);
+        }
         let made = clone.as_ref().map(|spec| spec.id).filter(|_| verb == SnapshotVerb::Clone);
         let tag = self.control_tag(pool, Waiter::Snapshot { origin, slot, made });
         let memory = self.driver.memory();

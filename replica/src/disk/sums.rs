@@ -14,10 +14,11 @@ const VALID_AT: usize = 64;
 const SUMS_AT: usize = 96;
 const ZEROED_AT: usize = SUMS_AT + 4 * BLOCKS;
 const INCOMING_AT: usize = ZEROED_AT + BLOCKS / 8;
+const BAD_AT: usize = INCOMING_AT + BLOCKS / 8;
 const BLOCKS: usize = 256;
 const _: () = assert!(EXTENT_BLOCKS == BLOCKS as u64);
 const _: () = assert!(HEADER_LEN + 16 == VALID_AT && VALID_AT + BLOCKS / 8 == SUMS_AT);
-const _: () = assert!(INCOMING_AT + BLOCKS / 8 <= BLOCK_LEN);
+const _: () = assert!(BAD_AT + BLOCKS / 8 <= BLOCK_LEN);
 
 /// Which extent a page is of, in which of its lives, and how new the page is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,13 +42,16 @@ pub struct BlockSums {
     /// A bit for each block that is being copied here from the parent layer: after a crash it holds data
     /// only where its checksum is right, whatever is in it.
     pub incoming: [u64; 4],
+    /// A bit for each block of which nothing is known, since the page before was damaged: it cannot be
+    /// read until it is written.
+    pub bad: [u64; 4],
     /// The CRC-32C of each block that holds data.
     pub crc: [u32; BLOCKS],
 }
 
 impl Default for BlockSums {
     fn default() -> Self {
-        Self { valid: [0; 4], zeroed: [0; 4], incoming: [0; 4], crc: [0; BLOCKS] }
+        Self { valid: [0; 4], zeroed: [0; 4], incoming: [0; 4], bad: [0; 4], crc: [0; BLOCKS] }
     }
 }
 
@@ -73,6 +77,12 @@ impl BlockSums {
         self.crc[at] = crc;
     }
 
+    /// Of an extent whose page is damaged: every block may hold something, and none can be read.
+    #[must_use]
+    pub fn unknown() -> Self {
+        Self { valid: [u64::MAX; 4], bad: [u64::MAX; 4], ..Self::default() }
+    }
+
     /// Block `at` was never written here.
     pub fn forget(&mut self, at: usize) {
         self.valid[at / 64] &= !(1 << (at % 64));
@@ -94,6 +104,9 @@ impl BlockSums {
         put_u64(block, 56, of.birth);
         for (i, word) in self.zeroed.iter().enumerate() {
             put_u64(block, ZEROED_AT + i * 8, *word);
+        }
+        for (i, word) in self.bad.iter().enumerate() {
+            put_u64(block, BAD_AT + i * 8, *word);
         }
         for (i, word) in self.incoming.iter().enumerate() {
             put_u64(block, INCOMING_AT + i * 8, *word);
@@ -132,6 +145,9 @@ impl BlockSums {
         }
         for (i, crc) in sums.crc.iter_mut().enumerate() {
             *crc = get_u32(block, SUMS_AT + i * 4);
+        }
+        for (i, word) in sums.bad.iter_mut().enumerate() {
+            *word = get_u64(block, BAD_AT + i * 8);
         }
         for (i, word) in sums.incoming.iter_mut().enumerate() {
             *word = get_u64(block, INCOMING_AT + i * 8);
