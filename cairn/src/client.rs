@@ -413,7 +413,9 @@ pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
                 let request = how.request(pool.clone(), &new)?;
                 client.add_device(request).await.map_err(|s| said(&s))?;
                 let request = v1::RemoveDeviceRequest { pool, device };
-                let pool = client.remove_device(request).await.map_err(|s| said(&s))?;
+                let pool = client.remove_device(request).await.map_err(|s| {
+                    said(&s).context("the new device is in the pool, and the old one stays")
+                })?;
                 output::list(global.output, &output::devices(&[pool.into_inner()]))?;
             }
         }

@@ -152,7 +152,7 @@ impl MultiPool {
     fn room(&self) -> u64 {
         self.serving()
             .filter(|(_, m)| m.role == MemberState::Live)
-            .map(|(_, m)| m.pool.usage().extents_free)
+            .map(|(_, m)| m.pool.extents_free())
             .sum()
     }
 
@@ -254,7 +254,7 @@ impl MultiPool {
             }
             let target = self.choose(1 << source).filter(|&at| {
                 let member = self.member(at);
-                member.role == MemberState::Live && member.pool.usage().extents_free > 0
+                member.role == MemberState::Live && member.pool.extents_free() > 0
             });
             let Some(target) = target else {
                 if self.member(source).pool.extents_left() > 0 {

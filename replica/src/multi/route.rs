@@ -292,7 +292,7 @@ impl MultiPool {
             if tried >> at & 1 != 0 || member.role != MemberState::Live {
                 continue;
             }
-            let key = (member.pool.usage().extents_free, member.pool.extents_are_returning());
+            let key = (member.pool.extents_free(), member.pool.extents_are_returning());
             if best.is_none_or(|(_, b)| b < key) {
                 best = Some((at, key));
             }
@@ -337,7 +337,7 @@ impl MultiPool {
 
     fn has_room(&self, member: usize) -> bool {
         let pool = &self.member(member).pool;
-        pool.usage().extents_free > 0 || pool.extents_are_returning()
+        pool.extents_free() > 0 || pool.extents_are_returning()
     }
 
     /// Runs a part that is counted as outstanding already.
