@@ -323,6 +323,7 @@ impl MultiPool {
                     self.member_mut(at).role = MemberState::Live;
                 }
                 Kind::Join { member, .. } => self.member_mut(member).leaving = true,
+                Kind::Revert(revert) if revert.resumed => self.give_up_resumed(revert.slot, mem),
                 _ => {}
             }
             let status = match error {

@@ -17,6 +17,9 @@ use crate::disk::{FLAG_REVERTED, FLAG_REVERTING, MemberState};
 use crate::pool::{PoolState, ReplicaSlot};
 use crate::{ControlError, SnapshotSpec};
 
+/// Why a device goes offline that refuses to go back to a snapshot as the others did.
+const DIFFERS: &str = "it could not go back to a snapshot that the other devices went back to";
+
 /// Going back to a snapshot.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Revert {
@@ -188,12 +191,11 @@ impl MultiPool {
             Step::Mark if job.error.is_none() && ok != 0 => Step::Switch,
             Step::Mark => Step::Clear,
             Step::Switch => {
-                if ok != 0 && refused != 0 {
-                    // The devices must not differ: the others have gone back, and so this one goes.
-                    let why =
-                        "it could not go back to a snapshot that the other devices went back to";
+                if revert.resumed && refused != 0 {
+                    self.give_up_resumed(revert.slot, mem);
+                } else if ok != 0 && refused != 0 {
                     for at in (0..self.members.len()).filter(|at| refused >> at & 1 != 0) {
-                        self.member_mut(at).pool.fail(why, mem);
+                        self.member_mut(at).pool.fail(DIFFERS, mem);
                     }
                     job.error = None;
                 }
@@ -215,6 +217,15 @@ impl MultiPool {
         }
         job.kind = Kind::Revert(revert);
         self.active.push(job);
+    }
+
+    /// Devices that cannot follow those that have gone back must not be read.
+    pub(super) fn give_up_resumed<M: Memory>(&mut self, slot: u16, mem: &mut M) {
+        for member in self.members.iter_mut().flatten().filter(|m| m.is_serving()) {
+            if member.pool.page(slot).flags & FLAG_REVERTED == 0 {
+                member.pool.fail(DIFFERS, mem);
+            }
+        }
     }
 
     fn revert_ended(&mut self, job: Job) {
