@@ -1,6 +1,7 @@
 //! `cairn up --check`: the demo cluster, checked byte by byte with a replica killed half-way.
 
 mod keep;
+mod sectors;
 mod snapshots;
 
 use std::path::{Path, PathBuf};
@@ -55,6 +56,7 @@ async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     say!("  volume `{VOLUME}` is {}", volume.state);
     keep::run(cluster, folder).await?;
     snapshots::run(cluster, folder).await?;
+    sectors::run(cluster, folder).await?;
     let volume = cluster.volume(VOLUME_SIZE).await?;
     let address = volume.addresses.first().context("the nexus exports nothing")?;
     let front =

@@ -243,6 +243,9 @@ Examples:
         /// Its size.
         #[arg(long, value_parser = parse_size)]
         size: ByteSize,
+        /// Bytes of the blocks that hosts see: 4096, or 512 for hosts that insist on it.
+        #[arg(long, value_name = "BYTES", default_value_t = 4096)]
+        block_size: u32,
         /// A replica, as `cairn replica list` names it. Once for each.
         #[arg(long, value_name = "URI")]
         replica: Vec<String>,
@@ -475,6 +478,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
             VolumeCommand::Create {
                 name,
                 size,
+                block_size,
                 replica,
                 pool,
                 id,
@@ -503,6 +507,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                     replicas.push(format!("local:{pool}/{}", made.into_inner().id));
                 }
                 let request = v1::CreateVolumeRequest {
+                    block_size,
                     name,
                     size_bytes: size.as_u64(),
                     replicas,

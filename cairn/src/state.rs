@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use cairn_engine::block::BlockSize;
 use serde::{Deserialize, Serialize};
 
 use crate::keys::SavedEncryption;
@@ -36,6 +37,9 @@ pub(crate) struct SavedVolume {
     pub(crate) id: String,
     pub(crate) name: String,
     pub(crate) size_bytes: u64,
+    /// Bytes of the blocks that hosts see; 0: 4096.
+    #[serde(default)]
+    pub(crate) block_size: u32,
     /// As in the API: `nvme+tcp://...` or `local:POOL/ID`.
     pub(crate) replicas: Vec<String>,
     #[serde(default)]
@@ -47,6 +51,17 @@ pub(crate) struct SavedVolume {
     pub(crate) encryption: Option<SavedEncryption>,
     /// Whether its first configuration was stored on the replicas.
     pub(crate) created: bool,
+}
+
+impl SavedVolume {
+    /// The blocks that hosts see.
+    pub(crate) fn block_size(&self) -> Result<BlockSize, String> {
+        match self.block_size {
+            0 | 4096 => Ok(BlockSize::B4096),
+            512 => Ok(BlockSize::B512),
+            other => Err(format!("blocks of {other} bytes are not possible; 512 and 4096 are")),
+        }
+    }
 }
 
 /// The file and what it holds.

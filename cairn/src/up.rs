@@ -230,6 +230,7 @@ impl Cluster {
         if volumes(&mut self.client).await?.is_empty() {
             let request = v1::CreateVolumeRequest {
                 name: VOLUME.to_owned(),
+                block_size: 4096,
                 size_bytes,
                 replicas: self.replicas.iter().map(|r| r.uri.clone()).collect(),
                 id: self.replicas.first().map_or_else(String::new, |r| r.volume_id.clone()),

@@ -113,8 +113,10 @@ pub struct VolumeSpec {
     pub name: String,
     /// The subsystem that hosts connect to.
     pub nqn: String,
-    /// Size in blocks.
+    /// Size in blocks of 4096 bytes, which is what its replicas have.
     pub blocks: u64,
+    /// The blocks that hosts see.
+    pub block_size: BlockSize,
     /// Its replicas and where they are.
     pub children: Vec<(ReplicaId, ChildAddress)>,
     /// Whether it is encrypted, and how its key is had.
@@ -281,6 +283,8 @@ pub struct VolumeReport {
     pub counters: ExportCounters,
     /// Requests in flight.
     pub in_flight: usize,
+    /// The blocks that hosts see.
+    pub block_size: BlockSize,
     /// How it is encrypted; nothing where it is not, or that is not known yet.
     pub encryption: Option<EncryptionReport>,
     /// What has been mended.

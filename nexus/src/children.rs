@@ -57,6 +57,8 @@ pub(crate) struct Child {
     pub(crate) local: bool,
     pub(crate) connected: bool,
     pub(crate) state: ChildState,
+    /// Since when it was seen to be joining; nothing where it is not.
+    pub(crate) joining_ms: Option<u64>,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
     /// The round of the request to grow that it has in hand, and whether its session is taken up after it.

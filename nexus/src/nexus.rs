@@ -73,6 +73,7 @@ impl Nexus {
                 local: spec.local,
                 connected: false,
                 state: ChildState::Disconnected,
+                joining_ms: None,
                 load: 0,
                 growing: None,
                 grown_to: 0,
@@ -322,6 +323,7 @@ impl Nexus {
     /// Time has passed.
     pub fn handle_timeout(&mut self, now_ms: u64) {
         let late = self.late_children(now_ms).or(self.late_in_mends(now_ms));
+        let late = late.or(self.late_in_joining(now_ms));
         // Where everybody is late nobody is given up: there would be nobody to serve instead.
         if !self.in_sync.without(self.failing()).without(late).is_empty() {
             self.give_up(late, now_ms);
@@ -396,6 +398,24 @@ impl Nexus {
             .fold(ChildSet::EMPTY, |set, (_, slot)| {
                 ChildSet(set.0 | slot.outstanding.without(slot.failed).0)
             })
+    }
+
+    /// Members that came back and do not answer what they are asked before they take part, while requests
+    /// wait for them: a hung disk, say.
+    fn late_in_joining(&mut self, now_ms: u64) -> ChildSet {
+        let limit = self.config.child_deadline_ms;
+        let mut late = ChildSet::EMPTY;
+        for (at, child) in (0u8..).zip(&mut self.children) {
+            if child.state != ChildState::Joining {
+                child.joining_ms = None;
+                continue;
+            }
+            let since = *child.joining_ms.get_or_insert(now_ms);
+            if now_ms.saturating_sub(since) > limit && !self.parked.is_empty() {
+                late = late.with(ChildId(at));
+            }
+        }
+        late.and(self.in_sync)
     }
 
     fn give_up(&mut self, late: ChildSet, now_ms: u64) {

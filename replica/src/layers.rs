@@ -6,7 +6,7 @@
 //! snapshot's. Every slot of the catalog has one layer, and they are never shared.
 
 use crate::extents::NIL;
-use crate::pool::{HOLE, Mapping, PENDING, Pool};
+use crate::pool::{HOLE, Mapping, PENDING, Pool, Slot};
 
 /// Layers that a read may have to look through. More snapshots in a row are refused.
 pub(crate) const MAX_DEPTH: usize = 64;
@@ -125,9 +125,11 @@ impl Pool {
         }
     }
 
-    /// Counts the reserve anew, after a command that changes what is thick or how large.
+    /// Counts the reserve and what is promised anew, after a command that changes which replicas there are,
+    /// how large, or which are thick.
     pub(crate) fn count_reserve(&mut self) {
         self.reserved = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+        self.provisioned = self.slots.iter().filter(|s| s.is_live()).map(Slot::extents).sum();
     }
 
     /// Whether the layer may take a free extent: the last ones are kept for thick replicas.

@@ -315,6 +315,8 @@ pub struct Pool {
     pub(crate) layers: Vec<Layer>,
     /// Free extents that are kept for thick replicas.
     pub(crate) reserved: u64,
+    /// Extents that the live replicas would take if they were full.
+    pub(crate) provisioned: u64,
     pub(crate) swaps: Vec<Swap>,
     /// Requests that wait until a snapshot has been taken.
     pub(crate) held: VecDeque<(u64, ReplicaSlot, IoRequest)>,
@@ -391,6 +393,7 @@ impl Pool {
             slots,
             layers,
             reserved: 0,
+            provisioned: 0,
             swaps: Vec::new(),
             held: VecDeque::new(),
             merges: Slab::with_capacity(0),
@@ -437,13 +440,9 @@ impl Pool {
             extents_free: u64::from(self.extents.free()),
             extents_allocated: u64::from(self.extents.allocated),
             extents_reserved: self.reserved,
-            extents_provisioned: self.provisioned(),
+            extents_provisioned: self.provisioned,
             extent_bytes: u32::try_from(EXTENT).expect("1 MiB"),
         }
-    }
-
-    fn provisioned(&self) -> u64 {
-        self.slots.iter().filter(|s| s.is_live()).map(Slot::extents).sum()
     }
 
     /// Whether the pool serves.

@@ -367,6 +367,7 @@ impl Cluster {
                 name: format!("volume{volume}"),
                 nqn: volume_nqn(volume),
                 blocks: self.config.blocks,
+                block_size: BlockSize::B4096,
                 children: children.collect(),
                 purpose,
                 child_deadline_ms: self.config.child_deadline_ms,

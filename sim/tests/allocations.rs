@@ -373,6 +373,7 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
         name: "volume".to_owned(),
         nqn: nqn.clone(),
         blocks: BLOCKS,
+        block_size: BlockSize::B4096,
         children: replicas
             .into_iter()
             .map(|(id, peer)| (id, ChildAddress::Remote { peer, nqn: replica_nqn(id) }))

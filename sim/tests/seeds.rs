@@ -133,3 +133,10 @@ fn a_member_that_fails_does_not_hold_up_the_volume() {
 fn a_scrub_does_not_give_way_to_requests_that_were_answered() {
     check([546, 2551, 5018].into_iter(), |seed| run(seed, None));
 }
+
+/// A member that came back, and was asked to grow before it took part, had a disk that hung: what waited
+/// for it waited for ever.
+#[test]
+fn a_member_that_does_not_join_in_time_is_given_up() {
+    check([502_176].into_iter(), |seed| run(seed, None));
+}

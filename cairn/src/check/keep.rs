@@ -57,6 +57,16 @@ pub(super) async fn make(
     name: &str,
     key: Option<v1::KeySource>,
 ) -> Result<()> {
+    make_of(cluster, name, key, 4096).await
+}
+
+/// A volume in blocks of this size, with a replica in each pool.
+pub(super) async fn make_of(
+    cluster: &mut Cluster,
+    name: &str,
+    key: Option<v1::KeySource>,
+    block_size: u32,
+) -> Result<()> {
     let volume_id = uuid::Uuid::new_v4().to_string();
     let mut replicas = Vec::new();
     for i in 1..=REPLICAS {
@@ -78,6 +88,7 @@ pub(super) async fn make(
         replicas,
         id: volume_id,
         encryption: key,
+        block_size,
         ..v1::CreateVolumeRequest::default()
     };
     cluster.client.create_volume(request).await.map_err(|s| said(&s))?;

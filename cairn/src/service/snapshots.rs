@@ -137,6 +137,7 @@ impl Service {
             id: id.to_string(),
             name: request.name.clone(),
             size_bytes: found.blocks * BLOCK,
+            block_size: origin.block_size.bytes(),
             replicas: replicas_of(&origin, id),
             allowed_hosts: request.allowed_hosts,
             child_deadline_ms: 0,

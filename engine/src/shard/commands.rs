@@ -82,7 +82,7 @@ impl<D: Driver> Shard<D> {
             Command::RemoveVolume { name, reply } => {
                 let found = self.volumes.iter().find(|(_, v)| v.spec.name == name);
                 match found.map(|(at, _)| at) {
-                    Some(at) => self.remove_volume(at, reply),
+                    Some(at) => self.remove_volume(at, reply, now),
                     None => reply.send(Err(EngineError::NotFound { kind: "volume", name })),
                 }
             }
@@ -277,6 +277,7 @@ impl<D: Driver> Shard<D> {
             hosts,
             counters: volume.counters,
             in_flight: requests,
+            block_size: volume.spec.block_size,
             encryption: super::keys::report(volume.nexus.encryption(), volume.nexus.locked()),
             mends: volume.nexus.mend_counters(),
             scrub: volume.nexus.scrub().cloned(),

@@ -1,6 +1,8 @@
 //! A host's block command on its way: from its queue to a volume or a replica, and back.
 
-use cairn_block::{Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId};
+use cairn_block::{
+    BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
+};
 use cairn_nvmf::target::{Io, IoCommand, NamespaceHandle, SlotId, dsm_range, status_of};
 use cairn_reactor::Driver;
 use cairn_replica::ReplicaSlot;
@@ -161,12 +163,15 @@ impl<D: Driver> Shard<D> {
             Some(&Export::Volume(volume)) => {
                 // Once, here: from here on the nexus may hold the request and send it again, and its
                 // children only ever see what is encrypted. (A discard comes by once for each range.)
+                if self.volumes.get(volume).is_some_and(|v| v.spec.block_size == BlockSize::B512) {
+                    return self.submit_sectors(volume, at, request, now);
+                }
                 let io = &self.ios[at];
                 let fresh = io.sealed.is_none();
                 if fresh && self.seal(volume, request.op, request.range, request.buf) {
                     self.ios[at].sealed = Some(volume);
                 }
-                self.submit_to_volume(volume, at, request, now);
+                self.submit_to_volume(volume, u64::from(at), request, now);
             }
             Some(&Export::Replica { pool, slot, .. }) => {
                 if self.is_fenced(conn, generation, pool, slot) {

@@ -10,6 +10,7 @@ mod keys;
 mod links;
 mod pools;
 mod resize;
+mod sectors;
 mod snapshots;
 mod space;
 mod table;
@@ -133,6 +134,9 @@ pub struct Shard<D: Driver> {
     next_snapshot: u64,
     /// How full each pool was when it was last looked at.
     pool_levels: Vec<usize>,
+    /// Requests of hosts in blocks of 512 bytes.
+    sectors: Table<sectors::SectorIo>,
+    sector_reserve: Option<Buf>,
     /// What mends of all volumes fall back on where there is no memory, and whether it was set aside.
     mend_reserve: Option<Buf>,
     has_mend_reserve: bool,
@@ -192,6 +196,8 @@ impl<D: Driver> Shard<D> {
             lists: Vec::new(),
             next_snapshot: 0,
             pool_levels: Vec::new(),
+            sectors: Table::new(),
+            sector_reserve: None,
             mend_reserve: None,
             has_mend_reserve: false,
             short_volumes: Vec::new(),
@@ -370,6 +376,7 @@ impl<D: Driver> Shard<D> {
             !mends && self.volumes.get(at).is_some_and(|v| v.nexus.waits_for_memory())
         });
         self.short_volumes.append(&mut short);
+        moved |= self.retry_sectors(now);
         let stalled = std::mem::take(&mut self.stalled);
         for at in stalled {
             moved |= self.retry_host(at, now);

@@ -34,8 +34,11 @@ impl<D: Driver> Shard<D> {
     pub(super) fn volume_resized(&mut self, at: u32, blocks: u64) {
         let volume = &mut self.volumes[at];
         tracing::info!(volume = %volume.spec.name, blocks, "the volume has grown");
-        if let Some((subsystem, _)) = volume.export
-            && let Err(error) = self.target.resize_namespace(subsystem, 1, blocks)
+        let export = volume.export;
+        let seen = self.host_blocks(at);
+        let volume = &mut self.volumes[at];
+        if let Some((subsystem, _)) = export
+            && let Err(error) = self.target.resize_namespace(subsystem, 1, seen)
         {
             tracing::error!(volume = %volume.spec.name, %error, "hosts cannot be told the size");
         }

@@ -19,6 +19,7 @@ use super::io::Export;
 use super::keys;
 use super::links::Link;
 use super::pools::{Origin, Owner, RegisterKind, serial_of};
+use super::sectors;
 use super::snapshots::SnapshotOrigin;
 use crate::control::{
     ChildAddress, EncryptionSpec, EngineError, ExportCounters, Reply, VolumeSpec,
@@ -57,7 +58,9 @@ pub(super) struct Volume {
     pub(super) counters: ExportCounters,
     pub(super) register_replies: VecDeque<(ChildId, Ticket, ChildReply)>,
     /// Host requests that the nexus has no room for.
-    waiting: VecDeque<(u32, IoRequest)>,
+    waiting: VecDeque<(u64, IoRequest)>,
+    /// Requests in blocks of 512 bytes that wait for others, or for memory.
+    pub(super) sectors: sectors::Waiting,
     removing: Option<Reply<()>>,
     pub(super) change: Option<PendingChange>,
     /// Encrypts and decrypts, where the volume is encrypted and its key is at hand.
@@ -118,6 +121,13 @@ impl<D: Driver> Shard<D> {
         let key = keys::new_key(&spec)?;
         let section =
             |e: &EncryptionSpec| e.new.as_ref().map_or(Vec::new(), |new| new.encode().to_vec());
+        if spec.block_size == BlockSize::B512 && !self.reserve_sectors() {
+            return Err(EngineError::Busy(format!(
+                "volume `{}` needs a buffer for its blocks of 512 bytes, and there is none now; try \
+                 again",
+                spec.name
+            )));
+        }
         let nexus = Nexus::new(NexusConfig {
             volume: spec.id,
             blocks: spec.blocks,
@@ -143,6 +153,7 @@ impl<D: Driver> Shard<D> {
             counters: ExportCounters::default(),
             register_replies: VecDeque::with_capacity(16),
             waiting: VecDeque::with_capacity(64),
+            sectors: sectors::Waiting::new(),
             removing: None,
             change: None,
             key,
@@ -197,7 +208,7 @@ impl<D: Driver> Shard<D> {
 
     /// Stops serving: hosts and replicas are cut off at once, what is held is let go of, what is in
     /// flight ends, then the volume is gone.
-    pub(super) fn remove_volume(&mut self, at: u32, reply: Reply<()>) {
+    pub(super) fn remove_volume(&mut self, at: u32, reply: Reply<()>, now: u64) {
         let volume = &mut self.volumes[at];
         if volume.removing.is_some() {
             reply.send(Err(EngineError::Busy("the volume is being removed already".to_owned())));
@@ -210,6 +221,7 @@ impl<D: Driver> Shard<D> {
             }
             self.exports[handle.0 as usize] = None;
         }
+        self.drop_sectors(at, now);
         self.volumes[at].nexus.close();
         for child in 0..self.volumes[at].routes.len() {
             if let Route::Remote { link } = self.volumes[at].routes[child] {
@@ -220,12 +232,12 @@ impl<D: Driver> Shard<D> {
         self.touch_volume(at);
     }
 
-    pub(super) fn submit_to_volume(&mut self, at: u32, io: u32, request: IoRequest, now: u64) {
+    pub(super) fn submit_to_volume(&mut self, at: u32, tag: u64, request: IoRequest, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else { return };
         if volume.nexus.has_room() && volume.waiting.is_empty() && !volume.frozen {
-            volume.nexus.submit(u64::from(io), request, now);
+            volume.nexus.submit(tag, request, now);
         } else {
-            volume.waiting.push_back((io, request));
+            volume.waiting.push_back((tag, request));
         }
         self.touch_volume(at);
     }
@@ -277,24 +289,26 @@ impl<D: Driver> Shard<D> {
                 moved = true;
             }
             while let Some(done) = self.volumes[at].nexus.poll_done() {
-                match u32::try_from(done.tag) {
-                    Ok(io) => self.host_io_done(io, done.status, now),
-                    Err(_) => self.own_request_done(done.tag, Some(done.status)),
+                match (u32::try_from(done.tag), piece_of(done.tag)) {
+                    (Ok(io), _) => self.host_io_done(io, done.status, now),
+                    (_, Some(piece)) => self.piece_done(piece, done.status, now),
+                    _ => self.own_request_done(done.tag, Some(done.status)),
                 }
                 moved = true;
             }
             while let Some(tag) = self.volumes[at].nexus.poll_release() {
-                match u32::try_from(tag) {
-                    Ok(io) => self.host_io_released(io, now),
-                    Err(_) => self.own_request_done(tag, None),
+                match (u32::try_from(tag), piece_of(tag)) {
+                    (Ok(io), _) => self.host_io_released(io, now),
+                    (_, Some(piece)) => self.piece_released(piece, now),
+                    _ => self.own_request_done(tag, None),
                 }
                 moved = true;
             }
             while !self.volumes[at].frozen
                 && self.volumes[at].nexus.has_room()
-                && let Some((io, request)) = self.volumes[at].waiting.pop_front()
+                && let Some((tag, request)) = self.volumes[at].waiting.pop_front()
             {
-                self.volumes[at].nexus.submit(u64::from(io), request, now);
+                self.volumes[at].nexus.submit(tag, request, now);
                 moved = true;
             }
             if !moved {
@@ -427,6 +441,13 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// The size of a volume as hosts count it.
+    pub(super) fn host_blocks(&self, at: u32) -> u64 {
+        let volume = &self.volumes[at];
+        let bytes = BlockSize::B4096.bytes_of(volume.nexus.blocks());
+        bytes >> volume.spec.block_size.shift()
+    }
+
     /// Lets hosts connect.
     fn export_volume(&mut self, at: u32) {
         let volume = &mut self.volumes[at];
@@ -461,8 +482,8 @@ impl<D: Driver> Shard<D> {
         let namespace = NamespaceConfig {
             nsid: 1,
             handle,
-            blocks: self.volumes[at].nexus.blocks(),
-            block_size: BlockSize::B4096,
+            blocks: self.host_blocks(at),
+            block_size: self.volumes[at].spec.block_size,
             id: id.0,
             volatile_write_cache: true,
         };
@@ -471,4 +492,12 @@ impl<D: Driver> Shard<D> {
         }
         self.volumes[at].export = Some((subsystem, handle));
     }
+}
+
+/// The piece of a request in smaller blocks that a tag names, if it does.
+fn piece_of(tag: u64) -> Option<u32> {
+    if tag & sectors::PIECE == 0 {
+        return None;
+    }
+    u32::try_from(tag & !sectors::PIECE).ok()
 }
