@@ -154,10 +154,15 @@ impl<'a> Cluster<'a> {
     }
 
     /// One `cairn` command against a process's API; its JSON.
-    fn call(&self, name: &str, args: &[&str]) -> Result<Value> {
+    /// A call that says nothing where it succeeds.
+    fn tell(&self, name: &str, args: &[&str]) -> Result<String> {
         let mut c = Command::new("timeout");
         c.arg("30").arg(&self.cairn).arg("--socket").arg(self.socket(name));
-        let said = output(c.args(args).args(["--output", "json"]))?;
+        output(c.args(args).args(["--output", "json"]))
+    }
+
+    fn call(&self, name: &str, args: &[&str]) -> Result<Value> {
+        let said = self.tell(name, args)?;
         serde_json::from_str(&said).with_context(|| format!("not JSON: {said}"))
     }
 
@@ -220,6 +225,31 @@ impl Peer for Cluster<'_> {
                 let size = &verb["grow ".len()..];
                 let grown = self.call(NEXUS, &["volume", "resize", VOLUME, "--size", size])?;
                 Ok(grown.to_string())
+            }
+            _ if verb.starts_with("snapshot ") => {
+                let name = &verb["snapshot ".len()..];
+                let taken = self.call(NEXUS, &["snapshot", "create", VOLUME, "--name", name])?;
+                Ok(taken.to_string())
+            }
+            _ if verb.starts_with("clone ") => {
+                let name = &verb["clone ".len()..];
+                let copy = format!("{VOLUME}-copy");
+                Ok(self.call(NEXUS, &["snapshot", "clone", VOLUME, name, &copy])?.to_string())
+            }
+            "drop-clone" => {
+                let copy = format!("{VOLUME}-copy");
+                self.tell(NEXUS, &["volume", "delete", &copy])?;
+                Ok("stopped the clone".to_owned())
+            }
+            _ if verb.starts_with("restore ") => {
+                let name = &verb["restore ".len()..];
+                let args = ["snapshot", "restore", VOLUME, name, "--yes"];
+                Ok(self.call(NEXUS, &args)?.to_string())
+            }
+            _ if verb.starts_with("drop-snapshot ") => {
+                let name = &verb["drop-snapshot ".len()..];
+                self.tell(NEXUS, &["snapshot", "delete", VOLUME, name])?;
+                Ok("deleted the snapshot".to_owned())
             }
             _ => bail!("the cluster knows no {verb}"),
         }

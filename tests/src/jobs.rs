@@ -35,10 +35,10 @@ pub(crate) const SMOKE: Job = Job {
     limit: Duration::from_secs(120),
 };
 
-/// The job whose volume grows: the kernel's target is not asked to.
-pub(crate) const GROW: &str = "grow";
+/// The jobs whose volume grows, or is copied: the kernel's target is not asked to.
+pub(crate) const OURS: [&str; 2] = ["grow", "snapshot"];
 
-pub(crate) const JOBS: [Job; 4] = [
+pub(crate) const JOBS: [Job; 5] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -73,12 +73,20 @@ pub(crate) const JOBS: [Job; 4] = [
         limit: Duration::from_secs(240),
     },
     Job {
-        name: GROW,
+        name: OURS[0],
         script: include_str!("../guest/grow.sh"),
         cases: &["grow-fio", "grow-ext4", "grow-xfs"],
         reconnects: false,
         encrypted: true,
         limit: Duration::from_secs(300),
+    },
+    Job {
+        name: OURS[1],
+        script: include_str!("../guest/snapshot.sh"),
+        cases: &["snapshot-ext4", "snapshot-xfs"],
+        reconnects: false,
+        encrypted: false,
+        limit: Duration::from_secs(240),
     },
 ];
 

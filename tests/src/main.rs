@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 
 use crate::cluster::Cluster;
-use crate::jobs::{GROW, JOBS, Job, SMOKE};
+use crate::jobs::{JOBS, Job, OURS, SMOKE};
 use crate::net::Net;
 use crate::peer::{Nothing, Nvmet, Peer};
 
@@ -107,7 +107,7 @@ fn run_jobs(args: &Args, jobs: &[Job], image: &image::Image, run_dir: &Path) -> 
     let began = Instant::now();
     let net = Net::up()?;
     let mut outcomes = Vec::new();
-    let can = |job: &&Job| args.peer != PeerKind::Nvmet || job.name != GROW;
+    let can = |job: &&Job| args.peer != PeerKind::Nvmet || !OURS.contains(&job.name);
     for job in jobs.iter().filter(can).filter(|job| job.wanted(&args.only)) {
         host::check_interrupted()?;
         let logs = run_dir.join(job.name);
