@@ -10,6 +10,7 @@ use super::{
 /// What a checksum page begins with.
 pub const SUMS_MAGIC: [u8; 8] = *b"CAIRNSUM";
 
+const BIRTH_AT: usize = 56;
 const VALID_AT: usize = 64;
 const SUMS_AT: usize = 96;
 const ZEROED_AT: usize = SUMS_AT + 4 * BLOCKS;
@@ -91,7 +92,7 @@ impl BlockSums {
         block.fill(0);
         Header { address, sequence: of.sequence, pool }.encode(SUMS_MAGIC, block);
         put_u32(block, 48, of.extent);
-        put_u64(block, 56, of.birth);
+        put_u64(block, BIRTH_AT, of.birth);
         for (i, word) in self.zeroed.iter().enumerate() {
             put_u64(block, ZEROED_AT + i * 8, *word);
         }
@@ -107,6 +108,11 @@ impl BlockSums {
         seal(block);
     }
 
+    /// When the extent was allocated of which this is a page, as it says. The block need not decode.
+    pub(crate) fn stored_birth(block: &[u8]) -> u64 {
+        get_u64(block, BIRTH_AT)
+    }
+
     /// Decodes the page of extent `extent`, born at `birth`, that lies at `address`, in blocks. Also
     /// returns its sequence.
     ///
@@ -120,7 +126,7 @@ impl BlockSums {
         block: &[u8],
     ) -> Result<(Self, u64), BlockError> {
         let header = Header::decode_for(SUMS_MAGIC, address, pool, block)?;
-        if get_u32(block, 48) != extent || get_u64(block, 56) != birth {
+        if get_u32(block, 48) != extent || get_u64(block, BIRTH_AT) != birth {
             return Err(BlockError::Field("extent, or when it was allocated"));
         }
         if header.sequence > u64::MAX / 2 {

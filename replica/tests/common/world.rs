@@ -462,7 +462,14 @@ impl World {
     pub(crate) fn crash(mut self, power: bool) -> Self {
         let rng = &mut self.sim.rng;
         let seed = rng.next();
-        let disk = if power { self.sim.disk.cut(rng) } else { self.sim.disk.kill(rng) };
+        let empty = Disk::new(SparseDevice::new(0));
+        let disk = core::mem::replace(&mut self.sim.disk, empty);
+        let disk = if power { disk.cut(rng) } else { disk.kill(rng) };
+        self.recover(disk, seed, power)
+    }
+
+    /// Opens what a crash left, and verifies all that was promised.
+    pub(crate) fn recover(self, disk: Disk, seed: u64, power: bool) -> Self {
         // `flush` at open makes the survivors durable; a second cut in between is the next round's.
         let sim = Sim::open(disk, seed);
         let mut world = Self { sim, asked: BTreeMap::new(), ..self };
