@@ -19,6 +19,14 @@ use crate::output::say;
 pub(crate) enum PoolCommand {
     /// List the pools.
     List,
+    /// Check a pool that no process has open, and mend it.
+    #[command(after_help = "\
+Examples:
+  cairn pool check /srv/pool.img
+  cairn pool check /dev/nvme1n1 --data --repair
+
+Exit codes, as fsck's: 0 clean, 1 repaired, 4 damage is left, 8 it could not be checked.")]
+    Check(crate::fsck::CheckArgs),
     /// Make a pool, or open one that exists, until the process ends.
     ///
     /// For pools that are opened at every start, use the configuration file.
@@ -249,9 +257,13 @@ fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 }
 
 pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
+    if let PoolCommand::Check(args) = &command {
+        return Ok(crate::fsck::run(global, args));
+    }
     block_on(async {
         let mut client = connect(&global.socket).await?;
         match command {
+            PoolCommand::Check(_) => unreachable!("needs no process"),
             PoolCommand::List => {
                 let reply =
                     client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;

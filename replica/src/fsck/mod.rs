@@ -54,10 +54,10 @@ pub struct CheckReport {
 }
 
 impl CheckReport {
-    /// Whether something was mended.
+    /// Whether damage was mended.
     #[must_use]
     pub fn is_repaired(&self) -> bool {
-        self.findings.iter().any(|f| f.repaired)
+        self.findings.iter().any(|f| f.problem.severity() != Severity::Note && f.repaired)
     }
 
     /// Whether damage is left, that which could be mended included.
