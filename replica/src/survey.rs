@@ -135,6 +135,8 @@ pub(crate) struct Survey {
     pub(crate) digest_holds: bool,
     /// Each extent, the journal applied; none where its table page is lost and no record tells.
     pub(crate) extents: Vec<Option<Known>>,
+    /// Extents whose entry in the table is lost, whatever the journal says of them.
+    pub(crate) lost: Vec<u32>,
     /// The sequence of the next journal block.
     pub(crate) head: u64,
     /// A later block is there, so the one at `head` was lost.
@@ -179,6 +181,7 @@ impl Survey {
             table: Vec::new(),
             digest_holds: false,
             extents: Vec::with_capacity(superblock.extents() as usize),
+            lost: Vec::new(),
             head: superblock.journal_tail,
             journal_hole: None,
             bad_records: Vec::new(),
@@ -189,6 +192,8 @@ impl Survey {
             superblock,
         };
         survey.read_table(dev);
+        let unread = (0u32..).zip(&survey.extents).filter(|(_, known)| known.is_none());
+        survey.lost = unread.map(|(extent, _)| extent).collect();
         survey.read_catalog(dev);
         survey.read_journal(dev);
         survey.assign_layers();

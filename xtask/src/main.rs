@@ -26,7 +26,7 @@ enum Task {
     /// Run the test suites; the last line is `N passed, N failed, N skipped`.
     Test(suites::Options),
     /// Crash the pool in many ways, recover it, and hold it to its model: the options are those of the
-    /// crash tester (`--states N`, `--seed S`, `--threads N`).
+    /// crash tester (`--states N`, `--seed S`, `--exhaustive DEPTH`).
     #[command(disable_help_flag = true)]
     Crash {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -238,13 +238,11 @@ impl Check {
             && survey.digest_holds
             && survey.journal_hole.is_none()
             && survey.bad_records.is_empty()
+            && survey.lost.is_empty()
             && (0..survey.superblock.slots).all(|slot| survey.page(slot).is_some());
         checked.extents = u64::from(survey.superblock.extents());
         for (extent, known) in (0u32..).zip(&survey.extents) {
-            let Some(known) = known else {
-                found.push(Problem::ExtentUnknown { extent });
-                continue;
-            };
+            let Some(known) = known else { continue };
             let entry = known.entry;
             if entry.state != EntryState::Allocated {
                 let zeroed = entry.state == EntryState::FreeZeroed;
@@ -269,6 +267,7 @@ impl Check {
                 }
             }
         }
+        found.extend(survey.lost.iter().map(|&extent| Problem::ExtentUnknown { extent }));
         for &(extent, other) in &survey.doubles {
             found.push(Problem::Double { extent, other });
         }
