@@ -1,4 +1,5 @@
-//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask sim`.
+//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask sim`,
+//! `cargo xtask measure`.
 #![forbid(unsafe_code)]
 
 mod install;
@@ -32,6 +33,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Measure the pool against its bars: amplification, open, checksums, discard, or all (`--json`,
+    /// `--dir DIR`). docs/performance.md tells of each.
+    #[command(disable_help_flag = true)]
+    Measure {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`,
     /// `--seed S`, `--trace`).
     #[command(disable_help_flag = true)]
@@ -57,6 +65,7 @@ fn run() -> Result<bool> {
         Task::Tidy => tidy::run(),
         Task::Test(options) => suites::run(&options),
         Task::Crash { options } => tool(&["-p", "cairn-fuzz", "--bin", "crash"], &options),
+        Task::Measure { options } => tool(&["-p", "cairn-benches", "--bin", "measure"], &options),
         Task::Sim { options } => tool(&["-p", "cairn-sim"], &options),
     }
 }
