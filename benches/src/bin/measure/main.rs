@@ -7,6 +7,7 @@ mod checksums;
 mod discard;
 mod open;
 mod rig;
+mod served;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -132,12 +133,12 @@ fn run(args: &Args) -> Result<Vec<Figure>> {
     Ok(match &args.what {
         What::Amplification => amplification::run()?,
         What::Open(options) => open::run(dir, options)?,
-        What::Checksums(options) => checksums::run(options)?,
+        What::Checksums(options) => checksums::run(dir, options)?,
         What::Discard(options) => discard::run(dir, options)?,
         What::All => {
             let mut all = amplification::run()?;
             all.extend(open::run(dir, &open::Options::default())?);
-            all.extend(checksums::run(&checksums::Options::default())?);
+            all.extend(checksums::run(dir, &checksums::Options::default())?);
             all.extend(discard::run(dir, &discard::Options::default())?);
             all
         }

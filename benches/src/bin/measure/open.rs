@@ -3,10 +3,10 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use cairn_reactor::{Attach, BlockFile, IoMode};
+use cairn_reactor::{Attach, BlockFile, IoMode, UringDriver};
 use clap::Args;
 
 use crate::Figure;
@@ -44,15 +44,15 @@ pub(crate) struct Child {
 const GIB: u64 = 1 << 30;
 const BLOCKS_PER_EXTENT: u64 = EXTENT / BLOCK;
 
-fn rig(child: &Child) -> Result<Rig<Real>> {
+fn rig(child: &Child, driver: UringDriver) -> Result<Rig<Real>> {
     let file = BlockFile::open(&child.path, IoMode::Direct)?;
-    let (disk, pool) = Real::open(Attach::File(file))?;
+    let (disk, pool) = Real::open_with(driver, Attach::File(file))?;
     Rig::new(pool, disk, child.gib * GIB / 10 * 9, 64 << 10)
 }
 
 /// Writes until so many extents are dirty, says so, and waits to be killed.
 pub(crate) fn dirty(child: &Child) -> Result<Vec<Figure>> {
-    let mut rig = rig(child)?;
+    let mut rig = rig(child, Real::driver()?)?;
     rig.fill();
     // Spread over the volume, so that the table is too.
     let apart = child.gib * GIB / 10 * 9 / EXTENT / child.dirty.max(1);
@@ -91,9 +91,11 @@ fn mib(kib: u64) -> f64 {
 
 /// Opens what the killed process left.
 pub(crate) fn serve(child: &Child) -> Result<Vec<Figure>> {
-    let before = resident()?;
     let begun = Instant::now();
-    let mut rig = rig(child)?;
+    // Its arena is pinned, and resident whatever is opened.
+    let driver = Real::driver()?;
+    let before = resident()?;
+    let mut rig = rig(child, driver)?;
     let opened = begun.elapsed().as_secs_f64();
     let stale = rig.pool.dirty_extents();
     // The last one that would be hashed in the background: a read has it hashed at once.
@@ -116,7 +118,10 @@ pub(crate) fn serve(child: &Child) -> Result<Vec<Figure>> {
         Figure::new("open: until all are hashed", hashed, "s").note("in the background"),
         Figure::new("open: memory when it serves, per TiB", per_tib(at_service), "MiB")
             .at_most(64.0)
-            .note(format!("{:.1} MiB resident before", mib(before))),
+            .note(format!(
+                "{:.1} MiB resident before, the driver's arena of 64 MiB among it",
+                mib(before)
+            )),
         Figure::new("open: memory when all are hashed, per TiB", per_tib(at_rest), "MiB")
             .note("checksums of the dirty extents, about 1.1 KiB each, and buffers among it"),
     ])
@@ -138,6 +143,18 @@ pub(crate) fn run(dir: &Path, options: &Options) -> Result<Vec<Figure>> {
     measured
 }
 
+/// The kernel ends a killed process's ring, and lets go of its files, a little after the process.
+fn wait_for_the_lock(path: &Path) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        match BlockFile::open(path, IoMode::Direct) {
+            Ok(_) => return Ok(()),
+            Err(e) if begun.elapsed() > Duration::from_secs(10) => return Err(e.into()),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
 fn killed_and_opened(path: &Path, options: &Options) -> Result<Vec<Figure>> {
     make_file(path, options.gib * GIB)?;
     let mut writer = child("open-dirty", path, options)?.stdout(Stdio::piped()).spawn()?;
@@ -148,6 +165,7 @@ fn killed_and_opened(path: &Path, options: &Options) -> Result<Vec<Figure>> {
     if !matches!(said, Some(Ok(n)) if n > 0) {
         bail!("the process that dirties the pool ended before it was done");
     }
+    wait_for_the_lock(path)?;
     let output = child("open-serve", path, options)?.arg("--json").output()?;
     if !output.status.success() {
         bail!("opening failed: {}", String::from_utf8_lossy(&output.stderr));

@@ -109,11 +109,18 @@ pub(crate) struct Real {
 }
 
 impl Real {
+    pub(crate) fn driver() -> Result<UringDriver> {
+        let config = DriverConfig { arena_len: 64 << 20, ..DriverConfig::default() };
+        Ok(UringDriver::new(&config)?)
+    }
+
     pub(crate) fn open(device: Attach) -> Result<(Self, Pool)> {
+        Self::open_with(Self::driver()?, device)
+    }
+
+    pub(crate) fn open_with(mut driver: UringDriver, device: Attach) -> Result<(Self, Pool)> {
         let mut device = PoolDevice(device);
         let pool = Pool::open(&mut device)?;
-        let config = DriverConfig { arena_len: 64 << 20, ..DriverConfig::default() };
-        let mut driver = UringDriver::new(&config)?;
         let device = driver.attach_device(device.0)?;
         Ok((Self { driver, device, out: Vec::with_capacity(256), in_flight: 0 }, pool))
     }
