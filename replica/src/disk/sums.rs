@@ -1,6 +1,7 @@
 //! The checksum page of an extent: a CRC-32C for each of its blocks.
 
 use cairn_block::PoolId;
+use crc_fast::{CrcAlgorithm, Digest};
 
 use super::{
     BLOCK_LEN, BlockError, EXTENT_BLOCKS, HEADER_LEN, Header, get_u32, get_u64, put_u32, put_u64,
@@ -58,7 +59,13 @@ impl Default for BlockSums {
 pub fn block_crc(address: u64, block: &[u8]) -> u32 {
     #[expect(clippy::cast_possible_truncation, reason = "both halves are taken")]
     let seed = (address as u32) ^ ((address >> 32) as u32).wrapping_mul(0x9e37_79b1);
-    crc32c::crc32c_append(seed, block)
+    // An earlier CRC goes in complemented, as it comes out.
+    let begun = u64::from(!seed);
+    let mut digest = Digest::new_with_init_state(CrcAlgorithm::Crc32Iscsi, begun);
+    digest.update(block);
+    #[expect(clippy::cast_possible_truncation, reason = "a CRC of 32 bits")]
+    let crc = digest.finalize() as u32;
+    crc
 }
 
 impl BlockSums {
@@ -168,6 +175,16 @@ mod tests {
         assert!(BlockSums::decode(3, 6, 40, PoolId(1), &block).is_err());
         block[200] ^= 1;
         assert_eq!(BlockSums::decode(3, 5, 40, PoolId(1), &block), Err(BlockError::Checksum));
+    }
+
+    /// CRC-32C of 32 zeros, and of 32 bytes of 0xff, from RFC 3720, B.4.
+    #[test]
+    fn the_crc_is_crc32c() {
+        assert_eq!(block_crc(0, &[0; 32]), 0x8a91_36aa);
+        assert_eq!(block_crc(0, &[0xff; 32]), 0x62a8_ab43);
+        // Begun with the CRC of what comes before, it goes on with it.
+        let before = block_crc(0, b"12345");
+        assert_eq!(block_crc(u64::from(before), b"6789"), 0xe306_9283);
     }
 
     #[test]
