@@ -96,7 +96,7 @@ Example of a configuration (TOML):
 docs/operations.md tells of every setting.")]
     Serve(serve::ServeArgs),
 
-    /// Pools of a running process.
+    /// Pools of a running process; and the check of one that none has open.
     #[command(subcommand)]
     Pool(client::PoolCommand),
 
@@ -117,6 +117,8 @@ docs/operations.md tells of every setting.")]
 Examples:
   cairn inspect superblock /srv/pool.img
   cairn inspect extents /dev/nvme1n1 -o json | jq '.[] | select(.state == \"allocated\")'
+  cairn inspect map /srv/pool.img --replica ID
+  cairn inspect checksums /srv/pool.img --verify
 
 A pool in use changes while it is read: what two runs say may differ.")]
     Inspect(crate::inspect::InspectArgs),

@@ -23,6 +23,14 @@ pub(crate) enum PoolCommand {
         #[arg(long)]
         devices: bool,
     },
+    /// Check a pool that no process has open, and mend it.
+    #[command(after_help = "\
+Examples:
+  cairn pool check /srv/pool.img
+  cairn pool check /dev/nvme1n1 --data --repair
+
+Exit codes, as fsck's: 0 clean, 1 repaired, 4 damage is left, 8 it could not be checked.")]
+    Check(crate::fsck::CheckArgs),
     /// Make a pool, or open one that exists. It is opened at every start from then on.
     #[command(after_help = "\
 Examples:
@@ -356,9 +364,13 @@ pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 }
 
 pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
+    if let PoolCommand::Check(args) = &command {
+        return Ok(crate::fsck::run(global, args));
+    }
     block_on(async {
         let mut client = connect(&global.socket).await?;
         match command {
+            PoolCommand::Check(_) => unreachable!("needs no process"),
             PoolCommand::List { devices } => {
                 let reply =
                     client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;

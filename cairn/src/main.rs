@@ -6,6 +6,7 @@ mod check;
 mod cli;
 mod client;
 mod config;
+mod fsck;
 mod inspect;
 mod keys;
 mod nvme;

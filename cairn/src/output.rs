@@ -33,7 +33,7 @@ pub(crate) trait Show {
     fn json(&self) -> Value;
 }
 
-fn table(heads: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+pub(crate) fn table(heads: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(heads);
     for row in rows {

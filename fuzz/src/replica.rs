@@ -8,8 +8,9 @@ use cairn_replica::disk::{
     BLOCK_LEN, CatalogPage, ENTRIES_PER_PAGE, JournalBlock, Superblock, TablePage, reseal,
 };
 use cairn_replica::{
-    Device, DiskOp, FormatOptions, MemDevice, Pool, ReplicaSlot, ReplicaSpec, inspect_extents,
-    inspect_journal, inspect_superblock,
+    CheckOptions, Device, DiskOp, FormatOptions, MemDevice, Pool, ReplicaSlot, ReplicaSpec,
+    check_pool, inspect_checksums, inspect_dirty, inspect_extents, inspect_journal, inspect_map,
+    inspect_superblock,
 };
 
 const POOL: PoolId = PoolId(0xca1);
@@ -110,6 +111,16 @@ pub fn open_damaged(data: &[u8]) {
     let _ = inspect_superblock(&mut dev);
     let _ = inspect_journal(&mut dev);
     let _ = inspect_extents(&mut dev);
+    let _ = inspect_map(&mut dev, None);
+    let _ = inspect_dirty(&mut dev);
+    let _ = inspect_checksums(&mut dev, None, true);
+    let mut mended = dev.clone();
+    if let Ok(report) = check_pool(&mut mended, &CheckOptions { repair: true, data: false })
+        && !report.is_damaged()
+        && let Err(error) = Pool::open(&mut mended)
+    {
+        panic!("the check finds no damage left ({:?}), and open says: {error}", report.findings);
+    }
     if let Ok(mut pool) = Pool::open(&mut dev) {
         pool.check();
         use_everything(&mut pool, &mut dev);

@@ -25,6 +25,7 @@ mod error;
 mod extents;
 mod flush;
 mod format;
+mod fsck;
 mod inspect;
 mod journal;
 mod layers;
@@ -38,13 +39,17 @@ mod sectors;
 mod slab;
 mod snapshot;
 mod sums;
+mod survey;
 
 pub use device::{Device, MemDevice, SparseDevice};
 pub use error::{ControlError, DiskError, PoolError};
 pub use format::{FormatOptions, Probe};
+pub use fsck::{CheckOptions, CheckReport, Checked, Finding, Problem, Severity, check_pool};
 pub use inspect::{
-    CatalogInfo, ExtentInfo, JournalInfo, PageInfo, SuperblockInfo, inspect_catalog,
-    inspect_extents, inspect_journal, inspect_superblock,
+    BadBlock, BlockCheck, CatalogInfo, ChecksumCopy, ChecksumInfo, DirtyInfo, ExtentInfo,
+    Inspection, JournalInfo, LayerMap, MappedExtent, MarkedBy, PageInfo, Source, SuperblockInfo,
+    inspect_catalog, inspect_checksums, inspect_dirty, inspect_extents, inspect_journal,
+    inspect_map, inspect_superblock,
 };
 pub use multi::{
     DeviceOptions, DrainInfo, MAX_DEVICES, MemberInfo, MultiPool, OpenOptions, OpenedSet, SetAside,
@@ -54,3 +59,4 @@ pub use pool::{
     ReplicaState, Usage,
 };
 pub use snapshot::{SnapshotInfo, SnapshotSpec};
+pub use survey::{Damaged, Fault, Structure};

@@ -4,7 +4,7 @@
 mod common;
 
 use cairn_block::{IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
-use cairn_replica::{Device, ReplicaSlot, inspect_superblock};
+use cairn_replica::{Device, ReplicaSlot, inspect_checksums, inspect_superblock};
 use common::{Disk, EXTENT_BLOCKS, MIB, Sim};
 
 const WRITE: IoOp = IoOp::Write { fua: false };
@@ -28,10 +28,10 @@ fn data_start(sim: &mut Sim) -> u64 {
     copies[0].content.as_ref().unwrap().segments[0].data * 4096
 }
 
-/// The first byte of the checksum page of the first extent.
+/// The first byte of the checksum page of the first extent that counts.
 fn sums_start(sim: &mut Sim) -> u64 {
-    let copies = inspect_superblock(&mut sim.disk.now).unwrap();
-    copies[0].content.as_ref().unwrap().segments[0].sums_address(0) * 4096
+    let pages = inspect_checksums(&mut sim.disk.now, Some(0), false).unwrap().found;
+    (pages[0].block + u64::from(pages[0].current.unwrap())) * 4096
 }
 
 fn flip(disk: &mut Disk, byte: u64, bit: u8) {

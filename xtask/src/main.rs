@@ -1,4 +1,5 @@
-//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask rot`, `cargo xtask sim`.
+//! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask rot`, `cargo xtask sim`,
+//! `cargo xtask measure`.
 #![forbid(unsafe_code)]
 
 mod install;
@@ -26,7 +27,7 @@ enum Task {
     /// Run the test suites; the last line is `N passed, N failed, N skipped`.
     Test(suites::Options),
     /// Crash the pool in many ways, recover it, and hold it to its model: the options are those of the
-    /// crash tester (`--states N`, `--seed S`, `--threads N`).
+    /// crash tester (`--states N`, `--seed S`, `--exhaustive DEPTH`).
     #[command(disable_help_flag = true)]
     Crash {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -38,6 +39,13 @@ enum Task {
         /// In how many places.
         #[arg(long, default_value_t = 1000)]
         flips: u16,
+    },
+    /// Measure the pool against its bars: amplification, open, checksums, discard, or all (`--json`,
+    /// `--dir DIR`). docs/performance.md tells of each.
+    #[command(disable_help_flag = true)]
+    Measure {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
     },
     /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`,
     /// `--seed S`, `--trace`).
@@ -65,6 +73,16 @@ fn run() -> Result<bool> {
         Task::Test(options) => suites::run(&options),
         Task::Crash { options } => tool(&["-p", "cairn-fuzz", "--bin", "crash"], &options),
         Task::Rot { flips } => tool(&["-p", "cairn"], &["up".into(), format!("--rot={flips}")]),
+        Task::Measure { options } => {
+            // The checksums are measured through the real thing as well.
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let mut build = std::process::Command::new(cargo);
+            let built = build.args(["build", "-q", "--release", "-p", "cairn"]).status()?;
+            if !built.success() {
+                return Ok(false);
+            }
+            tool(&["-p", "cairn-benches", "--bin", "measure"], &options)
+        }
         Task::Sim { options } => tool(&["-p", "cairn-sim"], &options),
     }
 }

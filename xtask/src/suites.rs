@@ -275,8 +275,9 @@ fn fuzz(bench: &Bench) -> Result<Counts> {
 }
 
 fn crash(bench: &Bench) -> Result<Counts> {
-    let tester = ["run", "-q", "-p", "cairn-fuzz", "--bin", "crash", "--", "--states", "3000"];
-    bench.cargo(&tester).map(Counts::of)
+    let tester = ["run", "-q", "-p", "cairn-fuzz", "--bin", "crash", "--"];
+    let options = ["--exhaustive", "1", "--states", "3000"];
+    bench.cargo(&[&tester[..], &options].concat()).map(Counts::of)
 }
 
 fn check(bench: &Bench) -> Result<Counts> {

@@ -4,6 +4,10 @@
 //! A state is one crash and what recovery made of it: after a kill any subset of the unfinished
 //! operations took effect; after a power cut any subset of the unflushed writes, torn at 512 bytes.
 //! Each seed goes through three crashes, one after the other, with up to 300 actions before each.
+//!
+//! `--exhaustive N` runs every script of up to N operations on a tiny pool instead, and visits every
+//! state that a crash at any point of it may leave; how subsets and tears are bounded is told in
+//! `replica/tests/common/exhaustive.rs`.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "the harness is shared with the tests, where it is usual")]
 
@@ -17,14 +21,23 @@ use std::time::Instant;
 
 use clap::Parser;
 use common::MIB;
+use common::exhaustive::{Plan, VARIANTS, Visits, visit};
 use common::world::World;
 
 /// Visits crash states of the pool and checks each against the model.
 #[derive(Debug, Parser)]
 struct Args {
-    /// How many states to visit.
-    #[arg(long, default_value_t = 10_000)]
-    states: u64,
+    /// How many states to visit by chance; 10000 unless --exhaustive is given.
+    #[arg(long)]
+    states: Option<u64>,
+
+    /// Visit every state of every script of up to so many operations.
+    #[arg(long, value_name = "DEPTH")]
+    exhaustive: Option<u32>,
+
+    /// Replays one script of --exhaustive: its number and variant, as a violation tells them.
+    #[arg(long, value_name = "SCRIPT,VARIANT", requires = "exhaustive")]
+    script: Option<String>,
 
     /// The first seed; a failing one alone, with --states 1, replays it.
     #[arg(long, default_value_t = 1_000_000)]
@@ -62,9 +75,82 @@ fn run(seed: u64) -> u64 {
     actions_in_all
 }
 
+/// Runs every script of `depth` steps; returns how many states were visited and were wrong.
+fn scripts(depth: u32, args: &Args) -> (u64, u64) {
+    let begun = Instant::now();
+    let plans = Plan::count(depth) * VARIANTS;
+    let (next, states, failed) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let work = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= plans {
+                return;
+            }
+            let (script, variant) = (i / VARIANTS, i % VARIANTS);
+            let plan = Plan { script, depth, variant, seed: args.seed };
+            let mut visits = Visits::default();
+            let whole = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                visit(&plan, &mut visits);
+            }));
+            states.fetch_add(visits.states, Ordering::Relaxed);
+            if whole.is_err() {
+                failed.fetch_add(1, Ordering::Relaxed);
+                eprintln!(
+                    "violation: {}; replay: cargo xtask crash --exhaustive {depth} --seed {} --script {script},{variant}",
+                    visits.at, args.seed
+                );
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..args.threads.max(1) {
+            scope.spawn(work);
+        }
+    });
+    let (states, failed) = (states.into_inner(), failed.into_inner());
+    println!(
+        "{states} crash states of {plans} runs of scripts of {depth} operations visited in {:.0} s: {failed} violations",
+        begun.elapsed().as_secs_f64()
+    );
+    (states, failed)
+}
+
+fn replay(depth: u32, which: &str, args: &Args) -> ExitCode {
+    let parsed = which.split_once(',').and_then(|(s, v)| Some((s.parse().ok()?, v.parse().ok()?)));
+    let Some((script, variant)) = parsed else {
+        eprintln!("`{which}` is not a script and a variant, such as 17,3");
+        return ExitCode::FAILURE;
+    };
+    let mut visits = Visits::default();
+    visit(&Plan { script, depth, variant, seed: args.seed }, &mut visits);
+    println!("{} crash states visited: no violation", visits.states);
+    ExitCode::SUCCESS
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
-    let seeds = args.states.div_ceil(CRASHES);
+    if let (Some(depth), Some(which)) = (args.exhaustive, &args.script) {
+        return replay(depth, which, &args);
+    }
+    let (mut states, mut failed) = (0, 0);
+    for depth in 1..=args.exhaustive.unwrap_or(0) {
+        let (visited, wrong) = scripts(depth, &args);
+        states += visited;
+        failed += wrong;
+    }
+    let by_chance = args.states.unwrap_or(if args.exhaustive.is_some() { 0 } else { 10_000 });
+    if by_chance > 0 {
+        let (visited, wrong) = random(by_chance, &args);
+        states += visited;
+        failed += wrong;
+    }
+    println!("{states} crash states in all: {failed} violations");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Visits states by chance; returns how many, and how many seeds went wrong.
+fn random(states: u64, args: &Args) -> (u64, u64) {
+    let seeds = states.div_ceil(CRASHES);
     let begun = Instant::now();
     let (next, actions, failed) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
@@ -101,5 +187,5 @@ fn main() -> ExitCode {
         actions.into_inner(),
         begun.elapsed().as_secs_f64()
     );
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    (seeds * CRASHES, failed)
 }

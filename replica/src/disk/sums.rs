@@ -1,6 +1,7 @@
 //! The checksum page of an extent: a CRC-32C for each of its blocks.
 
 use cairn_block::PoolId;
+use crc_fast::{CrcAlgorithm, Digest};
 
 use super::{
     BLOCK_LEN, BlockError, EXTENT_BLOCKS, HEADER_LEN, Header, get_u32, get_u64, put_u32, put_u64,
@@ -10,6 +11,7 @@ use super::{
 /// What a checksum page begins with.
 pub const SUMS_MAGIC: [u8; 8] = *b"CAIRNSUM";
 
+const BIRTH_AT: usize = 56;
 const VALID_AT: usize = 64;
 const SUMS_AT: usize = 96;
 const ZEROED_AT: usize = SUMS_AT + 4 * BLOCKS;
@@ -61,7 +63,13 @@ impl Default for BlockSums {
 pub fn block_crc(address: u64, block: &[u8]) -> u32 {
     #[expect(clippy::cast_possible_truncation, reason = "both halves are taken")]
     let seed = (address as u32) ^ ((address >> 32) as u32).wrapping_mul(0x9e37_79b1);
-    crc32c::crc32c_append(seed, block)
+    // An earlier CRC goes in complemented, as it comes out.
+    let begun = u64::from(!seed);
+    let mut digest = Digest::new_with_init_state(CrcAlgorithm::Crc32Iscsi, begun);
+    digest.update(block);
+    #[expect(clippy::cast_possible_truncation, reason = "a CRC of 32 bits")]
+    let crc = digest.finalize() as u32;
+    crc
 }
 
 impl BlockSums {
@@ -101,7 +109,7 @@ impl BlockSums {
         block.fill(0);
         Header { address, sequence: of.sequence, pool }.encode(SUMS_MAGIC, block);
         put_u32(block, 48, of.extent);
-        put_u64(block, 56, of.birth);
+        put_u64(block, BIRTH_AT, of.birth);
         for (i, word) in self.zeroed.iter().enumerate() {
             put_u64(block, ZEROED_AT + i * 8, *word);
         }
@@ -120,6 +128,11 @@ impl BlockSums {
         seal(block);
     }
 
+    /// When the extent was allocated of which this is a page, as it says. The block need not decode.
+    pub(crate) fn stored_birth(block: &[u8]) -> u64 {
+        get_u64(block, BIRTH_AT)
+    }
+
     /// Decodes the page of extent `extent`, born at `birth`, that lies at `address`, in blocks. Also
     /// returns its sequence.
     ///
@@ -133,7 +146,7 @@ impl BlockSums {
         block: &[u8],
     ) -> Result<(Self, u64), BlockError> {
         let header = Header::decode_for(SUMS_MAGIC, address, pool, block)?;
-        if get_u32(block, 48) != extent || get_u64(block, 56) != birth {
+        if get_u32(block, 48) != extent || get_u64(block, BIRTH_AT) != birth {
             return Err(BlockError::Field("extent, or when it was allocated"));
         }
         if header.sequence > u64::MAX / 2 {
@@ -178,6 +191,16 @@ mod tests {
         assert!(BlockSums::decode(3, 6, 40, PoolId(1), &block).is_err());
         block[200] ^= 1;
         assert_eq!(BlockSums::decode(3, 5, 40, PoolId(1), &block), Err(BlockError::Checksum));
+    }
+
+    /// CRC-32C of 32 zeros, and of 32 bytes of 0xff, from RFC 3720, B.4.
+    #[test]
+    fn the_crc_is_crc32c() {
+        assert_eq!(block_crc(0, &[0; 32]), 0x8a91_36aa);
+        assert_eq!(block_crc(0, &[0xff; 32]), 0x62a8_ab43);
+        // Begun with the CRC of what comes before, it goes on with it.
+        let before = block_crc(0, b"12345");
+        assert_eq!(block_crc(u64::from(before), b"6789"), 0xe306_9283);
     }
 
     #[test]

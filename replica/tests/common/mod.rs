@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses its part")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+pub(crate) mod exhaustive;
 pub(crate) mod world;
 
 use cairn_block::{
@@ -69,8 +70,19 @@ struct InFlight {
     covers: usize,
 }
 
+/// Which of the operations in flight is performed next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    Any,
+    Oldest,
+    Newest,
+}
+
 /// Performs operations in any order, and knows what a power cut would leave.
 pub(crate) struct Disk {
+    pub(crate) next: Next,
+    /// Counts what changes the states that a power cut may leave.
+    pub(crate) changes: u64,
     pub(crate) now: SparseDevice,
     stable: SparseDevice,
     log: Vec<Logged>,
@@ -126,6 +138,8 @@ fn tear(dev: &mut SparseDevice, change: &Change, rng: &mut Rng) {
 impl Disk {
     pub(crate) fn new(dev: SparseDevice) -> Self {
         Self {
+            next: Next::Any,
+            changes: 0,
             stable: dev.clone(),
             now: dev,
             log: Vec::new(),
@@ -144,6 +158,7 @@ impl Disk {
             _ => Vec::new(),
         };
         self.written += data.len() as u64;
+        self.changes += u64::from(matches!(io.op, DiskOp::Write { .. } | DiskOp::Zero { .. }));
         self.flying.push(InFlight { io, data, covers: self.log.len() });
     }
 
@@ -157,7 +172,11 @@ impl Disk {
         rng: &mut Rng,
         mem: &mut HeapMemory,
     ) -> (DiskIo, Result<(), DiskError>) {
-        let flying = self.flying.swap_remove(rng.index(self.flying.len()));
+        let flying = match self.next {
+            Next::Any => self.flying.swap_remove(rng.index(self.flying.len())),
+            Next::Oldest => self.flying.remove(0),
+            Next::Newest => self.flying.pop().unwrap(),
+        };
         let io = flying.io;
         match io.op {
             DiskOp::Read { offset, buf } => {
@@ -168,6 +187,7 @@ impl Disk {
                     return (io, Err(DiskError::Io));
                 }
                 assert_eq!(mem.bytes(buf), flying.data, "a buffer in flight changed");
+                self.changes += u64::from(fua);
                 self.change(Change::Write(offset.0, flying.data), fua);
             }
             DiskOp::Zero { offset, len, .. } => {
@@ -181,6 +201,7 @@ impl Disk {
                     return (io, Err(DiskError::Io));
                 }
                 self.flushes += 1;
+                self.changes += 1;
                 let covers = flying.covers.min(self.log.len());
                 for logged in self.log.drain(..covers) {
                     apply(&mut self.stable, &logged.change);
@@ -201,6 +222,15 @@ impl Disk {
     fn unfinished(self) -> impl Iterator<Item = Change> {
         self.flying.into_iter().filter_map(|f| match f.io.op {
             DiskOp::Write { offset, .. } => Some(Change::Write(offset.0, f.data)),
+            DiskOp::Zero { offset, len, .. } => Some(Change::Zero(offset.0, len)),
+            _ => None,
+        })
+    }
+
+    /// What is in flight and may take effect, in the order in which it was issued.
+    fn in_flight_changes(&self) -> impl Iterator<Item = Change> {
+        self.flying.iter().filter_map(|f| match f.io.op {
+            DiskOp::Write { offset, .. } => Some(Change::Write(offset.0, f.data.clone())),
             DiskOp::Zero { offset, len, .. } => Some(Change::Zero(offset.0, len)),
             _ => None,
         })
@@ -275,7 +305,7 @@ pub(crate) struct Sim {
     pub(crate) mem: HeapMemory,
     pub(crate) rng: Rng,
     pub(crate) check: bool,
-    next_tag: u64,
+    pub(crate) next_tag: u64,
 }
 
 impl Sim {

@@ -1,5 +1,7 @@
 //! A model of what replicas must hold, beside a pool that is worked at random.
 
+pub(crate) mod script;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use cairn_block::{
@@ -24,7 +26,7 @@ struct Held {
 
 type Blocks = BTreeMap<u64, Vec<Held>>;
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct ModelReplica {
     blocks: Blocks,
     size: u64,
@@ -36,6 +38,7 @@ struct ModelReplica {
 }
 
 /// A snapshot: of which replica, and what it must hold.
+#[derive(Clone)]
 struct ModelSnapshot {
     blocks: Blocks,
     size: u64,
@@ -71,6 +74,12 @@ pub(crate) struct World {
     next_id: u128,
     order: u64,
     pub(crate) len: u64,
+    /// The size of replicas in extents.
+    extents: u64,
+    /// Of each extent, the blocks that are read to verify it.
+    looked_at: u64,
+    /// Requests and commands that were answered.
+    pub(crate) answers: u64,
 }
 
 const REPLICA_EXTENTS: u64 = 6;
@@ -94,6 +103,9 @@ impl World {
             next_id: 1,
             order: 0,
             len,
+            extents: REPLICA_EXTENTS,
+            looked_at: EXTENT_BLOCKS,
+            answers: 0,
         }
     }
 
@@ -116,11 +128,7 @@ impl World {
             47..50 => self.snapshot_work(),
             50 => self.delete(),
             51 => self.register(),
-            52..55 => {
-                let tag = self.sim.tag();
-                self.asked.insert(tag, Asked::Other);
-                self.sim.pool.checkpoint(tag, &mut self.sim.mem);
-            }
+            52..55 => self.checkpoint(),
             55..61 => self.flush(),
             _ => self.io(),
         }
@@ -133,7 +141,7 @@ impl World {
     fn create(&mut self) {
         let id = self.next_id;
         self.next_id += 1;
-        let size = REPLICA_EXTENTS * EXTENT_BLOCKS - self.sim.rng.below(3);
+        let size = self.extents * EXTENT_BLOCKS - self.sim.rng.below(3);
         let tag = self.sim.tag();
         self.replicas.insert(id, ModelReplica { size, ..ModelReplica::default() });
         self.asked.insert(tag, Asked::Create(id));
@@ -150,17 +158,27 @@ impl World {
         let one = known.get(self.sim.rng.index(known.len().max(1))).copied();
         match (self.sim.rng.below(6), one) {
             (0, Some((of, id))) => {
-                let slot = self.sim.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).unwrap();
-                self.snapshots.get_mut(&(of, id)).unwrap().delete_asked = true;
-                let tag = self.sim.tag();
-                self.asked.insert(tag, Asked::Unsnapshot(of, id));
-                self.sim.pool.delete_snapshot(tag, slot, &mut self.sim.mem);
+                self.delete_snapshot((of, id));
             }
             (1, Some(from)) if self.replicas.len() < 4 => self.clone_of(from),
             (2, Some(to)) => self.revert(to),
             _ if self.snapshots.len() < 5 => self.take(),
             _ => {}
         }
+    }
+
+    fn delete_snapshot(&mut self, (of, id): (u128, u128)) {
+        let slot = self.sim.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).unwrap();
+        self.snapshots.get_mut(&(of, id)).unwrap().delete_asked = true;
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Unsnapshot(of, id));
+        self.sim.pool.delete_snapshot(tag, slot, &mut self.sim.mem);
+    }
+
+    fn checkpoint(&mut self) {
+        let tag = self.sim.tag();
+        self.asked.insert(tag, Asked::Other);
+        self.sim.pool.checkpoint(tag, &mut self.sim.mem);
     }
 
     fn take(&mut self) {
@@ -267,7 +285,7 @@ impl World {
         let Some((id, slot)) = self.pick() else { return };
         let size = self.replicas[&id].size;
         let rng = &mut self.sim.rng;
-        let extent = rng.below(REPLICA_EXTENTS);
+        let extent = rng.below(self.extents);
         let (op, start, blocks) = match rng.below(10) {
             0 => (IoOp::Discard, extent * EXTENT_BLOCKS, EXTENT_BLOCKS * (1 + rng.below(3))),
             1 => {
@@ -293,19 +311,24 @@ impl World {
                 1 + rng.below(3),
             ),
         };
-        let blocks = blocks.min(size.saturating_sub(start));
+        self.io_at(id, slot, op, start, blocks.min(size.saturating_sub(start)));
+    }
+
+    /// A request, unless one that overlaps is under way. Whether there is one now.
+    fn io_at(&mut self, id: u128, slot: ReplicaSlot, op: IoOp, start: u64, blocks: u64) -> bool {
         if blocks == 0 {
-            return;
+            return false;
         }
+        let size = self.replicas[&id].size;
         let range = LbaRange::new(Lba(start), blocks).unwrap();
         if self.busy(id, range) {
-            return;
+            return false;
         }
         let payload = matches!(op, IoOp::Read | IoOp::Write { .. });
         let mut buf = None;
         if payload {
             let Some(b) = self.sim.mem.alloc(u32::try_from(blocks).unwrap() * 4096) else {
-                return;
+                return false;
             };
             buf = Some(b);
         }
@@ -340,11 +363,13 @@ impl World {
             }
         }
         self.sim.pool.submit(tag, slot, IoRequest { op, range, buf: slice }, &mut self.sim.mem);
+        true
     }
 
     pub(crate) fn collect(&mut self) {
         while let Some(done) = self.sim.pool.poll_done() {
             let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answers += 1;
             self.answered(asked, &done);
         }
     }
@@ -462,10 +487,22 @@ impl World {
     pub(crate) fn crash(mut self, power: bool) -> Self {
         let rng = &mut self.sim.rng;
         let seed = rng.next();
-        let disk = if power { self.sim.disk.cut(rng) } else { self.sim.disk.kill(rng) };
+        let empty = Disk::new(SparseDevice::new(0));
+        let disk = core::mem::replace(&mut self.sim.disk, empty);
+        let disk = if power { disk.cut(rng) } else { disk.kill(rng) };
+        self.recover(disk, seed, power)
+    }
+
+    /// Opens what a crash left, and verifies all that was promised.
+    pub(crate) fn recover(self, disk: Disk, seed: u64, power: bool) -> Self {
         // `flush` at open makes the survivors durable; a second cut in between is the next round's.
         let sim = Sim::open(disk, seed);
-        let mut world = Self { sim, asked: BTreeMap::new(), ..self };
+        let world = Self { sim, asked: BTreeMap::new(), ..self };
+        world.recovered(power)
+    }
+
+    fn recovered(self, power: bool) -> Self {
+        let mut world = self;
         let creating: Vec<u128> =
             world.replicas.iter().filter(|(_, r)| r.slot.is_none()).map(|(id, _)| *id).collect();
         for id in creating {
@@ -525,7 +562,7 @@ impl World {
             *allowed = vec![(register, true)];
             let size = replica.size;
             for start in (0..size).step_by(256) {
-                let blocks = EXTENT_BLOCKS.min(size - start);
+                let blocks = self.looked_at.min(size - start);
                 let bytes = self.sim.read(slot, start, blocks);
                 let replica = self.replicas.get_mut(&id).unwrap();
                 if let Some(back) = &replica.reverting {
@@ -561,7 +598,7 @@ impl World {
             }
             let slot = self.sim.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).unwrap();
             for start in (0..snapshot.size).step_by(256) {
-                let bytes = self.sim.read(slot, start, EXTENT_BLOCKS.min(snapshot.size - start));
+                let bytes = self.sim.read(slot, start, self.looked_at.min(snapshot.size - start));
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
                     verify(id, &snapshot.blocks, lba, block, power && !snapshot.answered);
                     settle_block(&mut snapshot.blocks, lba, block);

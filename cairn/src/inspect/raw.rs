@@ -1,102 +1,14 @@
-//! `cairn inspect`: the structures of a pool, as they are on the device.
+//! The structures themselves, copy by copy.
 
-use std::path::PathBuf;
-use std::process::ExitCode;
-
-use anyhow::{Context, Result};
 use cairn_engine::crypt::Envelope;
-use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Config;
-use cairn_engine::reactor::{Attach, BlockFile, IoMode};
-use cairn_engine::replica::disk::{BlockError, CatalogState, EntryState, MemberState, Superblock};
-use cairn_engine::replica::{
-    CatalogInfo, ExtentInfo, JournalInfo, PageInfo, SuperblockInfo, inspect_catalog,
-    inspect_extents, inspect_journal, inspect_superblock,
-};
-use clap::{Args, ValueEnum};
+use cairn_engine::replica::disk::{CatalogState, EntryState, MemberState, Superblock};
+use cairn_engine::replica::{CatalogInfo, ExtentInfo, JournalInfo, PageInfo, SuperblockInfo};
 use serde_json::{Value, json};
 
-use crate::cli::Global;
-use crate::output::{self, Show, size};
+use crate::output::{Show, size};
 
-/// Options of `cairn inspect`.
-#[derive(Debug, Args)]
-pub(crate) struct InspectArgs {
-    /// Which structure.
-    #[arg(value_enum)]
-    what: Structure,
-
-    /// The pool's file or block device.
-    pool: PathBuf,
-
-    /// Print what is free as well.
-    #[arg(long)]
-    all: bool,
-
-    /// Go through the page cache: for filesystems that refuse O_DIRECT.
-    #[arg(long)]
-    buffered: bool,
-}
-
-/// A structure on the device; docs/format.md draws each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Structure {
-    /// All copies of the superblock.
-    Superblock,
-    /// The replicas and their registers.
-    Catalog,
-    /// The journal's blocks.
-    Journal,
-    /// The copies of the allocation table's pages.
-    Table,
-    /// What each extent is used for, the journal not applied.
-    Extents,
-}
-
-pub(crate) fn run(global: &Global, args: &InspectArgs) -> Result<ExitCode> {
-    let mode = if args.buffered { IoMode::Buffered } else { IoMode::Direct };
-    let file = BlockFile::open_read_only(&args.pool, mode)?;
-    let mut dev = PoolDevice(Attach::File(file));
-    let context = || format!("reading {}", args.pool.display());
-    let whole = match args.what {
-        Structure::Superblock => {
-            let copies = inspect_superblock(&mut dev).with_context(context)?;
-            output::list(global.output, &copies)?;
-            copies.iter().all(|c| c.content.is_ok())
-        }
-        Structure::Catalog => {
-            let mut pages = inspect_catalog(&mut dev).with_context(context)?;
-            let whole = pages.iter().all(|p| p.content.is_ok());
-            let free = |p: &CatalogInfo| {
-                p.content.as_ref().is_ok_and(|page| page.state == CatalogState::Free)
-            };
-            pages.retain(|p| args.all || !free(p));
-            output::list(global.output, &pages)?;
-            whole
-        }
-        Structure::Journal => {
-            let mut blocks = inspect_journal(&mut dev).with_context(context)?;
-            blocks.retain(|b| args.all || !b.checkpointed);
-            output::list(global.output, &blocks)?;
-            true
-        }
-        Structure::Table => {
-            let (pages, _) = inspect_extents(&mut dev).with_context(context)?;
-            output::list(global.output, &pages)?;
-            pages.iter().all(|p| p.head.is_ok() || p.blank)
-        }
-        Structure::Extents => {
-            let (pages, mut extents) = inspect_extents(&mut dev).with_context(context)?;
-            extents.retain(|e| args.all || e.entry.state == EntryState::Allocated);
-            output::list(global.output, &extents)?;
-            pages.iter().all(|p| p.head.is_ok() || p.blank)
-        }
-    };
-    // A damaged copy is told by the exit code too; a torn older copy is usual after a crash.
-    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::from(2) })
-}
-
-fn damage(error: &BlockError) -> String {
+pub(super) fn damage(error: &impl std::fmt::Display) -> String {
     format!("damaged: {error}")
 }
 
@@ -182,7 +94,7 @@ impl Show for SuperblockInfo {
     }
 }
 
-fn catalog_state(state: CatalogState) -> &'static str {
+pub(super) fn catalog_state(state: CatalogState) -> &'static str {
     match state {
         CatalogState::Free => "free",
         CatalogState::Live => "live",

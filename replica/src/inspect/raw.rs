@@ -1,4 +1,4 @@
-//! Reading a pool's structures without opening it: read-only, and on damaged pools too.
+//! The structures themselves, copy by copy.
 
 use crate::disk::{
     BLOCK, BLOCK_LEN, BlockError, CatalogPage, Entry, JournalBlock, Record, Superblock, TablePage,
