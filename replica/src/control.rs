@@ -109,6 +109,9 @@ impl Pool {
         if let PoolState::Failed(reason) = self.state {
             return Err(ControlError::PoolFailed(reason));
         }
+        if spec.block_size != BlockSize::B4096 {
+            return Err(ControlError::BlockSize(spec.block_size.bytes()));
+        }
         if spec.name.len() > NAME_MAX {
             return Err(ControlError::NameTooLong { len: spec.name.len(), max: NAME_MAX });
         }
@@ -141,9 +144,6 @@ impl Pool {
         let found = self.find_snapshot(replica, snapshot);
         let slot = found.ok_or(ControlError::NoSuchSnapshot(snapshot))?;
         let page = &self.slots[usize::from(slot.0)].page;
-        if spec.block_size != page.block_size {
-            return Err(ControlError::BlockSize(spec.block_size.bytes()));
-        }
         if spec.blocks < page.blocks {
             return Err(ControlError::Shrink { has: page.blocks, asked: spec.blocks });
         }

@@ -4,7 +4,7 @@ pub(crate) mod verify;
 
 use core::ops::Range;
 
-use cairn_block::{BlockSize, BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
+use cairn_block::{BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
 use crate::DiskError;
 use crate::blocks::BlockSet;
@@ -18,17 +18,9 @@ use crate::sums::{Begun, PersistFor, Ready, Verdict};
 /// Parts of one request in flight: a discard of everything must not take all the memory.
 const MAX_PARTS: u32 = 64;
 
-/// Who is told of the end of a request.
-#[derive(Debug, Clone, Copy)]
-enum Asker {
-    Tag(u64),
-    /// A request in smaller blocks, of which this is a piece.
-    Sectors(u32),
-}
-
 #[derive(Debug)]
 pub(crate) struct Request {
-    asker: Asker,
+    tag: u64,
     slot: u16,
     op: IoOp,
     /// The first block that is not yet a part of it, and the block after its last.
@@ -115,21 +107,11 @@ impl Pool {
             return;
         }
         self.slots[usize::from(slot.0)].in_flight += 1;
-        let sectors = self.slots[usize::from(slot.0)].page.block_size != BlockSize::B4096;
-        if sectors && !matches!(request.op, IoOp::Flush | IoOp::Verify) {
-            self.submit_sectors(tag, slot.0, request, mem);
-            return;
-        }
-        let mut blocks = request.range.start().0..request.range.end().0;
-        if sectors {
-            // Every block that has one of the sectors.
-            blocks = blocks.start / 8..blocks.end.div_ceil(8);
-        }
-        self.begin(Asker::Tag(tag), slot.0, request.op, blocks, request.buf, mem);
+        let blocks = request.range.start().0..request.range.end().0;
+        self.begin(tag, slot.0, request.op, blocks, request.buf, mem);
     }
 
-    /// Gives up a logical extent, all of it, whatever the size of the replica's blocks. Nothing else may
-    /// change it meanwhile.
+    /// Gives up a logical extent, all of it. Nothing else may change it meanwhile.
     pub(crate) fn free_extent<M: Memory>(
         &mut self,
         tag: u64,
@@ -147,26 +129,13 @@ impl Pool {
         of.in_flight += 1;
         let start = u64::from(logical) * EXTENT_BLOCKS;
         let end = (start + EXTENT_BLOCKS).min(of.page.bytes().div_ceil(BLOCK));
-        self.begin(Asker::Tag(tag), slot.0, IoOp::Discard, start..end, BufSlice::EMPTY, mem);
+        self.begin(tag, slot.0, IoOp::Discard, start..end, BufSlice::EMPTY, mem);
         self.pump(mem);
-    }
-
-    /// Begins a piece of a request in smaller blocks.
-    pub(crate) fn begin_inner<M: Memory>(
-        &mut self,
-        sectors: u32,
-        slot: u16,
-        op: IoOp,
-        blocks: Range<u64>,
-        buf: BufSlice,
-        mem: &mut M,
-    ) {
-        self.begin(Asker::Sectors(sectors), slot, op, blocks, buf, mem);
     }
 
     fn begin<M: Memory>(
         &mut self,
-        asker: Asker,
+        tag: u64,
         slot: u16,
         op: IoOp,
         blocks: Range<u64>,
@@ -174,7 +143,7 @@ impl Pool {
         mem: &mut M,
     ) {
         let request = self.requests.insert(Request {
-            asker,
+            tag,
             slot,
             op,
             next: blocks.start,
@@ -590,16 +559,11 @@ impl Pool {
     pub(crate) fn finish(&mut self, id: u32) {
         let request = self.requests.remove(id);
         assert_eq!(request.outstanding, 0, "a request is answered with parts in flight");
-        match request.asker {
-            Asker::Tag(tag) => {
-                if request.op == IoOp::Verify {
-                    self.verifier.note_done(tag, request.verified);
-                }
-                self.slots[usize::from(request.slot)].in_flight -= 1;
-                self.done.push_back(Done { tag, status: request.status, error: None });
-            }
-            Asker::Sectors(id) => self.sectors_done.push_back((id, request.status)),
+        if request.op == IoOp::Verify {
+            self.verifier.note_done(request.tag, request.verified);
         }
+        self.slots[usize::from(request.slot)].in_flight -= 1;
+        self.done.push_back(Done { tag: request.tag, status: request.status, error: None });
     }
 
     /// Maps a logical extent to an allocation that is under way.

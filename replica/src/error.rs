@@ -214,8 +214,8 @@ pub enum ControlError {
         /// What was asked.
         asked: u64,
     },
-    /// A clone has its origin's block size.
-    #[error("a clone has the block size of its snapshot, which is not {0} bytes")]
+    /// Replicas have blocks of 4096 bytes.
+    #[error("replicas have blocks of 4096 bytes, not of {0}; volumes can have smaller ones")]
     BlockSize(u32),
     /// The name does not fit its field.
     #[error("the name has {len} bytes; at most {max} fit")]

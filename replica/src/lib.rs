@@ -35,7 +35,6 @@ mod merge;
 mod multi;
 mod open;
 mod pool;
-mod sectors;
 mod slab;
 mod snapshot;
 mod sums;

@@ -272,6 +272,12 @@ fn replay<D: Device>(
 /// A slot whose page takes the layer that a live replica still has is what a crash left of a snapshot
 /// that was being taken: it is released. It and the free slots get the numbers that nobody has.
 fn assign_layers(slots: &mut [Slot]) -> Result<Vec<Layer>, PoolError> {
+    let other = |s: &&Slot| {
+        s.page.state != CatalogState::Free && s.page.block_size != cairn_block::BlockSize::B4096
+    };
+    if slots.iter().any(|s| other(&s)) {
+        return Err(PoolError::Inconsistent("a replica has a block size that is not served"));
+    }
     let mut layers: Vec<Layer> = slots.iter().map(|_| Layer::default()).collect();
     let mut owned = vec![false; slots.len()];
     let mut without = Vec::new();

@@ -18,7 +18,6 @@ use crate::journal::Journal;
 use crate::layers::Layer;
 use crate::maintain::Maintenance;
 use crate::merge::Merge;
-use crate::sectors::SectorRequest;
 use crate::slab::Slab;
 use crate::snapshot::Swap;
 use crate::sums::Sums;
@@ -321,11 +320,6 @@ pub struct Pool {
     /// Requests that wait until a snapshot has been taken.
     pub(crate) held: VecDeque<(u64, ReplicaSlot, IoRequest)>,
     pub(crate) merges: Slab<Merge>,
-    /// Requests in blocks of 512 bytes; those that wait, in the order in which they came; and the ends
-    /// of their pieces.
-    pub(crate) sectors: Slab<SectorRequest>,
-    pub(crate) sectors_waiting: VecDeque<u32>,
-    pub(crate) sectors_done: VecDeque<(u32, IoStatus)>,
     /// How many of them are being deleted, those that wait for their children left out.
     pub(crate) deleting: usize,
     pub(crate) requests: Slab<Request>,
@@ -397,9 +391,6 @@ impl Pool {
             swaps: Vec::new(),
             held: VecDeque::new(),
             merges: Slab::with_capacity(0),
-            sectors: Slab::with_capacity(0),
-            sectors_waiting: VecDeque::new(),
-            sectors_done: VecDeque::new(),
             requests: Slab::with_capacity(WARM),
             parts: Slab::with_capacity(WARM),
             issued: Slab::with_capacity(WARM),
@@ -500,7 +491,6 @@ impl Pool {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.requests.len()
-            + self.sectors.len()
             + self.jobs.iter().filter(|job| job.tag.is_some()).count()
             + self.maintenance.commands()
             + self.sums.commands.len()
@@ -635,7 +625,6 @@ impl Pool {
 
     /// Moves on everything that can move. Called at the end of every event.
     pub(crate) fn pump<M: Memory>(&mut self, mem: &mut M) {
-        self.pump_sectors(mem);
         if self.state != PoolState::Online {
             return;
         }
@@ -692,7 +681,6 @@ impl Pool {
         }
         self.map_unfreed();
         self.give_up_held();
-        self.give_up_sectors(mem);
         self.clear_merges(mem);
         self.parts.clear();
         self.allocs.clear();
@@ -719,7 +707,6 @@ impl Pool {
         for request in idle {
             self.finish(request);
         }
-        self.pump_sectors(mem);
         let jobs = core::mem::take(&mut self.jobs);
         let washing = core::mem::take(&mut self.sums.commands);
         let swaps = core::mem::take(&mut self.swaps);

@@ -152,6 +152,9 @@ fn bad_commands_are_refused() {
     let mut long = spec(2, 5);
     long.name = "x".repeat(65);
     assert!(matches!(refused(long), ControlError::NameTooLong { len: 65, max: 64 }));
+    let mut small = spec(2, 5);
+    small.block_size = cairn_block::BlockSize::B512;
+    assert_eq!(refused(small), ControlError::BlockSize(512));
     let tag = sim.tag();
     sim.pool.resize_replica(tag, slot, 5, &mut sim.mem);
     assert_eq!(sim.wait(tag).error, Some(ControlError::Shrink { has: 512, asked: 5 }));

@@ -1,8 +1,7 @@
 //! Snapshots, clones, small blocks and Verify over several devices.
 
 use cairn_block::{
-    BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, PoolDeviceId,
-    ReplicaId, SnapshotId,
+    BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, PoolDeviceId, ReplicaId, SnapshotId,
 };
 use cairn_replica::disk::MemberState;
 use cairn_replica::{ControlError, Done, Pool, ReplicaSlot, SnapshotSpec};
@@ -207,62 +206,6 @@ fn thick_replicas_are_for_pools_of_one_device() {
     assert_eq!(set.pool.usage().extents_reserved, 1);
     let refused = set.try_add(9, DISK).unwrap_err();
     assert!(refused.to_string().contains("thick"), "{refused}");
-}
-
-/// Reads or writes blocks of 512 bytes.
-fn sectors(set: &mut Set, slot: ReplicaSlot, op: IoOp, first: u64, bytes: &mut [u8]) -> IoStatus {
-    let buf: Buf = set.mem.alloc(u32::try_from(bytes.len()).unwrap().max(4096)).unwrap();
-    let slice = buf.slice().sub(0, u32::try_from(bytes.len()).unwrap());
-    set.mem.bytes_mut(slice).copy_from_slice(bytes);
-    let tag = set.tag();
-    let range = LbaRange::new(Lba(first), bytes.len() as u64 / 512).unwrap();
-    set.pool.submit(tag, slot, IoRequest { op, range, buf: slice }, &mut set.mem);
-    let done = set.wait(tag);
-    bytes.copy_from_slice(set.mem.bytes(slice));
-    set.mem.release(buf);
-    done.status
-}
-
-#[test]
-fn blocks_of_512_bytes_are_cut_at_the_same_extents_and_move() {
-    const EXTENT_SECTORS: u64 = 2048;
-    let mut set = Set::formatted(&[DISK, DISK], 3);
-    let tag = set.tag();
-    let mut small = spec(1, 4 * EXTENT_SECTORS - 3);
-    small.block_size = BlockSize::B512;
-    set.pool.create_replica(tag, small, &mut set.mem);
-    assert_eq!(set.wait(tag).error, None);
-    let slot = set.pool.find(ReplicaId(1)).unwrap();
-    let write = IoOp::Write { fua: false };
-    let pattern = |first: u64| -> Vec<u8> {
-        (first..first + 6).flat_map(|s| [u8::try_from(s % 251).unwrap(); 512]).collect()
-    };
-    let places = [5, EXTENT_SECTORS - 3, 2 * EXTENT_SECTORS - 1, 4 * EXTENT_SECTORS - 9];
-    for first in places {
-        let mut bytes = pattern(first);
-        assert_eq!(sectors(&mut set, slot, write, first, &mut bytes), IoStatus::Ok);
-    }
-    let past = 4 * EXTENT_SECTORS - 8;
-    assert_eq!(sectors(&mut set, slot, write, past, &mut [0; 3072]), IoStatus::OutOfRange);
-    let check = |set: &mut Set| {
-        for first in places {
-            let mut bytes = vec![0xdd; 3072];
-            assert_eq!(sectors(set, slot, IoOp::Read, first, &mut bytes), IoStatus::Ok);
-            assert!(bytes == pattern(first), "sectors from {first}");
-        }
-    };
-    check(&mut set);
-    for member in set.pool.members() {
-        assert_eq!(member.usage.unwrap().extents_allocated, 2);
-    }
-    let tag = set.remove(2);
-    assert_eq!(set.wait(tag).error, None);
-    set.settle();
-    assert_eq!((set.seen.drained, set.state(2)), (1, None));
-    check(&mut set);
-    let disks = set.stop();
-    let mut set = Set::open(disks, 5, &[]).unwrap();
-    check(&mut set);
 }
 
 #[test]
