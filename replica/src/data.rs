@@ -469,6 +469,9 @@ impl Pool {
                     self.unpin(extent);
                     return;
                 }
+                if matches!(op, DiskOp::Zero { punch: true, .. }) && status.is_ok() {
+                    self.free_if_empty(extent);
+                }
             }
             DiskOp::Read { .. } | DiskOp::Flush => {}
         }
@@ -490,6 +493,23 @@ impl Pool {
     fn start_free(&mut self, part: Part, extent: u32, layer: u16) {
         self.unmap(layer, part.logical);
         self.log_free(extent, part.request);
+    }
+
+    /// Gives an extent back whose last data was discarded, piece by piece.
+    fn free_if_empty(&mut self, extent: u32) {
+        let e = self.extents.get(extent);
+        let (state, layer, logical) = (e.state, e.layer, e.link);
+        let of = self.layer(layer);
+        let owner = &self.slots[usize::from(of.owner)];
+        let live = owner.is_live() && owner.layer == layer && !owner.frozen && of.copies == 0;
+        if state == ExtentState::Allocated
+            && live
+            && !self.covered(layer, logical)
+            && self.is_empty_and_quiet(extent)
+        {
+            self.unmap(layer, logical);
+            self.log_free(extent, NIL);
+        }
     }
 
     /// Logs that an extent, which no map has any more, is free.

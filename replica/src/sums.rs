@@ -480,6 +480,14 @@ impl Pool {
         self.sum_of(extent).is_some_and(|sum| sum.writers > 0 || sum.rehash)
     }
 
+    /// Whether an extent holds no data, and nobody is about to change that.
+    pub(crate) fn is_empty_and_quiet(&mut self, extent: u32) -> bool {
+        self.sum_of(extent).is_some_and(|sum| {
+            let busy = sum.writers > 0 || sum.owed > 0 || sum.in_wash || sum.held || sum.rehash;
+            sum.state == SumState::Dirty && !busy && sum.first == NIL && sum.sums.valid == [0; 4]
+        })
+    }
+
     /// Takes note of blocks that are being copied here.
     pub(crate) fn note_incoming(&mut self, at: u32, blocks: BlockSet) {
         let sum = self.sums.cache.get_mut(at);

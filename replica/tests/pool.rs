@@ -479,3 +479,19 @@ fn a_full_ring_waits_for_the_checkpoint() {
     assert_eq!(sim.read(slot, 5, 1), vec![7; 4096]);
     assert_eq!(sim.read(slot, 6, 250), vec![0; 250 * 4096]);
 }
+
+#[test]
+fn an_extent_that_is_discarded_piece_by_piece_comes_back() {
+    let mut sim = Sim::formatted(16 * MIB, true, 7);
+    let slot = sim.create(1, 4);
+    assert!(sim.request(slot, WRITE, 0, 8, 1).is_ok());
+    for lba in (0..8).rev() {
+        assert_eq!(sim.pool.usage().extents_allocated, 1);
+        assert!(sim.request(slot, IoOp::Discard, lba, 1, 0).is_ok());
+    }
+    sim.settle();
+    let usage = sim.pool.usage();
+    assert_eq!((usage.extents_allocated, usage.extents_free), (0, usage.extents_total));
+    assert!(sim.request(slot, WRITE, 3, 1, 5).is_ok());
+    assert_eq!(sim.read(slot, 2, 2), [vec![0; 4096], vec![5; 4096]].concat());
+}
