@@ -8,6 +8,7 @@
 pub mod config;
 pub mod mutate;
 pub mod nvmf;
+pub mod pages;
 pub mod replica;
 
 /// Every target. A row is all that a new one needs.
@@ -20,6 +21,7 @@ const TARGETS: &[Target] = &[
     Target::new("nvmf-identify", nvmf::identify, || nvmf::seeds("identify")),
     Target::new("nvmf-discovery", nvmf::discovery, || nvmf::seeds("discovery")),
     Target::new("config", config::config, config::seeds),
+    Target::new("vendor-pages", pages::pages, pages::seeds),
     Target::new("replica-open-damaged", replica::open_damaged, replica::seeds),
     Target::new("replica-superblock", replica::superblock, replica::seeds),
     Target::new("replica-journal", replica::journal, replica::seeds),
