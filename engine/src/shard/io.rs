@@ -161,11 +161,11 @@ impl<D: Driver> Shard<D> {
         let (namespace, conn, generation) = (io.namespace, io.conn, io.generation);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => {
-                // Once, here: from here on the nexus may hold the request and send it again, and its
-                // children only ever see what is encrypted. (A discard comes by once for each range.)
                 if self.volumes.get(volume).is_some_and(|v| v.spec.block_size == BlockSize::B512) {
                     return self.submit_sectors(volume, at, request, now);
                 }
+                // Once, here: from here on the nexus may hold the request and send it again, and its
+                // children only ever see what is encrypted. (A discard comes by once for each range.)
                 let io = &self.ios[at];
                 let fresh = io.sealed.is_none();
                 if fresh && self.seal(volume, request.op, request.range, request.buf) {

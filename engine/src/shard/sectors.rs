@@ -12,6 +12,7 @@ use cairn_block::{BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaR
 use cairn_reactor::Driver;
 
 use super::Shard;
+use super::volumes::Volume;
 
 /// Set in the tags of pieces.
 pub(super) const PIECE: u64 = 1 << 41;
@@ -308,7 +309,12 @@ impl<D: Driver> Shard<D> {
             self.give_back(bounce, self.sectors[id].reserve);
         }
         let one = &mut self.sectors[id];
-        if ok && !one.is_last() {
+        let removing = self.volumes.get(volume).is_none_or(Volume::removing);
+        if ok && !one.is_last() && removing {
+            // Nobody would start it again where it had to wait for memory.
+            let io = one.io;
+            self.host_io_done(io, IoStatus::NotReady, now);
+        } else if ok && !one.is_last() {
             one.at += one.piece;
             if !self.next_piece(id, now) {
                 self.sectors[id].step = Step::Waiting;

@@ -7,7 +7,7 @@ use cairn_nvmf::sqe::Sqe;
 use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{NamespaceHandle, SlotId, status_of};
 use cairn_reactor::Driver;
-use cairn_replica::{MultiPool, ReplicaSlot, ReplicaSpec, SnapshotInfo};
+use cairn_replica::{MultiPool, ReplicaInfo, ReplicaSlot, ReplicaSpec, ReplicaState, SnapshotInfo};
 
 use super::Shard;
 use super::io::Export;
@@ -21,6 +21,10 @@ use crate::snapshot::{self, SnapshotCall, SnapshotEntry};
 pub(super) const OWN: u64 = 1 << 40;
 /// Set in the tickets of the shard's own commands on links.
 const LIST: u32 = 1 << 29;
+/// Volumes of which a snapshot is taken together at most: each has a place in the tags.
+const MAX_VOLUMES: usize = 64;
+/// Snapshots of a volume that a list takes from a replica at most: more cannot be in a pool.
+const MAX_LISTED: usize = 4096;
 /// Several volumes are held still together for at most so long.
 const FREEZE_MS: u64 = 5_000;
 
@@ -109,6 +113,12 @@ impl<D: Driver> Shard<D> {
         verb: SnapshotVerb,
         force: bool,
     ) -> Result<Vec<(u32, u32, Answer)>, EngineError> {
+        if names.len() > MAX_VOLUMES {
+            return Err(EngineError::Invalid(format!(
+                "a snapshot is taken of at most {MAX_VOLUMES} volumes together, not of {}",
+                names.len()
+            )));
+        }
         let mut volumes: Vec<(u32, u32, Answer)> = Vec::new();
         for name in names {
             let missing = || EngineError::NotFound { kind: "volume", name: name.clone() };
@@ -476,7 +486,7 @@ impl<D: Driver> Shard<D> {
             Some((total, entries)) => {
                 let some = !entries.is_empty();
                 one.1.extend(entries);
-                some && one.1.len() < total
+                some && one.1.len() < total.min(MAX_LISTED)
             }
         };
         if !more || !self.ask_list(ticket, at) {
@@ -536,7 +546,8 @@ impl<D: Driver> Shard<D> {
     /// Snapshots whose replica is gone go too, as far as no clone needs them.
     pub(super) fn drop_orphans(&mut self, pool: u16) {
         let local = &self.pools[usize::from(pool)].pool;
-        let known = |replica| local.replicas().any(|r| r.id == replica);
+        let there = |r: &ReplicaInfo| r.state != ReplicaState::Deleting;
+        let known = |replica| local.replicas().any(|r| r.id == replica && there(&r));
         let orphans: Vec<SnapshotInfo> =
             local.snapshots().filter(|s| !s.deleting && !known(s.replica)).collect();
         for orphan in orphans {
