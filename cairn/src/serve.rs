@@ -190,6 +190,8 @@ async fn serve(
     };
     let settling = Arc::clone(&service);
     tokio::spawn(async move { settling.settle_keys().await });
+    let restoring = Arc::clone(&service);
+    tokio::spawn(async move { restoring.finish_restores().await });
     let api = cairn_api::v1::cairn_server::CairnServer::from_arc(service);
     let served = tonic::transport::Server::builder()
         .add_service(api)

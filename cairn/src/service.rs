@@ -2,6 +2,7 @@
 
 mod grow;
 mod keys;
+mod restore;
 mod snapshots;
 
 use std::net::SocketAddr;
@@ -21,6 +22,7 @@ use cairn_engine::{
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
+use self::restore::Restores;
 use crate::config::{self, Config, Io, Paths};
 use crate::pools;
 use crate::scrub::Scrubs;
@@ -44,6 +46,7 @@ pub(crate) struct Service {
     child_deadline_ms: u64,
     state: Mutex<State>,
     scrubs: Scrubs,
+    restores: Restores,
 }
 
 /// The subsystem that hosts of a volume connect to.
@@ -106,6 +109,7 @@ impl Service {
             child_deadline_ms: config.nexus.child_deadline_ms,
             state: Mutex::new(state),
             scrubs: Scrubs::new(&config.state_dir, &config.nexus),
+            restores: Restores::default(),
         }
     }
 
@@ -142,6 +146,7 @@ impl Service {
             nqn: volume_nqn(&volume.name),
             blocks: volume.size_bytes / BLOCK,
             block_size: volume.block_size()?,
+            held: volume.restoring.is_some(),
             children: children?,
             encryption,
             purpose: if volume.created { Purpose::Assemble } else { Purpose::Create },
@@ -651,6 +656,7 @@ impl Cairn for Service {
             allowed_hosts: request.allowed_hosts,
             child_deadline_ms: request.child_deadline_ms,
             encryption,
+            restoring: None,
             created: false,
         };
         self.serve_new(saved).await.map(Response::new)

@@ -270,6 +270,16 @@ impl Cluster {
     /// Kills the nexus at once, and starts it again.
     pub(crate) async fn restart_nexus(&mut self) -> Result<()> {
         self.kill(REPLICAS)?;
+        self.start_nexus().await
+    }
+
+    /// Kills the nexus at once.
+    pub(crate) fn kill_nexus(&mut self) -> Result<()> {
+        self.kill(REPLICAS)
+    }
+
+    /// Starts the nexus that was killed.
+    pub(crate) async fn start_nexus(&mut self) -> Result<()> {
         let (process, client) = start_process(&self.data, "nexus", 0, Vec::new()).await?;
         self.processes[REPLICAS] = process;
         self.client = client;

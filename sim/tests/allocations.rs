@@ -374,6 +374,7 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
         nqn: nqn.clone(),
         blocks: BLOCKS,
         block_size: BlockSize::B4096,
+        held: false,
         children: replicas
             .into_iter()
             .map(|(id, peer)| (id, ChildAddress::Remote { peer, nqn: replica_nqn(id) }))

@@ -16,7 +16,7 @@ use crate::state::SavedVolume;
 /// Bytes of a snapshot's name.
 const NAME_MAX: usize = 64;
 
-fn call(id: SnapshotId, name: &str) -> SnapshotCall {
+pub(super) fn call(id: SnapshotId, name: &str) -> SnapshotCall {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     SnapshotCall { spec: SnapshotSpec { id, name: name.to_owned(), created }, clone: None }
 }
@@ -94,23 +94,6 @@ impl Service {
         Ok(v1::DeleteSnapshotResponse {})
     }
 
-    pub(super) async fn restore(
-        &self,
-        request: v1::RestoreSnapshotRequest,
-    ) -> Result<v1::Volume, Status> {
-        let found = self.find(&request.volume, &request.snapshot).await?;
-        if found.replicas < found.of_replicas {
-            return Err(Status::failed_precondition(format!(
-                "snapshot `{}` is on {} of {} replicas: those without it would be lost",
-                found.name, found.replicas, found.of_replicas
-            )));
-        }
-        let volumes = vec![request.volume.clone()];
-        let call = call(found.id, "");
-        self.snapshot(volumes, SnapshotVerb::Restore, call, request.force).await?;
-        Ok(self.volume_message(self.known(&request.volume).await?))
-    }
-
     /// Makes a volume of a snapshot: a replica in each pool that has one of the snapshot.
     pub(super) async fn clone_volume(
         &self,
@@ -126,8 +109,6 @@ impl Service {
         let id = VolumeId(id_or_new(&request.id)?);
         let mut call = call(found.id, &request.name);
         call.clone = Some((id, found.blocks));
-        let volumes = vec![request.volume.clone()];
-        self.snapshot(volumes, SnapshotVerb::Clone, call, false).await?;
         let of = self.state.lock().volumes.iter().find(|v| v.name == request.volume).cloned();
         let encryption = match (of.and_then(|v| v.encryption), &origin.encryption) {
             (Some(saved), Some(report)) => Some(saved.for_clone(&report.envelope)),
@@ -142,13 +123,22 @@ impl Service {
             allowed_hosts: request.allowed_hosts,
             child_deadline_ms: 0,
             encryption,
+            restoring: None,
             created: false,
         };
+        // Remembered first: a crash now leaves a volume that is seen, and goes on, or can be deleted.
+        self.remember(saved.clone())?;
+        let volumes = vec![request.volume.clone()];
+        let cloned = self.snapshot(volumes, SnapshotVerb::Clone, call, false).await;
+        if let Err(status) = cloned {
+            self.forget(&request.name)?;
+            return Err(status);
+        }
         self.serve_new(saved).await
     }
 
     /// A snapshot of a volume, by its id or its name.
-    async fn find(&self, volume: &str, wanted: &str) -> Result<SnapshotReport, Status> {
+    pub(super) async fn find(&self, volume: &str, wanted: &str) -> Result<SnapshotReport, Status> {
         let all = self.snapshots_of(volume).await?;
         let by_id = wanted.parse::<SnapshotId>().ok();
         let mut found =
@@ -165,7 +155,7 @@ impl Service {
         }
     }
 
-    async fn snapshot(
+    pub(super) async fn snapshot(
         &self,
         volumes: Vec<String>,
         verb: SnapshotVerb,
@@ -180,7 +170,7 @@ impl Service {
         self.ask(|reply| Command::ListSnapshots { volume, reply }).await
     }
 
-    async fn known(&self, name: &str) -> Result<VolumeReport, Status> {
+    pub(super) async fn known(&self, name: &str) -> Result<VolumeReport, Status> {
         self.report(name).await?.ok_or_else(|| {
             Status::not_found(format!("there is no volume `{name}` in this process"))
         })

@@ -22,6 +22,7 @@ impl<D: Driver> Shard<D> {
         match command {
             Command::ListPools { reply } => reply.send(Ok(self.pool_reports())),
             Command::ListReplicas { reply } => reply.send(Ok(self.replica_reports())),
+            Command::ReleaseVolume { name, reply } => reply.send(self.release_volume(name)),
             Command::ListSnapshots { volume, reply } => self.list_snapshots(&volume, reply),
             Command::Snapshot { reply, .. } if stopping => reply.send(Err(EngineError::Stopped)),
             Command::Snapshot { volumes, verb, call, force, reply } => {

@@ -96,6 +96,11 @@ impl<D: Driver> Shard<D> {
             reply: Some(reply),
         });
         let (work, several) = (self.snapshots.len() - 1, names.len() > 1);
+        if verb == SnapshotVerb::Restore {
+            for (at, ..) in &self.snapshots[work].volumes {
+                self.volumes[*at].held = true;
+            }
+        }
         if several {
             for i in 0..names.len() {
                 let (at, ..) = self.snapshots[work].volumes[i];
@@ -583,7 +588,7 @@ fn refusal(verb: SnapshotVerb, status: IoStatus) -> EngineError {
         SnapshotVerb::Clone => "no clone was made",
     };
     match status {
-        IoStatus::NoSpace => EngineError::Storage(format!(
+        IoStatus::NoSpace => EngineError::Invalid(format!(
             "{what}: a replica's pool has no room for it; `cairn pool list` on its process tells more"
         )),
         IoStatus::InvalidField => EngineError::Invalid(format!(

@@ -67,10 +67,17 @@ pub(super) struct Volume {
     pub(super) key: Option<Box<VolumeKey>>,
     /// Requests wait: a snapshot of several volumes is being taken.
     pub(super) frozen: bool,
+    /// Requests wait, and hosts cannot connect yet, until the volume is released.
+    pub(super) held: bool,
     pub(super) busy: bool,
 }
 
 impl Volume {
+    /// Whether requests of hosts go to the nexus.
+    fn admits(&self) -> bool {
+        !self.frozen && !self.held
+    }
+
     pub(super) fn removing(&self) -> bool {
         self.removing.is_some()
     }
@@ -144,6 +151,7 @@ impl<D: Driver> Shard<D> {
             self.has_mend_reserve = self.mend_reserve.is_some();
         }
         self.next_generation = self.next_generation.wrapping_add(1);
+        let held = spec.held;
         let at = self.volumes.insert(Volume {
             spec,
             nexus,
@@ -158,6 +166,7 @@ impl<D: Driver> Shard<D> {
             change: None,
             key,
             frozen: false,
+            held,
             busy: false,
         });
         for (child, (replica, address)) in (0u8..).zip(addresses) {
@@ -234,7 +243,7 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn submit_to_volume(&mut self, at: u32, tag: u64, request: IoRequest, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else { return };
-        if volume.nexus.has_room() && volume.waiting.is_empty() && !volume.frozen {
+        if volume.nexus.has_room() && volume.waiting.is_empty() && volume.admits() {
             volume.nexus.submit(tag, request, now);
         } else {
             volume.waiting.push_back((tag, request));
@@ -304,7 +313,7 @@ impl<D: Driver> Shard<D> {
                 }
                 moved = true;
             }
-            while !self.volumes[at].frozen
+            while self.volumes[at].admits()
                 && self.volumes[at].nexus.has_room()
                 && let Some((tag, request)) = self.volumes[at].waiting.pop_front()
             {
@@ -400,9 +409,7 @@ impl<D: Driver> Shard<D> {
                 if matches!(state, VolumeState::Fenced | VolumeState::Refused(_)) {
                     volume.fail_change(&format!("the volume is {word}: {detail}"));
                 }
-                if state.is_serving() && volume.export.is_none() && volume.removing.is_none() {
-                    self.export_volume(at);
-                }
+                self.export_if_due(at);
             }
             Event::ChildFailing(c, reason) => {
                 tracing::warn!(volume = %name, replica = %child(c), %reason, "replica failed");
@@ -438,6 +445,25 @@ impl<D: Driver> Shard<D> {
                     self.fail_link(link, "the nexus gave the session up");
                 }
             }
+        }
+    }
+
+    /// Lets hosts of a volume go on that was held.
+    pub(super) fn release_volume(&mut self, name: String) -> Result<(), EngineError> {
+        let Some(at) = self.find_volume(&name) else {
+            return Err(EngineError::NotFound { kind: "volume", name });
+        };
+        self.volumes[at].held = false;
+        self.export_if_due(at);
+        self.touch_volume(at);
+        Ok(())
+    }
+
+    fn export_if_due(&mut self, at: u32) {
+        let volume = &self.volumes[at];
+        let due = volume.nexus.status().state.is_serving() && !volume.held;
+        if due && volume.export.is_none() && volume.removing.is_none() {
+            self.export_volume(at);
         }
     }
 
