@@ -317,7 +317,7 @@ impl Nexus {
 
     fn adopt(&mut self, config: &Config, now_ms: u64) {
         let same = config.members.len() == self.children.len()
-            && config.members.iter().all(|(id, _)| self.children.iter().any(|c| c.replica == *id));
+            && config.members.iter().all(|m| self.children.iter().any(|c| c.replica == m.replica));
         if config.volume != self.config.volume || !same {
             self.refuse(&format!(
                 "the replicas hold a configuration of volume {} with other members; check the \
@@ -334,11 +334,17 @@ impl Nexus {
         self.encryption.clone_from(&config.encryption);
         self.wanted = Wanted { blocks: config.blocks, encryption: config.encryption.clone() };
         self.lineage = config.lineage;
+        self.generation = config.generation;
         self.seq = 0;
-        let in_sync = (0u8..).zip(&self.children).fold(ChildSet::EMPTY, |set, (i, c)| {
-            let member = config.members.iter().any(|(id, ok)| *id == c.replica && *ok);
-            if member { set.with(ChildId(i)) } else { set }
-        });
+        let mut in_sync = ChildSet::EMPTY;
+        for (i, child) in (0u8..).zip(&mut self.children) {
+            child.member = config.member(child.replica).copied().expect("the members are the same");
+            if child.member.in_sync {
+                in_sync = in_sync.with(ChildId(i));
+            }
+        }
+        // Who leaves now leaves by the configuration that is stored next.
+        self.in_sync = in_sync;
         let there = self.assembling().promised;
         let target = in_sync.and(there);
         if target.is_empty() {

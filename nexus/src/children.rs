@@ -4,6 +4,8 @@ use core::fmt;
 
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
+use crate::config::Member;
+
 /// Where a child stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChildState {
@@ -54,6 +56,8 @@ impl fmt::Display for FaultReason {
 #[derive(Debug)]
 pub(crate) struct Child {
     pub(crate) replica: ReplicaId,
+    /// As the configuration stored last has it.
+    pub(crate) member: Member,
     pub(crate) local: bool,
     pub(crate) connected: bool,
     pub(crate) state: ChildState,

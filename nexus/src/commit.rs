@@ -3,7 +3,7 @@
 use cairn_block::IoStatus;
 
 use crate::children::ChildState;
-use crate::config::{Config, Register};
+use crate::config::{Config, Member, Register};
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
 use crate::slots::ChildSet;
@@ -15,6 +15,7 @@ pub(crate) struct Commit {
     pub(crate) round: u32,
     pub(crate) target: ChildSet,
     stored: Wanted,
+    members: Vec<Member>,
     register: Register,
     asked: ChildSet,
     acks: ChildSet,
@@ -56,15 +57,15 @@ impl Nexus {
     pub(crate) fn commit_target(&mut self, target: ChildSet) {
         self.seq += 1;
         self.round += 1;
+        self.generation += 1;
+        let members = self.members_with(target);
         let config = Config {
             volume: self.config.volume,
             blocks: self.wanted.blocks,
             lineage: self.lineage,
+            generation: self.generation,
             encryption: self.wanted.encryption.clone(),
-            members: (0u8..)
-                .zip(&self.children)
-                .map(|(i, c)| (c.replica, target.has(ChildId(i))))
-                .collect(),
+            members: members.clone(),
         };
         let register = Register {
             promised_epoch: self.epoch,
@@ -77,6 +78,7 @@ impl Nexus {
             round: self.round,
             target,
             stored: self.wanted.clone(),
+            members,
             register,
             asked: ChildSet::EMPTY,
             acks: ChildSet::EMPTY,
@@ -94,6 +96,26 @@ impl Nexus {
             self.resume_commit(child);
         }
         self.update_state();
+    }
+
+    /// The members as the next configuration has them, where these are in sync. One that leaves may lack
+    /// what is open when that is stored, and all that is settled from then on.
+    fn members_with(&self, target: ChildSet) -> Vec<Member> {
+        (0u8..)
+            .zip(&self.children)
+            .map(|(i, c)| {
+                let in_sync = target.has(ChildId(i));
+                let leaves = !in_sync && self.in_sync.has(ChildId(i));
+                let mut member = Member { replica: c.replica, in_sync, ..c.member };
+                if leaves {
+                    (member.since, member.copied, member.copied_since) = (self.generation, 0, 0);
+                }
+                if c.incarnation != 0 {
+                    member.incarnation = c.incarnation;
+                }
+                member
+            })
+            .collect()
     }
 
     /// Asks one more voter, which has just come back.
@@ -157,6 +179,9 @@ impl Nexus {
         let gone = self.in_sync.without(commit.target);
         self.in_sync = commit.target;
         self.take_up(commit.stored);
+        for (child, member) in self.children.iter_mut().zip(commit.members) {
+            child.member = member;
+        }
         self.push_event(Event::Committed { epoch: self.epoch, seq: self.seq });
         for child in gone.iter() {
             if let ChildState::Failing(reason) = self.child(child).state {

@@ -6,14 +6,15 @@ use crate::MAX_CHILDREN;
 
 /// First bytes of an encoded configuration.
 const MAGIC: [u8; 4] = *b"CNFG";
-/// Version of the encoding.
-const VERSION: u16 = 1;
-/// The version of one with sections after its members. A program that knows version 1 alone refuses it.
-const VERSION_SECTIONS: u16 = 2;
-/// Bytes before the list of voters.
+/// Version of the encoding. Earlier ones were of programs that were never released.
+const VERSION: u16 = 3;
+/// Bytes before the list of members.
 const HEADER: usize = 48;
-/// Bytes of a voter: its id and whether it is in sync.
-const VOTER: usize = 24;
+/// Bytes of a member.
+const MEMBER: usize = 64;
+/// Flags of a member.
+const IN_SYNC: u8 = 1;
+const WITNESS: u8 = 2;
 /// Bytes of a section before what it holds: its kind and how many bytes follow.
 const SECTION: usize = 8;
 /// A section: how the volume is encrypted, opaque here.
@@ -37,6 +38,27 @@ pub struct Register {
     pub blocks: u64,
 }
 
+/// A voter of the volume, as its configuration has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Member {
+    /// Which.
+    pub replica: ReplicaId,
+    /// It votes and holds no data.
+    pub witness: bool,
+    /// It holds every acked write.
+    pub in_sync: bool,
+    /// The generation of the configuration in which it left the in-sync set: it may lack what was written
+    /// to an extent that is open, or was settled in this generation or a later one. 0: it may lack all.
+    pub since: u64,
+    /// Its logical extents below this one were copied to it since, and lack only what was written to them
+    /// in `copied_since` or a later generation, or is open.
+    pub copied: u64,
+    /// See `copied`.
+    pub copied_since: u64,
+    /// The life of its machine when this was stored; 0 where it was not there.
+    pub incarnation: u128,
+}
+
 /// Who holds the volume's data, and how large it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -45,12 +67,14 @@ pub struct Config {
     /// Its size.
     pub blocks: u64,
     /// Changes when an operator forces a start from a stale member: data of another lineage is
-    /// never merged.
+    /// never merged. Its upper half counts, its lower half is random.
     pub lineage: u64,
+    /// One more than that of the configuration before it: orders what was written against who was there.
+    pub generation: u64,
     /// The volume's wrapped key, opaque here; empty where it is not encrypted.
     pub encryption: Vec<u8>,
-    /// All replicas, in order, each with whether it holds every acked write.
-    pub members: Vec<(ReplicaId, bool)>,
+    /// All its voters.
+    pub members: Vec<Member>,
 }
 
 /// Why bytes are no configuration.
@@ -68,13 +92,18 @@ pub enum ConfigError {
     #[error("the configuration does not begin with its magic")]
     Magic,
     /// A later format.
-    #[error("the configuration has version {0}; this program knows versions 1 and 2: upgrade it")]
+    #[error("the configuration has version {0}; this program knows version 3: upgrade it")]
     Version(u16),
     /// Something in it that this program cannot act on.
     #[error(
         "the configuration has a section of kind {0}, which this program does not know: upgrade it"
     )]
     Section(u16),
+    /// A member has a flag that this program does not know.
+    #[error(
+        "a member of the configuration has flags {0:#x}, which this program does not know: upgrade it"
+    )]
+    Flags(u8),
     /// No members, or more than a volume can have.
     #[error("the configuration names {0} members")]
     Members(usize),
@@ -93,19 +122,23 @@ impl Config {
     /// Version 1 where there is no section. Section 1: encryption.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(HEADER + self.members.len() * VOTER);
+        let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
         out.extend_from_slice(&MAGIC);
-        let version = if self.encryption.is_empty() { VERSION } else { VERSION_SECTIONS };
-        out.extend_from_slice(&version.to_le_bytes());
+        out.extend_from_slice(&VERSION.to_le_bytes());
         let members = u16::try_from(self.members.len()).unwrap_or(u16::MAX);
         out.extend_from_slice(&members.to_le_bytes());
         out.extend_from_slice(&self.volume.to_bytes());
-        out.extend_from_slice(&self.blocks.to_le_bytes());
-        out.extend_from_slice(&self.lineage.to_le_bytes());
-        out.extend_from_slice(&[0; 8]);
-        for (id, in_sync) in &self.members {
-            out.extend_from_slice(&id.to_bytes());
-            out.extend_from_slice(&[u8::from(*in_sync), 0, 0, 0, 0, 0, 0, 0]);
+        for word in [self.blocks, self.lineage, self.generation] {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
+        for m in &self.members {
+            let flags = (u8::from(m.in_sync) * IN_SYNC) | (u8::from(m.witness) * WITNESS);
+            out.extend_from_slice(&m.replica.to_bytes());
+            out.extend_from_slice(&[flags, 0, 0, 0, 0, 0, 0, 0]);
+            for word in [m.since, m.copied, m.copied_since] {
+                out.extend_from_slice(&word.to_le_bytes());
+            }
+            out.extend_from_slice(&m.incarnation.to_le_bytes());
         }
         if !self.encryption.is_empty() {
             push_section(&mut out, SECTION_ENCRYPTION, &self.encryption);
@@ -120,43 +153,56 @@ impl Config {
     pub fn decode(bytes: &[u8]) -> Result<Self, ConfigError> {
         let short = ConfigError::Length { found: bytes.len(), expected: HEADER };
         let header = bytes.first_chunk::<HEADER>().ok_or(short)?;
-        let field = |at: usize, len: usize| &header[at..at + len];
-        let u64_at = |at: usize| {
-            let mut b = [0; 8];
-            b.copy_from_slice(field(at, 8));
-            u64::from_le_bytes(b)
-        };
-        if field(0, 4) != MAGIC {
+        if header[..4] != MAGIC {
             return Err(ConfigError::Magic);
         }
         let version = u16::from_le_bytes([header[4], header[5]]);
-        if version != VERSION && version != VERSION_SECTIONS {
+        if version != VERSION {
             return Err(ConfigError::Version(version));
         }
         let count = usize::from(u16::from_le_bytes([header[6], header[7]]));
         if count == 0 || count > MAX_CHILDREN {
             return Err(ConfigError::Members(count));
         }
-        let expected = HEADER + count * VOTER;
+        let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        if version == VERSION && !sections.is_empty() {
-            return Err(ConfigError::Length { found: bytes.len(), expected });
-        }
         let encryption = decode_sections(sections, expected)?;
-        let mut id = [0; 16];
-        id.copy_from_slice(field(8, 16));
-        let volume = VolumeId::from_bytes(id);
-        let members = head[HEADER..]
-            .chunks_exact(VOTER)
-            .map(|m| {
-                let mut id = [0; 16];
-                id.copy_from_slice(&m[..16]);
-                (ReplicaId::from_bytes(id), m[16] != 0)
-            })
-            .collect();
-        Ok(Self { volume, blocks: u64_at(24), lineage: u64_at(32), encryption, members })
+        let mut members = Vec::with_capacity(count);
+        for m in head[HEADER..].chunks_exact(MEMBER) {
+            if m[16] & !(IN_SYNC | WITNESS) != 0 {
+                return Err(ConfigError::Flags(m[16]));
+            }
+            members.push(Member {
+                replica: ReplicaId::from_bytes(bytes_at(m, 0)),
+                in_sync: m[16] & IN_SYNC != 0,
+                witness: m[16] & WITNESS != 0,
+                since: u64::from_le_bytes(bytes_at(m, 24)),
+                copied: u64::from_le_bytes(bytes_at(m, 32)),
+                copied_since: u64::from_le_bytes(bytes_at(m, 40)),
+                incarnation: u128::from_le_bytes(bytes_at(m, 48)),
+            });
+        }
+        Ok(Self {
+            volume: VolumeId::from_bytes(bytes_at(header, 8)),
+            blocks: u64::from_le_bytes(bytes_at(header, 24)),
+            lineage: u64::from_le_bytes(bytes_at(header, 32)),
+            generation: u64::from_le_bytes(bytes_at(header, 40)),
+            encryption,
+            members,
+        })
     }
+
+    /// The member of this id.
+    #[must_use]
+    pub fn member(&self, replica: ReplicaId) -> Option<&Member> {
+        self.members.iter().find(|m| m.replica == replica)
+    }
+}
+
+/// The `N` bytes at `at` of what is known to be long enough.
+fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    *bytes[at..].first_chunk().expect("the length was checked")
 }
 
 fn push_section(out: &mut Vec<u8>, kind: u16, bytes: &[u8]) {
@@ -200,7 +246,23 @@ mod tests {
             blocks: 1 << 18,
             lineage: 3,
             encryption: Vec::new(),
-            members: vec![(ReplicaId(1), true), (ReplicaId(2), false), (ReplicaId(3), true)],
+            generation: 41,
+            members: vec![
+                Member {
+                    replica: ReplicaId(1),
+                    in_sync: true,
+                    incarnation: 9,
+                    ..Member::default()
+                },
+                Member {
+                    replica: ReplicaId(2),
+                    since: 40,
+                    copied: 7,
+                    copied_since: 41,
+                    ..Member::default()
+                },
+                Member { replica: ReplicaId(3), witness: true, ..Member::default() },
+            ],
         };
         let bytes = config.encode();
         assert_eq!(Config::decode(&bytes), Ok(config.clone()));
@@ -210,24 +272,28 @@ mod tests {
         let mut bad = bytes.clone();
         bad[0] ^= 1;
         assert_eq!(Config::decode(&bad), Err(ConfigError::Magic));
-        let mut newer = bytes;
+        let mut newer = bytes.clone();
         newer[4] = 9;
         assert_eq!(Config::decode(&newer), Err(ConfigError::Version(9)));
+        let mut strange = bytes;
+        strange[HEADER + 16] |= 0x80;
+        assert_eq!(Config::decode(&strange), Err(ConfigError::Flags(0x81)));
 
         let encrypted = Config { encryption: vec![7; 136], ..config };
         let bytes = encrypted.encode();
         assert_eq!(Config::decode(&bytes), Ok(encrypted));
-        // Without its section it would be of version 1.
-        for len in (0..bytes.len()).filter(|&len| len != 48 + 3 * 24) {
+        // Without its section it would be one of a volume that is not encrypted.
+        let end = HEADER + 3 * MEMBER;
+        for len in (0..bytes.len()).filter(|&len| len != end) {
             assert!(Config::decode(&bytes[..len]).is_err(), "{len}");
         }
-        for (at, kind) in [(120, 6), (121, 257)] {
+        for (at, kind) in [(end, 6), (end + 1, 257)] {
             let mut unknown = bytes.clone();
-            unknown[at] = unknown[at].wrapping_add(if at == 120 { 5 } else { 1 });
+            unknown[at] = unknown[at].wrapping_add(if at == end { 5 } else { 1 });
             assert_eq!(Config::decode(&unknown), Err(ConfigError::Section(kind)));
         }
         let mut long = bytes.clone();
-        long[124..128].fill(0xff);
+        long[end + 4..end + 8].fill(0xff);
         assert!(Config::decode(&long).is_err());
     }
 }

@@ -30,7 +30,7 @@ mod slots;
 mod types;
 
 pub use children::{ChildState, FaultReason};
-pub use config::{Config, ConfigError, Register};
+pub use config::{Config, ConfigError, Member, Register};
 pub use mend::{MEND_RESERVE, MendCounters};
 pub use nexus::Nexus;
 pub use scrub::{Finding, Found, MAX_FINDINGS, ScrubReport, ScrubState};

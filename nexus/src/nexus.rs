@@ -7,6 +7,7 @@ use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
+use crate::config::Member;
 use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
 use crate::reconfigure::{Growing, Wanted};
@@ -28,6 +29,8 @@ pub struct Nexus {
     pub(crate) epoch: Epoch,
     pub(crate) seq: u64,
     pub(crate) lineage: u64,
+    /// Of the configuration that was stored last, or is being stored.
+    pub(crate) generation: u64,
     /// What the configuration says of encryption; empty where the volume has none.
     pub(crate) encryption: Vec<u8>,
     /// The one whose key is at hand.
@@ -70,6 +73,7 @@ impl Nexus {
             .iter()
             .map(|spec| Child {
                 replica: spec.replica,
+                member: Member { replica: spec.replica, ..Member::default() },
                 local: spec.local,
                 connected: false,
                 state: ChildState::Disconnected,
@@ -95,6 +99,7 @@ impl Nexus {
             epoch: Epoch(0),
             seq: 0,
             lineage: 1,
+            generation: 0,
             admitted: encryption.clone(),
             locked: Vec::new(),
             wanted: Wanted { blocks: config.blocks, encryption: encryption.clone() },

@@ -198,7 +198,7 @@ impl Bench {
 
     fn stored_in_sync(&self, child: usize) -> Vec<bool> {
         let config = Config::decode(&self.registers[child].config).unwrap();
-        config.members.iter().map(|m| m.1).collect()
+        config.members.iter().map(|m| m.in_sync).collect()
     }
 }
 
