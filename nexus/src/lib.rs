@@ -36,7 +36,7 @@ pub use nexus::Nexus;
 pub use scrub::{Finding, Found, MAX_FINDINGS, ScrubReport, ScrubState};
 pub use types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
-    NexusConfig, Purpose, Status, Ticket, VolumeState,
+    NexusConfig, Purpose, Status, Ticket, VolumeState, change,
 };
 
 pub use reconfigure::ChangeError;

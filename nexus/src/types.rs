@@ -1,6 +1,6 @@
 //! What goes into a nexus and what comes out of it.
 
-use cairn_block::{Epoch, IoRequest, IoStatus, Lba, ReplicaId, VolumeId};
+use cairn_block::{BufSlice, Epoch, IoRequest, IoStatus, Lba, ReplicaId, VolumeId};
 
 use crate::children::{ChildState, FaultReason};
 use crate::config::Register;
@@ -115,6 +115,41 @@ pub enum ChildOp {
         /// The size in blocks.
         blocks: u64,
     },
+    /// Tell of each logical extent from `first` on, in a byte each as far as `buf` goes, whether it is
+    /// mapped, open, and settled with a stamp of `since` or later: see [`change`]. Answered as a block request.
+    Changes {
+        /// The first logical extent.
+        first: u32,
+        /// The generation from which on a stamp counts.
+        since: u64,
+        /// For the answer.
+        buf: BufSlice,
+    },
+    /// Begin a round: what is open now and is not written again before its end is to be settled. Answered
+    /// as a block request.
+    SettleBegin {
+        /// Which.
+        round: u64,
+    },
+    /// All members hold all that was written before the round began, on stable storage: what is open since
+    /// before it and was not written since is not open any more, and was settled in this generation.
+    /// Answered as a block request, once that is durable.
+    SettleEnd {
+        /// Which.
+        round: u64,
+        /// The generation.
+        stamp: u64,
+    },
+}
+
+/// What a byte of the answer to [`ChildOp::Changes`] says of a logical extent.
+pub mod change {
+    /// The replica has something there: else it reads as zeros.
+    pub const MAPPED: u8 = 1;
+    /// It was written, and not settled since.
+    pub const OPEN: u8 = 2;
+    /// It was settled in the generation that was asked for, or in a later one.
+    pub const SINCE: u8 = 4;
 }
 
 /// An operation for one child.

@@ -377,6 +377,9 @@ impl<D: Driver> Shard<D> {
                     Err(_) => self.child_io_done(volume, child, ticket, IoStatus::PathError, now),
                 }
             }
+            ChildOp::Changes { .. } | ChildOp::SettleBegin { .. } | ChildOp::SettleEnd { .. } => {
+                self.child_io_done(volume, child, ticket, IoStatus::Unsupported, now);
+            }
             op => {
                 if self.send_register(at, ticket, &op).is_none() {
                     self.register_reply(volume, child, ticket, Err(IoStatus::PathError));
@@ -407,9 +410,7 @@ impl<D: Driver> Shard<D> {
                 register::encode(&asked, memory.bytes_mut(window));
                 (register::OPCODE_RESIZE, 0, 0, VendorData::Out(window))
             }
-            ChildOp::ReadRegister | ChildOp::Io(_) => {
-                (register::OPCODE_READ, 0, 0, VendorData::In(window))
-            }
+            _ => (register::OPCODE_READ, 0, 0, VendorData::In(window)),
         };
         let command = Submit::Vendor { opcode, cdw10, cdw11, data };
         let submitted = session.submit(ADMIN_QUEUE, ticket.0, command, memory);

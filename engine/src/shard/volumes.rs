@@ -384,6 +384,11 @@ impl<D: Driver> Shard<D> {
                     ChildOp::Promise { epoch, again } => RegisterKind::Promise { epoch, again },
                     ChildOp::Accept(register) => RegisterKind::Accept(register),
                     ChildOp::Resize { epoch, blocks } => RegisterKind::Resize { epoch, blocks },
+                    ChildOp::Changes { .. }
+                    | ChildOp::SettleBegin { .. }
+                    | ChildOp::SettleEnd { .. } => {
+                        return self.child_io_done(at, child, ticket, IoStatus::Unsupported, now);
+                    }
                     ChildOp::ReadRegister | ChildOp::Io(_) => RegisterKind::Read,
                 };
                 self.register_op(origin, pool, slot, kind);
