@@ -144,6 +144,7 @@ impl<D: Driver> Shard<D> {
             child_deadline_ms: spec.child_deadline_ms,
             assembly_wait_ms: self.config.assembly_wait_ms,
             max_requests: self.config.volume_requests,
+            pace: self.config.pace,
         });
         let addresses = spec.children.clone();
         if !self.has_mend_reserve {
@@ -445,6 +446,20 @@ impl<D: Driver> Shard<D> {
                 "a block did not verify, or differed"
             ),
             Event::ScrubFinished => tracing::info!(volume = %name, "scrub finished"),
+            Event::Reconciling(extents) => tracing::info!(
+                volume = %name, extents,
+                "what was being written when the volume was last served is made alike"
+            ),
+            Event::Reconciled => tracing::info!(volume = %name, "the replicas are alike"),
+            Event::RebuildStarted(c, why) => tracing::info!(
+                volume = %name, replica = %child(c), %why, "rebuild started"
+            ),
+            Event::RebuildFinished(c, bytes) => tracing::info!(
+                volume = %name, replica = %child(c), bytes, "rebuild finished: the replica is in sync"
+            ),
+            Event::RebuildAborted(c, why) => tracing::warn!(
+                volume = %name, replica = %child(c), %why, "rebuild given up; it is tried again"
+            ),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
                     self.fail_link(link, "the nexus gave the session up");
