@@ -14,6 +14,7 @@ mod sectors;
 mod snapshots;
 mod space;
 mod table;
+mod upkeep;
 mod volumes;
 
 use std::collections::VecDeque;

@@ -388,7 +388,8 @@ impl<D: Driver> Shard<D> {
                     ChildOp::Changes { .. }
                     | ChildOp::SettleBegin { .. }
                     | ChildOp::SettleEnd { .. } => {
-                        return self.child_io_done(at, child, ticket, IoStatus::Unsupported, now);
+                        let nexus = (at, child, ticket);
+                        return self.upkeep_on_local((pool, slot), nexus, &op, now);
                     }
                     ChildOp::ReadRegister | ChildOp::Io(_) => RegisterKind::Read,
                 };
