@@ -75,6 +75,8 @@ pub(crate) struct Child {
     pub(crate) joining_ms: Option<u64>,
     /// Its session is bound to the epoch.
     pub(crate) bound: bool,
+    /// The question that binds it, where it is asked.
+    pub(crate) rejoining: Option<u32>,
     /// It is not rebuilt before this time, and how often it was not of late.
     pub(crate) held_until_ms: u64,
     pub(crate) setbacks: u32,

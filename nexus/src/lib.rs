@@ -42,8 +42,8 @@ pub use nexus::Nexus;
 pub use rebuild::{RebuildEnd, RebuildRecord, RebuildReport, RebuildStage};
 pub use scrub::{Finding, Found, MAX_FINDINGS, ScrubReport, ScrubState};
 pub use types::{
-    ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
-    NexusConfig, Pace, Purpose, Status, Ticket, VolumeState, change,
+    ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, FOREIGN_TICKET,
+    MAX_CHILDREN, NexusConfig, Pace, Purpose, Status, Ticket, VolumeState, change,
 };
 
 pub use reconfigure::ChangeError;

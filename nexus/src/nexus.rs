@@ -96,6 +96,7 @@ impl Nexus {
                 state: ChildState::Disconnected,
                 joining_ms: None,
                 bound: false,
+                rejoining: None,
                 held_until_ms: 0,
                 setbacks: 0,
                 cursor: None,
@@ -275,7 +276,7 @@ impl Nexus {
             return;
         }
         c.connected = false;
-        c.bound = false;
+        (c.bound, c.rejoining) = (false, None);
         if self.mirror() == Some(child) {
             self.fail_child(child, FaultReason::Unreachable);
         }
@@ -370,7 +371,7 @@ impl Nexus {
         } else if self.assembly.is_some() {
             self.handle_assembly_reply(child, round, reply, now_ms);
         } else {
-            self.handle_rejoin_reply(child, &reply);
+            self.handle_rejoin_reply(child, round, &reply);
         }
         if self.assembly.is_some() {
             self.assembly_check_commit(now_ms);
@@ -857,17 +858,23 @@ impl Nexus {
     pub(crate) fn rejoin(&mut self, child: ChildId) {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
+        self.child(child).rejoining = Some(round);
         self.ask(child, round, ChildOp::Promise { epoch, again: true });
     }
 
-    fn handle_rejoin_reply(&mut self, child: ChildId, reply: &ChildReply) {
-        if !self.child(child).connected {
+    fn handle_rejoin_reply(&mut self, child: ChildId, round: u32, reply: &ChildReply) {
+        // What a configuration that was given up is answered with binds no session.
+        let asked = self.child(child).rejoining == Some(round);
+        if !self.child(child).connected || !asked && !matches!(reply, Err(IoStatus::Fenced)) {
             return;
         }
+        self.child(child).rejoining = None;
         match reply {
             Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
             Ok(held) if self.grows_first(child, held.blocks) => {}
-            Ok(held) if !self.in_sync.has(child) && self.child(child).state != ChildState::Joining => {
+            Ok(held)
+                if !self.in_sync.has(child) && self.child(child).state != ChildState::Joining =>
+            {
                 let c = self.child(child);
                 c.incarnation = held.incarnation;
                 (c.bound, c.written, c.flushed) = (true, 0, 0);

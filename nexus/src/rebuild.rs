@@ -330,7 +330,8 @@ impl Nexus {
         let mut at = r.needed.next(0).unwrap_or(self.extents());
         at = at.min(r.part.map_or(u32::MAX, |(extent, _)| extent));
         at = at.min(self.copies.first_extent().unwrap_or(u32::MAX));
-        (u64::from(at) > self.children[usize::from(r.child.0)].member.copied).then_some((r.child, at))
+        (u64::from(at) > self.children[usize::from(r.child.0)].member.copied)
+            .then_some((r.child, at))
     }
 
     fn copy_more<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {

@@ -297,7 +297,9 @@ impl Nexus {
 
     /// What is told while it is being learnt.
     pub(crate) fn learning_state(&self) -> VolumeState {
-        VolumeState::Assembling("learning what was being written when it was last served".to_owned())
+        VolumeState::Assembling(
+            "learning what was being written when it was last served".to_owned(),
+        )
     }
 }
 

@@ -120,7 +120,8 @@ impl Bench {
         let marks = &mut self.extents[child];
         match io.op {
             ChildOp::Changes { first, since, buf } => {
-                for (at, byte) in (first as usize..).zip(self.mem.bytes_mut(buf)) {
+                let wanted = self.mem.bytes_mut(buf).iter_mut().take(16);
+                for (at, byte) in (first as usize..).zip(wanted) {
                     let after = self.stamps[child][at] >= since;
                     *byte = marks[at] & !CANDIDATE | if after { change::SINCE } else { 0 };
                 }

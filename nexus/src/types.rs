@@ -91,10 +91,12 @@ pub struct Ticket(pub u32);
 pub(crate) const REGISTER: u32 = 1 << 31;
 /// Set in tickets of mends.
 const MEND: u32 = 1 << 30;
+/// Never set in a ticket: whoever shares the way to the children marks its own with it.
+pub const FOREIGN_TICKET: u32 = 1 << 29;
 /// Set in tickets of what the nexus asks on its own account.
-const UPKEEP: u32 = 1 << 29;
+const UPKEEP: u32 = 1 << 28;
 /// Set in tickets of copies to a member that is rebuilt.
-const COPY: u32 = 1 << 28;
+const COPY: u32 = 1 << 27;
 
 impl Ticket {
     pub(crate) fn io(slot: u16) -> Self {
