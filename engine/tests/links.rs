@@ -11,9 +11,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cairn_engine::block::{BlockSize, PoolId, ReplicaId, VolumeId};
-use cairn_engine::control::{Command, Reply};
+use cairn_engine::control::{Command, Reply, ScrubAction};
 use cairn_engine::device::PoolDevice;
-use cairn_engine::nexus::Purpose;
+use cairn_engine::nexus::{Purpose, ScrubReport};
 use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
 use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec};
 use cairn_engine::{
@@ -249,6 +249,34 @@ fn the_link_of_a_removed_volume_does_not_touch_the_next_one() {
     thread::sleep(Duration::from_millis(3_500));
     let volume = engine.volume();
     assert_eq!(volume.children[0].state, "online", "{volume:#?}");
+}
+
+/// A replica in the nexus's own process was not asked what it had promised: when another process took
+/// the volume over, the first went on reading and writing it.
+#[test]
+fn a_replica_of_the_same_process_is_fenced_too() {
+    let first = Engine::with_replica(1);
+    let peer = first.listen();
+    let local = ChildAddress::Local { pool: "p".to_owned() };
+    first.add_volume(Purpose::Create, vec![(ReplicaId(1), local)]);
+    first.wait("created", |v| v.serving);
+
+    let second = Engine::start();
+    second.add_volume(Purpose::Assemble, vec![remote(1, peer)]);
+    second.wait("taken over", |v| v.serving);
+
+    let scrub = |engine: &Engine| {
+        let action = ScrubAction::Start(ScrubReport { rate_mib_s: 1000, ..ScrubReport::default() });
+        let name = "v".to_owned();
+        engine.call(|reply| Command::ScrubVolume { name, action, reply }).unwrap();
+    };
+    scrub(&second);
+    let finished = |v: &VolumeReport| v.scrub.as_ref().is_some_and(|s| s.cursor == BLOCKS);
+    second.wait("scrubbed", finished);
+    // The first thing that the first asks of its replica tells it.
+    scrub(&first);
+    first.wait("fenced", |v| v.state == "fenced");
+    assert_eq!(second.volume().state, "online");
 }
 
 /// What a person types as a replica's address went to the initiator as it was; a name too long for

@@ -178,7 +178,9 @@ impl Nexus {
     /// # Panics
     /// Where [`Nexus::has_room`] is false.
     pub fn submit(&mut self, tag: u64, request: IoRequest, now_ms: u64) {
-        let refused = if !self.state.is_serving() {
+        let refused = if self.state == VolumeState::Fenced {
+            Some(IoStatus::PathError)
+        } else if !self.state.is_serving() {
             Some(IoStatus::NotReady)
         } else if request.range.end().0 > self.config.blocks {
             Some(IoStatus::OutOfRange)
@@ -257,6 +259,7 @@ impl Nexus {
         assert!(!ticket.is_register(), "a block request's ticket");
         if ticket.is_mend() {
             self.handle_mend_io(child, ticket, status);
+            self.check_fenced(status);
             return;
         }
         let at = u16::try_from(ticket.0).expect("a slot number");
@@ -271,12 +274,17 @@ impl Nexus {
         let slot = self.slots.slot(at);
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
-        if slot.phase == Phase::Answered {
+        let over = slot.phase == Phase::Answered;
+        let fenced = self.check_fenced(status);
+        if over {
             self.leave_if_over(at);
             self.release_if_free(at);
+        }
+        if over || fenced {
             self.settle(now_ms);
             return;
         }
+        let slot = self.slots.slot(at);
         if !slot.failed.has(child) {
             if status.is_ok() {
                 slot.ok = slot.ok.with(child);
@@ -356,7 +364,7 @@ impl Nexus {
     /// let go of them.
     pub fn close(&mut self) {
         self.set_state(VolumeState::Refused("it is being removed".to_owned()));
-        self.answer_all();
+        self.answer_all(IoStatus::NotReady);
     }
 
     /// The next operation for a child.
@@ -589,11 +597,7 @@ impl Nexus {
         }
         if missing == in_sync {
             // Nobody did it: the members are as alike as before, and the host is told.
-            if fault == IoStatus::Fenced {
-                self.fence();
-            } else {
-                self.answer(at, fault);
-            }
+            self.answer(at, fault);
             return;
         }
         // Some did it and some did not: those that did not must go before the ack.
@@ -774,13 +778,24 @@ impl Nexus {
         }
     }
 
-    /// A newer epoch was promised elsewhere: stop, and say so.
+    /// A newer epoch was promised elsewhere: stop, and say so. Hosts hear of an error of the path, and try
+    /// another: there is a nexus that serves.
     pub(crate) fn fence(&mut self) {
         self.set_state(VolumeState::Fenced);
-        self.answer_all();
+        self.answer_all(IoStatus::PathError);
     }
 
-    fn answer_all(&mut self) {
+    /// A replica that refuses a request for its epoch has promised a newer one: nothing is served here
+    /// any more, whatever the others say.
+    fn check_fenced(&mut self, status: IoStatus) -> bool {
+        let fenced = status == IoStatus::Fenced && self.state.is_serving();
+        if fenced {
+            self.fence();
+        }
+        fenced
+    }
+
+    fn answer_all(&mut self, status: IoStatus) {
         self.commit = None;
         self.growing = None;
         let open: Vec<u16> = self
@@ -790,7 +805,7 @@ impl Nexus {
             .map(|(at, _)| at)
             .collect();
         for at in open {
-            self.answer(at, IoStatus::NotReady);
+            self.answer(at, status);
         }
         self.abandon_mends();
         self.ranges.clear();

@@ -214,6 +214,28 @@ fn a_write_is_acked_when_the_last_replica_has_it() {
     assert_eq!(b.released, [1]);
 }
 
+/// One replica refused, and the nexus took it for a fault of that replica's: it left it out, told the
+/// others so, and went on.
+#[test]
+fn one_replica_that_has_promised_a_newer_epoch_ends_it_all() {
+    let mut b = Bench::online(3);
+    b.write(1, 0, 8);
+    b.submit(2, IoOp::Read, 100, 1);
+    b.answer(1, IoStatus::Fenced);
+    assert_eq!(*b.nexus.state(), VolumeState::Fenced);
+    // Of the path, not of the volume: a host looks for another nexus.
+    assert_eq!(b.status_of(1), Some(IoStatus::PathError));
+    assert_eq!(b.status_of(2), Some(IoStatus::PathError));
+    assert_eq!(b.stored_in_sync(0), [true, true, true]);
+    b.write(3, 0, 8);
+    assert_eq!(b.status_of(3), Some(IoStatus::PathError));
+    while let Some(child) = b.io.front().map(|io| io.child.0) {
+        b.answer(child, IoStatus::Ok);
+    }
+    assert_eq!(b.released.len(), 3);
+    assert_eq!(b.nexus.in_flight(), 0);
+}
+
 #[test]
 fn flush_and_fua_reach_every_replica() {
     let mut b = Bench::online(3);
@@ -396,9 +418,9 @@ fn two_nexuses_cannot_both_serve() {
     b.answer(1, IoStatus::Ok);
     b.answer(2, IoStatus::Fenced);
     assert_eq!(*b.nexus.state(), VolumeState::Fenced);
-    assert_eq!(b.status_of(1), Some(IoStatus::NotReady));
+    assert_eq!(b.status_of(1), Some(IoStatus::PathError));
     b.write(2, 0, 1);
-    assert_eq!(b.status_of(2), Some(IoStatus::NotReady));
+    assert_eq!(b.status_of(2), Some(IoStatus::PathError));
 }
 
 #[test]

@@ -155,7 +155,7 @@ impl<D: Driver> Shard<D> {
         let user = self.volumes.iter().find(|(_, v)| {
             v.routes
                 .iter()
-                .any(|r| matches!(r, Route::Local { pool: p, slot: s } if *p == pool && *s == slot))
+                .any(|r| matches!(r, Route::Local(l) if (l.pool, l.slot) == (pool, slot)))
         });
         if let Some((_, volume)) = user {
             reply.send(Err(EngineError::Busy(format!(

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
+use cairn_block::{BlockSize, Epoch, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
 use cairn_crypt::VolumeKey;
 use cairn_nexus::{
     ChildId, ChildOp, ChildReply, ChildSpec, Event, MEND_RESERVE, Nexus, NexusConfig, Purpose,
@@ -29,15 +29,28 @@ use crate::snapshot;
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
-    Local {
-        pool: u16,
-        slot: ReplicaSlot,
-    },
+    Local(LocalRoute),
     Remote {
         link: u32,
     },
     /// The volume is being removed; the link's number may be another's.
     Gone,
+}
+
+/// The way to a replica in a pool of this process.
+///
+/// Whether the replica has promised a newer epoch than the nexus's is noted here when it does, so that a
+/// request costs a compare and no look-up.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LocalRoute {
+    pub(super) pool: u16,
+    pub(super) slot: ReplicaSlot,
+    /// The epoch that the replica has promised to this nexus.
+    pub(super) epoch: Epoch,
+    /// Nothing was promised to it yet, or something newer to another since.
+    pub(super) fenced: bool,
+    /// Requests that the pool has not answered: a promise to another waits for them.
+    pub(super) in_flight: u32,
 }
 
 /// A change of a volume's configuration that somebody waits for.
@@ -174,7 +187,8 @@ impl<D: Driver> Shard<D> {
             let route = match address {
                 ChildAddress::Local { .. } => {
                     let Some((pool, slot, _)) = self.find_replica(replica) else { continue };
-                    Route::Local { pool, slot }
+                    let epoch = Epoch::default();
+                    Route::Local(LocalRoute { pool, slot, epoch, fenced: true, in_flight: 0 })
                 }
                 ChildAddress::Remote { peer, nqn } => {
                     let link = self.links.insert(Link::new(at, child, replica, peer, nqn, now));
@@ -183,7 +197,7 @@ impl<D: Driver> Shard<D> {
                 }
             };
             self.volumes[at].routes.push(route);
-            if let Route::Local { .. } = route {
+            if let Route::Local(_) = route {
                 self.volumes[at].nexus.handle_child_up(child, now);
             }
         }
@@ -361,8 +375,12 @@ impl<D: Driver> Shard<D> {
 
     fn send_child(&mut self, at: u32, route: Route, io: cairn_nexus::ChildIo, now: u64) {
         match (route, io.op) {
+            // Whatever touches the device of a replica that has promised a newer epoch is refused here.
+            (Route::Local(LocalRoute { fenced: true, .. }), ChildOp::Io(_)) => {
+                self.child_io_done(at, io.child, io.ticket, IoStatus::Fenced, now);
+            }
             (
-                Route::Local { pool, slot },
+                Route::Local(LocalRoute { pool, slot, .. }),
                 ChildOp::Io(IoRequest { op: IoOp::Snapshot(verb), buf, .. }),
             ) => {
                 let (child, ticket) = (io.child, io.ticket);
@@ -370,13 +388,14 @@ impl<D: Driver> Shard<D> {
                 let call = snapshot::decode(self.driver.memory().bytes(buf));
                 self.snapshot_on_replica((pool, slot), origin, verb, call, now);
             }
-            (Route::Local { pool, slot }, ChildOp::Io(request)) => {
+            (Route::Local(LocalRoute { pool, slot, .. }), ChildOp::Io(request)) => {
+                self.local_child_started(at, io.child);
                 let tag = Owner::Child { volume: at, child: io.child, ticket: io.ticket }.tag();
                 let local = &mut self.pools[usize::from(pool)];
                 local.pool.submit(tag, slot, request, self.driver.memory());
                 local.busy = true;
             }
-            (Route::Local { pool, slot }, op) => {
+            (Route::Local(LocalRoute { pool, slot, .. }), op) => {
                 let generation = self.volumes[at].generation;
                 let (child, ticket) = (io.child, io.ticket);
                 let origin = Origin::Volume { volume: at, generation, child, ticket };
@@ -396,6 +415,64 @@ impl<D: Driver> Shard<D> {
             (Route::Remote { link }, op) => self.send_remote(link, io.ticket, op, now),
             (Route::Gone, _) => self.refuse_remote(at, io.child, io.ticket, now),
         }
+    }
+
+    /// A request goes to a local replica, outside of snapshot calls.
+    fn local_child_started(&mut self, at: u32, child: ChildId) {
+        if let Route::Local(local) = &mut self.volumes[at].routes[usize::from(child.0)] {
+            local.in_flight += 1;
+        }
+    }
+
+    /// The pool has answered one.
+    pub(super) fn local_child_done(&mut self, volume: u32, child: ChildId) {
+        let Some(v) = self.volumes.get_mut(volume) else { return };
+        if let Route::Local(local) = &mut v.routes[usize::from(child.0)] {
+            local.in_flight -= 1;
+            if local.in_flight == 0 {
+                self.finish_drains();
+            }
+        }
+    }
+
+    /// A replica of this process has promised `epoch` to whoever `origin` is: other nexuses here do not get
+    /// at it any more.
+    pub(super) fn fence_routes(
+        &mut self,
+        replica: (u16, ReplicaSlot),
+        epoch: Epoch,
+        origin: Option<Origin>,
+    ) {
+        let bound = match origin {
+            Some(Origin::Volume { volume, generation, child, .. }) => {
+                Some((volume, generation, child))
+            }
+            _ => None,
+        };
+        for at in self.volumes.keys() {
+            let volume = &mut self.volumes[at];
+            let generation = volume.generation;
+            for (child, route) in (0u8..).zip(&mut volume.routes) {
+                let Route::Local(local) = route else { continue };
+                if (local.pool, local.slot) != replica {
+                    continue;
+                }
+                if bound == Some((at, generation, ChildId(child))) {
+                    (local.epoch, local.fenced) = (epoch, false);
+                } else if origin.is_some() || local.epoch < epoch {
+                    local.fenced = true;
+                }
+            }
+        }
+    }
+
+    /// Whether a nexus of this process has requests in hand at a replica of it.
+    pub(super) fn has_local_io(&self, replica: (u16, ReplicaSlot)) -> bool {
+        let mut routes = self.volumes.iter().flat_map(|(_, v)| &v.routes);
+        routes.any(|route| match route {
+            Route::Local(l) => (l.pool, l.slot) == replica && l.in_flight > 0,
+            _ => false,
+        })
     }
 
     fn volume_event(&mut self, at: u32, event: Event, now: u64) {
