@@ -28,6 +28,7 @@ mod reconfigure;
 mod scrub;
 mod slots;
 mod types;
+mod voters;
 
 pub use children::{ChildState, FaultReason};
 pub use config::{Config, ConfigError, Member, Register};

@@ -7,7 +7,6 @@ use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
-use crate::config::Member;
 use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
 use crate::reconfigure::{Growing, Wanted};
@@ -17,6 +16,7 @@ use crate::types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildStatus, Done, Event, MAX_CHILDREN, NexusConfig,
     REGISTER, Status, Ticket, VolumeState,
 };
+use crate::voters::Changing;
 
 /// One volume's nexus.
 #[derive(Debug)]
@@ -37,8 +37,12 @@ pub struct Nexus {
     pub(crate) admitted: Vec<u8>,
     /// The one whose key is looked for.
     pub(crate) locked: Vec<u8>,
+    /// Those that vote, by the configuration committed last: all that it names.
+    pub(crate) voters: ChildSet,
     /// What every commit from now on says besides the in-sync set.
     pub(crate) wanted: Wanted,
+    /// A change of the voters that is under way.
+    pub(crate) changing: Option<Changing>,
     pub(crate) growing: Option<Growing>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
@@ -68,26 +72,7 @@ impl Nexus {
     pub fn new(config: NexusConfig) -> Self {
         let n = config.children.len();
         assert!(n > 0 && n <= MAX_CHILDREN, "a volume has 1 to {MAX_CHILDREN} replicas, not {n}");
-        let children = config
-            .children
-            .iter()
-            .map(|spec| Child {
-                replica: spec.replica,
-                member: Member { replica: spec.replica, ..Member::default() },
-                local: spec.local,
-                connected: false,
-                state: ChildState::Disconnected,
-                joining_ms: None,
-                load: 0,
-                growing: None,
-                grown_to: 0,
-                session: 0,
-                incarnation: 0,
-                written: 0,
-                flushed: 0,
-                flushing: Vec::with_capacity(16),
-            })
-            .collect();
+        let children = config.children.iter().copied().map(Child::new).collect();
         let encryption = config.encryption.clone().unwrap_or_default();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
@@ -102,7 +87,13 @@ impl Nexus {
             generation: 0,
             admitted: encryption.clone(),
             locked: Vec::new(),
-            wanted: Wanted { blocks: config.blocks, encryption: encryption.clone() },
+            voters: ChildSet::EMPTY,
+            wanted: Wanted {
+                blocks: config.blocks,
+                encryption: encryption.clone(),
+                voters: ChildSet::EMPTY,
+            },
+            changing: None,
             encryption,
             growing: None,
             round: 0,
@@ -146,6 +137,7 @@ impl Nexus {
     pub fn status(&self) -> Status {
         let children = (0u8..).zip(&self.children).map(|(i, c)| ChildStatus {
             replica: c.replica,
+            witness: c.witness,
             state: c.state,
             in_sync: self.in_sync.has(ChildId(i)),
             load: c.load,
@@ -218,7 +210,10 @@ impl Nexus {
         let c = self.child(child);
         c.connected = true;
         c.session += 1;
-        if !matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
+        if !matches!(
+            c.state,
+            ChildState::Failing(_) | ChildState::OutOfSync(_) | ChildState::Removed
+        ) {
             c.state = ChildState::Joining;
         }
         if self.assembly.is_some() {
@@ -237,7 +232,10 @@ impl Nexus {
             return;
         }
         c.connected = false;
-        if matches!(c.state, ChildState::Online | ChildState::Joining) {
+        if !matches!(
+            c.state,
+            ChildState::Failing(_) | ChildState::OutOfSync(_) | ChildState::Removed
+        ) {
             c.state = ChildState::Disconnected;
         }
         if self.assembly.is_some() {
@@ -318,6 +316,7 @@ impl Nexus {
     ) {
         assert!(ticket.is_register(), "a register operation's ticket");
         let round = ticket.0 & !REGISTER;
+        self.child(child).asked -= 1;
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
         } else if self.commit.as_ref().is_some_and(|c| c.round == round) {
@@ -325,7 +324,7 @@ impl Nexus {
         } else if self.assembly.is_some() {
             self.handle_assembly_reply(child, round, reply, now_ms);
         } else {
-            self.handle_rejoin_reply(child, &reply);
+            self.handle_rejoin_reply(child, &reply, now_ms);
         }
         if self.assembly.is_some() {
             self.assembly_check_commit(now_ms);
@@ -343,6 +342,7 @@ impl Nexus {
         }
         self.ask_again();
         self.growth_timeout(now_ms);
+        self.voters_timeout(now_ms);
         self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
@@ -355,6 +355,7 @@ impl Nexus {
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.config.child_deadline_ms / 8).max(10);
         let busy = self.in_flight() > 0 || self.has_to_ask_again() || self.growing.is_some();
+        let busy = busy || self.changing.is_some();
         let scrub = self.scrub_timeout(now_ms);
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
         [assembly, scrub, busy.then_some(now_ms + tick)].into_iter().flatten().min()
@@ -399,6 +400,7 @@ impl Nexus {
 
     pub(crate) fn ask(&mut self, child: ChildId, round: u32, op: ChildOp) {
         let ticket = Ticket::register(round);
+        self.child(child).asked += 1;
         self.child_ios.push_back(ChildIo { child, ticket, op });
     }
 
@@ -720,14 +722,18 @@ impl Nexus {
     /// Whether nobody but this member would be left once those that are failing are out. It is not
     /// given up: there would be nobody to serve instead.
     fn is_last(&self, child: ChildId) -> bool {
-        self.in_sync.without(self.failing()).without(ChildSet::of(child)).is_empty()
+        self.staying().without(ChildSet::of(child)).is_empty()
     }
 
     /// The child is to leave the in-sync set. Nothing that it missed is acked before that is stored.
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
         let last = self.is_last(child);
+        let holds_data = self.holds_data(child);
         let c = self.child(child);
-        if last || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
+        if last
+            || !holds_data
+            || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_))
+        {
             return;
         }
         c.state = ChildState::Failing(reason);
@@ -742,7 +748,7 @@ impl Nexus {
         self.ask(child, round, ChildOp::Promise { epoch, again: true });
     }
 
-    fn handle_rejoin_reply(&mut self, child: ChildId, reply: &ChildReply) {
+    fn handle_rejoin_reply(&mut self, child: ChildId, reply: &ChildReply, now_ms: u64) {
         if !self.child(child).connected {
             return;
         }
@@ -758,12 +764,10 @@ impl Nexus {
                     self.resume_commit(child);
                     return;
                 }
-                self.child(child).state = if self.in_sync.has(child) {
+                if self.in_sync.has(child) {
                     self.events.push_back(Event::ChildOnline(child));
-                    ChildState::Online
-                } else {
-                    ChildState::OutOfSync(FaultReason::Stale)
-                };
+                }
+                self.child(child).state = self.bound_state(child);
                 for &at in &self.parked {
                     let slot = self.slots.slot(at);
                     slot.failed = slot.failed.without(ChildSet::of(child));
@@ -771,8 +775,11 @@ impl Nexus {
                 self.unpark();
                 self.update_state();
                 self.resume_commit(child);
+                self.voter_is_bound(child, held, now_ms);
             }
             Ok(_) => self.resume_commit(child),
+            // One that is no voter may have promised an epoch that came to nothing.
+            Err(IoStatus::Fenced) if !self.voters.has(child) => self.voter_refused(child),
             Err(IoStatus::Fenced) => self.fence(),
             Err(_) => self.events.push_back(Event::ResetChild(child)),
         }
@@ -798,6 +805,7 @@ impl Nexus {
     fn answer_all(&mut self, status: IoStatus) {
         self.commit = None;
         self.growing = None;
+        self.changing = None;
         let open: Vec<u16> = self
             .slots
             .iter()
@@ -830,7 +838,7 @@ impl Nexus {
         let alone = !self.in_sync.iter().any(|c| self.children[usize::from(c.0)].connected);
         let state = if stuck || alone {
             VolumeState::Suspended
-        } else if self.in_sync.len() == self.children.len() {
+        } else if self.in_sync == self.data_voters() {
             VolumeState::Online
         } else {
             VolumeState::Degraded

@@ -10,6 +10,7 @@ use super::*;
 
 mod mend;
 mod reconfigure;
+mod voters;
 
 const DEADLINE: u64 = 1000;
 const WAIT: u64 = 500;
@@ -39,7 +40,11 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
         blocks: 1000,
         encryption: None,
         children: (0..n)
-            .map(|i| ChildSpec { replica: ReplicaId(u128::from(i) + 1), local: false })
+            .map(|i| ChildSpec {
+                replica: ReplicaId(u128::from(i) + 1),
+                local: false,
+                witness: false,
+            })
             .collect(),
         purpose,
         child_deadline_ms: DEADLINE,

@@ -115,7 +115,7 @@ fn members(config: &[u8]) -> String {
     }
     match Config::decode(config) {
         Ok(config) => {
-            let in_sync = config.members.iter().filter(|(_, ok)| *ok).count();
+            let in_sync = config.members.iter().filter(|m| m.in_sync).count();
             let key = key_id(&config).map_or_else(String::new, |id| format!(", key {id}"));
             format!("{in_sync} of {} in sync{key}", config.members.len())
         }
@@ -152,7 +152,7 @@ impl Show for CatalogInfo {
                     let members: Vec<Value> = c
                         .members
                         .iter()
-                        .map(|(id, ok)| json!({"replica": id.to_string(), "in_sync": ok}))
+                        .map(|m| json!({"replica": m.replica.to_string(), "in_sync": m.in_sync}))
                         .collect();
                     json!({
                         "volume": c.volume.to_string(), "blocks": c.blocks,
