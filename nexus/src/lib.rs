@@ -34,6 +34,7 @@ mod settle;
 mod slots;
 mod types;
 mod upkeep;
+mod voters;
 
 pub use children::{ChildState, FaultReason};
 pub use config::{Config, ConfigError, Member, Register};

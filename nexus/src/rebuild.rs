@@ -188,7 +188,7 @@ impl Nexus {
     /// Moves the rebuild on. Returns whether anything changed.
     pub(crate) fn pump_rebuild<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {
         let Some(r) = self.rebuild.as_ref() else {
-            if self.in_sync.len() < self.children.len()
+            if self.in_sync.len() < self.data_voters().len()
                 && self.rebuild_may()
                 && let Some((child, why)) = self.rebuild_target(now_ms)
             {

@@ -43,6 +43,16 @@ impl ChildSet {
         self.0.count_ones() as usize
     }
 
+    /// How many of these are a majority of them.
+    pub(crate) const fn majority(self) -> usize {
+        self.len() / 2 + 1
+    }
+
+    /// Whether a majority of these is among `others`.
+    pub(crate) const fn has_majority_in(self, others: Self) -> bool {
+        self.and(others).len() >= self.majority()
+    }
+
     pub(crate) fn iter(self) -> impl Iterator<Item = ChildId> {
         (0..16).map(ChildId).filter(move |&c| self.has(c))
     }

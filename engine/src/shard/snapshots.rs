@@ -13,7 +13,7 @@ use super::Shard;
 use super::io::Export;
 use super::links::ADMIN_QUEUE;
 use super::pools::Waiter;
-use super::volumes::Route;
+use super::volumes::{LocalRoute, Route};
 use crate::control::{EngineError, Reply, SnapshotReport};
 use crate::snapshot::{self, SnapshotCall, SnapshotEntry};
 
@@ -422,7 +422,7 @@ impl<D: Driver> Shard<D> {
                 continue;
             }
             match route {
-                Route::Local { pool, slot } => {
+                Route::Local(LocalRoute { pool, slot, .. }) => {
                     work.found.push(entries_of(&self.pools[usize::from(pool)].pool, slot));
                 }
                 Route::Remote { link } => work.links.push((link, Vec::new(), None)),
