@@ -8,7 +8,8 @@ use cairn_block::{
     Buf, BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
 };
 use cairn_replica::{
-    Device, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SnapshotSpec, SparseDevice,
+    Device, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, RoundEnd, SnapshotSpec,
+    SparseDevice,
 };
 
 use super::marks::{Ended, Marks};
@@ -311,7 +312,12 @@ impl World {
         let (asked, tag) = (&self.asked, self.sim.tag());
         if ends && strays {
             self.asked.insert(tag, Asked::Settle(id, None));
-            self.sim.pool.settle_end(tag, slot, order, order, &mut self.sim.mem);
+            self.sim.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round: order, stamp: order, below: u32::MAX },
+                &mut self.sim.mem,
+            );
             return;
         }
         let ended =
@@ -325,7 +331,12 @@ impl World {
             }
             let round = ended.id;
             self.asked.insert(tag, Asked::Settle(id, Some(ended)));
-            self.sim.pool.settle_end(tag, slot, round, order, &mut self.sim.mem);
+            self.sim.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round, stamp: order, below: u32::MAX },
+                &mut self.sim.mem,
+            );
         } else if self.sim.pool.settle_begin(slot, order).is_ok() {
             let in_flight = self.asked.iter().filter_map(|(tag, asked)| match asked {
                 Asked::Change { id: of, range, .. } if *of == id => Some((*tag, *range)),

@@ -7,7 +7,7 @@ use cairn_block::{
 };
 use cairn_replica::disk::MemberState;
 use cairn_replica::{
-    ControlError, Done, MultiPool, Pool, PoolState, Register, ReplicaSlot, ReplicaState,
+    ControlError, Done, MultiPool, Pool, PoolState, Register, ReplicaSlot, ReplicaState, RoundEnd,
     SnapshotSpec,
 };
 
@@ -376,7 +376,12 @@ impl World {
         let (asked, tag) = (&self.asked, self.set.tag());
         if ends && strays {
             self.asked.insert(tag, Asked::Settle(id, None));
-            self.set.pool.settle_end(tag, slot, order, order, &mut self.set.mem);
+            self.set.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round: order, stamp: order, below: u32::MAX },
+                &mut self.set.mem,
+            );
             return;
         }
         let ended =
@@ -390,7 +395,12 @@ impl World {
             }
             let round = ended.id;
             self.asked.insert(tag, Asked::Settle(id, Some(ended)));
-            self.set.pool.settle_end(tag, slot, round, order, &mut self.set.mem);
+            self.set.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round, stamp: order, below: u32::MAX },
+                &mut self.set.mem,
+            );
         } else if self.set.pool.settle_begin(slot, order).is_ok() {
             let in_flight = self.asked.iter().filter_map(|(tag, asked)| match asked {
                 Asked::Change { id: of, range, .. } if *of == id => Some((*tag, *range)),
