@@ -225,6 +225,8 @@ impl Nexus {
         let heard = self.heard();
         let forced = matches!(self.config.purpose, Purpose::ForceStart { .. });
         let voters = match self.highest().filter(|_| !forced) {
+            // After a forced start there may have been another, of which those tell that do not vote.
+            Some(found) if found.config.lineage >> 32 != 0 => self.everybody(),
             Some(found) if self.voters_of(&found.config).1.is_empty() => {
                 self.voters_of(&found.config).0
             }
@@ -265,7 +267,8 @@ impl Nexus {
             }
         }
         // Those stay as they are until the volume serves, or they could not be told from others.
-        let blank = found.map_or(ChildSet::EMPTY, |found| {
+        let forced = matches!(self.config.purpose, Purpose::ForceStart { .. });
+        let blank = found.filter(|_| !forced).map_or(ChildSet::EMPTY, |found| {
             self.voters_of(&found.config).0.and(self.blank(&found.config))
         });
         self.assembling().blank = blank;

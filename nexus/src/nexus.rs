@@ -767,6 +767,7 @@ impl Nexus {
                 if self.in_sync.has(child) {
                     self.events.push_back(Event::ChildOnline(child));
                 }
+                self.note_why_idle(child, held);
                 self.child(child).state = self.bound_state(child);
                 for &at in &self.parked {
                     let slot = self.slots.slot(at);

@@ -8,6 +8,7 @@ use cairn_block::{
 
 use super::*;
 
+mod force;
 mod mend;
 mod reconfigure;
 mod voters;

@@ -88,6 +88,21 @@ impl Nexus {
         }
     }
 
+    /// Why a child does not vote, by what it holds.
+    pub(crate) fn note_why_idle(&mut self, child: ChildId, held: &Register) {
+        if self.voters.has(child) || held.config.is_empty() {
+            return;
+        }
+        let (volume, lineage) = (self.config.volume, self.lineage);
+        self.child(child).idle = match Config::decode(&held.config) {
+            Ok(config) if config.volume == volume && config.lineage == lineage => {
+                FaultReason::NotMember
+            }
+            Ok(config) if config.volume == volume => FaultReason::OldLineage,
+            _ => FaultReason::Foreign,
+        };
+    }
+
     // ---- children that come and go
 
     /// One more replica, which neither votes nor takes I/O before it is added as a voter; nothing where
