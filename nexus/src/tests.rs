@@ -9,12 +9,14 @@ use cairn_block::{
 use super::*;
 
 mod force;
+mod lease;
 mod mend;
 mod reconfigure;
 mod voters;
 
 const DEADLINE: u64 = 1000;
 const WAIT: u64 = 500;
+const LEASE: u64 = 300;
 
 /// A nexus and its children: registers that obey the rules, I/O that the test answers itself.
 struct Bench {
@@ -49,6 +51,8 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
             .collect(),
         purpose,
         child_deadline_ms: DEADLINE,
+        lease_ms: LEASE,
+        holder: 0,
         assembly_wait_ms: WAIT,
         max_requests: 16,
     }
@@ -148,6 +152,9 @@ impl Bench {
             ChildOp::Accept(new) if new.accepted_epoch >= register.promised_epoch => {
                 *register = Register { blocks: register.blocks, ..new.clone() };
                 Ok(new.clone())
+            }
+            ChildOp::Renew { epoch, .. } if *epoch == register.promised_epoch => {
+                Ok(Register::default())
             }
             ChildOp::Resize { epoch, blocks } if *epoch >= register.promised_epoch => {
                 register.blocks = register.blocks.max(*blocks);

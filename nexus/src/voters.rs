@@ -116,6 +116,7 @@ impl Nexus {
             // An answer that is late is of an earlier session.
             let session = self.children[at].session;
             self.children[at] = Child { session, ..Child::new(spec) };
+            self.lease.forget(child);
         } else {
             self.children.push(Child::new(spec));
         }
@@ -266,6 +267,9 @@ impl Nexus {
     pub(crate) fn take_up_voters(&mut self, voters: ChildSet) {
         let (added, removed) = (voters.without(self.voters), self.voters.without(voters));
         self.voters = voters;
+        // The majority is another one; whoever is new to it has granted nothing.
+        self.count_lease(u64::MAX);
+        self.lease.renew_at_ms = 0;
         if self.assembly.is_some() {
             return;
         }
