@@ -282,8 +282,11 @@ impl Pool {
             {
                 self.close(extent, at);
             }
-            let settling = &self.settle.running[at];
-            if settling.todo.is_empty() && settling.in_flight == 0 {
+            let (before, rest) = self.settle.running.split_at(at);
+            let settling = &rest[0];
+            // What an earlier round closes is closed when a later one is answered.
+            let first = before.iter().all(|earlier| earlier.slot != settling.slot);
+            if first && settling.todo.is_empty() && settling.in_flight == 0 {
                 let Settling { tag, .. } = self.settle.running.remove(at);
                 self.done.push_back(Done { tag, status: IoStatus::Ok, error: None });
             } else {
