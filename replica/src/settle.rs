@@ -9,7 +9,7 @@ use cairn_block::{IoStatus, Memory};
 
 use crate::extents::{ExtentState, NIL, Opened};
 use crate::journal::Owner;
-use crate::pool::{Done, HOLE, Mapping, Pool, PoolState, ReplicaSlot};
+use crate::pool::{Done, HOLE, PENDING, Pool, PoolState, ReplicaSlot};
 
 /// Records of settling extents on their way: fewer than fit in a journal block, so that others have room.
 const MAX_CLOSING: u32 = 64;
@@ -156,7 +156,7 @@ impl Pool {
             let own = owner.page.replica == of.page.replica;
             let at = self.layer(layer);
             let map = at.map.get(first as usize..).unwrap_or_default();
-            for ((&entry, byte), logical) in map.iter().zip(&mut out[..len]).zip(first..) {
+            for (&entry, byte) in map.iter().zip(&mut out[..len]) {
                 if entry == HOLE {
                     continue;
                 }
@@ -164,16 +164,14 @@ impl Pool {
                 if !own {
                     continue;
                 }
-                let extent = match at.mapping(logical) {
-                    Mapping::Extent(extent) => extent,
-                    Mapping::Pending(alloc) => {
-                        *byte |= change::OPEN;
-                        match self.allocs.get(alloc) {
-                            alloc if alloc.from.is_some() => alloc.extent,
-                            _ => NIL,
-                        }
+                let extent = if entry & PENDING == 0 {
+                    entry
+                } else {
+                    *byte |= change::OPEN;
+                    match self.allocs.get(entry & !PENDING) {
+                        alloc if alloc.from.is_some() => alloc.extent,
+                        _ => NIL,
                     }
-                    Mapping::Hole => NIL,
                 };
                 if extent != NIL {
                     let e = self.extents.get(extent);

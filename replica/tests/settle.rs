@@ -45,8 +45,6 @@ fn submit(sim: &mut Sim, slot: ReplicaSlot, extent: u64) -> u64 {
     let range = LbaRange::new(Lba(extent * EXTENT_BLOCKS), 2).unwrap();
     let request = IoRequest { op: WRITE, range, buf: buf.slice() };
     sim.pool.submit(tag, slot, request, &mut sim.mem);
-    // The arena of the test outlives it; nothing else needs the bytes.
-    core::mem::forget(buf);
     tag
 }
 
