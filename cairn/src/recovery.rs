@@ -278,6 +278,6 @@ fn load(front: &Target) -> Result<f64> {
 /// As text, for the options of `cairn up`.
 pub(crate) fn size_of(size: ByteSize) -> Result<u64> {
     let bytes = size.as_u64();
-    ensure!(bytes >= 256 << 20 && bytes % EXTENT == 0, "whole MiB, 256 at least");
+    ensure!(bytes >= 256 << 20 && bytes.is_multiple_of(EXTENT), "whole MiB, 256 at least");
     Ok(bytes)
 }
