@@ -94,6 +94,10 @@ impl Default for Engine {
 pub(crate) struct Nexus {
     /// A replica that does not answer for so long is taken out.
     pub(crate) child_deadline_ms: u64,
+    /// One that has answered fast lately is taken out earlier, but never before so long.
+    pub(crate) child_deadline_min_ms: u64,
+    /// Reads are answered for so long after a majority was asked whether nobody else serves. The same on all nodes.
+    pub(crate) lease_ms: u64,
     /// How long assembly waits for the rest of the replicas once a majority is there.
     pub(crate) assembly_wait_ms: u64,
     /// Header digests towards replicas.
@@ -148,6 +152,8 @@ impl Default for Nexus {
     fn default() -> Self {
         Self {
             child_deadline_ms: 5_000,
+            child_deadline_min_ms: 1_000,
+            lease_ms: 3_000,
             assembly_wait_ms: 2_000,
             header_digest: false,
             data_digest: false,
@@ -289,6 +295,9 @@ impl Config {
         let buffers = self.engine.buffers.as_u64();
         if !(8 << 20..=2 << 30).contains(&buffers) {
             bail!("buffers = \"{}\": from 8 MiB to 2 GiB", self.engine.buffers);
+        }
+        if !(100..=60_000).contains(&self.nexus.lease_ms) {
+            bail!("lease_ms = {}: from 100 to 60000", self.nexus.lease_ms);
         }
         for (i, pool) in self.pools.iter().enumerate() {
             if pool.name.is_empty() || !pool.name.chars().all(plain) {

@@ -7,6 +7,7 @@ mod cli;
 mod client;
 mod config;
 mod fsck;
+mod holder;
 mod inspect;
 mod keys;
 mod nvme;

@@ -40,7 +40,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let config = Config::load(&args.config)?;
     let state = State::load(&config.state_dir)?;
     raise_descriptor_limit();
-    let (engine, thread) = cairn_engine::start(driver_config(&config), shard_config(&config))
+    // Held for as long as the engine lives.
+    let holder = crate::holder::take(&config.state_dir, boot_id());
+    let shard = ShardConfig { holder: holder.id, ..shard_config(&config) };
+    let (engine, thread) = cairn_engine::start(driver_config(&config), shard)
         .context("the data engine cannot start")?;
     tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
 
@@ -70,6 +73,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let stopped = engine.call(|reply| Command::Shutdown { reply });
     runtime.shutdown_background();
     let joined = thread.join().and_then(|joined| joined);
+    drop(holder);
     joined.map_err(|_| anyhow!("the engine's thread panicked; see the log above"))?;
     served?;
     stopped?;
@@ -99,6 +103,8 @@ fn shard_config(config: &Config) -> ShardConfig {
         cntlid_max: config.nvmf.controller_ids[1],
         replica_header_digest: config.nexus.header_digest,
         replica_data_digest: config.nexus.data_digest,
+        child_deadline_min_ms: config.nexus.child_deadline_min_ms,
+        lease_ms: config.nexus.lease_ms,
         assembly_wait_ms: config.nexus.assembly_wait_ms,
         overcommit: config.overcommit,
         ..ShardConfig::default()

@@ -5,6 +5,7 @@ use core::fmt;
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
 use crate::config::Member;
+use crate::patience::{Pace, Trouble};
 use crate::types::ChildSpec;
 
 /// Where a child stands.
@@ -89,6 +90,9 @@ pub(crate) struct Child {
     pub(crate) joining_ms: Option<u64>,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
+    /// What its requests took lately, and how often it went out.
+    pub(crate) pace: Pace,
+    pub(crate) trouble: Trouble,
     /// Register operations likewise.
     pub(crate) asked: u32,
     /// The round of the request to grow that it has in hand, and whether its session is taken up after it.
@@ -108,7 +112,7 @@ pub(crate) struct Child {
 
 impl Child {
     /// One with which there is no session yet.
-    pub(crate) fn new(spec: ChildSpec) -> Self {
+    pub(crate) fn new(spec: ChildSpec, deadline_ms: u64) -> Self {
         Self {
             replica: spec.replica,
             member: Member { replica: spec.replica, ..Member::default() },
@@ -120,6 +124,8 @@ impl Child {
             state: ChildState::Disconnected,
             joining_ms: None,
             load: 0,
+            pace: Pace::new(deadline_ms),
+            trouble: Trouble::default(),
             asked: 0,
             growing: None,
             grown_to: 0,

@@ -195,7 +195,9 @@ impl Nexus {
         self.push_event(Event::Committed { epoch: self.epoch, seq: self.seq });
         for child in gone.iter() {
             if let ChildState::Failing(reason) = self.child(child).state {
+                let now_ms = self.clock_ms;
                 self.child(child).state = ChildState::OutOfSync(reason);
+                self.child(child).trouble.note(now_ms);
                 self.push_event(Event::ChildOut(child, reason));
             }
         }

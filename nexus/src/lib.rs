@@ -26,6 +26,7 @@ mod config;
 mod lease;
 mod mend;
 mod nexus;
+mod patience;
 mod ranges;
 mod reconfigure;
 mod scrub;

@@ -159,6 +159,7 @@ impl<D: Driver> Shard<D> {
             children,
             purpose: spec.purpose,
             child_deadline_ms: spec.child_deadline_ms,
+            child_deadline_min_ms: self.config.child_deadline_min_ms,
             lease_ms: self.config.lease_ms,
             holder: self.config.holder,
             assembly_wait_ms: self.config.assembly_wait_ms,
