@@ -20,6 +20,7 @@ fn online() -> Nexus {
         lease_ms: u64::MAX / 2,
         holder: 0,
         assembly_wait_ms: 0,
+        pace: cairn_nexus::Pace::default(),
         max_requests: 256,
     });
     (0..3).for_each(|i| nexus.handle_child_up(ChildId(i), 0));

@@ -12,6 +12,7 @@ pub mod register;
 pub mod shard;
 pub mod snapshot;
 pub mod thread;
+pub mod upkeep;
 
 pub use cairn_block as block;
 pub use cairn_crypt as crypt;
@@ -22,8 +23,8 @@ pub use cairn_replica as replica;
 
 pub use control::{
     ChildAddress, ChildReport, Command, DeviceReport, EncryptionReport, EncryptionSpec,
-    EngineError, ExportCounters, HostReport, PoolMember, PoolReport, ReplicaReport, Reply,
-    ScrubAction, SnapshotReport, VolumeReplica, VolumeReport, VolumeSpec,
+    EngineError, ExportCounters, HostReport, PoolMember, PoolReport, RebuildEnded, RebuildStatus,
+    ReplicaReport, Reply, ScrubAction, SnapshotReport, VolumeReplica, VolumeReport, VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig};
 pub use thread::{EngineHandle, start};

@@ -408,6 +408,7 @@ impl Nexus {
             };
             self.child(child).state = ChildState::OutOfSync(why);
         }
+        self.note_lives();
         self.assembling().stage = Stage::Commit;
         self.commit_target(target);
     }
@@ -430,6 +431,14 @@ impl Nexus {
         true
     }
 
+    /// The next configuration says which life each machine is in.
+    fn note_lives(&mut self) {
+        let Some(assembly) = &self.assembly else { return };
+        for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
+            child.incarnation = register.as_ref().map_or(0, |r| r.incarnation);
+        }
+    }
+
     /// What a configuration says is so from here on.
     fn take_config(&mut self, config: &Config, voters: ChildSet) {
         self.config.blocks = config.blocks;
@@ -448,6 +457,7 @@ impl Nexus {
             child.member = Member { replica, ..Member::default() };
             let Some(member) = config.member(replica).filter(|_| voters.has(id)) else { continue };
             (child.member, child.witness) = (*member, member.witness);
+            child.found_life = member.incarnation;
             if member.in_sync {
                 self.in_sync = self.in_sync.with(id);
             }
@@ -505,6 +515,7 @@ impl Nexus {
         }
         let lineage = self.lineage;
         self.push_event(Event::Forced { source: replica, lineage });
+        self.note_lives();
         self.assembling().stage = Stage::Commit;
         self.commit_target(ChildSet::of(source));
     }
@@ -533,12 +544,10 @@ impl Nexus {
     /// The epoch's first configuration is stored: serve.
     pub(crate) fn assembled(&mut self) {
         let Some(assembly) = self.assembly.take() else { return };
-        for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
-            if let Some(register) = register {
-                child.incarnation = register.incarnation;
-            }
-        }
         let promised = assembly.promised;
+        for child in promised.iter() {
+            self.child(child).bound = true;
+        }
         // Those that were away when the volume grew grow now, and join after that.
         let mut small = ChildSet::EMPTY;
         for child in promised.and(self.connected()).iter() {
@@ -564,6 +573,7 @@ impl Nexus {
                 self.push_event(Event::ChildOnline(child));
             }
         }
+        self.begin_reconcile(self.now_ms);
         // Those that came while others were promising are not bound to the epoch yet.
         for child in self.connected().without(promised).without(small).iter() {
             self.rejoin(child);

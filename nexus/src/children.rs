@@ -5,7 +5,7 @@ use core::fmt;
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
 use crate::config::Member;
-use crate::patience::{Pace, Trouble};
+use crate::patience::{Latency, Trouble};
 use crate::types::ChildSpec;
 
 /// Where a child stands.
@@ -21,6 +21,8 @@ pub enum ChildState {
     Failing(FaultReason),
     /// It is not in the in-sync set: it may lack acked writes, and is not read.
     OutOfSync(FaultReason),
+    /// It gets what it lacks, and every change meanwhile.
+    Rebuilding,
     /// It votes, and holds no data.
     Witness,
     /// It is there, and neither votes nor takes I/O.
@@ -44,6 +46,10 @@ pub enum FaultReason {
     Foreign,
     /// Its machine started anew, and writes that no flush had covered may be gone.
     LostPower,
+    /// It was not asked for something that changed the others.
+    Behind,
+    /// A block that it lacks cannot be read from anybody.
+    SourceUnreadable,
     /// The volume's configuration does not name it.
     NotMember,
     /// Another replica was taken by force since it was a member.
@@ -62,6 +68,10 @@ impl fmt::Display for FaultReason {
             Self::LostPower => {
                 f.write_str("its machine started anew with writes that were not flushed yet")
             }
+            Self::Behind => f.write_str("the others were changed in a way that it did not take part in"),
+            Self::SourceUnreadable => f.write_str(
+                "a block that it lacks cannot be read from any replica: `cairn volume scrub` names it; write it anew",
+            ),
             Self::NotMember => f.write_str("it is not a member of the volume; add it to make it one"),
             Self::OldLineage => f.write_str(
                 "it belongs to an older lineage since a forced start; add it anew, and it gets a copy",
@@ -88,10 +98,21 @@ pub(crate) struct Child {
     pub(crate) state: ChildState,
     /// Since when it was seen to be joining; nothing where it is not.
     pub(crate) joining_ms: Option<u64>,
+    /// Its session is bound to the epoch.
+    pub(crate) bound: bool,
+    /// The question that binds it, where it is asked.
+    pub(crate) rejoining: Option<u32>,
+    /// It is not rebuilt before this time, and how often it was not of late.
+    pub(crate) held_until_ms: u64,
+    pub(crate) setbacks: u32,
+    /// How far its rebuild is, where the next configuration is to say so.
+    pub(crate) cursor: Option<u32>,
+    /// The life of its machine as the configuration had it that was found.
+    pub(crate) found_life: u128,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
     /// What its requests took lately, and how often it went out.
-    pub(crate) pace: Pace,
+    pub(crate) latency: Latency,
     pub(crate) trouble: Trouble,
     /// Register operations likewise.
     pub(crate) asked: u32,
@@ -123,8 +144,14 @@ impl Child {
             connected: false,
             state: ChildState::Disconnected,
             joining_ms: None,
+            bound: false,
+            rejoining: None,
+            held_until_ms: 0,
+            setbacks: 0,
+            cursor: None,
+            found_life: 0,
             load: 0,
-            pace: Pace::new(deadline_ms),
+            latency: Latency::new(deadline_ms),
             trouble: Trouble::default(),
             asked: 0,
             growing: None,

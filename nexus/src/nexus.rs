@@ -7,16 +7,21 @@ use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
+use crate::copy::{COPY_KEY, Copies};
 use crate::lease::Lease;
 use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
+use crate::rebuild::{Rebuild, RebuildRecord};
+use crate::reconcile::Reconcile;
 use crate::reconfigure::{Growing, Wanted};
 use crate::scrub::Scrub;
+use crate::settle::Settle;
 use crate::slots::{ChildSet, Phase, Slot, Slots};
 use crate::types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildStatus, Done, Event, MAX_CHILDREN, NexusConfig,
-    REGISTER, Status, Ticket, VolumeState,
+    Status, Ticket, TicketKind, VolumeState,
 };
+use crate::upkeep::Upkeep;
 use crate::voters::Changing;
 
 /// One volume's nexus.
@@ -55,8 +60,18 @@ pub struct Nexus {
     pub(crate) mends: Mends,
     pub(crate) scrub: Option<Scrub>,
     pub(crate) lease: Lease,
-    /// When a register operation was last answered.
-    pub(crate) clock_ms: u64,
+    pub(crate) upkeep: Upkeep,
+    pub(crate) settle: Settle,
+    pub(crate) reconcile: Option<Reconcile>,
+    pub(crate) rebuild: Option<Rebuild>,
+    pub(crate) rebuilt: Vec<RebuildRecord>,
+    pub(crate) copies: Copies,
+    /// The target of a rebuild that is being taken back: no change is acked without it.
+    pub(crate) joining: ChildSet,
+    /// Counts changes.
+    pub(crate) order: u64,
+    /// The time when something happened last.
+    pub(crate) now_ms: u64,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
     /// Requests that wait for a child which is joining, or for any to come back.
@@ -81,7 +96,7 @@ impl Nexus {
         let encryption = config.encryption.clone().unwrap_or_default();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
-        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX).min(FIRST_KEY);
+        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX).min(COPY_KEY);
         Self {
             state: VolumeState::Assembling("waiting for its replicas".to_owned()),
             children,
@@ -110,7 +125,15 @@ impl Nexus {
             mends: Mends::default(),
             scrub: None,
             lease: Lease::new(queue),
-            clock_ms: 0,
+            upkeep: Upkeep::default(),
+            settle: Settle::default(),
+            reconcile: None,
+            rebuild: None,
+            rebuilt: Vec::new(),
+            copies: Copies::default(),
+            joining: ChildSet::EMPTY,
+            order: 0,
+            now_ms: 0,
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
             child_ios: VecDeque::with_capacity(queue * n),
@@ -170,7 +193,7 @@ impl Nexus {
     /// Requests and mends that still use a buffer or await an answer.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slots.in_use() + self.mends.in_use()
+        self.slots.in_use() + self.mends.in_use() + self.upkeep.in_use() + self.copies.len()
     }
 
     /// Takes a host request. Its buffer belongs to the nexus until [`Nexus::poll_release`] names it.
@@ -208,12 +231,21 @@ impl Nexus {
             fault: IoStatus::PathError,
             refused: false,
             started_ms: now_ms,
+            order: u64::MAX,
         };
         let at = self.slots.insert(slot).expect("the caller asked `has_room`");
+        if !self.waits_for_reconcile(at, request.range) {
+            self.admit(at, now_ms);
+        }
+        self.settle(now_ms);
+    }
+
+    /// Lets a request take its turn.
+    pub(crate) fn admit(&mut self, at: u16, now_ms: u64) {
+        let request = self.slots.slot(at).request;
         if self.ranges.enter(request.range, at, request.op.is_mutation()) {
             self.start(at, now_ms);
         }
-        self.settle(now_ms);
     }
 
     /// A session with the child is up; nothing was sent on it yet.
@@ -243,6 +275,11 @@ impl Nexus {
             return;
         }
         c.connected = false;
+        (c.bound, c.rejoining) = (false, None);
+        if self.mirror() == Some(child) {
+            self.fail_child(child, FaultReason::Unreachable);
+        }
+        let c = self.child(child);
         if !matches!(
             c.state,
             ChildState::Failing(_) | ChildState::OutOfSync(_) | ChildState::Removed
@@ -265,27 +302,40 @@ impl Nexus {
 
     /// A block request of a child is answered.
     pub fn handle_io(&mut self, child: ChildId, ticket: Ticket, status: IoStatus, now_ms: u64) {
-        assert!(!ticket.is_register(), "a block request's ticket");
-        if ticket.is_mend() {
-            self.handle_mend_io(child, ticket, status);
-            self.check_fenced(status);
-            return;
-        }
-        let at = u16::try_from(ticket.0).expect("a slot number");
+        let at = match ticket.kind() {
+            TicketKind::Slot(at) => at,
+            TicketKind::Mend => {
+                self.handle_mend_io(child, ticket, status);
+                self.check_fenced(status);
+                return;
+            }
+            TicketKind::Copy(at) => {
+                self.handle_copy_io(child, at, status);
+                self.check_fenced(status);
+                return;
+            }
+            TicketKind::Upkeep(serial) => return self.handle_upkeep(child, serial, status),
+            TicketKind::Register(_) => unreachable!("a block request's ticket"),
+        };
         let slot = self.slots.slot(at);
         let (op, took_ms) = (slot.request.op, now_ms.saturating_sub(slot.started_ms));
         let c = self.child(child);
         c.load -= 1;
-        Self::note_pace(c, op, took_ms);
+        Self::note_latency(c, op, took_ms);
         if status.is_ok() {
             c.note_done(at, op);
         } else if op == IoOp::Flush {
             c.flushing.retain(|&(slot, _)| slot != at);
         }
+        let mirrors = self.mirrors().without(self.in_sync).has(child);
         let slot = self.slots.slot(at);
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
-        let over = slot.phase == Phase::Answered;
+        if mirrors && !status.is_ok() && status != IoStatus::Fenced {
+            slot.failed = slot.failed.with(child);
+            self.mirror_failed(child, status);
+        }
+        let over = self.slots.slot(at).phase == Phase::Answered;
         let fenced = self.check_fenced(status);
         if over {
             self.leave_if_over(at);
@@ -327,9 +377,10 @@ impl Nexus {
         reply: ChildReply,
         now_ms: u64,
     ) {
-        assert!(ticket.is_register(), "a register operation's ticket");
-        let round = ticket.0 & !REGISTER;
-        self.clock_ms = now_ms;
+        let TicketKind::Register(round) = ticket.kind() else {
+            unreachable!("a register operation's ticket")
+        };
+        self.now_ms = now_ms;
         self.child(child).asked -= 1;
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
@@ -340,7 +391,7 @@ impl Nexus {
         } else if self.assembly.is_some() {
             self.handle_assembly_reply(child, round, reply, now_ms);
         } else {
-            self.handle_rejoin_reply(child, &reply, now_ms);
+            self.handle_rejoin_reply(child, round, &reply, now_ms);
         }
         if self.assembly.is_some() {
             self.assembly_check_commit(now_ms);
@@ -351,7 +402,9 @@ impl Nexus {
     /// Time has passed.
     pub fn handle_timeout(&mut self, now_ms: u64) {
         let late = self.late_children(now_ms).or(self.late_in_mends(now_ms));
-        let late = late.or(self.late_in_joining(now_ms));
+        let late = late.or(self.late_in_joining(now_ms)).or(self.late_in_upkeep(now_ms));
+        let late = late.or(self.late_in_copies(now_ms));
+        self.give_up_mirror(late.or(self.late_at_mirror(now_ms)));
         // Where everybody is late nobody is given up: there would be nobody to serve instead.
         if !self.in_sync.without(self.failing()).without(late).is_empty() {
             self.give_up(late, now_ms);
@@ -375,7 +428,10 @@ impl Nexus {
         let busy = busy || self.changing.is_some();
         let scrub = self.scrub_timeout(now_ms);
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
-        [assembly, scrub, busy.then_some(now_ms + tick)].into_iter().flatten().min()
+        let upkeep = [self.settle_timeout(now_ms), self.rebuild_timeout(now_ms)];
+        let learning = self.learns().then_some(now_ms + tick);
+        let all = [assembly, scrub, learning, busy.then_some(now_ms + tick)];
+        all.into_iter().chain(upkeep).flatten().min()
     }
 
     /// Stops for good: what is in flight is answered, and buffers are released as the children
@@ -446,6 +502,25 @@ impl Nexus {
         late.and(self.in_sync)
     }
 
+    /// The target of a rebuild, where it has not done something that hosts do not wait for.
+    fn late_at_mirror(&self, now_ms: u64) -> ChildSet {
+        let limit = self.config.child_deadline_ms;
+        let mirrors = self.mirrors().without(self.in_sync);
+        let late = |s: &crate::slots::Slot| {
+            s.phase == Phase::Answered && now_ms.saturating_sub(s.started_ms) >= limit
+        };
+        let late = self.slots.iter().filter(|(_, s)| late(s));
+        late.fold(ChildSet::EMPTY, |set, (_, s)| set.or(s.outstanding.and(mirrors)))
+    }
+
+    /// Ends the rebuild of a target that is late, and its session.
+    fn give_up_mirror(&mut self, late: ChildSet) {
+        for child in late.and(self.mirrors().without(self.in_sync)).iter() {
+            self.fail_child(child, FaultReason::DeadlineMissed);
+            self.events.push_back(Event::ResetChild(child));
+        }
+    }
+
     fn give_up(&mut self, late: ChildSet, now_ms: u64) {
         for child in late.iter() {
             self.fail_child(child, FaultReason::DeadlineMissed);
@@ -491,6 +566,14 @@ impl Nexus {
             return;
         }
         let request = self.slots.slot(at).request;
+        if matches!(request.op, IoOp::Snapshot(_)) && !self.may_snapshot(request.op) {
+            self.park(at);
+            return;
+        }
+        if request.op.is_mutation() {
+            self.note_change(now_ms);
+            self.slots.slot(at).order = self.take_order();
+        }
         for child in self.in_sync.iter() {
             if self.is_usable(child) {
                 self.emit(child, at, request);
@@ -499,7 +582,26 @@ impl Nexus {
                 slot.failed = slot.failed.with(child);
             }
         }
+        if !matches!(request.op, IoOp::Snapshot(_)) {
+            for child in self.mirrors().without(self.in_sync).iter() {
+                self.emit(child, at, request);
+            }
+        }
         self.look(at, now_ms);
+    }
+
+    /// Whether a snapshot call may go to the members now.
+    fn may_snapshot(&mut self, op: IoOp) -> bool {
+        if self.joins(op) {
+            return false;
+        }
+        if op == IoOp::Snapshot(cairn_block::SnapshotVerb::Restore) {
+            if self.forget_what_is_settled() {
+                self.commit_wanted();
+            }
+            return self.commit.is_none();
+        }
+        true
     }
 
     /// Lets every member that is there verify the range.
@@ -588,6 +690,11 @@ impl Nexus {
         }
         let in_sync = self.in_sync;
         let missing = in_sync.without(ok);
+        let owed = self.joining.without(in_sync).without(ok);
+        if missing.is_empty() && !owed.is_empty() && !matches!(slot.request.op, IoOp::Snapshot(_)) {
+            // Whoever is being taken back has it too, or is out again, before it is acked.
+            return;
+        }
         if missing.is_empty() {
             let refused = slot.refused && matches!(slot.request.op, IoOp::Snapshot(_));
             self.answer(at, if refused { fault } else { IoStatus::Ok });
@@ -650,7 +757,11 @@ impl Nexus {
     pub(crate) fn answer(&mut self, at: u16, status: IoStatus) {
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
-        let tag = slot.tag;
+        let (tag, op, range) = (slot.tag, slot.request.op, slot.request.range);
+        if !status.is_ok() && op.is_mutation() && !matches!(op, IoOp::Snapshot(_)) {
+            // The target of a rebuild may have done what the members did not.
+            self.mirror_is_behind(range);
+        }
         self.lingering += 1;
         self.parked.retain(|&parked| parked != at);
         self.done.push_back(Done { tag, status });
@@ -663,7 +774,8 @@ impl Nexus {
     fn leave_if_over(&mut self, at: u16) {
         let slot = self.slots.slot(at);
         let mutation = slot.request.op.is_mutation();
-        if mutation && slot.outstanding.and(self.in_sync).is_empty() {
+        let outstanding = slot.outstanding;
+        if mutation && outstanding.and(self.in_sync.or(self.mirrors())).is_empty() {
             self.ranges.leave(at);
         }
     }
@@ -703,6 +815,7 @@ impl Nexus {
 
     /// Runs what can run until nothing more can.
     pub(crate) fn settle(&mut self, now_ms: u64) {
+        self.now_ms = now_ms;
         loop {
             if let Some(at) = self.ready.pop_front() {
                 let fresh = self.slots.get(at).is_some_and(|slot| {
@@ -721,6 +834,8 @@ impl Nexus {
             {
                 if at >= FIRST_KEY {
                     self.mend_locked(at);
+                } else if at >= COPY_KEY {
+                    self.copy_locked(at);
                 } else {
                     self.start(at, now_ms);
                 }
@@ -742,6 +857,11 @@ impl Nexus {
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
         let last = self.is_last(child);
         let holds_data = self.holds_data(child);
+        let proposed = self.commit.as_ref().is_some_and(|c| c.target.has(child));
+        if self.mirror() == Some(child) && !self.in_sync.has(child) && !proposed {
+            self.abort_rebuild(reason);
+            return;
+        }
         let c = self.child(child);
         if last
             || !holds_data
@@ -758,16 +878,28 @@ impl Nexus {
     pub(crate) fn rejoin(&mut self, child: ChildId) {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
+        self.child(child).rejoining = Some(round);
         self.ask(child, round, ChildOp::Promise { epoch, again: true });
     }
 
-    fn handle_rejoin_reply(&mut self, child: ChildId, reply: &ChildReply, now_ms: u64) {
-        if !self.child(child).connected {
+    fn handle_rejoin_reply(&mut self, child: ChildId, round: u32, reply: &ChildReply, now_ms: u64) {
+        // What a configuration that was given up is answered with binds no session.
+        let asked = self.child(child).rejoining == Some(round);
+        if !self.child(child).connected || !asked && !matches!(reply, Err(IoStatus::Fenced)) {
             return;
         }
+        self.child(child).rejoining = None;
         match reply {
             Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
             Ok(held) if self.grows_first(child, held.blocks) => {}
+            Ok(held)
+                if !self.in_sync.has(child) && self.child(child).state != ChildState::Joining =>
+            {
+                let c = self.child(child);
+                c.incarnation = held.incarnation;
+                (c.bound, c.written, c.flushed) = (true, 0, 0);
+                self.resume_commit(child);
+            }
             Ok(held) if self.child(child).state == ChildState::Joining => {
                 let lost = self.child(child).lost_writes(held.incarnation);
                 self.child(child).incarnation = held.incarnation;
@@ -782,6 +914,7 @@ impl Nexus {
                 }
                 self.note_why_idle(child, held);
                 self.child(child).state = self.bound_state(child);
+                self.child(child).bound = true;
                 for &at in &self.parked {
                     let slot = self.slots.slot(at);
                     slot.failed = slot.failed.without(ChildSet::of(child));
@@ -821,6 +954,8 @@ impl Nexus {
     fn answer_all(&mut self, status: IoStatus) {
         self.commit = None;
         self.growing = None;
+        self.rebuild = None;
+        self.joining = ChildSet::EMPTY;
         self.changing = None;
         let open: Vec<u16> = self
             .slots
@@ -833,6 +968,8 @@ impl Nexus {
         }
         self.lease.drop_held();
         self.abandon_mends();
+        self.drop_copies();
+        self.abandon_reconcile();
         self.ranges.clear();
         self.ready.clear();
         self.parked.clear();
@@ -850,6 +987,10 @@ impl Nexus {
         let over = matches!(self.state, VolumeState::Fenced | VolumeState::Refused(_));
         if self.assembly.is_some() || over {
             return;
+        }
+        if self.learns() {
+            let state = self.learning_state();
+            return self.set_state(state);
         }
         let stuck = self.commit.as_ref().is_some_and(Commit::is_stuck);
         let alone = !self.in_sync.iter().any(|c| self.children[usize::from(c.0)].connected);

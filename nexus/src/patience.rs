@@ -23,11 +23,11 @@ const FORGET_MS: u64 = 600_000;
 
 /// What requests of a child took lately.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Pace {
+pub(crate) struct Latency {
     parts: u64,
 }
 
-impl Pace {
+impl Latency {
     /// Of a child of which nothing is known: it is waited for as long as may be.
     pub(crate) const fn new(most_ms: u64) -> Self {
         Self { parts: most_ms * PARTS / FACTOR }
@@ -88,9 +88,9 @@ impl Nexus {
     }
 
     /// A child has done a request.
-    pub(crate) fn note_pace(child: &mut Child, op: IoOp, ms: u64) {
+    pub(crate) fn note_latency(child: &mut Child, op: IoOp, ms: u64) {
         if is_paced(op) {
-            child.pace.note(ms);
+            child.latency.note(ms);
         }
     }
 
@@ -103,7 +103,7 @@ impl Nexus {
             return ChildSet::EMPTY;
         }
         waits.iter().fold(ChildSet::EMPTY, |set, child| {
-            let own = self.children[usize::from(child.0)].pace.limit_ms();
+            let own = self.children[usize::from(child.0)].latency.limit_ms();
             let limit = if is_paced(slot.request.op) { own.clamp(least, most) } else { most };
             if ms >= limit { set.with(child) } else { set }
         })
@@ -116,15 +116,15 @@ mod tests {
 
     #[test]
     fn a_fast_child_is_given_less_time_than_a_slow_one() {
-        let mut pace = Pace::new(5_000);
-        assert_eq!(pace.limit_ms(), 5_000);
-        (0..1_000).for_each(|_| pace.note(1));
-        assert!((25..=40).contains(&pace.limit_ms()), "{}", pace.limit_ms());
+        let mut latency = Latency::new(5_000);
+        assert_eq!(latency.limit_ms(), 5_000);
+        (0..1_000).for_each(|_| latency.note(1));
+        assert!((25..=40).contains(&latency.limit_ms()), "{}", latency.limit_ms());
         // One that is slow for once does not change that much, one that has become slow does.
-        pace.note(100);
-        assert!((60..=90).contains(&pace.limit_ms()), "{}", pace.limit_ms());
-        (0..1_000).for_each(|_| pace.note(100));
-        assert!((3_000..=3_300).contains(&pace.limit_ms()), "{}", pace.limit_ms());
+        latency.note(100);
+        assert!((60..=90).contains(&latency.limit_ms()), "{}", latency.limit_ms());
+        (0..1_000).for_each(|_| latency.note(100));
+        assert!((3_000..=3_300).contains(&latency.limit_ms()), "{}", latency.limit_ms());
     }
 
     #[test]

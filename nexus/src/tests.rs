@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 
 use cairn_block::{
-    Buf, BufSlice, Epoch, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, ReplicaId, VolumeId,
+    Buf, BufSlice, Epoch, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
+    VolumeId,
 };
 
 use super::*;
@@ -11,12 +12,15 @@ use super::*;
 mod force;
 mod lease;
 mod mend;
+mod rebuild;
 mod reconfigure;
 mod voters;
 
 const DEADLINE: u64 = 1000;
 const WAIT: u64 = 500;
 const LEASE: u64 = 300;
+/// A mark of the bench's replicas: open since before the round that runs.
+const CANDIDATE: u8 = 0x80;
 
 /// A nexus and its children: registers that obey the rules, I/O that the test answers itself.
 struct Bench {
@@ -35,6 +39,10 @@ struct Bench {
     now: u64,
     mem: HeapMemory,
     reserve: Option<Buf>,
+    /// What each replica tells of its extents, and what the nexus asked on its own account.
+    extents: Vec<Vec<u8>>,
+    stamps: Vec<Vec<u64>>,
+    asked: Vec<ChildIo>,
 }
 
 fn config(n: u8, purpose: Purpose) -> NexusConfig {
@@ -56,6 +64,7 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
         holder: 0,
         assembly_wait_ms: WAIT,
         max_requests: 16,
+        pace: Pace { rebuild: false, ..Pace::default() },
     }
 }
 
@@ -75,6 +84,9 @@ impl Bench {
             now: 0,
             mem: HeapMemory::new(2 << 20),
             reserve: None,
+            extents: vec![Vec::new(); usize::from(n)],
+            stamps: vec![Vec::new(); usize::from(n)],
+            asked: Vec::new(),
         }
     }
 
@@ -110,10 +122,51 @@ impl Bench {
         self.pump();
     }
 
+    /// What the nexus asks on its own account, answered as a replica does that keeps marks and stamps.
+    fn answer_upkeep(&mut self, io: &ChildIo) {
+        let child = usize::from(io.child.0);
+        let status = if self.up[child] { IoStatus::Ok } else { IoStatus::PathError };
+        let children = self.up.len().max(self.extents.len());
+        self.extents.resize(children, Vec::new());
+        self.stamps.resize(children, Vec::new());
+        self.extents[child].resize(16, 0);
+        self.stamps[child].resize(16, 0);
+        let marks = &mut self.extents[child];
+        match io.op {
+            ChildOp::Changes { first, since, buf } => {
+                let wanted = self.mem.bytes_mut(buf).iter_mut().take(16);
+                for (at, byte) in (first as usize..).zip(wanted) {
+                    let after = self.stamps[child][at] >= since;
+                    *byte = marks[at] & !CANDIDATE | if after { change::SINCE } else { 0 };
+                }
+            }
+            ChildOp::SettleBegin { .. } => {
+                for mark in marks.iter_mut().filter(|mark| **mark & change::OPEN != 0) {
+                    *mark |= CANDIDATE;
+                }
+            }
+            ChildOp::SettleEnd { stamp, below, .. } => {
+                for (at, mark) in (0u32..below.min(16)).zip(marks) {
+                    if *mark & CANDIDATE != 0 {
+                        *mark = change::MAPPED;
+                        self.stamps[child][at as usize] = stamp;
+                    }
+                }
+            }
+            _ => {}
+        }
+        self.asked.push(io.clone());
+        self.nexus.handle_io(io.child, io.ticket, status, self.now);
+    }
+
     fn pump(&mut self) {
         while self.nexus.run_mends(&mut self.mem, &mut self.reserve, self.now) {}
         while let Some(io) = self.nexus.poll_child() {
-            if matches!(io.op, ChildOp::Io(_)) {
+            let own = matches!(io.ticket.kind(), crate::types::TicketKind::Upkeep(_));
+            if own {
+                self.answer_upkeep(&io);
+                while self.nexus.run_mends(&mut self.mem, &mut self.reserve, self.now) {}
+            } else if matches!(io.op, ChildOp::Io(_)) {
                 self.io.push_back(io);
             } else if self.hold_registers {
                 self.held.push_back(io);
@@ -151,7 +204,8 @@ impl Bench {
                 Ok(register.clone())
             }
             ChildOp::Accept(new) if new.accepted_epoch >= register.promised_epoch => {
-                *register = Register { blocks: register.blocks, ..new.clone() };
+                let (blocks, incarnation) = (register.blocks, register.incarnation);
+                *register = Register { blocks, incarnation, ..new.clone() };
                 Ok(new.clone())
             }
             ChildOp::Renew { epoch, .. } if *epoch == register.promised_epoch => {
@@ -670,12 +724,11 @@ fn a_replica_that_comes_back_while_the_first_configuration_is_stored() {
     b.disconnect(2);
     b.connect(1);
     b.connect(2);
-    let binds = |b: &Bench, child| {
-        b.held.iter().any(|io| {
-            io.child == ChildId(child) && matches!(io.op, ChildOp::Promise { again: true, .. })
-        })
-    };
+    let mut bound = Vec::new();
     while let Some(io) = b.held.pop_front() {
+        if matches!(io.op, ChildOp::Promise { again: true, .. }) {
+            bound.push(io.child.0);
+        }
         let reply = b.obey(&io);
         b.nexus.handle_register(io.child, io.ticket, reply, b.now);
         b.pump();
@@ -684,7 +737,8 @@ fn a_replica_that_comes_back_while_the_first_configuration_is_stored() {
         }
     }
     assert_eq!(*b.nexus.state(), VolumeState::Online);
-    assert!(binds(&b, 1) && binds(&b, 2), "{:?}", b.held);
+    // They are before they tell what they have.
+    assert_eq!(bound, [1, 2]);
     b.answer_registers();
     b.write(1, 0, 1);
     assert_eq!((b.pending(0), b.pending(1), b.pending(2)), (1, 1, 1));

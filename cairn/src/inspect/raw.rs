@@ -197,7 +197,8 @@ impl Show for JournalInfo {
             .map(|r| {
                 json!({
                     "extent": r.extent, "state": entry_state(r.entry.state),
-                    "layer": r.entry.layer, "logical": r.entry.logical, "epoch": r.entry.epoch,
+                    "layer": r.entry.layer, "logical": r.entry.logical, "open": r.entry.open,
+                    "stamp": r.entry.stamp,
                 })
             })
             .collect();
@@ -242,7 +243,7 @@ impl Show for PageInfo {
 
 impl Show for ExtentInfo {
     const HEADS: &'static [&'static str] =
-        &["EXTENT", "OFFSET", "STATE", "DIRTY", "LAYER", "LOGICAL"];
+        &["EXTENT", "OFFSET", "STATE", "DIRTY", "OPEN", "STAMP", "LAYER", "LOGICAL"];
 
     fn row(&self) -> Vec<String> {
         vec![
@@ -250,6 +251,8 @@ impl Show for ExtentInfo {
             self.offset.to_string(),
             entry_state(self.entry.state),
             if self.entry.dirty { "yes" } else { "no" }.to_owned(),
+            if self.entry.open { "yes" } else { "no" }.to_owned(),
+            self.entry.stamp.to_string(),
             self.entry.layer.to_string(),
             self.entry.logical.to_string(),
         ]
@@ -259,8 +262,8 @@ impl Show for ExtentInfo {
         json!({
             "extent": self.extent, "offset": self.offset,
             "state": entry_state(self.entry.state), "layer": self.entry.layer,
-            "logical": self.entry.logical, "epoch": self.entry.epoch,
-            "dirty": self.entry.dirty, "birth": self.entry.birth,
+            "logical": self.entry.logical, "stamp": self.entry.stamp,
+            "dirty": self.entry.dirty, "open": self.entry.open, "birth": self.entry.birth,
         })
     }
 }

@@ -16,6 +16,7 @@ mod sectors;
 mod snapshots;
 mod space;
 mod table;
+mod upkeep;
 mod volumes;
 
 use std::collections::VecDeque;
@@ -76,6 +77,8 @@ pub struct ShardConfig {
     pub assembly_wait_ms: u64,
     /// How many times its size may be promised of a pool to the replicas in it; 0: any.
     pub overcommit: u32,
+    /// How often nexuses do what nobody asks for, and how fast.
+    pub pace: cairn_nexus::Pace,
 }
 
 impl Default for ShardConfig {
@@ -93,6 +96,7 @@ impl Default for ShardConfig {
             holder: 0,
             replica_header_digest: false,
             replica_data_digest: false,
+            pace: cairn_nexus::Pace::default(),
             volume_requests: 512,
             assembly_wait_ms: 2_000,
             overcommit: 0,

@@ -20,7 +20,7 @@ use crate::snapshot::{self, SnapshotCall, SnapshotEntry};
 /// Set in the tags of the shard's own requests to a nexus.
 pub(super) const OWN: u64 = 1 << 40;
 /// Set in the tickets of the shard's own commands on links.
-const LIST: u32 = 1 << 29;
+const LIST: u32 = cairn_nexus::FOREIGN_TICKET;
 /// Volumes of which a snapshot is taken together at most: each has a place in the tags.
 const MAX_VOLUMES: usize = 64;
 /// Snapshots of a volume that a list takes from a replica at most: more cannot be in a pool.
@@ -327,7 +327,7 @@ impl<D: Driver> Shard<D> {
         self.snapshot_answered(origin, status, now);
     }
 
-    fn snapshot_answered(&mut self, origin: SnapshotOrigin, status: IoStatus, now: u64) {
+    pub(super) fn snapshot_answered(&mut self, origin: SnapshotOrigin, status: IoStatus, now: u64) {
         match origin {
             SnapshotOrigin::Child { volume, child, ticket } => {
                 self.child_io_done(volume, child, ticket, status, now);

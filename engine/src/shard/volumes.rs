@@ -164,6 +164,7 @@ impl<D: Driver> Shard<D> {
             holder: self.config.holder,
             assembly_wait_ms: self.config.assembly_wait_ms,
             max_requests: self.config.volume_requests,
+            pace: self.config.pace,
         });
         if !self.has_mend_reserve {
             self.mend_reserve = self.driver.memory().alloc(MEND_RESERVE);
@@ -429,7 +430,8 @@ impl<D: Driver> Shard<D> {
                     ChildOp::Changes { .. }
                     | ChildOp::SettleBegin { .. }
                     | ChildOp::SettleEnd { .. } => {
-                        return self.child_io_done(at, child, ticket, IoStatus::Unsupported, now);
+                        let nexus = (at, child, ticket);
+                        return self.upkeep_on_local((pool, slot), nexus, &op, now);
                     }
                     ChildOp::ReadRegister | ChildOp::Io(_) => RegisterKind::Read,
                 };
@@ -573,6 +575,20 @@ impl<D: Driver> Shard<D> {
                 "a block did not verify, or differed"
             ),
             Event::ScrubFinished => tracing::info!(volume = %name, "scrub finished"),
+            Event::Reconciling(extents) => tracing::info!(
+                volume = %name, extents,
+                "what was being written when the volume was last served is made alike"
+            ),
+            Event::Reconciled => tracing::info!(volume = %name, "the replicas are alike"),
+            Event::RebuildStarted(c, why) => tracing::info!(
+                volume = %name, replica = %child(c), %why, "rebuild started"
+            ),
+            Event::RebuildFinished(c, bytes) => tracing::info!(
+                volume = %name, replica = %child(c), bytes, "rebuild finished: the replica is in sync"
+            ),
+            Event::RebuildAborted(c, why) => tracing::warn!(
+                volume = %name, replica = %child(c), %why, "rebuild given up; it is tried again"
+            ),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
                     self.fail_link(link, "the nexus gave the session up");

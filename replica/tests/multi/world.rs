@@ -7,24 +7,14 @@ use cairn_block::{
 };
 use cairn_replica::disk::MemberState;
 use cairn_replica::{
-    ControlError, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SnapshotSpec,
+    ControlError, Done, MultiPool, Pool, PoolState, Register, ReplicaSlot, ReplicaState, RoundEnd,
+    SnapshotSpec,
 };
 
+use crate::common::marks::{Ended, Marks};
+use crate::common::model::{Blocks, Held, Since, holds, settle_block, verify};
 use crate::common::{BLOCK, Disk, EXTENT_BLOCKS, MIB, Rng, spec};
 use crate::set::{Seen, Set, formatted};
-
-/// A value that a block may hold. Zero is zeros; otherwise every word of the block is it.
-type Value = u64;
-
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    order: u64,
-    value: Value,
-    /// Answered with success. Otherwise it may be there or not.
-    certain: bool,
-}
-
-type Blocks = BTreeMap<u64, Vec<Held>>;
 
 #[derive(Default)]
 struct ModelReplica {
@@ -33,13 +23,19 @@ struct ModelReplica {
     slot: Option<ReplicaSlot>,
     registers: Vec<(u64, bool)>,
     delete_asked: bool,
+    /// It is a clone, or a snapshot of it was asked for.
+    layered: bool,
     /// What it holds if it was taken back to a snapshot, which is not answered.
-    reverting: Option<Blocks>,
+    reverting: Option<(Blocks, Marks)>,
+    marks: Marks,
 }
 
 /// A snapshot: of which replica, and what it must hold.
 struct ModelSnapshot {
+    /// The replica had layers beneath it before.
+    layered: bool,
     blocks: Blocks,
+    marks: Marks,
     size: u64,
     answered: bool,
     delete_asked: bool,
@@ -52,15 +48,29 @@ impl ModelReplica {
 }
 
 enum Asked {
-    Change { id: u128, range: LbaRange, order: u64, durable: bool, buf: Option<Buf> },
-    Read { id: u128, range: LbaRange, buf: Buf },
-    Flush { covered: Vec<(u128, u64, u64)> },
+    Change {
+        id: u128,
+        range: LbaRange,
+        order: u64,
+        durable: bool,
+        buf: Option<Buf>,
+    },
+    Read {
+        id: u128,
+        range: LbaRange,
+        buf: Buf,
+    },
+    Flush {
+        covered: Vec<(u128, u64, u64)>,
+    },
     Create(u128),
     Delete(u128),
     Register(u128, u64),
     Snapshot(u128, u128),
     Unsnapshot(u128, u128),
     Revert(u128),
+    /// Nothing, where the round is not the one that began.
+    Settle(u128, Option<Ended>),
     Add,
     Remove,
     Other,
@@ -81,6 +91,8 @@ pub(crate) struct World {
     pub(crate) deaths: bool,
     /// One did: what it held may be errors, and nothing else.
     died: bool,
+    /// A device was to be removed: what it had was copied elsewhere, and is open there.
+    drained: bool,
     total: Seen,
 }
 
@@ -99,6 +111,7 @@ impl World {
             next_device: 100,
             deaths: false,
             died: false,
+            drained: false,
             total: Seen::default(),
         }
     }
@@ -127,6 +140,7 @@ impl World {
             }
             3..=7 if live.len() > 1 => {
                 let id = live[self.set.rng.index(live.len())].id;
+                self.drained = true;
                 let tag = self.set.remove(id.0);
                 self.asked.insert(tag, Asked::Remove);
             }
@@ -171,10 +185,12 @@ impl World {
             60..62 => self.change_devices(),
             62 => self.set.pool.retry(&mut self.set.mem),
             63..67 if self.layers => self.snapshot_work(),
+            67..70 => self.settle_work(),
             _ => self.io(),
         }
         if self.set.check {
             self.set.pool.check();
+            self.check_marks();
         }
         self.collect();
     }
@@ -217,9 +233,12 @@ impl World {
         let id = self.next_id;
         self.next_id += 1;
         let tag = self.set.tag();
-        let replica = &self.replicas[&of];
+        let replica = self.replicas.get_mut(&of).unwrap();
+        let layered = std::mem::replace(&mut replica.layered, true);
         let taken = ModelSnapshot {
+            layered,
             blocks: replica.blocks.clone(),
+            marks: replica.marks.clone(),
             size: replica.size,
             answered: false,
             delete_asked: false,
@@ -236,7 +255,11 @@ impl World {
         let tag = self.set.tag();
         let from = &self.snapshots[&(of, snapshot)];
         let (size, blocks) = (from.size, from.blocks.clone());
-        self.replicas.insert(id, ModelReplica { size, blocks, ..ModelReplica::default() });
+        let marks = Marks::of_clone(self.order);
+        self.replicas.insert(
+            id,
+            ModelReplica { size, blocks, layered: true, marks, ..ModelReplica::default() },
+        );
         self.asked.insert(tag, Asked::Create(id));
         let mut spec = spec(id, size);
         spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));
@@ -286,7 +309,8 @@ impl World {
         if in_use || replica.delete_asked {
             return;
         }
-        replica.reverting = Some(self.snapshots[&(of, snapshot)].blocks.clone());
+        let to = &self.snapshots[&(of, snapshot)];
+        replica.reverting = Some((to.blocks.clone(), to.marks.clone()));
         let tag = self.set.tag();
         self.asked.insert(tag, Asked::Revert(of));
         self.set.pool.revert(tag, slot, SnapshotId(snapshot), &mut self.set.mem);
@@ -339,6 +363,62 @@ impl World {
         let request =
             IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
         self.set.pool.submit(tag, slot, request, &mut self.set.mem);
+    }
+
+    /// Begins a round of settling, or ends it.
+    fn settle_work(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.order += 1;
+        let order = self.order;
+        let rng = &mut self.set.rng;
+        let (ends, strays) = (rng.chance(60), rng.chance(10));
+        let replica = self.replicas.get_mut(&id).unwrap();
+        let (asked, tag) = (&self.asked, self.set.tag());
+        if ends && strays {
+            self.asked.insert(tag, Asked::Settle(id, None));
+            self.set.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round: order, stamp: order, below: u32::MAX },
+                &mut self.set.mem,
+            );
+            return;
+        }
+        let ended =
+            if ends { replica.marks.end(order, |tag| asked.contains_key(&tag)) } else { None };
+        if let Some(ended) = ended {
+            for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id) {
+                snapshot.marks.settled(order);
+            }
+            if let Some((_, marks)) = &mut replica.reverting {
+                marks.settled(order);
+            }
+            let round = ended.id;
+            self.asked.insert(tag, Asked::Settle(id, Some(ended)));
+            self.set.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round, stamp: order, below: u32::MAX },
+                &mut self.set.mem,
+            );
+        } else if self.set.pool.settle_begin(slot, order).is_ok() {
+            let in_flight = self.asked.iter().filter_map(|(tag, asked)| match asked {
+                Asked::Change { id: of, range, .. } if *of == id => Some((*tag, *range)),
+                _ => None,
+            });
+            replica.marks.begin(order, order, in_flight);
+        }
+    }
+
+    /// Holds what the pool tells of changes to what was promised.
+    fn check_marks(&self) {
+        for (&id, replica) in &self.replicas {
+            if let (Some(slot), false, None) =
+                (replica.slot, replica.delete_asked, &replica.reverting)
+            {
+                replica.marks.check(id, told(&self.set.pool, slot));
+            }
+        }
     }
 
     fn io(&mut self) {
@@ -406,6 +486,7 @@ impl World {
                 for lba in start..start + blocks {
                     replica.held(lba).push(Held { order, value, certain: false });
                 }
+                replica.marks.submitted(range, order);
                 self.asked.insert(tag, Asked::Change { id, range, order, durable: fua, buf });
             }
             _ => {
@@ -414,6 +495,7 @@ impl World {
                     assert!(*lba < size);
                     held.push(Held { order, value: 0, certain: false });
                 }
+                replica.marks.submitted(range, order);
                 self.asked.insert(tag, Asked::Change { id, range, order, durable, buf: None });
             }
         }
@@ -430,7 +512,7 @@ impl World {
     fn answered(&mut self, asked: Asked, done: &Done) {
         let ok = done.status.is_ok();
         match asked {
-            Asked::Change { id, order, durable, buf, .. } => {
+            Asked::Change { id, range, order, durable, buf } => {
                 if let Some(buf) = buf {
                     self.set.mem.release(buf);
                 }
@@ -441,7 +523,19 @@ impl World {
                     done.status
                 );
                 if !ok {
+                    replica.marks.failed(order);
+                    for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id)
+                    {
+                        snapshot.marks.failed(order);
+                    }
                     return;
+                }
+                replica.marks.changed(range, done.tag);
+                for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id) {
+                    let in_it = |held: &Vec<Held>| held.iter().any(|h| h.order == order);
+                    if snapshot.blocks.values().any(in_it) {
+                        snapshot.marks.changed(range, done.tag);
+                    }
                 }
                 let snapshots = self.snapshots.iter_mut().filter(|((of, _), _)| *of == id);
                 let copies = snapshots.flat_map(|(_, s)| s.blocks.values_mut());
@@ -460,7 +554,7 @@ impl World {
                 let Some(replica) = self.replicas.get(&id) else { return };
                 if ok {
                     for (lba, block) in (range.start().0..).zip(bytes.chunks(BLOCK)) {
-                        verify(id, &replica.blocks, lba, block, false);
+                        verify(id, &replica.blocks, lba, block, Since::Kill);
                     }
                     self.set.seen.good_reads += 1;
                 } else {
@@ -507,11 +601,19 @@ impl World {
                 assert!(ok || self.died || no_room(done), "{:?}", done.error);
                 // Where a device died it may have gone back or not: the next open tells.
                 if ok || !self.died {
-                    let blocks = replica.reverting.take().unwrap();
+                    let back = replica.reverting.take().unwrap();
                     if ok {
-                        replica.blocks = blocks;
+                        (replica.blocks, replica.marks) = back;
                         self.set.seen.reverts += 1;
                     }
+                }
+            }
+            Asked::Settle(id, ended) => {
+                let Some(replica) = self.replicas.get(&id) else { return };
+                assert!(ok || replica.delete_asked || self.died, "{:?}", done.status);
+                let (Some(ended), Some(slot)) = (ended, replica.slot) else { return };
+                if ok && !replica.delete_asked && !replica.layered && !self.died && !self.drained {
+                    replica.marks.check_ended(id, &ended, told(&self.set.pool, slot));
                 }
             }
             Asked::Create(id) if !ok => {
@@ -632,10 +734,11 @@ impl World {
                 let blocks = EXTENT_BLOCKS.min(size - start);
                 let bytes = self.read(slot, start, blocks);
                 let replica = self.replicas.get_mut(&id).unwrap();
-                if let Some(back) = &replica.reverting {
+                if let Some((back, _)) = &replica.reverting {
                     let Some(bytes) = bytes else { continue };
-                    let was = holds(&replica.blocks, start, &bytes, power);
-                    let is = holds(back, start, &bytes, power);
+                    let since = Since::crash(power, replica.layered);
+                    let was = holds(&replica.blocks, start, &bytes, since);
+                    let is = holds(back, start, &bytes, since);
                     went_back = match (was, is) {
                         (true, true) => went_back,
                         (true, false) if went_back != Some(true) => Some(false),
@@ -655,14 +758,18 @@ impl World {
                     continue;
                 };
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
-                    verify(id, &replica.blocks, lba, block, power);
+                    verify(id, &replica.blocks, lba, block, Since::crash(power, replica.layered));
+                    replica.marks.read(&replica.blocks, lba, block);
                     settle_block(&mut replica.blocks, lba, block);
                 }
             }
             let replica = self.replicas.get_mut(&id).unwrap();
             if let Some(back) = replica.reverting.take() {
-                if went_back == Some(true) {
-                    replica.blocks = back;
+                match went_back {
+                    Some(true) => (replica.blocks, replica.marks) = back,
+                    Some(false) => {}
+                    // It may be either.
+                    None => replica.marks.forget(),
                 }
                 again = true;
             }
@@ -670,6 +777,13 @@ impl World {
         if again {
             return self.verify_all(power);
         }
+        for replica in self.replicas.values_mut() {
+            replica.marks.crashed(self.order);
+        }
+        for snapshot in self.snapshots.values_mut() {
+            snapshot.marks.crashed(self.order);
+        }
+        self.check_marks();
         let snapshots: Vec<(u128, u128)> = self.snapshots.keys().copied().collect();
         for (of, id) in snapshots {
             if self.snapshots[&(of, id)].delete_asked {
@@ -682,7 +796,8 @@ impl World {
                 let snapshot = self.snapshots.get_mut(&(of, id)).unwrap();
                 let Some(bytes) = bytes else { continue };
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
-                    verify(id, &snapshot.blocks, lba, block, power && !snapshot.answered);
+                    let since = Since::crash(power && !snapshot.answered, snapshot.layered);
+                    verify(id, &snapshot.blocks, lba, block, since);
                     settle_block(&mut snapshot.blocks, lba, block);
                 }
             }
@@ -736,6 +851,14 @@ impl World {
     }
 }
 
+/// What the pool says of a logical extent's changes since a stamp.
+fn told(pool: &MultiPool, slot: ReplicaSlot) -> impl Fn(u32, u64) -> u8 {
+    move |extent, since| {
+        let mut byte = [0xff];
+        pool.changes(slot, extent, since, &mut byte).map_or(0, |_| byte[0])
+    }
+}
+
 /// Refused, with no effect: no slot is free, a device is being removed, or a command before it took away
 /// what it is about.
 fn no_room(done: &Done) -> bool {
@@ -749,53 +872,6 @@ fn no_room(done: &Done) -> bool {
                 | ControlError::Device(_)
         )
     )
-}
-
-/// After a crash, a block that was mixed of several writes is whatever it is; it must stay so.
-fn settle_block(blocks: &mut Blocks, lba: u64, block: &[u8]) {
-    if let Some(held) = blocks.get_mut(&lba) {
-        let first = u64::from_le_bytes(block[..8].try_into().unwrap());
-        let same = block[8..] == block[..BLOCK - 8];
-        if same {
-            *held = vec![Held { order: 0, value: first, certain: true }];
-        } else {
-            for h in held.iter_mut() {
-                h.certain = false;
-            }
-            held.insert(0, Held { order: 0, value: 0, certain: true });
-        }
-    }
-}
-
-fn verify(id: u128, blocks: &Blocks, lba: u64, block: &[u8], power: bool) {
-    assert!(
-        holds_block(blocks, lba, block, power),
-        "block {lba} of {id} holds {:x?}; held: {:x?}",
-        block
-            .chunks(512)
-            .map(|s| u64::from_le_bytes(s[..8].try_into().unwrap()))
-            .collect::<Vec<_>>(),
-        blocks.get(&lba)
-    );
-}
-
-fn holds(blocks: &Blocks, start: u64, bytes: &[u8], power: bool) -> bool {
-    (start..).zip(bytes.chunks(BLOCK)).all(|(lba, block)| holds_block(blocks, lba, block, power))
-}
-
-fn holds_block(blocks: &Blocks, lba: u64, block: &[u8], power: bool) -> bool {
-    let Some(held) = blocks.get(&lba) else {
-        return block == [0; BLOCK];
-    };
-    let first = held.iter().rposition(|h| h.certain).unwrap();
-    let allowed = if power { &held[..] } else { &held[first..] };
-    let uniform = block[8..] == block[..BLOCK - 8];
-    block.chunks(512).all(|sector| {
-        let value = u64::from_le_bytes(sector[..8].try_into().unwrap());
-        // The first write to a block on top of a snapshot may be torn over zeros.
-        let torn = power && !uniform && value == 0;
-        sector[8..] == sector[..504] && (torn || allowed.iter().any(|h| h.value == value))
-    })
 }
 
 /// Extents that a crash left on two devices.
