@@ -202,7 +202,8 @@ impl Nexus {
             if let ChildState::Failing(reason) = self.child(child).state {
                 let now_ms = self.now_ms;
                 self.child(child).state = ChildState::OutOfSync(reason);
-                self.child(child).trouble.note(now_ms);
+                let c = self.child(child);
+                c.held_until_ms = c.held_until_ms.max(c.trouble.note(now_ms));
                 self.push_event(Event::ChildOut(child, reason));
                 if self.mirror() == Some(child) {
                     self.abort_rebuild(reason);

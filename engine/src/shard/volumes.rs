@@ -399,7 +399,13 @@ impl<D: Driver> Shard<D> {
                 self.refuse_remote(at, io.child, io.ticket, now);
             }
             // Whatever touches the device of a replica that has promised a newer epoch is refused here.
-            (Route::Local(LocalRoute { fenced: true, .. }), ChildOp::Io(_)) => {
+            (
+                Route::Local(LocalRoute { fenced: true, .. }),
+                ChildOp::Io(_)
+                | ChildOp::Changes { .. }
+                | ChildOp::SettleBegin { .. }
+                | ChildOp::SettleEnd { .. },
+            ) => {
                 self.child_io_done(at, io.child, io.ticket, IoStatus::Fenced, now);
             }
             (
