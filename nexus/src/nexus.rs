@@ -572,8 +572,9 @@ impl Nexus {
         }
         if request.op.is_mutation() {
             self.note_change(now_ms);
-            self.slots.slot(at).order = self.take_order();
         }
+        // A flush too: a member that joins while it runs was never sent it.
+        self.slots.slot(at).order = self.take_order();
         for child in self.in_sync.iter() {
             if self.is_usable(child) {
                 self.emit(child, at, request);

@@ -171,6 +171,33 @@ fn what_it_alone_has_is_undone_and_what_it_alone_lacks_is_copied() {
     w.assert_alike();
 }
 
+/// A flush was slow at a member for as long as the rebuild of another took. That one had joined by then,
+/// had never been sent the flush, and was waited for for ever.
+#[test]
+fn a_flush_that_outlasts_a_rebuild_is_answered() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.b.disconnect(1);
+    w.write(2, 260, 3, 4);
+    w.run();
+    w.b.nexus.config.child_deadline_ms = 1 << 30;
+    w.b.nexus.config.child_deadline_min_ms = 1 << 30;
+    w.submit(3, IoOp::Flush, 0, 0, 0);
+    let is_slow = |io: &ChildIo| io.child == ChildId(0);
+    let slow = w.b.io.iter().position(is_slow).unwrap();
+    let slow = w.b.io.remove(slow).unwrap();
+    w.b.connect(1);
+    rest(&mut w);
+    assert_eq!((w.in_sync(), w.b.status_of(3)), (vec![0, 2], None), "it does not join before");
+    w.b.nexus.handle_io(slow.child, slow.ticket, IoStatus::Ok, w.b.now);
+    w.b.pump();
+    assert_eq!(w.b.status_of(3), Some(IoStatus::Ok));
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+}
+
 #[test]
 fn hosts_do_not_wait_for_a_target_until_it_joins_and_it_misses_nothing() {
     let mut w = world(3);
