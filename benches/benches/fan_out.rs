@@ -16,6 +16,7 @@ fn online() -> Nexus {
             .collect(),
         purpose: Purpose::Create,
         child_deadline_ms: 5_000,
+        child_deadline_min_ms: 1_000,
         lease_ms: u64::MAX / 2,
         holder: 0,
         assembly_wait_ms: 0,

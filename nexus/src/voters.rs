@@ -115,10 +115,11 @@ impl Nexus {
         if vacant.is_some() {
             // An answer that is late is of an earlier session.
             let session = self.children[at].session;
-            self.children[at] = Child { session, ..Child::new(spec) };
+            let deadline_ms = self.config.child_deadline_ms;
+            self.children[at] = Child { session, ..Child::new(spec, deadline_ms) };
             self.lease.forget(child);
         } else {
-            self.children.push(Child::new(spec));
+            self.children.push(Child::new(spec, self.config.child_deadline_ms));
         }
         if let Some(assembly) = self.assembly.as_mut() {
             assembly.add_child(child);

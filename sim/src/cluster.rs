@@ -260,6 +260,7 @@ impl Cluster {
             cntlid_max: 1000 + number * 1000,
             replica_kato_ms: self.config.replica_kato_ms,
             replica_queue_entries: self.config.queue_entries,
+            child_deadline_min_ms: 1_000,
             lease_ms: 1_000,
             // A process of a machine is started only where the one before it is dead.
             holder: machine.0 as u128 + 1,

@@ -259,6 +259,10 @@ impl<D: Driver> Shard<D> {
             .filter(|((child, _), _)| child.state != ChildState::Removed)
             .map(|((child, replica), route)| {
                 let (word, mut reason) = describe(child.state);
+                if child.failures > 1 {
+                    let join = if reason.is_empty() { "" } else { "; " };
+                    reason = format!("{reason}{join}it went out {} times lately", child.failures);
+                }
                 if let Route::Remote { link } = route {
                     let (_, error) = self.link_report(*link);
                     if !error.is_empty() {

@@ -57,6 +57,9 @@ pub struct ShardConfig {
     pub replica_kato_ms: u32,
     /// Entries of each queue towards a replica.
     pub replica_queue_entries: u16,
+    /// A replica that has answered fast lately is taken out before its volume's deadline, but never before so
+    /// long.
+    pub child_deadline_min_ms: u64,
     /// A nexus answers reads for so long after it has asked its voters for a lease; and a replica that has
     /// just been opened takes it that it had granted one as long. All nodes are to have the same.
     pub lease_ms: u64,
@@ -88,6 +91,7 @@ impl Default for ShardConfig {
             cntlid_max: 0xffef,
             replica_kato_ms: 5_000,
             replica_queue_entries: 256,
+            child_deadline_min_ms: 1_000,
             lease_ms: 3_000,
             holder: 0,
             replica_header_digest: false,

@@ -159,6 +159,7 @@ impl<D: Driver> Shard<D> {
             children,
             purpose: spec.purpose,
             child_deadline_ms: spec.child_deadline_ms,
+            child_deadline_min_ms: self.config.child_deadline_min_ms,
             lease_ms: self.config.lease_ms,
             holder: self.config.holder,
             assembly_wait_ms: self.config.assembly_wait_ms,
@@ -398,7 +399,13 @@ impl<D: Driver> Shard<D> {
                 self.refuse_remote(at, io.child, io.ticket, now);
             }
             // Whatever touches the device of a replica that has promised a newer epoch is refused here.
-            (Route::Local(LocalRoute { fenced: true, .. }), ChildOp::Io(_)) => {
+            (
+                Route::Local(LocalRoute { fenced: true, .. }),
+                ChildOp::Io(_)
+                | ChildOp::Changes { .. }
+                | ChildOp::SettleBegin { .. }
+                | ChildOp::SettleEnd { .. },
+            ) => {
                 self.child_io_done(at, io.child, io.ticket, IoStatus::Fenced, now);
             }
             (

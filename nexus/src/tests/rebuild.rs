@@ -60,6 +60,7 @@ fn a_round_waits_for_what_was_submitted_and_flushes_before_it_ends() {
         w.serve(at);
     }
     w.b.nexus.config.child_deadline_ms = 100_000;
+    w.b.nexus.config.child_deadline_min_ms = 100_000;
     w.b.pass(6000);
     assert_eq!(asked(&w, |op| matches!(op, ChildOp::SettleBegin { .. })), 3);
     let flush = |op: &ChildOp| matches!(op, ChildOp::Io(r) if r.op == IoOp::Flush);
@@ -168,6 +169,33 @@ fn what_it_alone_has_is_undone_and_what_it_alone_lacks_is_copied() {
     assert_eq!(w.b.registers.len(), members.len());
     rest(&mut w);
     w.assert_alike();
+}
+
+/// A flush was slow at a member for as long as the rebuild of another took. That one had joined by then,
+/// had never been sent the flush, and was waited for for ever.
+#[test]
+fn a_flush_that_outlasts_a_rebuild_is_answered() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.b.disconnect(1);
+    w.write(2, 260, 3, 4);
+    w.run();
+    w.b.nexus.config.child_deadline_ms = 1 << 30;
+    w.b.nexus.config.child_deadline_min_ms = 1 << 30;
+    w.submit(3, IoOp::Flush, 0, 0, 0);
+    let is_slow = |io: &ChildIo| io.child == ChildId(0);
+    let slow = w.b.io.iter().position(is_slow).unwrap();
+    let slow = w.b.io.remove(slow).unwrap();
+    w.b.connect(1);
+    rest(&mut w);
+    assert_eq!((w.in_sync(), w.b.status_of(3)), (vec![0, 2], None), "it does not join before");
+    w.b.nexus.handle_io(slow.child, slow.ticket, IoStatus::Ok, w.b.now);
+    w.b.pump();
+    assert_eq!(w.b.status_of(3), Some(IoStatus::Ok));
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
 }
 
 #[test]
