@@ -25,5 +25,5 @@ pub use control::{
     EngineError, ExportCounters, HostReport, PoolMember, PoolReport, ReplicaReport, Reply,
     ScrubAction, SnapshotReport, VolumeReport, VolumeSpec,
 };
-pub use shard::{Shard, ShardConfig};
+pub use shard::{Shard, ShardConfig, WatchedRegister, WatchedVolume};
 pub use thread::{EngineHandle, start};

@@ -15,6 +15,7 @@ mod snapshots;
 mod space;
 mod table;
 mod volumes;
+mod watch;
 
 use std::collections::VecDeque;
 
@@ -29,6 +30,7 @@ use links::Link;
 use pools::LocalPool;
 use table::Table;
 use volumes::Volume;
+pub use watch::{WatchedRegister, WatchedVolume};
 
 /// Windows in one send at most: what the driver takes.
 const SEND_WINDOWS: usize = 128;
