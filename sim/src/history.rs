@@ -297,7 +297,8 @@ impl History {
         let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
         let last = self.epochs.last().map_or(0, |(epoch, _)| *epoch);
         let open = |w: &Write| w.ended == OPEN && (!self.reconciles || w.epoch >= last);
-        block.tainted_at.is_some() || block.writes.iter().any(open)
+        let lots = self.power_lost && !self.reconciles;
+        lots || block.tainted_at.is_some() || block.writes.iter().any(open)
     }
 
     /// A read that began at `invoked` returned `bytes`.
@@ -305,10 +306,24 @@ impl History {
     /// # Panics
     /// Where it returned what it must not.
     pub fn read_ended(&mut self, lba: u64, bytes: &[u8], invoked: u64) {
+        self.read_ended_but(lba, bytes, invoked, |_| false);
+    }
+
+    /// As [`History::read_ended`], where nothing is known of some blocks.
+    ///
+    /// # Panics
+    /// Where it returned what it must not.
+    pub fn read_ended_but(
+        &mut self,
+        lba: u64,
+        bytes: &[u8],
+        invoked: u64,
+        unknown: impl Fn(u64) -> bool,
+    ) {
         let now = self.tick();
         for (lba, bytes) in (lba..).zip(bytes.chunks(PAGE)) {
             let at = usize::try_from(lba).expect("a small volume");
-            if self.blocks[at].torn {
+            if self.blocks[at].torn || unknown(lba) {
                 continue;
             }
             let value = self.decode(lba, bytes);
