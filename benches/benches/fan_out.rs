@@ -15,6 +15,7 @@ fn online() -> Nexus {
         purpose: Purpose::Create,
         child_deadline_ms: 5_000,
         assembly_wait_ms: 0,
+        pace: cairn_nexus::Pace::default(),
         max_requests: 256,
     });
     (0..3).for_each(|i| nexus.handle_child_up(ChildId(i), 0));

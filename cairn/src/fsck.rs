@@ -92,7 +92,7 @@ fn print(output: Output, path: &Path, repair: bool, report: &CheckReport) -> Res
         let body = json!({
             "pool": path.display().to_string(), "findings": findings, "code": code,
             "checked": {
-                "extents": c.extents, "allocated": c.allocated, "dirty": c.dirty,
+                "extents": c.extents, "allocated": c.allocated, "dirty": c.dirty, "open": c.open,
                 "replicas": c.replicas, "snapshots": c.snapshots, "good_blocks": c.good_blocks,
             },
         });
@@ -104,10 +104,11 @@ fn print(output: Output, path: &Path, repair: bool, report: &CheckReport) -> Res
         say!("{:9} {}", "", finding.problem.meaning());
     }
     say!(
-        "{} extents, {} of them in use ({} dirty); {} replicas, {} snapshots; {} blocks verified",
+        "{} extents, {} of them in use ({} dirty, {} open); {} replicas, {} snapshots; {} blocks verified",
         c.extents,
         c.allocated,
         c.dirty,
+        c.open,
         c.replicas,
         c.snapshots,
         c.good_blocks

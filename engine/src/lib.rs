@@ -12,6 +12,7 @@ pub mod register;
 pub mod shard;
 pub mod snapshot;
 pub mod thread;
+pub mod upkeep;
 
 pub use cairn_block as block;
 pub use cairn_crypt as crypt;

@@ -2,7 +2,7 @@
 
 use cairn_block::{ReplicaId, VolumeId};
 use cairn_crypt::{DATA_KEY_LEN, Envelope, Kek, VolumeKey};
-use cairn_nexus::Config;
+use cairn_nexus::{Config, Member};
 
 fn kek() -> Kek {
     Kek::parse(&[7; 32]).expect("a key has 32 bytes")
@@ -21,8 +21,16 @@ pub fn seeds() -> Vec<Vec<u8>> {
         volume: VolumeId(5),
         blocks: 1 << 20,
         lineage: 1,
+        generation: 7,
         encryption,
-        members: (1..4).map(|i| (ReplicaId(i), i != 2)).collect(),
+        members: (1..4)
+            .map(|i| Member {
+                replica: ReplicaId(i),
+                in_sync: i != 2,
+                since: 3,
+                ..Member::default()
+            })
+            .collect(),
     };
     let envelope = envelope().encode().to_vec();
     vec![config(Vec::new()).encode(), config(envelope.clone()).encode(), envelope]

@@ -1,8 +1,9 @@
 //! The pages of vendor commands between a nexus and its replicas.
 
 use cairn_block::{SnapshotId, VolumeId};
-use cairn_engine::register;
 use cairn_engine::snapshot::{self, SnapshotCall, SnapshotEntry};
+use cairn_engine::upkeep::{self, SettleCall};
+use cairn_engine::{self as engine, register};
 use cairn_replica::SnapshotSpec;
 
 /// A page of any command: what decodes survives being encoded again.
@@ -18,13 +19,19 @@ pub fn pages(data: &[u8]) {
         snapshot::encode_list(&entries, 0, &mut again);
         assert_eq!(snapshot::decode_list(&again), Some((entries.len(), entries)));
     }
+    if let Some(call) = upkeep::decode(&page) {
+        upkeep::encode(call, &mut again);
+        assert_eq!(upkeep::decode(&again), Some(call));
+    }
+    let known = data.iter().all(|&byte| byte < 8);
+    assert_eq!(upkeep::is_changes(data), known);
     if let Some(held) = register::decode(&page) {
         register::encode(&held, &mut again);
         assert_eq!(register::decode(&again), Some(held));
     }
 }
 
-/// A call, a list and a register.
+/// A call, a list, a register and the end of a round.
 pub fn seeds() -> Vec<Vec<u8>> {
     let page = || vec![0; snapshot::PAGE as usize];
     let spec = SnapshotSpec { id: SnapshotId(7), name: "nightly".to_owned(), created: 9 };
@@ -41,6 +48,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let mut list = page();
     snapshot::encode_list(&[entry.clone(), entry], 0, &mut list);
     let mut held = page();
-    register::encode(&cairn_engine::nexus::Register::default(), &mut held);
-    vec![call, list, held]
+    register::encode(&engine::nexus::Register::default(), &mut held);
+    let mut settle = page();
+    upkeep::encode(SettleCall::End { round: 3, stamp: 9 }, &mut settle);
+    vec![call, list, held, settle]
 }

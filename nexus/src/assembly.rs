@@ -268,6 +268,7 @@ impl Nexus {
                     self.stuck(now_ms);
                     return;
                 }
+                self.note_lives();
                 self.assembling().stage = Stage::Commit;
                 self.commit_target(all);
             }
@@ -339,6 +340,7 @@ impl Nexus {
         let mut in_sync = ChildSet::EMPTY;
         for (i, child) in (0u8..).zip(&mut self.children) {
             child.member = config.member(child.replica).copied().expect("the members are the same");
+            child.found_life = child.member.incarnation;
             if child.member.in_sync {
                 in_sync = in_sync.with(ChildId(i));
             }
@@ -367,8 +369,17 @@ impl Nexus {
                 self.child(child).state = ChildState::OutOfSync(why);
             }
         }
+        self.note_lives();
         self.assembling().stage = Stage::Commit;
         self.commit_target(target);
+    }
+
+    /// The next configuration says which life each machine is in.
+    fn note_lives(&mut self) {
+        let Some(assembly) = &self.assembly else { return };
+        for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
+            child.incarnation = register.as_ref().map_or(0, |r| r.incarnation);
+        }
     }
 
     fn stuck(&mut self, now_ms: u64) {
@@ -390,12 +401,10 @@ impl Nexus {
     /// The epoch's first configuration is stored: serve.
     pub(crate) fn assembled(&mut self) {
         let Some(assembly) = self.assembly.take() else { return };
-        for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
-            if let Some(register) = register {
-                child.incarnation = register.incarnation;
-            }
-        }
         let promised = assembly.promised;
+        for child in promised.iter() {
+            self.child(child).bound = true;
+        }
         // Those that were away when the volume grew grow now, and join after that.
         let mut small = ChildSet::EMPTY;
         for child in promised.and(self.connected()).iter() {
@@ -415,6 +424,7 @@ impl Nexus {
                 self.push_event(Event::ChildOnline(child));
             }
         }
+        self.begin_reconcile(self.now_ms);
         // Those that came while others were promising are not bound to the epoch yet.
         for child in self.connected().without(promised).without(small).iter() {
             self.rejoin(child);

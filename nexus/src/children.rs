@@ -19,6 +19,8 @@ pub enum ChildState {
     Failing(FaultReason),
     /// It is not in the in-sync set: it may lack acked writes, and is not read.
     OutOfSync(FaultReason),
+    /// It gets what it lacks, and every change meanwhile.
+    Rebuilding,
 }
 
 /// Why a child is not used.
@@ -36,6 +38,10 @@ pub enum FaultReason {
     Foreign,
     /// Its machine started anew, and writes that no flush had covered may be gone.
     LostPower,
+    /// It was not asked for something that changed the others.
+    Behind,
+    /// A block that it lacks cannot be read from anybody.
+    SourceUnreadable,
 }
 
 impl fmt::Display for FaultReason {
@@ -48,6 +54,10 @@ impl fmt::Display for FaultReason {
             Self::LostPower => {
                 f.write_str("its machine started anew with writes that were not flushed yet")
             }
+            Self::Behind => f.write_str("the others were changed in a way that it did not take part in"),
+            Self::SourceUnreadable => f.write_str(
+                "a block that it lacks cannot be read from any replica: `cairn volume scrub` names it; write it anew",
+            ),
             Self::Foreign => f.write_str("it belongs to another volume or has another size"),
         }
     }
@@ -63,6 +73,15 @@ pub(crate) struct Child {
     pub(crate) state: ChildState,
     /// Since when it was seen to be joining; nothing where it is not.
     pub(crate) joining_ms: Option<u64>,
+    /// Its session is bound to the epoch.
+    pub(crate) bound: bool,
+    /// It is not rebuilt before this time, and how often it was not of late.
+    pub(crate) held_until_ms: u64,
+    pub(crate) setbacks: u32,
+    /// How far its rebuild is, where the next configuration is to say so.
+    pub(crate) cursor: Option<u32>,
+    /// The life of its machine as the configuration had it that was found.
+    pub(crate) found_life: u128,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
     /// The round of the request to grow that it has in hand, and whether its session is taken up after it.

@@ -110,6 +110,9 @@ impl Nexus {
                 if leaves {
                     (member.since, member.copied, member.copied_since) = (self.generation, 0, 0);
                 }
+                if let Some(copied) = c.cursor {
+                    (member.copied, member.copied_since) = (u64::from(copied), self.generation);
+                }
                 if c.incarnation != 0 {
                     member.incarnation = c.incarnation;
                 }
@@ -176,18 +179,26 @@ impl Nexus {
 
     fn committed(&mut self) {
         let Some(commit) = self.commit.take() else { return };
-        let gone = self.in_sync.without(commit.target);
+        let gone = self.in_sync.or(self.joining).without(commit.target);
+        let new = commit.target.without(self.in_sync);
         self.in_sync = commit.target;
         self.take_up(commit.stored);
         for (child, member) in self.children.iter_mut().zip(commit.members) {
             child.member = member;
+            child.cursor = None;
         }
         self.push_event(Event::Committed { epoch: self.epoch, seq: self.seq });
         for child in gone.iter() {
             if let ChildState::Failing(reason) = self.child(child).state {
                 self.child(child).state = ChildState::OutOfSync(reason);
                 self.push_event(Event::ChildOut(child, reason));
+                if self.mirror() == Some(child) {
+                    self.abort_rebuild(reason);
+                }
             }
+        }
+        for child in new.iter() {
+            self.joined(child);
         }
         if self.assembly.is_some() {
             self.assembled();

@@ -18,28 +18,36 @@
 //!   with at least one member of its in-sync set.
 
 mod assembly;
+mod bits;
 mod children;
 mod commit;
 mod config;
+mod copy;
 mod mend;
 mod nexus;
 mod ranges;
+mod rebuild;
+mod reconcile;
 mod reconfigure;
 mod scrub;
+mod settle;
 mod slots;
 mod types;
+mod upkeep;
 
 pub use children::{ChildState, FaultReason};
 pub use config::{Config, ConfigError, Member, Register};
 pub use mend::{MEND_RESERVE, MendCounters};
 pub use nexus::Nexus;
+pub use rebuild::{RebuildEnd, RebuildRecord, RebuildReport, RebuildStage};
 pub use scrub::{Finding, Found, MAX_FINDINGS, ScrubReport, ScrubState};
 pub use types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
-    NexusConfig, Purpose, Status, Ticket, VolumeState, change,
+    NexusConfig, Pace, Purpose, Status, Ticket, VolumeState, change,
 };
 
 pub use reconfigure::ChangeError;
+pub use upkeep::EXTENT_BLOCKS;
 
 #[cfg(test)]
 mod tests;

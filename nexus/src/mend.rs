@@ -13,6 +13,7 @@ use cairn_block::{Buf, BufSlice, IoOp, IoStatus, LbaRange, Memory};
 use crate::nexus::Nexus;
 use crate::slots::{ChildSet, Phase};
 use crate::types::{ChildId, MAX_CHILDREN, Ticket};
+use crate::upkeep::Asked;
 
 /// Blocks of a piece: 64 KiB from each child.
 pub(crate) const PIECE_BLOCKS: u64 = 16;
@@ -55,6 +56,10 @@ pub(crate) enum Task {
     Scrub,
     /// A part of a scrub that compares.
     Compare,
+    /// An extent that may differ since a crash.
+    Alike,
+    /// A piece that a rebuild could not read.
+    Heal,
     /// Nobody waits for it any more.
     Nobody,
 }
@@ -121,6 +126,8 @@ pub(crate) struct Mend {
     stale_bufs: Vec<(Buf, bool)>,
     gave_up: ChildSet,
     started_ms: u64,
+    /// The place of its last write among all changes.
+    order: u64,
     /// Blocks that no member can read, and those that could not be decided.
     lost: u64,
     unsure: u64,
@@ -136,7 +143,7 @@ pub(crate) struct Mends {
     queue: Vec<Task>,
     /// Something has changed that held mends wait for.
     kick: bool,
-    short: bool,
+    pub(crate) short: bool,
     pub(crate) counters: MendCounters,
 }
 
@@ -202,6 +209,7 @@ impl Mend {
             stale_bufs: Vec::new(),
             gave_up: ChildSet::EMPTY,
             started_ms: 0,
+            order: u64::MAX,
             lost: 0,
             unsure: 0,
             data: 0,
@@ -213,7 +221,7 @@ impl Mend {
         let len = bytes(self.piece.blocks());
         match (&self.buf, self.task) {
             (_, Task::Read(_)) => host.sub(bytes(self.piece.start().0 - self.range.start().0), len),
-            (Some((buf, _)), Task::Converge(_) | Task::Compare) => {
+            (Some((buf, _)), Task::Converge(_) | Task::Compare | Task::Alike) => {
                 buf.slice().sub(u32::from(child.0) * len, len)
             }
             (Some((buf, _)), _) => buf.slice().sub(0, len),
@@ -267,12 +275,13 @@ impl Nexus {
         reserve: &mut Option<Buf>,
         now_ms: u64,
     ) -> bool {
-        if self.mends.is_idle() && !self.scrub_runs() {
-            return false;
-        }
         let before = self.child_ios.len();
+        self.now_ms = now_ms;
+        let upkeep = self.run_upkeep(mem, now_ms);
+        if self.mends.is_idle() && !self.scrub_runs() {
+            return upkeep || self.child_ios.len() > before;
+        }
         let kick = core::mem::take(&mut self.mends.kick);
-        self.mends.short = false;
         let mut ended = self.admit_mends();
         ended |= self.pump_scrub(now_ms);
         for at in 0..self.mends.table.len() {
@@ -288,7 +297,7 @@ impl Nexus {
             }
         }
         self.settle(now_ms);
-        ended || self.child_ios.len() > before || self.mends.kick
+        ended || upkeep || self.child_ios.len() > before || self.mends.kick
     }
 
     /// Whether a mend waits for memory: [`Nexus::run_mends`] is to be called when some may be free.
@@ -309,6 +318,62 @@ impl Nexus {
             self.slots.slot(at).phase = Phase::Mending;
         }
         self.mends.queue.push(task);
+    }
+
+    /// Moves on what the nexus does on its own account. Returns whether anything changed.
+    fn run_upkeep<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {
+        self.mends.short = false;
+        let mut moved = false;
+        while let Some(answer) = self.next_answer() {
+            moved = true;
+            match answer.what {
+                Asked::Settle => self.settle_answered(answer.child, answer.status),
+                Asked::Learn => self.learn_answered(&answer, mem),
+                Asked::List => self.list_answered(&answer, mem),
+                Asked::Join => self.join_answered(answer.child, answer.status),
+            }
+            if let Some(buf) = answer.buf {
+                mem.release(buf);
+            }
+        }
+        if !self.copies.is_empty() {
+            moved |= self.pump_copies(mem, now_ms);
+            self.settle(now_ms);
+        }
+        if !self.state.is_serving() && !self.learns() {
+            return moved;
+        }
+        moved |= self.pump_reconcile(mem, now_ms);
+        moved |= self.pump_settle(now_ms);
+        moved |= self.pump_rebuild(mem, now_ms);
+        moved
+    }
+
+    /// Whether every write of a mend from before `before` is over, as far as these children go.
+    pub(crate) fn mends_drained(&self, before: u64, whom: ChildSet) -> bool {
+        let over =
+            |m: &Mend| m.order >= before || m.outstanding.or(m.stale).and(whom).is_empty();
+        self.mends.table.iter().flatten().all(over)
+    }
+
+    /// Makes the members alike in an extent; the preferred ones are believed first.
+    pub(crate) fn begin_alike(&mut self, range: LbaRange, preferred: ChildSet) -> bool {
+        if !self.mends.has_place(false) {
+            return false;
+        }
+        let mut mend = Mend::new(Task::Alike, range, Step::Lock);
+        mend.first = preferred;
+        self.place_locked(mend);
+        true
+    }
+
+    /// Mends a range of which a rebuild could not read something.
+    pub(crate) fn begin_heal(&mut self, range: LbaRange) -> bool {
+        if !self.mends.has_place(false) {
+            return false;
+        }
+        self.place_locked(Mend::new(Task::Heal, range, Step::Lock));
+        true
     }
 
     /// Begins a part of the scrub.

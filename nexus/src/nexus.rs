@@ -8,15 +8,20 @@ use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::config::Member;
+use crate::copy::{COPY_KEY, Copies};
 use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
+use crate::rebuild::{Rebuild, RebuildRecord};
+use crate::reconcile::Reconcile;
 use crate::reconfigure::{Growing, Wanted};
 use crate::scrub::Scrub;
+use crate::settle::Settle;
 use crate::slots::{ChildSet, Phase, Slot, Slots};
 use crate::types::{
     ChildId, ChildIo, ChildOp, ChildReply, ChildStatus, Done, Event, MAX_CHILDREN, NexusConfig,
-    REGISTER, Status, Ticket, VolumeState,
+    Status, Ticket, TicketKind, VolumeState,
 };
+use crate::upkeep::Upkeep;
 
 /// One volume's nexus.
 #[derive(Debug)]
@@ -49,6 +54,18 @@ pub struct Nexus {
     pub(crate) ranges: Ranges,
     pub(crate) mends: Mends,
     pub(crate) scrub: Option<Scrub>,
+    pub(crate) upkeep: Upkeep,
+    pub(crate) settle: Settle,
+    pub(crate) reconcile: Option<Reconcile>,
+    pub(crate) rebuild: Option<Rebuild>,
+    pub(crate) rebuilt: Vec<RebuildRecord>,
+    pub(crate) copies: Copies,
+    /// The target of a rebuild that is being taken back: no change is acked without it.
+    pub(crate) joining: ChildSet,
+    /// Counts changes.
+    pub(crate) order: u64,
+    /// The time when something happened last.
+    pub(crate) now_ms: u64,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
     /// Requests that wait for a child which is joining, or for any to come back.
@@ -78,6 +95,11 @@ impl Nexus {
                 connected: false,
                 state: ChildState::Disconnected,
                 joining_ms: None,
+                bound: false,
+                held_until_ms: 0,
+                setbacks: 0,
+                cursor: None,
+                found_life: 0,
                 load: 0,
                 growing: None,
                 grown_to: 0,
@@ -91,7 +113,7 @@ impl Nexus {
         let encryption = config.encryption.clone().unwrap_or_default();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
-        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX).min(FIRST_KEY);
+        let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX).min(COPY_KEY);
         Self {
             state: VolumeState::Assembling("waiting for its replicas".to_owned()),
             children,
@@ -113,6 +135,15 @@ impl Nexus {
             ranges: Ranges::new(queue),
             mends: Mends::default(),
             scrub: None,
+            upkeep: Upkeep::default(),
+            settle: Settle::default(),
+            reconcile: None,
+            rebuild: None,
+            rebuilt: Vec::new(),
+            copies: Copies::default(),
+            joining: ChildSet::EMPTY,
+            order: 0,
+            now_ms: 0,
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
             child_ios: VecDeque::with_capacity(queue * n),
@@ -170,7 +201,7 @@ impl Nexus {
     /// Requests and mends that still use a buffer or await an answer.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slots.in_use() + self.mends.in_use()
+        self.slots.in_use() + self.mends.in_use() + self.upkeep.in_use() + self.copies.len()
     }
 
     /// Takes a host request. Its buffer belongs to the nexus until [`Nexus::poll_release`] names it.
@@ -203,12 +234,21 @@ impl Nexus {
             fault: IoStatus::PathError,
             refused: false,
             started_ms: now_ms,
+            order: u64::MAX,
         };
         let at = self.slots.insert(slot).expect("the caller asked `has_room`");
+        if !self.waits_for_reconcile(at, request.range) {
+            self.admit(at, now_ms);
+        }
+        self.settle(now_ms);
+    }
+
+    /// Lets a request take its turn.
+    pub(crate) fn admit(&mut self, at: u16, now_ms: u64) {
+        let request = self.slots.slot(at).request;
         if self.ranges.enter(request.range, at, request.op.is_mutation()) {
             self.start(at, now_ms);
         }
-        self.settle(now_ms);
     }
 
     /// A session with the child is up; nothing was sent on it yet.
@@ -235,6 +275,11 @@ impl Nexus {
             return;
         }
         c.connected = false;
+        c.bound = false;
+        if self.mirror() == Some(child) {
+            self.fail_child(child, FaultReason::Unreachable);
+        }
+        let c = self.child(child);
         if matches!(c.state, ChildState::Online | ChildState::Joining) {
             c.state = ChildState::Disconnected;
         }
@@ -254,12 +299,13 @@ impl Nexus {
 
     /// A block request of a child is answered.
     pub fn handle_io(&mut self, child: ChildId, ticket: Ticket, status: IoStatus, now_ms: u64) {
-        assert!(!ticket.is_register(), "a block request's ticket");
-        if ticket.is_mend() {
-            self.handle_mend_io(child, ticket, status);
-            return;
-        }
-        let at = u16::try_from(ticket.0).expect("a slot number");
+        let at = match ticket.kind() {
+            TicketKind::Slot(at) => at,
+            TicketKind::Mend => return self.handle_mend_io(child, ticket, status),
+            TicketKind::Copy(at) => return self.handle_copy_io(child, at, status),
+            TicketKind::Upkeep(serial) => return self.handle_upkeep(child, serial, status),
+            TicketKind::Register(_) => unreachable!("a block request's ticket"),
+        };
         let op = self.slots.slot(at).request.op;
         let c = self.child(child);
         c.load -= 1;
@@ -268,9 +314,15 @@ impl Nexus {
         } else if op == IoOp::Flush {
             c.flushing.retain(|&(slot, _)| slot != at);
         }
+        let mirrors = self.mirrors().without(self.in_sync).has(child);
         let slot = self.slots.slot(at);
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
+        if mirrors && !status.is_ok() {
+            slot.failed = slot.failed.with(child);
+            self.mirror_failed(child, status);
+        }
+        let slot = self.slots.slot(at);
         if slot.phase == Phase::Answered {
             self.leave_if_over(at);
             self.release_if_free(at);
@@ -308,8 +360,9 @@ impl Nexus {
         reply: ChildReply,
         now_ms: u64,
     ) {
-        assert!(ticket.is_register(), "a register operation's ticket");
-        let round = ticket.0 & !REGISTER;
+        let TicketKind::Register(round) = ticket.kind() else {
+            unreachable!("a register operation's ticket")
+        };
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
         } else if self.commit.as_ref().is_some_and(|c| c.round == round) {
@@ -328,7 +381,9 @@ impl Nexus {
     /// Time has passed.
     pub fn handle_timeout(&mut self, now_ms: u64) {
         let late = self.late_children(now_ms).or(self.late_in_mends(now_ms));
-        let late = late.or(self.late_in_joining(now_ms));
+        let late = late.or(self.late_in_joining(now_ms)).or(self.late_in_upkeep(now_ms));
+        let late = late.or(self.late_in_copies(now_ms));
+        self.give_up_mirror(late.or(self.late_at_mirror(now_ms)));
         // Where everybody is late nobody is given up: there would be nobody to serve instead.
         if !self.in_sync.without(self.failing()).without(late).is_empty() {
             self.give_up(late, now_ms);
@@ -349,7 +404,10 @@ impl Nexus {
         let busy = self.in_flight() > 0 || self.has_to_ask_again() || self.growing.is_some();
         let scrub = self.scrub_timeout(now_ms);
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
-        [assembly, scrub, busy.then_some(now_ms + tick)].into_iter().flatten().min()
+        let upkeep = [self.settle_timeout(now_ms), self.rebuild_timeout(now_ms)];
+        let learning = self.learns().then_some(now_ms + tick);
+        let all = [assembly, scrub, learning, busy.then_some(now_ms + tick)];
+        all.into_iter().chain(upkeep).flatten().min()
     }
 
     /// Stops for good: what is in flight is answered, and buffers are released as the children
@@ -423,6 +481,25 @@ impl Nexus {
         late.and(self.in_sync)
     }
 
+    /// The target of a rebuild, where it has not done something that hosts do not wait for.
+    fn late_at_mirror(&self, now_ms: u64) -> ChildSet {
+        let limit = self.config.child_deadline_ms;
+        let mirrors = self.mirrors().without(self.in_sync);
+        let late = |s: &crate::slots::Slot| {
+            s.phase == Phase::Answered && now_ms.saturating_sub(s.started_ms) >= limit
+        };
+        let late = self.slots.iter().filter(|(_, s)| late(s));
+        late.fold(ChildSet::EMPTY, |set, (_, s)| set.or(s.outstanding.and(mirrors)))
+    }
+
+    /// Ends the rebuild of a target that is late, and its session.
+    fn give_up_mirror(&mut self, late: ChildSet) {
+        for child in late.and(self.mirrors().without(self.in_sync)).iter() {
+            self.fail_child(child, FaultReason::DeadlineMissed);
+            self.events.push_back(Event::ResetChild(child));
+        }
+    }
+
     fn give_up(&mut self, late: ChildSet, now_ms: u64) {
         for child in late.iter() {
             self.fail_child(child, FaultReason::DeadlineMissed);
@@ -468,6 +545,14 @@ impl Nexus {
             return;
         }
         let request = self.slots.slot(at).request;
+        if matches!(request.op, IoOp::Snapshot(_)) && !self.may_snapshot(request.op) {
+            self.park(at);
+            return;
+        }
+        if request.op.is_mutation() {
+            self.note_change(now_ms);
+            self.slots.slot(at).order = self.take_order();
+        }
         for child in self.in_sync.iter() {
             if self.is_usable(child) {
                 self.emit(child, at, request);
@@ -476,7 +561,26 @@ impl Nexus {
                 slot.failed = slot.failed.with(child);
             }
         }
+        if !matches!(request.op, IoOp::Snapshot(_)) {
+            for child in self.mirrors().without(self.in_sync).iter() {
+                self.emit(child, at, request);
+            }
+        }
         self.look(at, now_ms);
+    }
+
+    /// Whether a snapshot call may go to the members now.
+    fn may_snapshot(&mut self, op: IoOp) -> bool {
+        if self.joins(op) {
+            return false;
+        }
+        if op == IoOp::Snapshot(cairn_block::SnapshotVerb::Restore) {
+            if self.forget_what_is_settled() {
+                self.commit_wanted();
+            }
+            return self.commit.is_none();
+        }
+        true
     }
 
     /// Lets every member that is there verify the range.
@@ -565,6 +669,11 @@ impl Nexus {
         }
         let in_sync = self.in_sync;
         let missing = in_sync.without(ok);
+        let owed = self.joining.without(in_sync).without(ok);
+        if missing.is_empty() && !owed.is_empty() && !matches!(slot.request.op, IoOp::Snapshot(_)) {
+            // Whoever is being taken back has it too, or is out again, before it is acked.
+            return;
+        }
         if missing.is_empty() {
             let refused = slot.refused && matches!(slot.request.op, IoOp::Snapshot(_));
             self.answer(at, if refused { fault } else { IoStatus::Ok });
@@ -631,7 +740,11 @@ impl Nexus {
     pub(crate) fn answer(&mut self, at: u16, status: IoStatus) {
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
-        let tag = slot.tag;
+        let (tag, op, range) = (slot.tag, slot.request.op, slot.request.range);
+        if !status.is_ok() && op.is_mutation() && !matches!(op, IoOp::Snapshot(_)) {
+            // The target of a rebuild may have done what the members did not.
+            self.mirror_is_behind(range);
+        }
         self.lingering += 1;
         self.parked.retain(|&parked| parked != at);
         self.done.push_back(Done { tag, status });
@@ -644,7 +757,8 @@ impl Nexus {
     fn leave_if_over(&mut self, at: u16) {
         let slot = self.slots.slot(at);
         let mutation = slot.request.op.is_mutation();
-        if mutation && slot.outstanding.and(self.in_sync).is_empty() {
+        let outstanding = slot.outstanding;
+        if mutation && outstanding.and(self.in_sync.or(self.mirrors())).is_empty() {
             self.ranges.leave(at);
         }
     }
@@ -684,6 +798,7 @@ impl Nexus {
 
     /// Runs what can run until nothing more can.
     pub(crate) fn settle(&mut self, now_ms: u64) {
+        self.now_ms = now_ms;
         loop {
             if let Some(at) = self.ready.pop_front() {
                 let fresh = self.slots.get(at).is_some_and(|slot| {
@@ -702,6 +817,8 @@ impl Nexus {
             {
                 if at >= FIRST_KEY {
                     self.mend_locked(at);
+                } else if at >= COPY_KEY {
+                    self.copy_locked(at);
                 } else {
                     self.start(at, now_ms);
                 }
@@ -722,6 +839,11 @@ impl Nexus {
     /// The child is to leave the in-sync set. Nothing that it missed is acked before that is stored.
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
         let last = self.is_last(child);
+        let proposed = self.commit.as_ref().is_some_and(|c| c.target.has(child));
+        if self.mirror() == Some(child) && !self.in_sync.has(child) && !proposed {
+            self.abort_rebuild(reason);
+            return;
+        }
         let c = self.child(child);
         if last || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
             return;
@@ -745,6 +867,12 @@ impl Nexus {
         match reply {
             Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
             Ok(held) if self.grows_first(child, held.blocks) => {}
+            Ok(held) if !self.in_sync.has(child) && self.child(child).state != ChildState::Joining => {
+                let c = self.child(child);
+                c.incarnation = held.incarnation;
+                (c.bound, c.written, c.flushed) = (true, 0, 0);
+                self.resume_commit(child);
+            }
             Ok(held) if self.child(child).state == ChildState::Joining => {
                 let lost = self.child(child).lost_writes(held.incarnation);
                 self.child(child).incarnation = held.incarnation;
@@ -760,6 +888,7 @@ impl Nexus {
                 } else {
                     ChildState::OutOfSync(FaultReason::Stale)
                 };
+                self.child(child).bound = true;
                 for &at in &self.parked {
                     let slot = self.slots.slot(at);
                     slot.failed = slot.failed.without(ChildSet::of(child));
@@ -783,6 +912,8 @@ impl Nexus {
     fn answer_all(&mut self) {
         self.commit = None;
         self.growing = None;
+        self.rebuild = None;
+        self.joining = ChildSet::EMPTY;
         let open: Vec<u16> = self
             .slots
             .iter()
@@ -793,6 +924,8 @@ impl Nexus {
             self.answer(at, IoStatus::NotReady);
         }
         self.abandon_mends();
+        self.drop_copies();
+        self.abandon_reconcile();
         self.ranges.clear();
         self.ready.clear();
         self.parked.clear();
@@ -810,6 +943,10 @@ impl Nexus {
         let over = matches!(self.state, VolumeState::Fenced | VolumeState::Refused(_));
         if self.assembly.is_some() || over {
             return;
+        }
+        if self.learns() {
+            let state = self.learning_state();
+            return self.set_state(state);
         }
         let stuck = self.commit.as_ref().is_some_and(Commit::is_stuck);
         let alone = !self.in_sync.iter().any(|c| self.children[usize::from(c.0)].connected);

@@ -131,7 +131,7 @@ impl Nexus {
     }
 
     /// Stores what is wanted, with the in-sync set as it is to be.
-    fn commit_wanted(&mut self) {
+    pub(crate) fn commit_wanted(&mut self) {
         let target = self.in_sync.without(self.failing());
         if !target.is_empty() {
             self.commit_target(target);

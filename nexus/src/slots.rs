@@ -82,6 +82,8 @@ pub(crate) struct Slot {
     /// A child answered, and refused: not only its session was lost.
     pub(crate) refused: bool,
     pub(crate) started_ms: u64,
+    /// Its place among all changes, from the time when children were asked.
+    pub(crate) order: u64,
 }
 
 impl Slot {

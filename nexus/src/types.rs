@@ -51,6 +51,36 @@ pub struct NexusConfig {
     pub assembly_wait_ms: u64,
     /// Host requests in flight at most; more wait outside.
     pub max_requests: u16,
+    /// How often things are done that nobody asks for.
+    pub pace: Pace,
+}
+
+/// How often a nexus does what nobody asks for, and how fast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// What was written is settled so long after it was: a crash of the nexus makes its successor compare
+    /// what was not.
+    pub settle_ms: u64,
+    /// A rebuild remembers so often how far it is.
+    pub checkpoint_ms: u64,
+    /// A rebuild copies at most so many MiB a second; 0: as fast as it can.
+    pub rebuild_mib_s: u32,
+    /// Pieces that a rebuild copies at once, while no host waits for anything.
+    pub rebuild_depth: u16,
+    /// Whether members that are out of sync and there are rebuilt.
+    pub rebuild: bool,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            settle_ms: 5_000,
+            checkpoint_ms: 10_000,
+            rebuild_mib_s: 0,
+            rebuild_depth: 8,
+            rebuild: true,
+        }
+    }
 }
 
 /// Names a child operation when its answer comes.
@@ -61,6 +91,10 @@ pub struct Ticket(pub u32);
 pub(crate) const REGISTER: u32 = 1 << 31;
 /// Set in tickets of mends.
 const MEND: u32 = 1 << 30;
+/// Set in tickets of what the nexus asks on its own account.
+const UPKEEP: u32 = 1 << 29;
+/// Set in tickets of copies to a member that is rebuilt.
+const COPY: u32 = 1 << 28;
 
 impl Ticket {
     pub(crate) fn io(slot: u16) -> Self {
@@ -71,8 +105,34 @@ impl Ticket {
         Self(MEND | u32::from(at))
     }
 
+    /// Numbers of questions that a ticket can tell apart.
+    pub(crate) const UPKEEP_SERIALS: u32 = COPY - 1;
+
+    pub(crate) fn upkeep(serial: u32) -> Self {
+        Self(UPKEEP | serial)
+    }
+
+    pub(crate) fn of_copy(at: u16) -> Self {
+        Self(COPY | u32::from(at))
+    }
+
+    pub(crate) fn kind(self) -> TicketKind {
+        let low = |mask: u32| u16::try_from(self.0 & !mask).expect("a place in a table");
+        if self.is_register() {
+            TicketKind::Register(self.0 & !REGISTER)
+        } else if self.0 & MEND != 0 {
+            TicketKind::Mend
+        } else if self.0 & UPKEEP != 0 {
+            TicketKind::Upkeep(self.0 & !UPKEEP)
+        } else if self.0 & COPY != 0 {
+            TicketKind::Copy(low(COPY))
+        } else {
+            TicketKind::Slot(low(0))
+        }
+    }
+
     pub(crate) fn is_mend(self) -> bool {
-        !self.is_register() && self.0 & MEND != 0
+        self.kind() == TicketKind::Mend
     }
 
     pub(crate) fn mend(self) -> usize {
@@ -88,6 +148,16 @@ impl Ticket {
     pub fn is_register(self) -> bool {
         self.0 & REGISTER != 0
     }
+}
+
+/// Whose a ticket is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TicketKind {
+    Slot(u16),
+    Mend,
+    Copy(u16),
+    Upkeep(u32),
+    Register(u32),
 }
 
 /// What a child is asked.
@@ -139,6 +209,8 @@ pub enum ChildOp {
         round: u64,
         /// The generation.
         stamp: u64,
+        /// Only logical extents below this one.
+        below: u32,
     },
 }
 
@@ -215,6 +287,16 @@ pub enum Event {
     },
     /// A scrub has come to the end of the volume.
     ScrubFinished,
+    /// So many extents were being written when the volume was last served, and are made alike now.
+    Reconciling(u64),
+    /// They are.
+    Reconciled,
+    /// A child that is out of sync gets what it lacks.
+    RebuildStarted(ChildId, FaultReason),
+    /// It has it, and so many bytes were copied.
+    RebuildFinished(ChildId, u64),
+    /// It was given up.
+    RebuildAborted(ChildId, FaultReason),
 }
 
 /// Where the volume stands.

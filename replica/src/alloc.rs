@@ -160,6 +160,7 @@ impl Pool {
             e.birth = birth;
             self.extents.allocated += 1;
             self.sum_allocated(alloc.extent);
+            self.note_open(alloc.extent);
         }
         self.dirty_page(alloc.extent);
         let layer = self.layer_mut(alloc.layer);

@@ -13,6 +13,7 @@ impl Pool {
             return;
         }
         let free = self.extents.check_lists();
+        self.check_open();
         let mut referenced = vec![false; self.extents.len() as usize];
         let mut mapped = 0;
         for (i, layer) in (0u16..).zip(&self.layers) {

@@ -176,6 +176,7 @@ impl Pool {
 
     pub(crate) fn delete_slot<M: Memory>(&mut self, tag: u64, slot: u16, mem: &mut M) {
         self.slots[usize::from(slot)].deleting = true;
+        self.slots[usize::from(slot)].round = None;
         self.deleting += 1;
         self.count_reserve();
         self.abandon_waiting_allocs(self.layer_of(slot), mem);

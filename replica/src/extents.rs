@@ -26,9 +26,33 @@ pub(crate) enum ExtentState {
     Quarantined,
 }
 
+/// Whether an extent was changed since it was settled, and what is on its way to say so. What is durable is
+/// one bit: closed, or open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opened {
+    /// Settled, or never written.
+    Closed,
+    /// Closed durably; the record that opens it is on its way. Nothing may change before that.
+    Opening,
+    /// Open, and changed since its replica last began to settle.
+    Fresh,
+    /// Open, and not changed since then.
+    Candidate,
+    /// Open durably; the record that closes it is on its way. Nothing may change before that.
+    Closing,
+}
+
+impl Opened {
+    /// What stable storage says.
+    pub(crate) fn is_durable(self) -> bool {
+        matches!(self, Self::Fresh | Self::Candidate | Self::Closing)
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Extent {
-    pub(crate) epoch: u64,
+    /// When it was last settled.
+    pub(crate) stamp: u64,
     /// The journal block that allocated it.
     pub(crate) birth: u64,
     /// The logical extent; on a free list, the next one.
@@ -43,6 +67,9 @@ pub(crate) struct Extent {
     pub(crate) dirty: bool,
     /// The current copy of its checksum page, while it is clean.
     pub(crate) copy: bool,
+    pub(crate) opened: Opened,
+    /// It is on the pool's list of open extents.
+    pub(crate) listed: bool,
 }
 
 const _: () = assert!(size_of::<Extent>() == 40);
@@ -105,7 +132,7 @@ impl Extents {
             EntryState::Allocated => ExtentState::Allocated,
         };
         self.all.push(Extent {
-            epoch: entry.epoch,
+            stamp: entry.stamp,
             link: entry.logical,
             pins: 0,
             sum: NIL,
@@ -114,6 +141,12 @@ impl Extents {
             dirty: entry.dirty && !entry.incoming,
             copy: entry.copy,
             birth: entry.birth,
+            opened: if entry.open && state == ExtentState::Allocated {
+                Opened::Fresh
+            } else {
+                Opened::Closed
+            },
+            listed: false,
         });
     }
 
@@ -158,7 +191,8 @@ impl Extents {
         e.state = state;
         self.incoming.retain(|&i| i != extent);
         e.layer = 0;
-        e.epoch = 0;
+        e.stamp = 0;
+        e.opened = Opened::Closed;
         e.birth = 0;
         e.copy = false;
         e.link = list.head;
@@ -198,11 +232,12 @@ impl Extents {
                 state: EntryState::Allocated,
                 layer: e.layer,
                 logical: e.link,
-                epoch: e.epoch,
+                stamp: e.stamp,
                 dirty: e.dirty,
                 incoming: self.incoming.contains(&extent),
                 copy: e.copy,
                 birth: e.birth,
+                open: e.opened.is_durable(),
             },
         }
     }

@@ -16,8 +16,12 @@ pub(crate) enum Owner {
     Alloc(u32),
     /// An extent is given up by part of this request, or by nobody's ([`NIL`]).
     Free { extent: u32, request: u32 },
-    /// An extent is marked dirty.
+    /// An extent is marked dirty, and opened.
     Mark(u32),
+    /// A dirty extent is opened.
+    Open(u32),
+    /// An extent is closed by the settling of this number, with this stamp.
+    Settle { extent: u32, settling: u32, stamp: u64 },
     /// The mark is taken back: this copy of the checksum page is current.
     Unmark { extent: u32, copy: bool },
     /// A copy is finished: its extent belongs to its replica.
@@ -33,6 +37,8 @@ pub(crate) struct Journal {
     pending: VecDeque<Owner>,
     /// What the block in flight holds.
     batch: Vec<Owner>,
+    /// Its records, while it is made.
+    records: Vec<Record>,
     busy: bool,
     /// Releases that are not durable yet.
     pub(crate) frees: u32,
@@ -44,6 +50,7 @@ impl Journal {
             head,
             pending: VecDeque::with_capacity(1024),
             batch: Vec::with_capacity(1024),
+            records: Vec::with_capacity(RECORDS_PER_BLOCK),
             busy: false,
             frees: 0,
         }
@@ -98,61 +105,69 @@ impl Pool {
             return;
         }
         let Some(buf) = mem.alloc(BLOCK_BYTES) else { return };
-        let mut records = 0;
-        while records < RECORDS_PER_BLOCK {
-            // A record is made of the entry as it is durable. So the end of a copy, which changes the
-            // flag beside the mark, shares no block with a record that changes the mark.
-            let alone = matches!(self.journal.pending.front(), Some(Owner::Arrived { .. }));
-            if alone && records > 0 {
-                break;
-            }
-            let Some(owner) = self.journal.pending.pop_front() else { break };
-            records += usize::from(!matches!(owner, Owner::Request(_)));
-            self.journal.batch.push(owner);
-            if alone {
-                break;
-            }
-        }
         let sequence = self.journal.head;
         let address = self.superblock.journal_address(sequence);
-        let (allocs, table) = (&self.allocs, &self.extents);
-        let records = self.journal.batch.iter().filter_map(|owner| match *owner {
-            Owner::Alloc(id) => {
-                let alloc = allocs.get(id);
-                let entry = match alloc.from {
-                    Some(_) => Entry { layer: alloc.layer, ..table.entry(alloc.extent) },
-                    None => Entry {
-                        state: EntryState::Allocated,
-                        layer: alloc.layer,
-                        logical: alloc.logical,
-                        dirty: true,
-                        incoming: alloc.import.is_some_and(|import| import.incoming),
-                        birth: sequence,
-                        ..Entry::free(false)
-                    },
-                };
-                Some(Record { extent: alloc.extent, entry })
+        self.journal.records.clear();
+        while self.journal.records.len() < RECORDS_PER_BLOCK {
+            let Some(owner) = self.journal.pending.pop_front() else { break };
+            self.journal.batch.push(owner);
+            if let Some(record) = self.record_of(owner, sequence) {
+                self.journal.records.push(record);
             }
-            Owner::Free { extent, .. } => Some(Record { extent, entry: Entry::free(false) }),
-            Owner::Mark(extent) => {
-                let entry = Entry { dirty: true, ..table.entry(extent) };
-                Some(Record { extent, entry })
-            }
-            Owner::Unmark { extent, copy } => {
-                let entry = Entry { dirty: false, copy, ..table.entry(extent) };
-                Some(Record { extent, entry })
-            }
-            Owner::Arrived { extent, .. } => {
-                Some(Record { extent, entry: Entry { incoming: false, ..table.entry(extent) } })
-            }
-            Owner::Request(_) => None,
-        });
+        }
         let pool = self.superblock.pool;
+        let records = self.journal.records.iter().copied();
         JournalBlock::encode(sequence, address, pool, records, mem.bytes_mut(buf.slice()));
         self.journal.busy = true;
         let offset = ByteOffset(address * BLOCK);
         let op = DiskOp::Write { offset, buf: buf.slice(), fua: false };
         self.issue(op, Purpose::Journal, Some(buf));
+    }
+
+    /// What a record says: the extent's whole entry. Each owner changes its own part of the entry as it is
+    /// durable, or as an earlier record of the same block leaves it: several records of one extent in a
+    /// block must not take back what the others say. Blocks go out one after the other, so what is
+    /// in flight is durable, and in the table in memory, before the next one is made.
+    fn record_of(&self, owner: Owner, sequence: u64) -> Option<Record> {
+        let earlier = |extent: u32| {
+            let found = self.journal.records.iter().rev().find(|record| record.extent == extent);
+            let entry = found.map_or_else(|| self.extents.entry(extent), |record| record.entry);
+            // What is free by now has nothing to say: its deletion needs no record.
+            (entry.state == EntryState::Allocated).then_some(entry)
+        };
+        let (extent, entry) = match owner {
+            Owner::Alloc(id) => {
+                let alloc = self.allocs.get(id);
+                let entry = match alloc.from {
+                    Some(_) => Entry { layer: alloc.layer, ..earlier(alloc.extent)? },
+                    None => Entry {
+                        state: EntryState::Allocated,
+                        layer: alloc.layer,
+                        logical: alloc.logical,
+                        dirty: true,
+                        open: true,
+                        incoming: alloc.import.is_some_and(|import| import.incoming),
+                        birth: sequence,
+                        ..Entry::free(false)
+                    },
+                };
+                (alloc.extent, entry)
+            }
+            Owner::Free { extent, .. } => (extent, Entry::free(false)),
+            Owner::Mark(extent) => (extent, Entry { dirty: true, open: true, ..earlier(extent)? }),
+            Owner::Open(extent) => (extent, Entry { open: true, ..earlier(extent)? }),
+            Owner::Settle { extent, stamp, .. } => {
+                (extent, Entry { open: false, stamp, ..earlier(extent)? })
+            }
+            Owner::Unmark { extent, copy } => {
+                (extent, Entry { dirty: false, copy, ..earlier(extent)? })
+            }
+            Owner::Arrived { extent, .. } => {
+                (extent, Entry { incoming: false, ..earlier(extent)? })
+            }
+            Owner::Request(_) => return None,
+        };
+        Some(Record { extent, entry })
     }
 
     /// The block in flight is on stable storage.
@@ -171,6 +186,10 @@ impl Pool {
                     }
                 }
                 Owner::Mark(extent) => self.mark_durable(extent, mem),
+                Owner::Open(extent) => self.open_durable(extent, mem),
+                Owner::Settle { extent, settling, stamp } => {
+                    self.settle_durable(extent, settling, stamp, mem);
+                }
                 Owner::Unmark { extent, copy } => self.unmark_durable(extent, copy, mem),
                 Owner::Arrived { extent, tag } => self.arrived(extent, tag),
                 Owner::Request(request) => self.flusher.next.push(Waiter::Request(request)),

@@ -35,6 +35,7 @@ mod merge;
 mod multi;
 mod open;
 mod pool;
+mod settle;
 mod slab;
 mod snapshot;
 mod sums;
@@ -57,5 +58,6 @@ pub use pool::{
     DiskId, DiskIo, DiskOp, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot, ReplicaSpec,
     ReplicaState, Usage,
 };
+pub use settle::change;
 pub use snapshot::{SnapshotInfo, SnapshotSpec};
 pub use survey::{Damaged, Fault, Structure};

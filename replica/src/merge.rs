@@ -74,12 +74,21 @@ impl Pool {
         if self.merging(slot) {
             return self.pump_merge(slot, mem);
         }
+        if self.layer(from).copies > 0 {
+            // What it began to take over from the layer beneath is to be whole before it moves on.
+            return;
+        }
         let Deletion::Extents(mut at) = self.slots[usize::from(slot)].deletion else { return };
         while at < self.layer(from).map.len() {
             let logical = u32::try_from(at).expect("a replica has at most 2^31 extents");
-            let Mapping::Extent(lower) = self.layer(from).mapping(logical) else {
-                at += 1;
-                continue;
+            let lower = match self.layer(from).mapping(logical) {
+                Mapping::Extent(lower) => lower,
+                Mapping::Hole => {
+                    at += 1;
+                    continue;
+                }
+                // It is on its way here from the layer beneath: come back when it is there.
+                Mapping::Pending(_) => break,
             };
             if self.extents.get(lower).state == ExtentState::Moving {
                 at += 1;
@@ -119,7 +128,7 @@ impl Pool {
             return self.pump_merge(slot, mem);
         }
         let of = self.layer(from);
-        if at < of.map.len() || of.leaving > 0 || of.returning > 0 {
+        if at < of.map.len() || of.allocs > 0 || of.leaving > 0 || of.returning > 0 {
             return;
         }
         if of.allocated > 0 {

@@ -18,6 +18,7 @@ use crate::journal::Journal;
 use crate::layers::Layer;
 use crate::maintain::Maintenance;
 use crate::merge::Merge;
+use crate::settle::Settle;
 use crate::slab::Slab;
 use crate::snapshot::Swap;
 use crate::sums::Sums;
@@ -211,6 +212,8 @@ pub(crate) struct Slot {
     /// A snapshot is being taken: requests wait.
     pub(crate) frozen: bool,
     pub(crate) deletion: Deletion,
+    /// The round of settling that began last, until its end.
+    pub(crate) round: Option<u64>,
     /// The deletion waits: several layers still read what it holds, or a block of it cannot be read.
     pub(crate) parked: bool,
 }
@@ -334,6 +337,7 @@ pub struct Pool {
     pub(crate) flusher: Flusher,
     pub(crate) maintenance: Maintenance,
     pub(crate) sums: Sums,
+    pub(crate) settle: Settle,
     pub(crate) verifier: Verifier,
     pub(crate) jobs: VecDeque<Job>,
     /// Tags of allocations and arrivals that were asked for by themselves.
@@ -401,6 +405,7 @@ impl Pool {
             flusher: Flusher::with_capacity(WARM),
             maintenance,
             sums: Sums::new(stale),
+            settle: Settle::new(),
             verifier: Verifier::default(),
             jobs: VecDeque::new(),
             moves: Vec::new(),
@@ -408,6 +413,7 @@ impl Pool {
             done: VecDeque::with_capacity(WARM),
         };
         pool.count_reserve();
+        pool.list_open();
         pool
     }
 
@@ -494,6 +500,7 @@ impl Pool {
             + self.jobs.iter().filter(|job| job.tag.is_some()).count()
             + self.maintenance.commands()
             + self.sums.commands.len()
+            + self.settle.commands()
             + self.moves.len()
             + self.swaps.iter().filter(|swap| swap.is_waiting()).count()
             + self.held.len()
@@ -634,6 +641,7 @@ impl Pool {
         self.pump_allocs(mem);
         self.pump_sums(mem);
         self.pump_verify(mem);
+        self.pump_settle();
         self.pump_journal(mem);
         self.pump_maintenance(mem);
         self.pump_catalog(mem);
@@ -715,6 +723,7 @@ impl Pool {
             .filter_map(|job| job.tag)
             .chain(self.maintenance.take_commands())
             .chain(washing)
+            .chain(self.settle.clear())
             .chain(core::mem::take(&mut self.moves))
             .chain(swaps.iter().filter(|swap| swap.is_waiting()).map(|swap| swap.tag));
         let error = ControlError::PoolFailed(reason);

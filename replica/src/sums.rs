@@ -16,7 +16,7 @@ use cairn_block::{BufSlice, Memory};
 use crate::blocks::BlockSet;
 use crate::data::Part;
 use crate::disk::{BLOCK, BLOCK_LEN, BlockSums, block_crc};
-use crate::extents::{NIL, extent_offset};
+use crate::extents::{NIL, Opened, extent_offset};
 use crate::journal::Owner;
 use crate::pool::{DiskOp, Pool, Purpose};
 use crate::slab::Slab;
@@ -331,21 +331,29 @@ impl Pool {
             return Ready::Wait(at);
         }
         match (sum.state, mutation) {
-            (SumState::Dirty, _)
+            (SumState::Dirty, false)
             | (SumState::Clean | SumState::Washing | SumState::Unmarking, false) => Ready::Now(at),
             (
                 SumState::Loading | SumState::Hashing | SumState::Condemned | SumState::Marking,
                 _,
             )
             | (SumState::Unmarking, true) => Ready::Wait(at),
-            (SumState::Washing, true) => {
-                // What is being written is behind already; the mark stays.
-                sum.state = SumState::Dirty;
-                self.sums.dirty += 1;
+            (SumState::Dirty | SumState::Washing, true) => {
+                if e.opened != Opened::Fresh && !self.open_for_change(extent) {
+                    return Ready::Wait(at);
+                }
+                let sum = self.sums.cache.get_mut(at);
+                if sum.state == SumState::Washing {
+                    // What is being written is behind already; the mark stays.
+                    sum.state = SumState::Dirty;
+                    self.sums.dirty += 1;
+                }
                 Ready::Now(at)
             }
+            (SumState::Clean, true) if e.opened == Opened::Closing => Ready::Wait(at),
             (SumState::Clean, true) => {
                 sum.state = SumState::Marking;
+                self.open_with_mark(extent);
                 self.extents.get_mut(extent).pins += 1;
                 self.journal.push(Owner::Mark(extent));
                 Ready::Wait(at)
@@ -374,7 +382,7 @@ impl Pool {
         sum.last = id;
     }
 
-    fn run_sum_waiters<M: Memory>(&mut self, extent: u32, mem: &mut M) {
+    pub(crate) fn run_sum_waiters<M: Memory>(&mut self, extent: u32, mem: &mut M) {
         let Some(sum) = self.sum_of(extent) else { return };
         let first = core::mem::replace(&mut sum.first, NIL);
         sum.last = NIL;

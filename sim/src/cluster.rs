@@ -334,6 +334,7 @@ impl Cluster {
             volume_requests: self.config.volume_requests,
             assembly_wait_ms: 300,
             overcommit: 0,
+            pace: cairn_engine::nexus::Pace::default(),
         }
     }
 

@@ -104,7 +104,9 @@ fn print_map(map: &LayerMap) {
 }
 
 pub(super) fn dirty(output: Output, dirty: &Inspection<Vec<DirtyInfo>>) -> Result<bool> {
-    let mib = dirty.found.len() * EXTENT_MIB;
+    let count = dirty.found.iter().filter(|d| d.dirty).count();
+    let open = dirty.found.iter().filter(|d| d.open).count();
+    let mib = count * EXTENT_MIB;
     let marked = |by| match by {
         MarkedBy::Table => "table".to_owned(),
         MarkedBy::Journal(sequence) => format!("journal {sequence}"),
@@ -116,6 +118,7 @@ pub(super) fn dirty(output: Output, dirty: &Inspection<Vec<DirtyInfo>>) -> Resul
             json!({
                 "extent": d.extent, "offset": d.offset, "layer": d.layer,
                 "replica": d.replica.map(|r| r.to_string()), "logical": d.logical,
+                "dirty": d.dirty, "open": d.open, "stamp": d.stamp,
                 "marked_by": marked(d.marked_by),
             })
         })
@@ -128,12 +131,27 @@ pub(super) fn dirty(output: Output, dirty: &Inspection<Vec<DirtyInfo>>) -> Resul
                 d.layer.to_string(),
                 d.replica.map_or_else(|| "none".to_owned(), |r| r.to_string()),
                 d.logical.to_string(),
+                yes(d.dirty),
+                yes(d.open),
+                d.stamp.to_string(),
                 marked(d.marked_by),
             ]
         });
-        let heads = ["EXTENT", "OFFSET", "LAYER", "REPLICA", "LOGICAL", "MARKED BY"];
+        let heads = [
+            "EXTENT",
+            "OFFSET",
+            "LAYER",
+            "REPLICA",
+            "LOGICAL",
+            "DIRTY",
+            "OPEN",
+            "STAMP",
+            "MARKED BY",
+        ];
         say!("{}", table(&heads, rows));
-        say!("{} dirty extents: a start now would read and hash {mib} MiB", dirty.found.len());
+        say!(
+            "{count} dirty extents: a start now would read and hash {mib} MiB; {open} open extents"
+        );
     };
     let body = json!({"extents": all, "to_hash_mib": mib});
     print(output, "extents", body, tables, &dirty.damaged)
@@ -241,4 +259,8 @@ fn checksums_json(page: &ChecksumInfo) -> Value {
         "copies": copies, "current": page.current.map(|copy| if copy == 0 { "A" } else { "B" }),
         "verified": blocks,
     })
+}
+
+fn yes(is: bool) -> String {
+    if is { "yes" } else { "no" }.to_owned()
 }

@@ -115,7 +115,7 @@ fn members(config: &[u8]) -> String {
     }
     match Config::decode(config) {
         Ok(config) => {
-            let in_sync = config.members.iter().filter(|(_, ok)| *ok).count();
+            let in_sync = config.members.iter().filter(|m| m.in_sync).count();
             let key = key_id(&config).map_or_else(String::new, |id| format!(", key {id}"));
             format!("{in_sync} of {} in sync{key}", config.members.len())
         }
@@ -152,7 +152,7 @@ impl Show for CatalogInfo {
                     let members: Vec<Value> = c
                         .members
                         .iter()
-                        .map(|(id, ok)| json!({"replica": id.to_string(), "in_sync": ok}))
+                        .map(|m| json!({"replica": m.replica.to_string(), "in_sync": m.in_sync}))
                         .collect();
                     json!({
                         "volume": c.volume.to_string(), "blocks": c.blocks,
@@ -197,7 +197,8 @@ impl Show for JournalInfo {
             .map(|r| {
                 json!({
                     "extent": r.extent, "state": entry_state(r.entry.state),
-                    "layer": r.entry.layer, "logical": r.entry.logical, "epoch": r.entry.epoch,
+                    "layer": r.entry.layer, "logical": r.entry.logical, "open": r.entry.open,
+                    "stamp": r.entry.stamp,
                 })
             })
             .collect();
@@ -242,7 +243,7 @@ impl Show for PageInfo {
 
 impl Show for ExtentInfo {
     const HEADS: &'static [&'static str] =
-        &["EXTENT", "OFFSET", "STATE", "DIRTY", "LAYER", "LOGICAL"];
+        &["EXTENT", "OFFSET", "STATE", "DIRTY", "OPEN", "STAMP", "LAYER", "LOGICAL"];
 
     fn row(&self) -> Vec<String> {
         vec![
@@ -250,6 +251,8 @@ impl Show for ExtentInfo {
             self.offset.to_string(),
             entry_state(self.entry.state),
             if self.entry.dirty { "yes" } else { "no" }.to_owned(),
+            if self.entry.open { "yes" } else { "no" }.to_owned(),
+            self.entry.stamp.to_string(),
             self.entry.layer.to_string(),
             self.entry.logical.to_string(),
         ]
@@ -259,8 +262,8 @@ impl Show for ExtentInfo {
         json!({
             "extent": self.extent, "offset": self.offset,
             "state": entry_state(self.entry.state), "layer": self.entry.layer,
-            "logical": self.entry.logical, "epoch": self.entry.epoch,
-            "dirty": self.entry.dirty, "birth": self.entry.birth,
+            "logical": self.entry.logical, "stamp": self.entry.stamp,
+            "dirty": self.entry.dirty, "open": self.entry.open, "birth": self.entry.birth,
         })
     }
 }

@@ -293,5 +293,6 @@ fn describe(state: ChildState) -> (&'static str, String) {
         ChildState::Online => ("online", String::new()),
         ChildState::Failing(reason) => ("failing", reason.to_string()),
         ChildState::OutOfSync(reason) => ("out-of-sync", reason.to_string()),
+        ChildState::Rebuilding => ("rebuilding", String::new()),
     }
 }

@@ -6,7 +6,7 @@ use cairn_nvmf::target::{self, ConnId, Outcome, QueueConfig};
 use cairn_reactor::{Chunk, Driver, EndReason, Op, SocketFault, SocketId};
 
 use super::{Shard, Subject, token};
-use crate::{register, snapshot};
+use crate::{register, snapshot, upkeep};
 
 /// One connection.
 pub(super) struct Host {
@@ -150,6 +150,8 @@ impl<D: Driver> Shard<D> {
                     let opcode = sqe.opcode();
                     if snapshot::verb(opcode).is_some() || opcode == snapshot::OPCODE_LIST {
                         self.start_snapshot_command((at, slot), namespace, &sqe, data, now);
+                    } else if matches!(opcode, upkeep::OPCODE_SETTLE | upkeep::OPCODE_CHANGES) {
+                        self.start_upkeep_command((at, slot), namespace, &sqe, data, now);
                     } else {
                         self.start_register_command(at, slot, namespace, &sqe, data);
                     }

@@ -11,6 +11,7 @@ use cairn_nvmf::initiator::{
 };
 use cairn_reactor::{Chunk, Driver, Op, SocketFault, SocketId};
 
+use super::upkeep::Upkeep;
 use super::{Shard, Subject, token};
 use crate::{register, snapshot};
 
@@ -62,6 +63,7 @@ pub(super) struct Link {
     waiting: VecDeque<(Ticket, IoRequest)>,
     /// Pages of register commands in flight.
     pages: Vec<(u32, Buf)>,
+    pub(super) upkeep: Upkeep,
     /// The same failure is logged once, not at every try.
     last_error: String,
     retired: bool,
@@ -72,6 +74,11 @@ impl Link {
     /// The session, where it can take requests.
     pub(super) fn ready_session(&mut self) -> Option<&mut Session> {
         self.session.as_mut().filter(|_| self.stage == Stage::Ready)
+    }
+
+    /// Whose it is.
+    pub(super) fn nexus(&self) -> (u32, ChildId) {
+        (self.volume, self.child)
     }
 
     pub(super) fn new(
@@ -95,6 +102,7 @@ impl Link {
             retry_at_ms: now,
             waiting: VecDeque::with_capacity(64),
             pages: Vec::new(),
+            upkeep: Upkeep::default(),
             last_error: String::new(),
             retired: false,
             busy: false,
@@ -285,6 +293,9 @@ impl<D: Driver> Shard<D> {
         while let Some((ticket, _)) = self.links[at].waiting.pop_front() {
             self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
         }
+        while let Some((ticket, _)) = self.links[at].upkeep.waiting.pop_front() {
+            self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
+        }
         if let Some(v) = self.volumes.get_mut(volume) {
             v.nexus.handle_child_down(child, now);
             self.touch_volume(volume);
@@ -312,7 +323,8 @@ impl<D: Driver> Shard<D> {
             }
             self.register_reply(volume, child, ticket, Err(IoStatus::PathError));
         } else {
-            self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
+            let status = self.upkeep_over(at, ticket, IoStatus::PathError);
+            self.child_io_done(volume, child, ticket, status, now);
         }
     }
 
@@ -378,7 +390,7 @@ impl<D: Driver> Shard<D> {
                 }
             }
             ChildOp::Changes { .. } | ChildOp::SettleBegin { .. } | ChildOp::SettleEnd { .. } => {
-                self.child_io_done(volume, child, ticket, IoStatus::Unsupported, now);
+                self.send_upkeep(at, ticket, op, now);
             }
             op => {
                 if self.send_register(at, ticket, &op).is_none() {
@@ -465,6 +477,7 @@ impl<D: Driver> Shard<D> {
             }
         }
         moved |= self.send_waiting(at, now);
+        moved |= self.send_waiting_upkeep(at, now);
         self.link_wants_timeout(at);
         moved
     }
@@ -498,7 +511,8 @@ impl<D: Driver> Shard<D> {
         }
         if !ticket.is_register() {
             self.child_verified(volume, ticket, done.result);
-            self.child_io_done(volume, child, ticket, done.io_status, now);
+            let status = self.upkeep_over(at, ticket, done.io_status);
+            self.child_io_done(volume, child, ticket, status, now);
             return;
         }
         let page = take_page(&mut link.pages, done.tag);

@@ -14,6 +14,7 @@ mod sectors;
 mod snapshots;
 mod space;
 mod table;
+mod upkeep;
 mod volumes;
 mod watch;
 
@@ -66,6 +67,8 @@ pub struct ShardConfig {
     pub assembly_wait_ms: u64,
     /// How many times its size may be promised of a pool to the replicas in it; 0: any.
     pub overcommit: u32,
+    /// How often nexuses do what nobody asks for, and how fast.
+    pub pace: cairn_nexus::Pace,
 }
 
 impl Default for ShardConfig {
@@ -80,6 +83,7 @@ impl Default for ShardConfig {
             replica_queue_entries: 256,
             replica_header_digest: false,
             replica_data_digest: false,
+            pace: cairn_nexus::Pace::default(),
             volume_requests: 512,
             assembly_wait_ms: 2_000,
             overcommit: 0,

@@ -119,6 +119,10 @@ pub(super) enum Waiter {
         slot: ReplicaSlot,
         made: Option<ReplicaId>,
     },
+    Settle {
+        origin: SnapshotOrigin,
+        slot: ReplicaSlot,
+    },
     /// Nobody.
     Orphan,
 }
@@ -451,6 +455,11 @@ impl<D: Driver> Shard<D> {
                 let local = &mut self.pools[usize::from(pool)];
                 let Some(at) = local.control.iter().position(|(i, _)| *i == id) else { return };
                 let (_, waiter) = local.control.swap_remove(at);
+                if let Waiter::Settle { origin, .. } = waiter {
+                    self.snapshot_answered(origin, done.status, now);
+                    self.finish_drains();
+                    return;
+                }
                 if let Waiter::Snapshot { origin, made, .. } = waiter {
                     if let Some(error) = &done.error {
                         tracing::warn!(pool = %local.name, %error, "a snapshot call was refused");
@@ -488,9 +497,12 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    /// Whether a snapshot call of a replica is under way.
+    /// Whether a snapshot call or the end of a round of settling is under way for a replica.
     fn has_snapshot_call(&self, pool: u16, slot: ReplicaSlot) -> bool {
-        let on = |w: &Waiter| matches!(w, Waiter::Snapshot { slot: s, .. } if *s == slot);
+        let on = |w: &Waiter| match w {
+            Waiter::Snapshot { slot: s, .. } | Waiter::Settle { slot: s, .. } => *s == slot,
+            _ => false,
+        };
         self.pools[usize::from(pool)].control.iter().any(|(_, w)| on(w))
     }
 
@@ -510,7 +522,7 @@ impl<D: Driver> Shard<D> {
                 reply.send(result);
                 self.drop_orphans(pool);
             }
-            Waiter::Snapshot { .. } => unreachable!("answered before"),
+            Waiter::Snapshot { .. } | Waiter::Settle { .. } => unreachable!("answered before"),
             Waiter::Devices { what, reply } => {
                 match &result {
                     Ok(()) => tracing::info!(pool = %self.pools[usize::from(pool)].name, "{what}"),

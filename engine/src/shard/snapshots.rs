@@ -327,7 +327,7 @@ impl<D: Driver> Shard<D> {
         self.snapshot_answered(origin, status, now);
     }
 
-    fn snapshot_answered(&mut self, origin: SnapshotOrigin, status: IoStatus, now: u64) {
+    pub(super) fn snapshot_answered(&mut self, origin: SnapshotOrigin, status: IoStatus, now: u64) {
         match origin {
             SnapshotOrigin::Child { volume, child, ticket } => {
                 self.child_io_done(volume, child, ticket, status, now);

@@ -144,6 +144,7 @@ impl<D: Driver> Shard<D> {
             child_deadline_ms: spec.child_deadline_ms,
             assembly_wait_ms: self.config.assembly_wait_ms,
             max_requests: self.config.volume_requests,
+            pace: self.config.pace,
         });
         let addresses = spec.children.clone();
         if !self.has_mend_reserve {
@@ -387,7 +388,8 @@ impl<D: Driver> Shard<D> {
                     ChildOp::Changes { .. }
                     | ChildOp::SettleBegin { .. }
                     | ChildOp::SettleEnd { .. } => {
-                        return self.child_io_done(at, child, ticket, IoStatus::Unsupported, now);
+                        let nexus = (at, child, ticket);
+                        return self.upkeep_on_local((pool, slot), nexus, &op, now);
                     }
                     ChildOp::ReadRegister | ChildOp::Io(_) => RegisterKind::Read,
                 };
@@ -445,6 +447,20 @@ impl<D: Driver> Shard<D> {
                 "a block did not verify, or differed"
             ),
             Event::ScrubFinished => tracing::info!(volume = %name, "scrub finished"),
+            Event::Reconciling(extents) => tracing::info!(
+                volume = %name, extents,
+                "what was being written when the volume was last served is made alike"
+            ),
+            Event::Reconciled => tracing::info!(volume = %name, "the replicas are alike"),
+            Event::RebuildStarted(c, why) => tracing::info!(
+                volume = %name, replica = %child(c), %why, "rebuild started"
+            ),
+            Event::RebuildFinished(c, bytes) => tracing::info!(
+                volume = %name, replica = %child(c), bytes, "rebuild finished: the replica is in sync"
+            ),
+            Event::RebuildAborted(c, why) => tracing::warn!(
+                volume = %name, replica = %child(c), %why, "rebuild given up; it is tried again"
+            ),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
                     self.fail_link(link, "the nexus gave the session up");

@@ -119,6 +119,10 @@ impl Nexus {
         m.gone = ChildSet::EMPTY;
         m.gave_up = ChildSet::EMPTY;
         m.started_ms = now_ms;
+        if let IoOp::Write { .. } = op {
+            m.order = self.take_order();
+            self.note_change(now_ms);
+        }
         let host = match m.task {
             Task::Read(slot) => self.slots.slot(slot).request.buf,
             _ => BufSlice::EMPTY,
@@ -176,7 +180,7 @@ impl Nexus {
             self.finish_mend(m, now_ms);
             return true;
         }
-        let converges = matches!(m.task, Task::Converge(_));
+        let converges = matches!(m.task, Task::Converge(_) | Task::Alike);
         if converges && self.in_sync.len() == 1 {
             self.finish_mend(m, now_ms);
             return true;
@@ -204,7 +208,7 @@ impl Nexus {
         m.tried = ChildSet::EMPTY;
         match m.task {
             Task::Read(_) => self.fetch(at, m, now_ms),
-            Task::Converge(_) | Task::Compare => {
+            Task::Converge(_) | Task::Compare | Task::Alike => {
                 let windows = self.children.len() as u64;
                 if !self.get_buf(m, windows, mem, reserve) {
                     if m.is_single() {
@@ -356,7 +360,7 @@ impl Nexus {
 
     /// The copies are all there: finds those that differ.
     fn gathered<M: Memory>(&mut self, at: u16, m: &mut Mend, mem: &mut M, now_ms: u64) {
-        let converges = matches!(m.task, Task::Converge(_));
+        let converges = matches!(m.task, Task::Converge(_) | Task::Alike);
         if converges && !m.gone.or(m.full).is_empty() {
             for child in m.gone.or(m.full).iter() {
                 self.fail_child(child, FaultReason::Unreachable);
@@ -389,7 +393,11 @@ impl Nexus {
         let votes = |c: ChildId| {
             m.known.iter().filter(|&o| mem.bytes(copy(o)) == mem.bytes(copy(c))).count()
         };
-        m.source = if converges {
+        m.source = if m.task == Task::Alike {
+            let believed = m.known.and(m.first);
+            let believed = if believed.is_empty() { m.known } else { believed };
+            believed.iter().max_by_key(|&c| (votes(c), Reverse(c))).unwrap_or(lowest)
+        } else if converges {
             m.known.and(m.first).iter().next().unwrap_or(lowest)
         } else {
             m.known.iter().max_by_key(|&c| (votes(c), Reverse(c))).unwrap_or(lowest)
@@ -409,6 +417,7 @@ impl Nexus {
             return;
         }
         m.step = Step::Rewrite;
+        self.mirror_is_behind(m.piece);
         self.ask_all(at, m, targets, IoOp::Write { fua: false }, now_ms);
     }
 
@@ -416,7 +425,7 @@ impl Nexus {
         for child in m.media.iter() {
             self.fail_child(child, FaultReason::Failed(IoStatus::MediaError));
         }
-        if let Task::Converge(_) = m.task {
+        if let Task::Converge(_) | Task::Alike = m.task {
             self.converged(at, m, mem, now_ms);
             return;
         }
@@ -513,6 +522,8 @@ impl Nexus {
                 self.mends.counters.converged += 1;
                 self.answer(slot, IoStatus::NoSpace);
             }
+            Task::Alike => self.made_alike(m.range, m.unsure == 0, now_ms),
+            Task::Heal => self.healed_for_rebuild(m.lost),
             Task::Scrub | Task::Compare => {
                 let data = if task == Task::Compare { m.range.blocks() } else { m.data };
                 self.scrub_part_done(m.range, m.unsure == 0, (m.lost, data), now_ms);

@@ -12,20 +12,20 @@ const UNIT: u64 = 8;
 
 /// What a child holds: a byte for each block.
 #[derive(Default)]
-struct Disk {
-    data: Vec<u8>,
+pub(super) struct Disk {
+    pub(super) data: Vec<u8>,
     /// Blocks that cannot be read until they are written.
-    bad: BTreeSet<u64>,
+    pub(super) bad: BTreeSet<u64>,
     /// Writes fail.
-    dead: bool,
+    pub(super) dead: bool,
     /// Units with space, where there is no more of it.
     full: Option<BTreeSet<u64>>,
 }
 
 /// A bench whose children do what they are asked.
-struct World {
-    b: Bench,
-    disks: Vec<Disk>,
+pub(super) struct World {
+    pub(super) b: Bench,
+    pub(super) disks: Vec<Disk>,
     /// Each request's buffer, as the host gave it.
     bufs: Vec<(u64, Buf)>,
     rng: u64,
@@ -34,18 +34,18 @@ struct World {
 }
 
 impl World {
-    fn new(n: u8) -> Self {
+    pub(super) fn new(n: u8) -> Self {
         let disk = || Disk { data: vec![0; 1000], ..Disk::default() };
         let disks = (0..n).map(|_| disk()).collect();
         Self { b: Bench::online(n), disks, bufs: Vec::new(), rng: 7, served: 0 }
     }
 
-    fn below(&mut self, n: u64) -> u64 {
+    pub(super) fn below(&mut self, n: u64) -> u64 {
         self.rng = self.rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (self.rng >> 33) % n
     }
 
-    fn submit(&mut self, tag: u64, op: IoOp, start: u64, blocks: u64, byte: u8) {
+    pub(super) fn submit(&mut self, tag: u64, op: IoOp, start: u64, blocks: u64, byte: u8) {
         let payload = matches!(op, IoOp::Read | IoOp::Write { .. });
         let len = if payload { u32::try_from(blocks).unwrap() * 4096 } else { 1 };
         let buf = self.b.mem.alloc(len).unwrap();
@@ -57,12 +57,12 @@ impl World {
         self.b.pump();
     }
 
-    fn write(&mut self, tag: u64, start: u64, blocks: u64, byte: u8) {
+    pub(super) fn write(&mut self, tag: u64, start: u64, blocks: u64, byte: u8) {
         self.submit(tag, IoOp::Write { fua: false }, start, blocks, byte);
     }
 
     /// Carries out the `i`th operation that children have in hand.
-    fn serve(&mut self, i: usize) {
+    pub(super) fn serve(&mut self, i: usize) {
         let io = self.b.io.remove(i).unwrap();
         self.served += 1;
         let ChildOp::Io(request) = io.op else { unreachable!("registers are answered") };
@@ -98,14 +98,33 @@ impl World {
                     disk.data[at] = self.b.mem.bytes(request.buf.sub(i * 4096, 1))[0];
                     disk.bad.remove(&lba);
                 }
+                IoOp::WriteZeroes { .. } | IoOp::Discard => disk.data[at] = 0,
                 _ => {}
+            }
+            if request.op.is_mutation() {
+                self.b.extents[child].resize(16, 0);
+                self.b.extents[child][at / 256] = change::OPEN | change::MAPPED;
             }
         }
         IoStatus::Ok
     }
 
+    /// The nexus comes up anew on the same replicas.
+    pub(super) fn restart(&mut self) {
+        self.bufs.clear();
+        let n = u8::try_from(self.disks.len()).unwrap();
+        let extents = core::mem::take(&mut self.b.extents);
+        let stamps = core::mem::take(&mut self.b.stamps);
+        let b = core::mem::replace(&mut self.b, Bench::new(1, Purpose::Assemble, Vec::new()));
+        let (rebuild, now) = (b.nexus.config.pace.rebuild, b.now);
+        let mem = HeapMemory::new(32 << 20);
+        self.b = Bench { extents, stamps, now, mem, ..b.restarted() };
+        self.b.nexus.config.pace.rebuild = rebuild;
+        (0..n).for_each(|i| self.b.connect(i));
+    }
+
     /// Carries everything out, in any order.
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         while !self.b.io.is_empty() {
             let n = self.b.io.len() as u64;
             let i = usize::try_from(self.below(n)).unwrap();
@@ -114,17 +133,17 @@ impl World {
     }
 
     /// What a read got: a byte for each block.
-    fn got(&self, tag: u64) -> Vec<u8> {
+    pub(super) fn got(&self, tag: u64) -> Vec<u8> {
         let (_, buf) = self.bufs.iter().find(|(t, _)| *t == tag).unwrap();
         self.b.mem.bytes(buf.slice()).chunks(4096).map(|block| block[0]).collect()
     }
 
-    fn in_sync(&self) -> Vec<usize> {
+    pub(super) fn in_sync(&self) -> Vec<usize> {
         let status = self.b.nexus.status();
         (0..self.disks.len()).filter(|&i| status.children[i].in_sync).collect()
     }
 
-    fn assert_alike(&self) {
+    pub(super) fn assert_alike(&self) {
         let members = self.in_sync();
         for &i in &members {
             let (a, b) = (&self.disks[members[0]], &self.disks[i]);
@@ -138,7 +157,7 @@ impl World {
     }
 
     /// Nothing is left over: no buffer, no lock, no place.
-    fn assert_idle(&mut self) {
+    pub(super) fn assert_idle(&mut self) {
         for (_, buf) in self.bufs.drain(..) {
             self.b.mem.release(buf);
         }

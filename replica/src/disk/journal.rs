@@ -56,7 +56,7 @@ impl JournalBlock {
             block[at + 10] = record.entry.state.to_byte();
             block[at + 11] = KIND_SET;
             block[at + 12] = record.entry.flags();
-            put_u64(block, at + 16, record.entry.epoch);
+            put_u64(block, at + 16, record.entry.stamp);
             put_u64(block, at + 24, record.entry.birth);
             count += 1;
         }
@@ -94,10 +94,11 @@ impl JournalBlock {
             state: EntryState::from_byte(block[at + 10])?,
             layer: get_u16(block, at + 8),
             logical: get_u32(block, at + 4),
-            epoch: get_u64(block, at + 16),
+            stamp: get_u64(block, at + 16),
             dirty: Entry::dirty_of(block[at + 12]),
             incoming: Entry::incoming_of(block[at + 12]),
             copy: Entry::copy_of(block[at + 12]),
+            open: Entry::open_of(block[at + 12]),
             birth: get_u64(block, at + 24),
         };
         Ok(Record { extent: get_u32(block, at), entry })

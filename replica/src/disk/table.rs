@@ -56,8 +56,8 @@ pub struct Entry {
     pub layer: u16,
     /// Which of the layer's extents, where it is allocated.
     pub logical: u32,
-    /// The stamp of the first write under a configuration. Zero until it is used.
-    pub epoch: u64,
+    /// When it was last settled: what whoever settled it said. Zero where it never was.
+    pub stamp: u64,
     /// Whether its checksums on the device may be behind its data.
     pub dirty: bool,
     /// Whether it is a copy that is being made of another device's extent, and no part of the replica
@@ -65,6 +65,8 @@ pub struct Entry {
     pub incoming: bool,
     /// Which copy of its checksum page is current, where it is not dirty.
     pub copy: bool,
+    /// Whether it was written and not settled since.
+    pub open: bool,
     /// The journal block that allocated it: tells one life of the extent from the next.
     pub birth: u64,
 }
@@ -75,12 +77,15 @@ const DIRTY: u8 = 1;
 const INCOMING: u8 = 2;
 /// The bit that says that copy B of its checksum page is the current one.
 const COPY_B: u8 = 4;
+/// The bit that says that it is open.
+const OPEN: u8 = 8;
 
 impl Entry {
     pub(crate) fn flags(&self) -> u8 {
         (if self.dirty { DIRTY } else { 0 })
             | (if self.incoming { INCOMING } else { 0 })
             | (if self.copy { COPY_B } else { 0 })
+            | (if self.open { OPEN } else { 0 })
     }
 
     pub(crate) fn dirty_of(flags: u8) -> bool {
@@ -94,6 +99,10 @@ impl Entry {
     pub(crate) fn copy_of(flags: u8) -> bool {
         flags & COPY_B != 0
     }
+
+    pub(crate) fn open_of(flags: u8) -> bool {
+        flags & OPEN != 0
+    }
 }
 
 impl Entry {
@@ -105,10 +114,11 @@ impl Entry {
             state,
             layer: 0,
             logical: 0,
-            epoch: 0,
+            stamp: 0,
             dirty: false,
             incoming: false,
             copy: false,
+            open: false,
             birth: 0,
         }
     }
@@ -150,7 +160,7 @@ impl TablePage {
             block[at + 1] = entry.flags();
             put_u16(block, at + 2, entry.layer);
             put_u32(block, at + 4, entry.logical);
-            put_u64(block, at + 8, entry.epoch);
+            put_u64(block, at + 8, entry.stamp);
             put_u64(block, at + 16, entry.birth);
             count += 1;
         }
@@ -200,10 +210,11 @@ impl TablePage {
             state: EntryState::from_byte(block[at])?,
             layer: get_u16(block, at + 2),
             logical: get_u32(block, at + 4),
-            epoch: get_u64(block, at + 8),
+            stamp: get_u64(block, at + 8),
             dirty: Entry::dirty_of(block[at + 1]),
             incoming: Entry::incoming_of(block[at + 1]),
             copy: Entry::copy_of(block[at + 1]),
+            open: Entry::open_of(block[at + 1]),
             birth: get_u64(block, at + 16),
         })
     }

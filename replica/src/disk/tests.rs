@@ -13,10 +13,11 @@ fn the_header_is_as_drawn() {
         state: EntryState::Allocated,
         layer: 0x102,
         logical: 0x304,
-        epoch: 5,
+        stamp: 5,
         dirty: false,
         incoming: true,
         copy: true,
+        open: true,
         birth: 6,
     };
     let records = [Record { extent: 0x607, entry }].into_iter();
@@ -28,7 +29,7 @@ fn the_header_is_as_drawn() {
     assert_eq!(block[32..36], [0x3f, 0x2c, 0x1a, 0x60]);
     assert_eq!(block[48..56], [1, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(block[64..72], [7, 6, 0, 0, 4, 3, 0, 0]);
-    assert_eq!(block[72..80], [2, 1, 3, 1, 6, 0, 0, 0]);
+    assert_eq!(block[72..80], [2, 1, 3, 1, 14, 0, 0, 0]);
     assert_eq!(block[80..88], [5, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(block[88..96], [6, 0, 0, 0, 0, 0, 0, 0]);
     assert!(block[96..].iter().all(|&b| b == 0));
@@ -94,11 +95,11 @@ proptest! {
     ) {
         let records: Vec<Record> = raw
             .into_iter()
-            .map(|(extent, state, slot, logical, epoch)| {
+            .map(|(extent, state, slot, logical, stamp)| {
                 let state = EntryState::from_byte(state).expect("a known state");
                 Record { extent, entry: Entry {
-                    state, layer: slot, logical, epoch, dirty: epoch % 2 == 1, incoming: epoch % 3 == 1,
-                    copy: slot % 2 == 1, birth: epoch / 2,
+                    state, layer: slot, logical, stamp, dirty: stamp % 2 == 1, incoming: stamp % 3 == 1,
+                    copy: slot % 2 == 1, birth: stamp / 2, open: stamp % 5 == 1,
                 } }
             })
             .collect();

@@ -36,6 +36,8 @@ pub struct Checked {
     pub allocated: u64,
     /// Those of them that are dirty: their blocks are hashed anew at the next start.
     pub dirty: u64,
+    /// Those of them that are open: written, and not settled among the replicas since.
+    pub open: u64,
     /// Live replicas.
     pub replicas: u64,
     /// Snapshots.
@@ -253,6 +255,7 @@ impl Check {
             }
             checked.allocated += 1;
             checked.dirty += u64::from(entry.dirty);
+            checked.open += u64::from(entry.open);
             let (layer, logical) = (entry.layer, entry.logical);
             if entry.birth >= survey.head {
                 found.push(Problem::Unborn { extent, birth: entry.birth, head: survey.head });

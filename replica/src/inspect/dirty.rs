@@ -1,4 +1,4 @@
-//! What a start after a crash now would read and hash.
+//! What a start after a crash now would read and hash, and what replicas may differ in.
 
 use cairn_block::ReplicaId;
 
@@ -7,7 +7,7 @@ use crate::extents::extent_offset;
 use crate::survey::Survey;
 use crate::{Device, PoolError};
 
-/// What says that an extent is dirty.
+/// What says that an extent is dirty, or open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MarkedBy {
     /// Its entry in the table.
@@ -16,7 +16,7 @@ pub enum MarkedBy {
     Journal(u64),
 }
 
-/// An extent whose checksums may be behind its data.
+/// An extent whose checksums may be behind its data, or that was written and not settled since.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DirtyInfo {
     /// The physical extent.
@@ -29,11 +29,18 @@ pub struct DirtyInfo {
     pub replica: Option<ReplicaId>,
     /// Which of the layer's extents.
     pub logical: u32,
+    /// Its checksums may be behind its data.
+    pub dirty: bool,
+    /// It was written, and not settled since.
+    pub open: bool,
+    /// When it was last settled; 0: never.
+    pub stamp: u64,
     /// What says so.
     pub marked_by: MarkedBy,
 }
 
-/// The extents that are dirty, the journal applied. Each is 1 MiB that the next open has hashed.
+/// The extents that are dirty or open, the journal applied. Each dirty one is 1 MiB that the next open has
+/// hashed.
 ///
 /// # Errors
 /// [`PoolError`] where no superblock says where things are.
@@ -41,13 +48,16 @@ pub fn inspect_dirty<D: Device>(dev: &mut D) -> Result<Inspection<Vec<DirtyInfo>
     let survey = Survey::read(dev)?;
     let found = survey
         .allocated()
-        .filter(|(_, known)| known.entry.dirty)
+        .filter(|(_, known)| known.entry.dirty || known.entry.open)
         .map(|(extent, known)| DirtyInfo {
             extent,
             offset: extent_offset(&survey.superblock.segments, extent),
             layer: known.entry.layer,
             replica: survey.owner(known.entry.layer).map(|page| page.replica),
             logical: known.entry.logical,
+            dirty: known.entry.dirty,
+            open: known.entry.open,
+            stamp: known.entry.stamp,
             marked_by: known.journal.map_or(MarkedBy::Table, MarkedBy::Journal),
         })
         .collect();

@@ -13,6 +13,7 @@ mod drain;
 mod members;
 mod open;
 mod route;
+mod settle;
 mod snapshot;
 
 use std::collections::VecDeque;
@@ -30,6 +31,7 @@ pub use open::{DeviceOptions, OpenOptions, OpenedSet, SetAside};
 use control::Job;
 use drain::{Copy, Drain};
 use route::{Part, Request};
+use settle::Settling;
 
 /// Devices that a pool can have.
 pub const MAX_DEVICES: usize = MAX_MEMBERS;
@@ -40,6 +42,7 @@ const KIND: u64 = 3 << 56;
 const PART: u64 = INTERNAL;
 const JOB: u64 = INTERNAL | 1 << 56;
 const COPY: u64 = INTERNAL | 2 << 56;
+const SETTLE: u64 = INTERNAL | 3 << 56;
 
 /// Requests and parts that are preallocated.
 const WARM: usize = 1024;
@@ -112,6 +115,8 @@ pub struct MultiPool {
     changes: Vec<u64>,
     copies: Vec<Copy>,
     next_copy: u32,
+    settlings: Vec<Settling>,
+    next_settling: u32,
     /// Commands that wait for their turn.
     jobs: VecDeque<Job>,
     active: Vec<Job>,
@@ -158,6 +163,8 @@ impl MultiPool {
             changes: vec![0; usize::from(slots)],
             copies: Vec::new(),
             next_copy: 0,
+            settlings: Vec::new(),
+            next_settling: 0,
             jobs: VecDeque::new(),
             active: Vec::new(),
             next_job: 0,
@@ -434,7 +441,12 @@ impl MultiPool {
     pub fn in_flight(&self) -> usize {
         let commands = self.jobs.iter().chain(&self.active).filter(|j| j.tag.is_some()).count();
         let direct = usize::try_from(self.direct_io).expect("fewer than 2^32 requests");
-        self.requests.len() + direct + commands + self.held.len() + self.waiting.len()
+        self.requests.len()
+            + direct
+            + commands
+            + self.held.len()
+            + self.waiting.len()
+            + self.settlings.len()
     }
 
     /// Whether nothing is under way: no request, no command, no device operation, no deletion, no copy.
@@ -526,6 +538,7 @@ impl MultiPool {
             && self.parts.len() == 0
             && self.copies.is_empty()
             && self.waiting.is_empty()
+            && self.settlings.is_empty()
     }
 
     /// Tries again whatever waited for memory, and takes up what a crash cut off.
@@ -575,7 +588,8 @@ impl MultiPool {
         match done.tag & (INTERNAL | KIND) {
             PART => self.part_done(id, done.status, done.tag, mem),
             JOB => self.job_answered(id, at, done, mem),
-            _ => self.copy_answered(id, done.status, mem),
+            COPY => self.copy_answered(id, done.status, mem),
+            _ => self.settle_answered(id, done.status),
         }
     }
 

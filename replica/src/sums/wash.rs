@@ -14,6 +14,7 @@ impl Pool {
     /// The mark is durable.
     pub(crate) fn mark_durable<M: Memory>(&mut self, extent: u32, mem: &mut M) {
         self.extents.get_mut(extent).dirty = true;
+        self.note_open(extent);
         self.dirty_page(extent);
         if let Some(sum) = self.sum_of(extent)
             && sum.state == SumState::Marking

@@ -11,20 +11,8 @@ use cairn_replica::{
     Device, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SnapshotSpec, SparseDevice,
 };
 
+use super::model::{Blocks, Held, Since, holds, settle_block, verify};
 use super::{BLOCK, Disk, EXTENT_BLOCKS, MIB, Sim, options, spec};
-
-/// A value that a block may hold. Zero is zeros; otherwise every word of the block is it.
-type Value = u64;
-
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    order: u64,
-    value: Value,
-    /// Answered with success. Otherwise it may be there or not.
-    certain: bool,
-}
-
-type Blocks = BTreeMap<u64, Vec<Held>>;
 
 #[derive(Clone, Default)]
 struct ModelReplica {
@@ -33,6 +21,8 @@ struct ModelReplica {
     slot: Option<ReplicaSlot>,
     registers: Vec<(u64, bool)>,
     delete_asked: bool,
+    /// It is a clone, or a snapshot of it was asked for.
+    layered: bool,
     /// What it holds if it was taken back to a snapshot, which is not answered.
     reverting: Option<Blocks>,
 }
@@ -40,6 +30,8 @@ struct ModelReplica {
 /// A snapshot: of which replica, and what it must hold.
 #[derive(Clone)]
 struct ModelSnapshot {
+    /// The replica had layers beneath it before.
+    layered: bool,
     blocks: Blocks,
     size: u64,
     answered: bool,
@@ -186,8 +178,10 @@ impl World {
         let id = self.next_id;
         self.next_id += 1;
         let tag = self.sim.tag();
-        let replica = &self.replicas[&of];
+        let replica = self.replicas.get_mut(&of).unwrap();
+        let layered = std::mem::replace(&mut replica.layered, true);
         let taken = ModelSnapshot {
+            layered,
             blocks: replica.blocks.clone(),
             size: replica.size,
             answered: false,
@@ -205,7 +199,8 @@ impl World {
         let tag = self.sim.tag();
         let from = &self.snapshots[&(of, snapshot)];
         let (size, blocks) = (from.size, from.blocks.clone());
-        self.replicas.insert(id, ModelReplica { size, blocks, ..ModelReplica::default() });
+        self.replicas
+            .insert(id, ModelReplica { size, blocks, layered: true, ..ModelReplica::default() });
         self.asked.insert(tag, Asked::Create(id));
         let mut spec = spec(id, size);
         spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));
@@ -407,7 +402,7 @@ impl World {
                 let Some(replica) = self.replicas.get(&id) else { return };
                 if ok {
                     for (lba, block) in (range.start().0..).zip(bytes.chunks(BLOCK)) {
-                        verify(id, &replica.blocks, lba, block, false);
+                        verify(id, &replica.blocks, lba, block, Since::Kill);
                     }
                 } else {
                     assert!(replica.delete_asked, "{:?}", done.status);
@@ -566,8 +561,9 @@ impl World {
                 let bytes = self.sim.read(slot, start, blocks);
                 let replica = self.replicas.get_mut(&id).unwrap();
                 if let Some(back) = &replica.reverting {
-                    let was = holds(&replica.blocks, start, &bytes, power);
-                    let is = holds(back, start, &bytes, power);
+                    let since = Since::crash(power, replica.layered);
+                    let was = holds(&replica.blocks, start, &bytes, since);
+                    let is = holds(back, start, &bytes, since);
                     went_back = match (was, is) {
                         (true, true) => went_back,
                         (true, false) if went_back != Some(true) => Some(false),
@@ -577,7 +573,7 @@ impl World {
                     continue;
                 }
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
-                    verify(id, &replica.blocks, lba, block, power);
+                    verify(id, &replica.blocks, lba, block, Since::crash(power, replica.layered));
                     settle_block(&mut replica.blocks, lba, block);
                 }
             }
@@ -600,7 +596,8 @@ impl World {
             for start in (0..snapshot.size).step_by(256) {
                 let bytes = self.sim.read(slot, start, self.looked_at.min(snapshot.size - start));
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
-                    verify(id, &snapshot.blocks, lba, block, power && !snapshot.answered);
+                    let since = Since::crash(power && !snapshot.answered, snapshot.layered);
+                    verify(id, &snapshot.blocks, lba, block, since);
                     settle_block(&mut snapshot.blocks, lba, block);
                 }
             }
@@ -636,51 +633,4 @@ fn no_room(done: &Done) -> bool {
                 | ControlError::NoSuchReplica(_)
         )
     )
-}
-
-/// After a crash, a block that was mixed of several writes is whatever it is; it must stay so.
-fn settle_block(blocks: &mut Blocks, lba: u64, block: &[u8]) {
-    if let Some(held) = blocks.get_mut(&lba) {
-        let first = u64::from_le_bytes(block[..8].try_into().unwrap());
-        let same = block[8..] == block[..BLOCK - 8];
-        if same {
-            *held = vec![Held { order: 0, value: first, certain: true }];
-        } else {
-            for h in held.iter_mut() {
-                h.certain = false;
-            }
-            held.insert(0, Held { order: 0, value: 0, certain: true });
-        }
-    }
-}
-
-fn verify(id: u128, blocks: &Blocks, lba: u64, block: &[u8], power: bool) {
-    assert!(
-        holds_block(blocks, lba, block, power),
-        "block {lba} of {id} holds {:x?}; held: {:x?}",
-        block
-            .chunks(512)
-            .map(|s| u64::from_le_bytes(s[..8].try_into().unwrap()))
-            .collect::<Vec<_>>(),
-        blocks.get(&lba)
-    );
-}
-
-fn holds(blocks: &Blocks, start: u64, bytes: &[u8], power: bool) -> bool {
-    (start..).zip(bytes.chunks(BLOCK)).all(|(lba, block)| holds_block(blocks, lba, block, power))
-}
-
-fn holds_block(blocks: &Blocks, lba: u64, block: &[u8], power: bool) -> bool {
-    let Some(held) = blocks.get(&lba) else {
-        return block == [0; BLOCK];
-    };
-    let first = held.iter().rposition(|h| h.certain).unwrap();
-    let allowed = if power { &held[..] } else { &held[first..] };
-    let uniform = block[8..] == block[..BLOCK - 8];
-    block.chunks(512).all(|sector| {
-        let value = u64::from_le_bytes(sector[..8].try_into().unwrap());
-        // The first write to a block on top of a snapshot may be torn over zeros.
-        let torn = power && !uniform && value == 0;
-        sector[8..] == sector[..504] && (torn || allowed.iter().any(|h| h.value == value))
-    })
 }

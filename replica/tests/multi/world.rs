@@ -10,21 +10,9 @@ use cairn_replica::{
     ControlError, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SnapshotSpec,
 };
 
+use crate::common::model::{Blocks, Held, Since, holds, settle_block, verify};
 use crate::common::{BLOCK, Disk, EXTENT_BLOCKS, MIB, Rng, spec};
 use crate::set::{Seen, Set, formatted};
-
-/// A value that a block may hold. Zero is zeros; otherwise every word of the block is it.
-type Value = u64;
-
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    order: u64,
-    value: Value,
-    /// Answered with success. Otherwise it may be there or not.
-    certain: bool,
-}
-
-type Blocks = BTreeMap<u64, Vec<Held>>;
 
 #[derive(Default)]
 struct ModelReplica {
@@ -33,12 +21,16 @@ struct ModelReplica {
     slot: Option<ReplicaSlot>,
     registers: Vec<(u64, bool)>,
     delete_asked: bool,
+    /// It is a clone, or a snapshot of it was asked for.
+    layered: bool,
     /// What it holds if it was taken back to a snapshot, which is not answered.
     reverting: Option<Blocks>,
 }
 
 /// A snapshot: of which replica, and what it must hold.
 struct ModelSnapshot {
+    /// The replica had layers beneath it before.
+    layered: bool,
     blocks: Blocks,
     size: u64,
     answered: bool,
@@ -217,8 +209,10 @@ impl World {
         let id = self.next_id;
         self.next_id += 1;
         let tag = self.set.tag();
-        let replica = &self.replicas[&of];
+        let replica = self.replicas.get_mut(&of).unwrap();
+        let layered = std::mem::replace(&mut replica.layered, true);
         let taken = ModelSnapshot {
+            layered,
             blocks: replica.blocks.clone(),
             size: replica.size,
             answered: false,
@@ -236,7 +230,8 @@ impl World {
         let tag = self.set.tag();
         let from = &self.snapshots[&(of, snapshot)];
         let (size, blocks) = (from.size, from.blocks.clone());
-        self.replicas.insert(id, ModelReplica { size, blocks, ..ModelReplica::default() });
+        self.replicas
+            .insert(id, ModelReplica { size, blocks, layered: true, ..ModelReplica::default() });
         self.asked.insert(tag, Asked::Create(id));
         let mut spec = spec(id, size);
         spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));
@@ -460,7 +455,7 @@ impl World {
                 let Some(replica) = self.replicas.get(&id) else { return };
                 if ok {
                     for (lba, block) in (range.start().0..).zip(bytes.chunks(BLOCK)) {
-                        verify(id, &replica.blocks, lba, block, false);
+                        verify(id, &replica.blocks, lba, block, Since::Kill);
                     }
                     self.set.seen.good_reads += 1;
                 } else {
@@ -634,8 +629,9 @@ impl World {
                 let replica = self.replicas.get_mut(&id).unwrap();
                 if let Some(back) = &replica.reverting {
                     let Some(bytes) = bytes else { continue };
-                    let was = holds(&replica.blocks, start, &bytes, power);
-                    let is = holds(back, start, &bytes, power);
+                    let since = Since::crash(power, replica.layered);
+                    let was = holds(&replica.blocks, start, &bytes, since);
+                    let is = holds(back, start, &bytes, since);
                     went_back = match (was, is) {
                         (true, true) => went_back,
                         (true, false) if went_back != Some(true) => Some(false),
@@ -655,7 +651,7 @@ impl World {
                     continue;
                 };
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
-                    verify(id, &replica.blocks, lba, block, power);
+                    verify(id, &replica.blocks, lba, block, Since::crash(power, replica.layered));
                     settle_block(&mut replica.blocks, lba, block);
                 }
             }
@@ -682,7 +678,8 @@ impl World {
                 let snapshot = self.snapshots.get_mut(&(of, id)).unwrap();
                 let Some(bytes) = bytes else { continue };
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
-                    verify(id, &snapshot.blocks, lba, block, power && !snapshot.answered);
+                    let since = Since::crash(power && !snapshot.answered, snapshot.layered);
+                    verify(id, &snapshot.blocks, lba, block, since);
                     settle_block(&mut snapshot.blocks, lba, block);
                 }
             }
@@ -749,53 +746,6 @@ fn no_room(done: &Done) -> bool {
                 | ControlError::Device(_)
         )
     )
-}
-
-/// After a crash, a block that was mixed of several writes is whatever it is; it must stay so.
-fn settle_block(blocks: &mut Blocks, lba: u64, block: &[u8]) {
-    if let Some(held) = blocks.get_mut(&lba) {
-        let first = u64::from_le_bytes(block[..8].try_into().unwrap());
-        let same = block[8..] == block[..BLOCK - 8];
-        if same {
-            *held = vec![Held { order: 0, value: first, certain: true }];
-        } else {
-            for h in held.iter_mut() {
-                h.certain = false;
-            }
-            held.insert(0, Held { order: 0, value: 0, certain: true });
-        }
-    }
-}
-
-fn verify(id: u128, blocks: &Blocks, lba: u64, block: &[u8], power: bool) {
-    assert!(
-        holds_block(blocks, lba, block, power),
-        "block {lba} of {id} holds {:x?}; held: {:x?}",
-        block
-            .chunks(512)
-            .map(|s| u64::from_le_bytes(s[..8].try_into().unwrap()))
-            .collect::<Vec<_>>(),
-        blocks.get(&lba)
-    );
-}
-
-fn holds(blocks: &Blocks, start: u64, bytes: &[u8], power: bool) -> bool {
-    (start..).zip(bytes.chunks(BLOCK)).all(|(lba, block)| holds_block(blocks, lba, block, power))
-}
-
-fn holds_block(blocks: &Blocks, lba: u64, block: &[u8], power: bool) -> bool {
-    let Some(held) = blocks.get(&lba) else {
-        return block == [0; BLOCK];
-    };
-    let first = held.iter().rposition(|h| h.certain).unwrap();
-    let allowed = if power { &held[..] } else { &held[first..] };
-    let uniform = block[8..] == block[..BLOCK - 8];
-    block.chunks(512).all(|sector| {
-        let value = u64::from_le_bytes(sector[..8].try_into().unwrap());
-        // The first write to a block on top of a snapshot may be torn over zeros.
-        let torn = power && !uniform && value == 0;
-        sector[8..] == sector[..504] && (torn || allowed.iter().any(|h| h.value == value))
-    })
 }
 
 /// Extents that a crash left on two devices.

@@ -1,0 +1,326 @@
+//! Settling, reconcile and rebuild, against children with simulated contents, marks and stamps.
+
+use super::mend::World;
+use super::*;
+
+fn world(n: u8) -> World {
+    let mut w = World::new(n);
+    w.b.nexus.config.pace.rebuild = true;
+    w.b.mem = HeapMemory::new(32 << 20);
+    w
+}
+
+/// Lets time pass and everybody work until nothing is left to do.
+fn rest(w: &mut World) {
+    for _ in 0..60 {
+        w.b.pass(1000);
+        w.run();
+    }
+}
+
+/// Writes the first blocks.
+fn fill(w: &mut World, tag: u64, blocks: u64, byte: u8) {
+    for start in (0..blocks).step_by(100) {
+        w.write(tag * 1000 + start, start, 100.min(blocks - start), byte);
+    }
+}
+
+fn asked(w: &World, of: impl Fn(&ChildOp) -> bool) -> usize {
+    w.b.asked.iter().filter(|io| of(&io.op)).count()
+}
+
+fn copied(w: &World) -> Vec<u64> {
+    w.b.nexus.rebuild_history().iter().map(|r| r.bytes >> 20).collect()
+}
+
+#[test]
+fn what_was_written_is_settled_once_and_then_nothing_is_asked() {
+    let mut w = world(3);
+    rest(&mut w);
+    w.b.asked.clear();
+    w.write(1, 0, 1, 7);
+    w.run();
+    rest(&mut w);
+    assert!(w.b.extents.iter().all(|e| e[0] == change::MAPPED), "{:?}", w.b.extents);
+    let generation = w.b.nexus.generation;
+    assert!(w.b.stamps.iter().all(|s| s[0] == generation && s[1] == 0));
+    assert_eq!(asked(&w, |op| matches!(op, ChildOp::SettleEnd { .. })), 3);
+    assert_eq!(w.b.nexus.poll_timeout(w.b.now), None, "idle");
+}
+
+#[test]
+fn a_round_waits_for_what_was_submitted_and_flushes_before_it_ends() {
+    let mut w = world(3);
+    rest(&mut w);
+    w.write(1, 0, 1, 7);
+    w.b.asked.clear();
+    // Two have it, one is slow.
+    for child in [0, 1] {
+        let at = w.b.io.iter().position(|io| io.child == ChildId(child)).unwrap();
+        w.serve(at);
+    }
+    w.b.nexus.config.child_deadline_ms = 100_000;
+    w.b.pass(6000);
+    assert_eq!(asked(&w, |op| matches!(op, ChildOp::SettleBegin { .. })), 3);
+    let flush = |op: &ChildOp| matches!(op, ChildOp::Io(r) if r.op == IoOp::Flush);
+    assert_eq!(asked(&w, flush), 0, "the slow one is waited for");
+    w.run();
+    w.b.pass(10);
+    assert_eq!(asked(&w, flush), 3);
+    assert_eq!(asked(&w, |op| matches!(op, ChildOp::SettleEnd { .. })), 3);
+}
+
+#[test]
+fn what_a_dead_nexus_left_is_alike_before_it_is_read() {
+    let mut w = world(3);
+    rest(&mut w);
+    // A write reaches one of three, and the nexus dies; another extent was discarded on one.
+    w.write(1, 10, 1, 9);
+    let at = w.b.io.iter().position(|io| io.child == ChildId(1)).unwrap();
+    w.serve(at);
+    w.b.extents[2].resize(16, 0);
+    w.b.extents[2][2] = change::MAPPED;
+    w.disks[2].data[600] = 5;
+    w.restart();
+    assert_eq!(*w.b.nexus.state(), VolumeState::Online);
+    assert_eq!(w.b.nexus.unreconciled(), (2, 2));
+    w.submit(2, IoOp::Read, 300, 1, 0);
+    w.submit(3, IoOp::Read, 10, 1, 0);
+    let host = |w: &World, lba| {
+        w.b.io.iter().any(|io| {
+            matches!(io.op, ChildOp::Io(r) if r.range.start().0 == lba && r.range.blocks() == 1)
+        })
+    };
+    assert!(host(&w, 300), "what cannot differ is read at once");
+    assert!(!host(&w, 10));
+    w.run();
+    assert_eq!((w.b.status_of(2), w.b.status_of(3)), (Some(IoStatus::Ok), Some(IoStatus::Ok)));
+    let now: Vec<u8> = w.disks.iter().map(|d| d.data[10]).collect();
+    assert_eq!(w.got(3), [now[0]]);
+    w.assert_alike();
+    assert_eq!(w.b.nexus.unreconciled(), (0, 0));
+    rest(&mut w);
+    assert!(w.b.extents.iter().all(|e| e.iter().all(|m| m & change::OPEN == 0)));
+}
+
+#[test]
+fn who_lost_power_is_not_believed() {
+    for liar in 0..3 {
+        let mut w = world(3);
+        for register in &mut w.b.registers {
+            register.incarnation = 1;
+        }
+        w.restart();
+        rest(&mut w);
+        w.write(1, 10, 1, 9);
+        w.run();
+        assert_eq!(w.b.status_of(1), Some(IoStatus::Ok));
+        // Acked, not flushed: two lose it.
+        for other in (0..3).filter(|&other| other != liar) {
+            w.disks[other].data[10] = 0;
+            w.b.registers[other].incarnation = 2;
+        }
+        w.restart();
+        w.run();
+        assert!(w.disks.iter().all(|d| d.data[10] == 9));
+    }
+}
+
+#[test]
+fn a_member_that_was_away_gets_what_was_written_meanwhile_and_no_more() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.b.disconnect(1);
+    w.write(2, 260, 3, 4);
+    w.run();
+    assert_eq!(w.b.status_of(2), Some(IoStatus::Ok));
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 2]);
+    w.b.connect(1);
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    assert_eq!(copied(&w), [1]);
+    w.assert_alike();
+    assert_eq!(w.b.stored_in_sync(0), [true; 3]);
+    w.assert_idle();
+}
+
+#[test]
+fn what_it_alone_has_is_undone_and_what_it_alone_lacks_is_copied() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    // Its last write reached nobody else.
+    w.write(2, 5, 1, 8);
+    let at = w.b.io.iter().position(|io| io.child == ChildId(1)).unwrap();
+    w.serve(at);
+    w.b.disconnect(1);
+    w.b.disconnect(0);
+    w.b.disconnect(2);
+    w.b.io.clear();
+    w.b.extents[1][3] = change::MAPPED;
+    let members = w.b.registers.clone();
+    w.restart();
+    w.run();
+    assert_eq!(w.b.registers.len(), members.len());
+    rest(&mut w);
+    w.assert_alike();
+}
+
+#[test]
+fn hosts_do_not_wait_for_a_target_until_it_joins_and_it_misses_nothing() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.b.disconnect(1);
+    fill(&mut w, 2, 900, 4);
+    w.run();
+    w.b.connect(1);
+    w.b.pass(2000);
+    assert!(w.b.nexus.rebuild().is_some());
+    // Nobody has copied anything yet: the target gets the write and is not waited for.
+    w.write(3, 990, 1, 6);
+    let mut others = true;
+    while core::mem::take(&mut others) {
+        if let Some(at) = w.b.io.iter().position(|io| {
+            io.child != ChildId(1) && matches!(io.op, ChildOp::Io(r) if r.range.start().0 == 990)
+        }) {
+            w.serve(at);
+            others = true;
+        }
+    }
+    assert_eq!(w.b.status_of(3), Some(IoStatus::Ok));
+    assert!(w.b.io.iter().any(|io| io.child == ChildId(1)));
+    w.run();
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    w.assert_alike();
+}
+
+#[test]
+fn a_target_that_fails_ends_the_rebuild_and_hosts_see_nothing() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.b.disconnect(1);
+    fill(&mut w, 2, 900, 4);
+    w.run();
+    w.disks[1].dead = true;
+    w.b.connect(1);
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 2]);
+    assert!(matches!(w.b.nexus.rebuild_history()[0].end, RebuildEnd::Aborted(_)));
+    w.write(3, 7, 1, 9);
+    w.run();
+    assert_eq!(w.b.status_of(3), Some(IoStatus::Ok));
+    w.disks[1].dead = false;
+    for _ in 0..10 {
+        rest(&mut w);
+    }
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    w.assert_alike();
+}
+
+#[test]
+fn a_rebuild_goes_on_where_a_dead_nexus_left_it() {
+    let mut w = world(2);
+    fill(&mut w, 1, 1000, 3);
+    w.run();
+    rest(&mut w);
+    w.b.registers.push(Register::default());
+    w.b.registers.pop();
+    // Two replicas cannot go on with one: the second is taken out while both vote.
+    w.disks[1].dead = true;
+    fill(&mut w, 2, 1000, 4);
+    w.run();
+    assert_eq!(w.in_sync(), [0]);
+    w.disks[1].dead = false;
+    w.b.nexus.config.pace.rebuild_mib_s = 1;
+    w.b.nexus.config.pace.checkpoint_ms = 500;
+    for _ in 0..24 {
+        w.b.pass(100);
+        w.run();
+    }
+    let stored = Config::decode(&w.b.registers[0].config).unwrap();
+    let member = stored.members[1];
+    assert!(member.copied >= 1 && !member.in_sync, "{member:?}");
+    let before = w.b.nexus.rebuild().expect("it goes on").bytes_done >> 20;
+    assert!(before < 4);
+    w.restart();
+    w.run();
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1]);
+    let again = copied(&w)[0];
+    assert!(again <= 4 - member.copied, "{again} MiB again, though {} were there", member.copied);
+    w.assert_alike();
+}
+
+#[test]
+fn random_faults_end_with_everybody_in_sync_and_alike() {
+    for seed in 0..100 {
+        let mut w = world(3);
+        w.below(1);
+        for _ in 0..seed {
+            w.below(2);
+        }
+        w.b.nexus.config.pace.checkpoint_ms = 200;
+        let mut tag = 0;
+        let mut up = [true; 3];
+        for _ in 0..120 {
+            match w.below(12) {
+                0..=4 => {
+                    tag += 1;
+                    let (start, byte) = (w.below(960), u8::try_from(w.below(200)).unwrap());
+                    let blocks = 1 + w.below(40);
+                    if w.b.nexus.state().is_serving() && w.b.nexus.has_room() && tag < 100 {
+                        w.write(tag, start, blocks, byte);
+                    }
+                }
+                5..=7 => {
+                    for _ in 0..w.below(12) {
+                        if w.b.io.is_empty() {
+                            break;
+                        }
+                        let n = w.b.io.len() as u64;
+                        let i = usize::try_from(w.below(n)).unwrap();
+                        w.serve(i);
+                    }
+                }
+                8 => {
+                    let child = u8::try_from(w.below(3)).unwrap();
+                    let at = usize::from(child);
+                    if up[at] {
+                        w.b.disconnect(child);
+                    } else {
+                        w.b.connect(child);
+                    }
+                    up[at] = !up[at];
+                }
+                9 if w.below(6) == 0 => {
+                    w.restart();
+                    up = [true; 3];
+                }
+                _ => {
+                    let ms = [10, 300, 3000][usize::try_from(w.below(3)).unwrap()];
+                    w.b.pass(ms);
+                }
+            }
+        }
+        for (child, up) in (0u8..).zip(up) {
+            if !up {
+                w.b.connect(child);
+            }
+        }
+        for _ in 0..12 {
+            rest(&mut w);
+        }
+        assert_eq!(w.in_sync(), [0, 1, 2], "seed {seed}: {:?}", w.b.nexus.status());
+        w.assert_alike();
+        assert!(w.b.extents.iter().flatten().all(|m| m & change::OPEN == 0), "seed {seed}");
+    }
+}
