@@ -13,7 +13,7 @@ use crate::disk::PAGE;
 use crate::rng::mix;
 
 /// Whether a nexus makes alike what an earlier one left different.
-const RECONCILES: bool = false;
+const RECONCILES: bool = true;
 /// Whether a nexus that was cut off stops reads before another serves.
 const LEASES: bool = false;
 /// A write that has not ended.

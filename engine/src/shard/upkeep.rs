@@ -33,7 +33,7 @@ pub(super) struct Upkeep {
 fn call_of(op: &ChildOp) -> Option<SettleCall> {
     match *op {
         ChildOp::SettleBegin { round } => Some(SettleCall::Begin { round }),
-        ChildOp::SettleEnd { round, stamp } => Some(SettleCall::End { round, stamp }),
+        ChildOp::SettleEnd { round, stamp, .. } => Some(SettleCall::End { round, stamp }),
         _ => None,
     }
 }
