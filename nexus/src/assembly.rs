@@ -1,6 +1,7 @@
 //! Coming up: learn the highest configuration from a majority, take a new epoch, and serve only
 //! with members of that configuration's in-sync set.
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus};
 
 use crate::children::{ChildState, FaultReason};
@@ -232,10 +233,11 @@ impl Nexus {
         let highest =
             assembly.registers.iter().flatten().map(|r| r.promised_epoch).max().unwrap_or_default();
         let heard = assembly.heard();
-        self.epoch = Epoch(highest.0 + 1);
+        let again = on(Mutant::EpochUsedTwice) && highest.0 > 0;
+        self.epoch = Epoch(highest.0 + u64::from(!again));
         let epoch = self.epoch;
         for child in heard.iter() {
-            self.ask(child, round, ChildOp::Promise { epoch, again: false });
+            self.ask(child, round, ChildOp::Promise { epoch, again });
         }
     }
 
@@ -341,7 +343,7 @@ impl Nexus {
         for (i, child) in (0u8..).zip(&mut self.children) {
             child.member = config.member(child.replica).copied().expect("the members are the same");
             child.found_life = child.member.incarnation;
-            if child.member.in_sync {
+            if child.member.in_sync || on(Mutant::AssembleStale) {
                 in_sync = in_sync.with(ChildId(i));
             }
         }

@@ -1,6 +1,7 @@
 //! Storing a configuration on a majority of the voters.
 
 use cairn_block::IoStatus;
+use cairn_block::mutants::{Mutant, on};
 
 use crate::children::ChildState;
 use crate::config::{Config, Member, Register};
@@ -33,7 +34,7 @@ impl Commit {
 
 impl Nexus {
     pub(crate) fn majority(&self) -> usize {
-        self.children.len() / 2 + 1
+        if on(Mutant::Minority) { 1 } else { self.children.len() / 2 + 1 }
     }
 
     /// Stores the in-sync set without the children that are failing.
@@ -96,6 +97,9 @@ impl Nexus {
             self.resume_commit(child);
         }
         self.update_state();
+        if on(Mutant::ServeBeforeCommit) && self.assembly.is_some() {
+            self.committed();
+        }
     }
 
     /// The members as the next configuration has them, where these are in sync. One that leaves may lack
@@ -107,7 +111,7 @@ impl Nexus {
                 let in_sync = target.has(ChildId(i));
                 let leaves = !in_sync && self.in_sync.has(ChildId(i));
                 let mut member = Member { replica: c.replica, in_sync, ..c.member };
-                if leaves {
+                if leaves && !on(Mutant::LeavingNotNoted) {
                     (member.since, member.copied, member.copied_since) = (self.generation, 0, 0);
                 }
                 if let Some(copied) = c.cursor {
@@ -173,6 +177,9 @@ impl Nexus {
                 }
             }
             Err(IoStatus::Fenced) => self.fence(),
+            Err(_) if on(Mutant::CountRefusal) => {
+                self.handle_accept_reply(child, &Ok(Register::default()))
+            }
             Err(_) => self.commit_refused(child),
         }
     }

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoStatus, Lba, LbaRange, Memory};
 
 use crate::bits::Bits;
@@ -82,6 +83,9 @@ impl Nexus {
     /// Whether a request has to wait until what it touches is alike; then it is remembered here.
     pub(crate) fn waits_for_reconcile(&mut self, at: u16, range: LbaRange) -> bool {
         let Some(r) = self.reconcile.as_mut() else { return false };
+        if on(Mutant::ReadBeforeReconcile) {
+            return false;
+        }
         let (mut extent, end) = span(range);
         let mut waits = false;
         while let Some(next) = r.pending.next(extent).filter(|&next| next < end) {
@@ -176,7 +180,7 @@ impl Nexus {
         let Some(r) = self.reconcile.as_mut() else { return };
         let mut from = 0;
         while let Some(extent) = r.any.next(from) {
-            if r.lacking.has(extent) {
+            if r.lacking.has(extent) && !on(Mutant::ReconcileOpenOnly) {
                 r.pending.insert(extent);
             }
             from = extent + 1;
@@ -185,6 +189,9 @@ impl Nexus {
         r.learning = false;
         r.total = r.pending.len();
         if alone {
+            r.pending = Bits::default();
+        }
+        if on(Mutant::ReconcileSkipped) {
             r.pending = Bits::default();
         }
         let total = r.pending.len();
@@ -297,7 +304,9 @@ impl Nexus {
 
     /// What is told while it is being learnt.
     pub(crate) fn learning_state(&self) -> VolumeState {
-        VolumeState::Assembling("learning what was being written when it was last served".to_owned())
+        VolumeState::Assembling(
+            "learning what was being written when it was last served".to_owned(),
+        )
     }
 }
 

@@ -35,58 +35,84 @@ mutants! {
     NoOrder,
     /// A read overtakes writes that it overlaps.
     ReadOvertakes,
+    /// Mends and copies do not wait for the range that they change.
+    NoLock,
     /// The nexus answers a flush without asking anybody.
     FlushAtNexus,
     /// The nexus reads from a member that is out of sync.
     ReadOutOfSync,
-    /// The nexus writes to a member that came back without binding it to the epoch.
-    RejoinWithoutPromise,
     /// A member that lost power stays in sync.
     PowerLossForgotten,
-    /// Assembly goes on with less than a majority.
-    AssembleMinority,
+    /// A write that met a full pool is answered without the replicas being made alike.
+    NoConvergence,
+    /// A nexus goes on when it learns that it is fenced.
+    GoOnWhenFenced,
+    /// One vote is a majority.
+    Minority,
+    /// A vote that was refused is counted.
+    CountRefusal,
     /// Assembly takes members that are not in sync.
     AssembleStale,
     /// Assembly serves before its first configuration is stored.
     ServeBeforeCommit,
     /// Assembly takes an epoch that was taken before.
     EpochUsedTwice,
-    /// A vote that was refused is counted.
-    CountRefusal,
-    /// A nexus goes on when it learns that it is fenced.
-    GoOnWhenFenced,
-    /// A mend writes without the lock of its range.
-    MendWithoutLock,
-    /// A write that met a full pool is answered without the replicas being made alike.
-    NoConvergence,
-    /// The replica answers a promise before it is durable.
-    PromiseNotDurable,
+    /// A configuration does not say when a member left.
+    LeavingNotNoted,
+    /// What a nexus left different stays so.
+    ReconcileSkipped,
+    /// Extents that one member has and another has not are not made alike.
+    ReconcileOpenOnly,
+    /// Requests do not wait until what they touch is alike.
+    ReadBeforeReconcile,
+    /// A settling round does not wait for the writes before it.
+    SettleWithoutDrain,
+    /// A settling round does not flush.
+    SettleWithoutFlush,
+    /// What is settled gets no stamp.
+    StampForgotten,
+    /// The target of a rebuild does not get what hosts write.
+    MirrorMissesWrites,
+    /// A member that joins does not count for acks before it has joined.
+    JoinerNotAwaited,
+    /// A member joins before it has flushed.
+    JoinBeforeFlush,
+    /// A rebuild leaves out the last extent that is needed.
+    RebuildSkipsLast,
+    /// A rebuild copies nothing because it is open.
+    RebuildIgnoresOpen,
+    /// A rebuild copies nothing because of its stamp.
+    RebuildIgnoresStamps,
+    /// The replica answers a promise and does not keep it.
+    PromiseNotStored,
     /// The replica does not drain before it answers a promise.
     NoDrain,
     /// The replica does not compare a request's epoch with its promise.
     NoFence,
     /// The replica stores a configuration of an epoch that it has promised away.
     AcceptOldEpoch,
+    /// The replica answers before what it stores is on stable storage.
+    RegisterNotFlushed,
     /// The replica answers a flush without flushing its disk.
     FlushAtReplica,
     /// The replica ignores that a write is to be durable when it is answered.
     IgnoreFua,
-    /// An allocation is used before its journal record is durable.
-    DataBeforeRecord,
-    /// An extent that is given up is used again before its record is durable.
-    ReuseEarly,
-    /// A read of what does not verify is answered with what is there.
-    BadDataReturned,
-    /// The checksum of a block that was written is not remembered.
-    ChecksumForgotten,
+    /// A journal record counts as durable before it was flushed.
+    JournalNotFlushed,
+    /// The mark of a dirty extent is not stored.
+    NoDirtyMark,
+    /// An extent that is settled is changed without being opened.
+    NoOpenMark,
+    /// A write to an extent that is being settled does not keep it open.
+    CandidateStays,
     /// An extent that is allocated is not zeroed.
     StaleExtent,
-    /// A discard leaves what was there to be read.
+    /// A discard of a whole extent leaves what was there.
     DiscardKeepsData,
-    /// A snapshot does not wait for the writes before it.
+    /// What does not verify is answered as it is.
+    BadDataReturned,
+    /// A snapshot does not hold the writes that come while it is taken.
     SnapshotLetsWriteThrough,
-    /// What is written after a snapshot lands in the snapshot.
-    WriteIntoSnapshot,
 }
 
 #[cfg(feature = "mutants")]
