@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use cairn_block::BufSlice;
 use cairn_engine::reactor::{DiskFault, EndReason, SocketFault, SocketId, Token};
 
+use crate::checks::{Check, check};
 use crate::disk::{PAGE, Page, SimDisk};
 use crate::net::{Net, NetEvent};
 use crate::rng::{Rng, mix};
@@ -261,6 +262,11 @@ impl World {
             let Reverse((time, _, event)) = self.events.pop()?;
             self.now = self.now.max(time);
             self.steps += 1;
+            check!(
+                Check::Liveness,
+                self.steps < MAX_STEPS,
+                "{MAX_STEPS} events happened and it is not over"
+            );
             let node = match event {
                 Event::Wake(node) => {
                     self.nodes[node.0].wake_scheduled = false;
@@ -485,3 +491,5 @@ impl World {
 }
 
 const EIO: i32 = 5;
+/// Events in a run, before it is taken for one that does nothing but run.
+const MAX_STEPS: u64 = 5_000_000;
