@@ -11,7 +11,9 @@ fn online() -> Nexus {
         volume: VolumeId(1),
         blocks: 1 << 20,
         encryption: None,
-        children: (1..=3).map(|i| ChildSpec { replica: ReplicaId(i), local: false }).collect(),
+        children: (1..=3)
+            .map(|i| ChildSpec { replica: ReplicaId(i), local: false, witness: false })
+            .collect(),
         purpose: Purpose::Create,
         child_deadline_ms: 5_000,
         assembly_wait_ms: 0,

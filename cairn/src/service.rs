@@ -135,7 +135,7 @@ impl Service {
         encryption: Option<EncryptionSpec>,
     ) -> Result<VolumeSpec, String> {
         let children: Result<Vec<_>, String> =
-            volume.replicas.iter().map(|uri| parse_replica_uri(uri)).collect();
+            volume.replicas.iter().map(|uri| parse_replica_uri(uri).map(Into::into)).collect();
         let deadline = match volume.child_deadline_ms {
             0 => self.child_deadline_ms,
             ms => ms,

@@ -104,6 +104,25 @@ pub struct EncryptionReport {
     pub envelope: Envelope,
 }
 
+/// A replica of a volume, and where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeReplica {
+    /// Which.
+    pub id: ReplicaId,
+    /// Where.
+    pub address: ChildAddress,
+    /// Whether it votes and holds no data: then it may be as small as a block. What the volume's stored
+    /// configuration says of a member goes before this.
+    pub witness: bool,
+}
+
+impl From<(ReplicaId, ChildAddress)> for VolumeReplica {
+    /// One that holds data.
+    fn from((id, address): (ReplicaId, ChildAddress)) -> Self {
+        Self { id, address, witness: false }
+    }
+}
+
 /// A volume to be served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeSpec {
@@ -118,7 +137,7 @@ pub struct VolumeSpec {
     /// The blocks that hosts see.
     pub block_size: BlockSize,
     /// Its replicas and where they are.
-    pub children: Vec<(ReplicaId, ChildAddress)>,
+    pub children: Vec<VolumeReplica>,
     /// Whether it is encrypted, and how its key is had.
     pub encryption: Option<EncryptionSpec>,
     /// Whether it is new.
@@ -235,6 +254,8 @@ pub struct ReplicaReport {
 pub struct ChildReport {
     /// Which replica.
     pub replica: ReplicaId,
+    /// Whether it votes and holds no data.
+    pub witness: bool,
     /// Where it is.
     pub address: ChildAddress,
     /// `online`, `out-of-sync`, ...
@@ -428,6 +449,25 @@ pub enum Command<L, D> {
         /// Its new size in blocks.
         blocks: u64,
         /// The answer, once a majority has stored it and hosts are told.
+        reply: Reply<()>,
+    },
+    /// Make a replica a member of a volume.
+    AddReplica {
+        /// The volume, by name.
+        name: String,
+        /// Which.
+        replica: VolumeReplica,
+        /// The answer, once a majority has stored it, of the members before and of those after it. The
+        /// replica gets its data after that.
+        reply: Reply<()>,
+    },
+    /// Make a replica no member of its volume any more.
+    RemoveReplica {
+        /// The volume, by name.
+        name: String,
+        /// Which.
+        replica: ReplicaId,
+        /// The answer, once a majority has stored it, of the members before and of those after it.
         reply: Reply<()>,
     },
     /// Wrap a volume's key with another key-encryption key.

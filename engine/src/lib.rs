@@ -24,7 +24,7 @@ pub use cairn_replica as replica;
 pub use control::{
     ChildAddress, ChildReport, Command, DeviceReport, EncryptionReport, EncryptionSpec,
     EngineError, ExportCounters, HostReport, PoolMember, PoolReport, ReplicaReport, Reply,
-    ScrubAction, SnapshotReport, VolumeReport, VolumeSpec,
+    ScrubAction, SnapshotReport, VolumeReplica, VolumeReport, VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig, WatchedRegister, WatchedVolume};
 pub use thread::{EngineHandle, start};

@@ -14,6 +14,7 @@
 //! 0  magic "CRNSETL\0"
 //! 8  1: begin a round, 2: end it (u32), zero (u32)
 //! 16 round              24 stamp of what is settled: where it ends
+//! 32 only logical extents below this one are settled (u32): likewise
 //! ```
 
 use cairn_nexus::change;
@@ -45,20 +46,23 @@ pub enum SettleCall {
         round: u64,
         /// When that was, as configurations count.
         stamp: u64,
+        /// Only logical extents below this one.
+        below: u32,
     },
 }
 
 /// Writes a call over the page `out`.
 pub fn encode(call: SettleCall, out: &mut [u8]) {
-    let (kind, round, stamp) = match call {
-        SettleCall::Begin { round } => (BEGIN, round, 0),
-        SettleCall::End { round, stamp } => (END, round, stamp),
+    let (kind, round, stamp, below) = match call {
+        SettleCall::Begin { round } => (BEGIN, round, 0, 0),
+        SettleCall::End { round, stamp, below } => (END, round, stamp, below),
     };
     out.fill(0);
     out[..8].copy_from_slice(&MAGIC);
     out[8..12].copy_from_slice(&kind.to_le_bytes());
     out[16..24].copy_from_slice(&round.to_le_bytes());
     out[24..32].copy_from_slice(&stamp.to_le_bytes());
+    out[32..36].copy_from_slice(&below.to_le_bytes());
 }
 
 /// The call that a page holds, or nothing where it holds none.
@@ -71,7 +75,10 @@ pub fn decode(page: &[u8]) -> Option<SettleCall> {
     let (round, stamp) = (word(16)?, word(24)?);
     match u32::from_le_bytes(*page[8..].first_chunk()?) {
         BEGIN => Some(SettleCall::Begin { round }),
-        END => Some(SettleCall::End { round, stamp }),
+        END => {
+            let below = u32::from_le_bytes(*page[32..].first_chunk()?);
+            Some(SettleCall::End { round, stamp, below })
+        }
         _ => None,
     }
 }
@@ -95,8 +102,8 @@ mod tests {
     #[test]
     fn calls_survive_their_page() {
         let mut page = vec![0xff; PAGE as usize];
-        for call in [SettleCall::Begin { round: 7 }, SettleCall::End { round: 8, stamp: u64::MAX }]
-        {
+        let end = SettleCall::End { round: 8, stamp: u64::MAX, below: 9 };
+        for call in [SettleCall::Begin { round: 7 }, end] {
             encode(call, &mut page);
             assert_eq!(decode(&page), Some(call));
         }

@@ -11,13 +11,14 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cairn_engine::block::{BlockSize, PoolId, ReplicaId, VolumeId};
-use cairn_engine::control::{Command, Reply};
+use cairn_engine::control::{Command, Reply, ScrubAction};
 use cairn_engine::device::PoolDevice;
-use cairn_engine::nexus::Purpose;
+use cairn_engine::nexus::{Purpose, ScrubReport};
 use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
 use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec};
 use cairn_engine::{
-    ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReport, VolumeSpec,
+    ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReplica, VolumeReport,
+    VolumeSpec,
 };
 
 const BLOCKS: u64 = 2048;
@@ -89,7 +90,7 @@ impl Engine {
             blocks: BLOCKS,
             block_size: BlockSize::B4096,
             held: false,
-            children,
+            children: children.into_iter().map(Into::into).collect(),
             purpose,
             child_deadline_ms: 2_000,
             allowed_hosts: None,
@@ -251,20 +252,104 @@ fn the_link_of_a_removed_volume_does_not_touch_the_next_one() {
     assert_eq!(volume.children[0].state, "online", "{volume:#?}");
 }
 
+/// A replica in the nexus's own process was not asked what it had promised: when another process took
+/// the volume over, the first went on reading and writing it.
+#[test]
+fn a_replica_of_the_same_process_is_fenced_too() {
+    let first = Engine::with_replica(1);
+    let peer = first.listen();
+    let local = ChildAddress::Local { pool: "p".to_owned() };
+    first.add_volume(Purpose::Create, vec![(ReplicaId(1), local)]);
+    first.wait("created", |v| v.serving);
+
+    let second = Engine::start();
+    second.add_volume(Purpose::Assemble, vec![remote(1, peer)]);
+    second.wait("taken over", |v| v.serving);
+
+    let scrub = |engine: &Engine| {
+        let action = ScrubAction::Start(ScrubReport { rate_mib_s: 1000, ..ScrubReport::default() });
+        let name = "v".to_owned();
+        engine.call(|reply| Command::ScrubVolume { name, action, reply }).unwrap();
+    };
+    scrub(&second);
+    let finished = |v: &VolumeReport| v.scrub.as_ref().is_some_and(|s| s.cursor == BLOCKS);
+    second.wait("scrubbed", finished);
+    // The first thing that the first asks of its replica tells it.
+    scrub(&first);
+    first.wait("fenced", |v| v.state == "fenced");
+    assert_eq!(second.volume().state, "online");
+}
+
+/// Replicas of other processes become members of a volume that is served, and are none any more; a
+/// restart knows of it.
+#[test]
+fn replicas_are_added_to_a_volume_and_removed() {
+    let first = Engine::with_replica(1);
+    let others: Vec<Engine> = (2..=4).map(Engine::with_replica).collect();
+    let peers: Vec<SocketAddr> = others.iter().map(Engine::listen).collect();
+    let local = (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() });
+    first.add_volume(Purpose::Create, vec![local.clone()]);
+    first.wait("created", |v| v.serving);
+
+    let add = |replica: (ReplicaId, ChildAddress), witness| {
+        let replica = VolumeReplica { witness, ..replica.into() };
+        let name = "v".to_owned();
+        first.call(|reply| Command::AddReplica { name, replica, reply })
+    };
+    let remove = |id| {
+        let (name, replica) = ("v".to_owned(), ReplicaId(id));
+        first.call(|reply| Command::RemoveReplica { name, replica, reply })
+    };
+    add(remote(2, peers[0]), false).unwrap();
+    let volume = first.volume();
+    assert_eq!((volume.state.as_str(), volume.children.len()), ("degraded", 2), "{volume:#?}");
+    assert_eq!(
+        (volume.children[1].state.as_str(), volume.children[1].in_sync),
+        ("out-of-sync", false)
+    );
+    add(remote(3, peers[1]), true).unwrap();
+    let volume = first.volume();
+    assert_eq!((volume.children[2].state.as_str(), volume.children[2].witness), ("witness", true));
+    let refused = add(remote(3, peers[1]), true).unwrap_err();
+    assert!(refused.to_string().contains("member of the volume already"), "{refused}");
+    let refused = remove(1).unwrap_err();
+    assert!(refused.to_string().contains("the only one"), "{refused}");
+    // Where nobody is, nothing is added, and the volume is as it was.
+    let (_held, _fd, nowhere) = black_hole();
+    let refused = add(remote(4, nowhere), false).unwrap_err();
+    assert!(refused.to_string().contains("does not answer"), "{refused}");
+    assert_eq!(first.volume().children.len(), 3);
+
+    remove(2).unwrap();
+    let volume = first.volume();
+    assert_eq!((volume.state.as_str(), volume.children.len()), ("online", 2), "{volume:#?}");
+    add(remote(4, peers[2]), false).unwrap();
+    remove(3).unwrap();
+    first.remove_volume();
+
+    // The one that was removed does not know better than those that decided it.
+    first.add_volume(Purpose::Assemble, vec![local, remote(2, peers[0])]);
+    let waits = first.wait("assembling", |v| v.detail.contains("not among those named"));
+    assert!(waits.detail.contains(&ReplicaId(4).to_string()), "{waits:#?}");
+    add(remote(4, peers[2]), false).unwrap();
+    let volume = first.wait("assembled", |v| v.serving && v.children[1].state == "idle");
+    assert!(volume.children[1].reason.contains("not a member"), "{volume:#?}");
+}
+
 /// What a person types as a replica's address went to the initiator as it was; a name too long for
 /// a Connect was a panic there, which ended the engine with all its volumes. A local replica that
 /// is too small was taken, and failed at the first write past its end.
 #[test]
 fn children_that_cannot_be_are_refused() {
     let engine = Engine::with_replica(1);
-    let spec = |blocks, child| VolumeSpec {
+    let spec = |blocks, child: (ReplicaId, ChildAddress)| VolumeSpec {
         id: VolumeId(99),
         name: "v".to_owned(),
         nqn: "nqn.2026-11.io.cairn:v".to_owned(),
         blocks,
         block_size: BlockSize::B4096,
         held: false,
-        children: vec![child],
+        children: vec![child.into()],
         purpose: Purpose::Create,
         child_deadline_ms: 2_000,
         allowed_hosts: None,

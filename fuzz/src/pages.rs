@@ -50,6 +50,6 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let mut held = page();
     register::encode(&engine::nexus::Register::default(), &mut held);
     let mut settle = page();
-    upkeep::encode(SettleCall::End { round: 3, stamp: 9 }, &mut settle);
+    upkeep::encode(SettleCall::End { round: 3, stamp: 9, below: 7 }, &mut settle);
     vec![call, list, held, settle]
 }

@@ -1,12 +1,14 @@
 //! Coming up: learn the highest configuration from a majority, take a new epoch, and serve only
 //! with members of that configuration's in-sync set.
 
+mod found;
+
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus};
 
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
-use crate::config::{Config, Register};
+use crate::config::{Config, Member, Register};
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
 use crate::slots::ChildSet;
@@ -34,6 +36,8 @@ pub(crate) struct Assembly {
     /// What each child's register held when it was last heard.
     registers: Vec<Option<Register>>,
     promised: ChildSet,
+    /// Voters that hold nothing and should: they are not asked.
+    blank: ChildSet,
     /// Go on with who is there at this time.
     deadline_ms: Option<u64>,
 }
@@ -45,12 +49,22 @@ impl Assembly {
             round: 0,
             registers: vec![None; children],
             promised: ChildSet::EMPTY,
+            blank: ChildSet::EMPTY,
             deadline_ms: None,
         }
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<u64> {
         self.deadline_ms
+    }
+
+    /// A child was added, in this place.
+    pub(crate) fn add_child(&mut self, child: ChildId) {
+        let at = usize::from(child.0);
+        if at == self.registers.len() {
+            self.registers.push(None);
+        }
+        self.registers[at] = None;
     }
 
     fn heard(&self) -> ChildSet {
@@ -128,14 +142,9 @@ impl Nexus {
     }
 
     fn tell_what_is_missing(&mut self) {
-        let connected = self.connected();
-        let missing: Vec<String> = (0u8..)
-            .zip(&self.children)
-            .filter(|(i, _)| !connected.has(ChildId(*i)))
-            .map(|(_, c)| c.replica.to_string())
-            .collect();
+        let missing = self.everybody().without(self.connected());
         if !missing.is_empty() {
-            let text = format!("waiting for replica {}", missing.join(", "));
+            let text = format!("waiting for replica {}", self.names(missing, ", "));
             self.set_state(VolumeState::Assembling(text));
         }
     }
@@ -183,23 +192,52 @@ impl Nexus {
         }
         assembly.deadline_ms = None;
         match assembly.stage {
-            Stage::Gather => self.promise(now_ms),
+            // One that was needed may have gone meanwhile.
+            Stage::Gather => {
+                if self.may_promise() {
+                    self.promise(now_ms);
+                }
+            }
             Stage::Stuck => self.gather(),
             Stage::Promise => self.promise_timeout(now_ms),
             Stage::Commit => {}
         }
     }
 
-    /// Goes on once everybody was heard, or a majority and the wait is over.
+    /// Whether there is any use in taking an epoch from those that were heard.
+    fn may_promise(&self) -> bool {
+        let heard = self.heard();
+        match (self.config.purpose, self.highest()) {
+            (Purpose::ForceStart { source, .. }, _) => {
+                self.child_of(source).is_some_and(|source| heard.has(source))
+            }
+            (_, Some(found)) => {
+                let (known, missing) = self.voters_of(&found.config);
+                known.and(heard).len() > (known.len() + missing.len()) / 2
+            }
+            // Nobody holds anything: that is said once it is sure.
+            (Purpose::Create, None) => false,
+            (Purpose::Assemble, None) => self.everybody().has_majority_in(heard),
+        }
+    }
+
+    /// Goes on once everybody was heard whose word counts, or a majority of them and the wait is over.
     fn try_promise(&mut self, now_ms: u64) {
-        let (all, majority) = (self.children.len(), self.majority());
-        let (create, wait) = (self.is_new(), self.config.assembly_wait_ms);
-        let assembly = self.assembling();
-        let heard = assembly.heard().len();
-        if heard == all {
+        let heard = self.heard();
+        let forced = matches!(self.config.purpose, Purpose::ForceStart { .. });
+        let voters = match self.highest().filter(|_| !forced) {
+            Some(found) if self.voters_of(&found.config).1.is_empty() => {
+                self.voters_of(&found.config).0
+            }
+            _ => self.everybody(),
+        };
+        if voters.without(heard).is_empty() {
             self.promise(now_ms);
-        } else if !create && heard >= majority && assembly.deadline_ms.is_none() {
-            assembly.deadline_ms = Some(now_ms + wait);
+        } else if self.may_promise() {
+            let at = now_ms + self.config.assembly_wait_ms;
+            self.assembling().deadline_ms.get_or_insert(at);
+        } else {
+            self.tell_who_decides();
         }
     }
 
@@ -214,14 +252,26 @@ impl Nexus {
     }
 
     fn promise(&mut self, now_ms: u64) {
-        // A node without the key takes the volume from nobody.
-        let found = self.highest().and_then(|r| Config::decode(&r.config).ok());
-        let ours = found.filter(|c| c.volume == self.config.volume);
-        if let Some(section) = ours.map(|c| c.encryption)
-            && !self.admits(&section)
-        {
-            self.lock(&section);
-            return;
+        // Before any nexus that serves is fenced: this one has to be able to take its place. A node
+        // without the key takes the volume from nobody.
+        let found = self.highest();
+        if let Some(found) = &found {
+            if !self.knows_all(&found.config) {
+                self.stuck(now_ms);
+                return;
+            }
+            if !self.admits(&found.config.encryption) {
+                self.lock(&found.config.encryption);
+                return;
+            }
+        }
+        // Those stay as they are until the volume serves, or they could not be told from others.
+        let blank = found.map_or(ChildSet::EMPTY, |found| {
+            self.voters_of(&found.config).0.and(self.blank(&found.config))
+        });
+        self.assembling().blank = blank;
+        for child in blank.iter() {
+            self.assembling().registers[usize::from(child.0)] = None;
         }
         self.round += 1;
         let (round, limit) = (self.round, self.config.child_deadline_ms);
@@ -248,128 +298,97 @@ impl Nexus {
         }
     }
 
-    /// A majority has promised: the highest configuration among them is the volume's.
+    /// Those that were heard have promised: the highest configuration among them is the volume's, where
+    /// a majority of its voters is with them.
     fn decide(&mut self, now_ms: u64) {
-        if self.assembling().promised.len() < self.majority() {
-            self.stuck(now_ms);
+        if let Some(why) = self.first_unreadable() {
+            self.refuse(&why);
             return;
         }
-        let highest = self.highest().cloned();
-        match (self.config.purpose, highest) {
-            (Purpose::Create, None) => {
-                if let Some(small) = self.first_too_small() {
-                    self.refuse(&small);
-                    return;
-                }
-                if self.config.encryption.is_some() && self.encryption.is_empty() {
-                    self.lock(&[]);
-                    return;
-                }
-                let all = self.assembling().promised;
-                if all.len() < self.children.len() {
-                    self.stuck(now_ms);
-                    return;
-                }
-                self.note_lives();
-                self.assembling().stage = Stage::Commit;
-                self.commit_target(all);
+        match (self.config.purpose, self.highest()) {
+            (Purpose::ForceStart { source, random }, found) => {
+                self.force_start(source, random, found, now_ms);
             }
-            (Purpose::Create, Some(_)) if self.is_new() => self.refuse(
-                "a replica belongs to a volume already; create the volume from empty replicas",
-            ),
-            (Purpose::Assemble, None) => {
-                self.refuse(
-                    "no replica holds a configuration; the volume was never created on them",
-                );
+            (Purpose::Create, None) => self.decide_new(now_ms),
+            (Purpose::Assemble, None) if self.assembling().promised.is_empty() => {
+                self.stuck(now_ms);
             }
-            (_, Some(register)) => match Config::decode(&register.config) {
-                Ok(config) => self.adopt(&config, now_ms),
-                Err(e) => self.refuse(&format!("the stored configuration cannot be read: {e}")),
+            (Purpose::Assemble, None) => self.refuse(&self.why_nothing()),
+            (_, Some(found)) => match self.two_lineages() {
+                Some(why) => self.refuse(&why),
+                None => self.adopt(&found.config, now_ms),
             },
         }
     }
 
-    /// The highest configuration that was heard of.
-    fn highest(&self) -> Option<&Register> {
-        let registers = self.assembly.iter().flat_map(|a| &a.registers).flatten();
-        registers.filter(|r| !r.config.is_empty()).max_by_key(|r| (r.accepted_epoch, r.seq))
+    /// Nobody tells of the volume, and it is to be made.
+    fn decide_new(&mut self, now_ms: u64) {
+        let all = self.assembling().promised;
+        if all != self.everybody() {
+            self.stuck(now_ms);
+            return;
+        }
+        if self.has_foreign() {
+            return self.refuse(
+                "a replica belongs to a volume already; create the volume from empty replicas",
+            );
+        }
+        if let Some(small) = self.first_too_small() {
+            self.refuse(&small);
+            return;
+        }
+        if self.config.encryption.is_some() && self.encryption.is_empty() {
+            self.lock(&[]);
+            return;
+        }
+        (self.voters, self.wanted.voters) = (all, all);
+        let data = self.data_voters();
+        if data.is_empty() {
+            return self.refuse("a volume needs a replica that holds its data, besides witnesses");
+        }
+        self.assembling().stage = Stage::Commit;
+        self.commit_target(data);
     }
 
-    /// A replica that cannot hold a new volume, in words.
-    fn first_too_small(&self) -> Option<String> {
-        let registers = self.assembly.iter().flat_map(|a| &a.registers);
-        let small = |r: &Register| r.blocks > 0 && r.blocks < self.config.blocks;
-        let mut children = self.children.iter().zip(registers);
-        children.find_map(|(c, r)| r.as_ref().filter(|r| small(r)).map(|r| (c, r))).map(|(c, r)| {
-            format!(
-                "replica {} is too small: it has {} blocks, the volume {}; make a larger replica",
-                c.replica, r.blocks, self.config.blocks
-            )
-        })
-    }
-
-    /// Whether the volume is to be made and nobody tells of it yet. A process that was killed may
-    /// not have lived to remember that it had made it.
-    fn is_new(&self) -> bool {
-        let mut registers = self.assembly.iter().flat_map(|a| &a.registers).flatten();
-        let ours = |register: &Register| {
-            Config::decode(&register.config).is_ok_and(|c| c.volume == self.config.volume)
-        };
-        self.config.purpose == Purpose::Create && !registers.any(ours)
-    }
-
+    /// Takes a configuration up, and stores it without the in-sync members that are not here.
     fn adopt(&mut self, config: &Config, now_ms: u64) {
-        let same = config.members.len() == self.children.len()
-            && config.members.iter().all(|m| self.children.iter().any(|c| c.replica == m.replica));
-        if config.volume != self.config.volume || !same {
-            self.refuse(&format!(
-                "the replicas hold a configuration of volume {} with other members; check the \
-                 replicas that are named for volume {}",
-                config.volume, self.config.volume
-            ));
+        if !self.knows_all(config) {
+            self.stuck(now_ms);
             return;
         }
         if !self.admits(&config.encryption) {
             self.lock(&config.encryption);
             return;
         }
-        self.config.blocks = config.blocks;
-        self.encryption.clone_from(&config.encryption);
-        self.wanted = Wanted { blocks: config.blocks, encryption: config.encryption.clone() };
-        self.lineage = config.lineage;
-        self.generation = config.generation;
-        self.seq = 0;
-        let mut in_sync = ChildSet::EMPTY;
-        for (i, child) in (0u8..).zip(&mut self.children) {
-            child.member = config.member(child.replica).copied().expect("the members are the same");
-            child.found_life = child.member.incarnation;
-            if child.member.in_sync || on(Mutant::AssembleStale) {
-                in_sync = in_sync.with(ChildId(i));
-            }
-        }
-        // Who leaves now leaves by the configuration that is stored next.
-        self.in_sync = in_sync;
-        let there = self.assembling().promised;
-        let target = in_sync.and(there);
-        if target.is_empty() {
-            let needed: Vec<String> = in_sync
-                .iter()
-                .map(|c| self.children[usize::from(c.0)].replica.to_string())
-                .collect();
-            self.set_state(VolumeState::Assembling(format!(
-                "the replicas that are here missed writes; waiting for one that has them all: {}",
-                needed.join(" or ")
-            )));
+        let (voters, _) = self.voters_of(config);
+        // One that was not asked to promise is not here, for all that is decided now.
+        let blank = self.assembling().blank.or(self.blank(config));
+        let there = self.assembling().promised.without(blank);
+        if !voters.has_majority_in(there) {
+            self.tell_who_decides();
             self.stuck(now_ms);
             return;
         }
-        for i in 0..self.children.len() {
-            let child = ChildId(u8::try_from(i).expect("at most MAX_CHILDREN"));
-            if !target.has(child) {
-                let why =
-                    if in_sync.has(child) { FaultReason::Unreachable } else { FaultReason::Stale };
-                self.child(child).state = ChildState::OutOfSync(why);
-            }
+        self.take_config(config, voters);
+        let in_sync = self.in_sync;
+        let target = in_sync.and(there);
+        if target.is_empty() {
+            let one = if in_sync.len() == 1 { ", which" } else { ": each of them" };
+            let text = format!(
+                "the replicas that are here missed writes; waiting for replica {}{one} has them all",
+                self.names(in_sync, " or ")
+            );
+            self.set_state(VolumeState::Assembling(text));
+            self.stuck(now_ms);
+            return;
+        }
+        for child in self.data_voters().without(target).iter() {
+            let why = match (in_sync.has(child), blank.has(child)) {
+                (_, true) => FaultReason::Blank,
+                (true, _) => FaultReason::Unreachable,
+                (false, _) => FaultReason::Stale,
+            };
+            self.child(child).state = ChildState::OutOfSync(why);
         }
         self.note_lives();
         self.assembling().stage = Stage::Commit;
@@ -382,6 +401,89 @@ impl Nexus {
         for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
             child.incarnation = register.as_ref().map_or(0, |r| r.incarnation);
         }
+    }
+
+    /// What a configuration says is so from here on.
+    fn take_config(&mut self, config: &Config, voters: ChildSet) {
+        self.config.blocks = config.blocks;
+        self.encryption.clone_from(&config.encryption);
+        (self.lineage, self.generation, self.seq) = (config.lineage, config.generation, 0);
+        let (blocks, encryption) = (config.blocks, config.encryption.clone());
+        self.voters = voters;
+        self.wanted = Wanted { blocks, encryption, voters };
+        self.in_sync = ChildSet::EMPTY;
+        let old = self.of_older_lineage(config.lineage);
+        for at in 0..self.children.len() {
+            let id = ChildId(u8::try_from(at).expect("at most MAX_CHILDREN"));
+            let child = &mut self.children[at];
+            child.idle = if old.has(id) { FaultReason::OldLineage } else { FaultReason::NotMember };
+            let replica = child.replica;
+            child.member = Member { replica, ..Member::default() };
+            let Some(member) = config.member(replica).filter(|_| voters.has(id)) else { continue };
+            (child.member, child.witness) = (*member, member.witness);
+            child.found_life = member.incarnation;
+            if member.in_sync || on(Mutant::AssembleStale) {
+                self.in_sync = self.in_sync.with(id);
+            }
+        }
+    }
+
+    /// Takes the volume from one replica, whatever the others hold.
+    fn force_start(
+        &mut self,
+        replica: cairn_block::ReplicaId,
+        random: u32,
+        highest: Option<found::Found>,
+        now_ms: u64,
+    ) {
+        let child = self.child_of(replica);
+        let Some(source) = child.filter(|&c| self.assembling().promised.has(c)) else {
+            let text =
+                format!("waiting for replica {replica}, which the volume is to be taken from");
+            self.set_state(VolumeState::Assembling(text));
+            self.stuck(now_ms);
+            return;
+        };
+        let own = self.configs().into_iter().find(|f| f.child == source);
+        let (Some(own), Some(highest)) = (own, highest) else {
+            return self.refuse(&format!(
+                "replica {replica} holds nothing of this volume; take it from another one"
+            ));
+        };
+        let holds_data = own.config.member(replica).is_none_or(|m| !m.witness);
+        if !holds_data {
+            return self.refuse(&format!(
+                "replica {replica} is a witness and holds no data; take the volume from another one"
+            ));
+        }
+        // How large it is and which key opens it is what was said last: what the source lacks of it
+        // reads as zeros.
+        if !self.admits(&highest.config.encryption) {
+            self.lock(&highest.config.encryption);
+            return;
+        }
+        let found = self.configs();
+        let generation = found.iter().map(|f| f.config.generation).max().unwrap_or_default();
+        self.take_config(&highest.config, ChildSet::of(source));
+        self.child(source).witness = false;
+        self.generation = generation;
+        self.lineage = ((highest.config.lineage >> 32) + 1) << 32 | u64::from(random);
+        self.in_sync = ChildSet::of(source);
+        for at in 0..self.children.len() {
+            if at != usize::from(source.0) {
+                self.children[at].idle = FaultReason::OldLineage;
+            }
+        }
+        let lineage = self.lineage;
+        self.push_event(Event::Forced { source: replica, lineage });
+        self.note_lives();
+        self.assembling().stage = Stage::Commit;
+        self.commit_target(ChildSet::of(source));
+    }
+
+    /// Whether what is being stored is the first configuration after a forced start.
+    pub(crate) fn is_forced(&self) -> bool {
+        self.assembly.is_some() && matches!(self.config.purpose, Purpose::ForceStart { .. })
     }
 
     fn stuck(&mut self, now_ms: u64) {
@@ -416,9 +518,15 @@ impl Nexus {
             }
         }
         let promised = promised.without(small);
-        for child in self.in_sync.iter() {
+        for at in 0..self.children.len() {
+            let child = ChildId(u8::try_from(at).expect("at most MAX_CHILDREN"));
+            let in_sync = self.in_sync.has(child);
+            let state = self.child(child).state;
+            if !in_sync && matches!(state, ChildState::OutOfSync(_) | ChildState::Removed) {
+                continue;
+            }
             self.child(child).state = match (self.child(child).connected, promised.has(child)) {
-                (true, true) => ChildState::Online,
+                (true, true) => self.bound_state(child),
                 (true, false) => ChildState::Joining,
                 (false, _) => ChildState::Disconnected,
             };

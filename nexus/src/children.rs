@@ -6,6 +6,7 @@ use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
 use crate::config::Member;
+use crate::types::ChildSpec;
 
 /// Where a child stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +23,12 @@ pub enum ChildState {
     OutOfSync(FaultReason),
     /// It gets what it lacks, and every change meanwhile.
     Rebuilding,
+    /// It votes, and holds no data.
+    Witness,
+    /// It is there, and neither votes nor takes I/O.
+    Idle(FaultReason),
+    /// It was removed; its place is another's next.
+    Removed,
 }
 
 /// Why a child is not used.
@@ -43,6 +50,12 @@ pub enum FaultReason {
     Behind,
     /// A block that it lacks cannot be read from anybody.
     SourceUnreadable,
+    /// The volume's configuration does not name it.
+    NotMember,
+    /// Another replica was taken by force since it was a member.
+    OldLineage,
+    /// The configuration says that it holds the volume, and it holds nothing.
+    Blank,
 }
 
 impl fmt::Display for FaultReason {
@@ -59,6 +72,11 @@ impl fmt::Display for FaultReason {
             Self::SourceUnreadable => f.write_str(
                 "a block that it lacks cannot be read from any replica: `cairn volume scrub` names it; write it anew",
             ),
+            Self::NotMember => f.write_str("it is not a member of the volume; add it to make it one"),
+            Self::OldLineage => f.write_str(
+                "it belongs to an older lineage since a forced start; add it anew, and it gets a copy",
+            ),
+            Self::Blank => f.write_str("it is empty: it was made anew since it held the volume"),
             Self::Foreign => f.write_str("it belongs to another volume or has another size"),
         }
     }
@@ -70,12 +88,20 @@ pub(crate) struct Child {
     /// As the configuration stored last has it.
     pub(crate) member: Member,
     pub(crate) local: bool,
+    /// It votes, or is to vote, and holds no data.
+    pub(crate) witness: bool,
+    /// Why it is no voter, where it is none.
+    pub(crate) idle: FaultReason,
+    /// It was removed, and its session has ended.
+    pub(crate) vacant: bool,
     pub(crate) connected: bool,
     pub(crate) state: ChildState,
     /// Since when it was seen to be joining; nothing where it is not.
     pub(crate) joining_ms: Option<u64>,
     /// Its session is bound to the epoch.
     pub(crate) bound: bool,
+    /// The question that binds it, where it is asked.
+    pub(crate) rejoining: Option<u32>,
     /// It is not rebuilt before this time, and how often it was not of late.
     pub(crate) held_until_ms: u64,
     pub(crate) setbacks: u32,
@@ -85,6 +111,8 @@ pub(crate) struct Child {
     pub(crate) found_life: u128,
     /// Reads and writes that it has not answered.
     pub(crate) load: u32,
+    /// Register operations likewise.
+    pub(crate) asked: u32,
     /// The round of the request to grow that it has in hand, and whether its session is taken up after it.
     pub(crate) growing: Option<(u32, bool)>,
     /// What it has said, in this session, to have grown to.
@@ -101,6 +129,36 @@ pub(crate) struct Child {
 }
 
 impl Child {
+    /// One with which there is no session yet.
+    pub(crate) fn new(spec: ChildSpec) -> Self {
+        Self {
+            replica: spec.replica,
+            member: Member { replica: spec.replica, ..Member::default() },
+            local: spec.local,
+            witness: spec.witness,
+            idle: FaultReason::NotMember,
+            vacant: false,
+            connected: false,
+            state: ChildState::Disconnected,
+            joining_ms: None,
+            bound: false,
+            rejoining: None,
+            held_until_ms: 0,
+            setbacks: 0,
+            cursor: None,
+            found_life: 0,
+            load: 0,
+            asked: 0,
+            growing: None,
+            grown_to: 0,
+            session: 0,
+            incarnation: 0,
+            written: 0,
+            flushed: 0,
+            flushing: Vec::with_capacity(16),
+        }
+    }
+
     /// Whether it takes block requests.
     pub(crate) fn is_usable(&self) -> bool {
         let reads_all = on(Mutant::ReadOutOfSync) && matches!(self.state, ChildState::OutOfSync(_));

@@ -21,30 +21,34 @@ pub(crate) struct Commit {
     asked: ChildSet,
     acks: ChildSet,
     refused: ChildSet,
-    majority: usize,
+    /// Those that vote, and those that vote once it is stored: a majority of each is needed.
+    quorums: [ChildSet; 2],
 }
 
 impl Commit {
+    /// Enough have stored it; one that becomes a voter by it among them, so that every voter has stored
+    /// a configuration.
+    fn is_stored(&self) -> bool {
+        let added = self.quorums[1].without(self.quorums[0]);
+        added.without(self.acks).is_empty()
+            && self.quorums.iter().all(|voters| voters.has_majority_in(self.acks))
+    }
+
     /// Everybody who was asked has answered, and too few have stored it.
     pub(crate) fn is_stuck(&self) -> bool {
-        self.acks.len() < self.majority
-            && self.asked.without(self.acks).without(self.refused).is_empty()
+        !self.is_stored() && self.asked.without(self.acks).without(self.refused).is_empty()
     }
 }
 
 impl Nexus {
-    pub(crate) fn majority(&self) -> usize {
-        if on(Mutant::Minority) { 1 } else { self.children.len() / 2 + 1 }
-    }
-
     /// Stores the in-sync set without the children that are failing.
     pub(crate) fn start_commit(&mut self) {
-        let failing = self.failing();
-        let target = self.in_sync.without(failing);
-        if target.is_empty() {
-            return;
-        }
-        self.commit_target(target);
+        self.commit_wanted();
+    }
+
+    /// The members in sync that are neither failing nor being removed.
+    pub(crate) fn staying(&self) -> ChildSet {
+        self.in_sync.and(self.wanted.voters).without(self.failing())
     }
 
     pub(crate) fn failing(&self) -> ChildSet {
@@ -84,16 +88,11 @@ impl Nexus {
             asked: ChildSet::EMPTY,
             acks: ChildSet::EMPTY,
             refused: ChildSet::EMPTY,
-            majority: self.majority(),
+            quorums: [self.voters, self.wanted.voters],
         });
         // A member that is failing votes too: it may be needed for a majority, and what failed may be
         // its data alone.
-        let voters: Vec<ChildId> = (0u8..)
-            .zip(&self.children)
-            .filter(|(_, c)| c.connected)
-            .map(|(i, _)| ChildId(i))
-            .collect();
-        for child in voters {
+        for child in self.connected().iter() {
             self.resume_commit(child);
         }
         self.update_state();
@@ -105,12 +104,15 @@ impl Nexus {
     /// The members as the next configuration has them, where these are in sync. One that leaves may lack
     /// what is open when that is stored, and all that is settled from then on.
     fn members_with(&self, target: ChildSet) -> Vec<Member> {
-        (0u8..)
-            .zip(&self.children)
-            .map(|(i, c)| {
-                let in_sync = target.has(ChildId(i));
-                let leaves = !in_sync && self.in_sync.has(ChildId(i));
-                let mut member = Member { replica: c.replica, in_sync, ..c.member };
+        self.wanted
+            .voters
+            .iter()
+            .map(|child| {
+                let c = &self.children[usize::from(child.0)];
+                let in_sync = target.has(child);
+                let leaves = !in_sync && self.in_sync.has(child);
+                let (replica, witness) = (c.replica, c.witness);
+                let mut member = Member { replica, witness, in_sync, ..c.member };
                 if leaves && !on(Mutant::LeavingNotNoted) {
                     (member.since, member.copied, member.copied_since) = (self.generation, 0, 0);
                 }
@@ -127,7 +129,12 @@ impl Nexus {
 
     /// Asks one more voter, which has just come back.
     pub(crate) fn resume_commit(&mut self, child: ChildId) {
+        let forced = self.is_forced();
         let Some(commit) = self.commit.as_mut() else { return };
+        // After a forced start those that it leaves out are told, so that they do not come up without it.
+        if !forced && commit.quorums.iter().all(|voters| !voters.has(child)) {
+            return;
+        }
         if commit.acks.has(child) || commit.asked.without(commit.refused).has(child) {
             return;
         }
@@ -170,15 +177,15 @@ impl Nexus {
             Ok(_) => {
                 let Some(commit) = self.commit.as_mut() else { return };
                 commit.acks = commit.acks.with(child);
-                if commit.acks.len() == commit.majority {
+                if commit.is_stored() {
                     self.committed();
                 } else {
                     self.update_state();
                 }
             }
-            Err(IoStatus::Fenced) => self.fence(),
+            Err(IoStatus::Fenced) if self.voters.has(child) => self.fence(),
             Err(_) if on(Mutant::CountRefusal) => {
-                self.handle_accept_reply(child, &Ok(Register::default()))
+                self.handle_accept_reply(child, &Ok(Register::default()));
             }
             Err(_) => self.commit_refused(child),
         }
@@ -189,11 +196,13 @@ impl Nexus {
         let gone = self.in_sync.or(self.joining).without(commit.target);
         let new = commit.target.without(self.in_sync);
         self.in_sync = commit.target;
-        self.take_up(commit.stored);
-        for (child, member) in self.children.iter_mut().zip(commit.members) {
-            child.member = member;
-            child.cursor = None;
+        for member in commit.members {
+            if let Some(child) = self.children.iter_mut().find(|c| c.replica == member.replica) {
+                child.member = member;
+                child.cursor = None;
+            }
         }
+        self.take_up(commit.stored);
         self.push_event(Event::Committed { epoch: self.epoch, seq: self.seq });
         for child in gone.iter() {
             if let ChildState::Failing(reason) = self.child(child).state {
@@ -217,5 +226,6 @@ impl Nexus {
         if !self.failing().and(self.in_sync).is_empty() {
             self.start_commit();
         }
+        self.advance_voters();
     }
 }

@@ -34,6 +34,7 @@ mod settle;
 mod slots;
 mod types;
 mod upkeep;
+mod voters;
 
 pub use children::{ChildState, FaultReason};
 pub use config::{Config, ConfigError, Member, Register};
@@ -42,8 +43,8 @@ pub use nexus::Nexus;
 pub use rebuild::{RebuildEnd, RebuildRecord, RebuildReport, RebuildStage};
 pub use scrub::{Finding, Found, MAX_FINDINGS, ScrubReport, ScrubState};
 pub use types::{
-    ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, MAX_CHILDREN,
-    NexusConfig, Pace, Purpose, Status, Ticket, VolumeState, change,
+    ChildId, ChildIo, ChildOp, ChildReply, ChildSpec, ChildStatus, Done, Event, FOREIGN_TICKET,
+    MAX_CHILDREN, NexusConfig, Pace, Purpose, Status, Ticket, VolumeState, change,
 };
 
 pub use reconfigure::ChangeError;

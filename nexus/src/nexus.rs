@@ -8,7 +8,6 @@ use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
-use crate::config::Member;
 use crate::copy::{COPY_KEY, Copies};
 use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
@@ -23,6 +22,7 @@ use crate::types::{
     Status, Ticket, TicketKind, VolumeState,
 };
 use crate::upkeep::Upkeep;
+use crate::voters::Changing;
 
 /// One volume's nexus.
 #[derive(Debug)]
@@ -43,8 +43,12 @@ pub struct Nexus {
     pub(crate) admitted: Vec<u8>,
     /// The one whose key is looked for.
     pub(crate) locked: Vec<u8>,
+    /// Those that vote, by the configuration committed last: all that it names.
+    pub(crate) voters: ChildSet,
     /// What every commit from now on says besides the in-sync set.
     pub(crate) wanted: Wanted,
+    /// A change of the voters that is under way.
+    pub(crate) changing: Option<Changing>,
     pub(crate) growing: Option<Growing>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
@@ -86,31 +90,7 @@ impl Nexus {
     pub fn new(config: NexusConfig) -> Self {
         let n = config.children.len();
         assert!(n > 0 && n <= MAX_CHILDREN, "a volume has 1 to {MAX_CHILDREN} replicas, not {n}");
-        let children = config
-            .children
-            .iter()
-            .map(|spec| Child {
-                replica: spec.replica,
-                member: Member { replica: spec.replica, ..Member::default() },
-                local: spec.local,
-                connected: false,
-                state: ChildState::Disconnected,
-                joining_ms: None,
-                bound: false,
-                held_until_ms: 0,
-                setbacks: 0,
-                cursor: None,
-                found_life: 0,
-                load: 0,
-                growing: None,
-                grown_to: 0,
-                session: 0,
-                incarnation: 0,
-                written: 0,
-                flushed: 0,
-                flushing: Vec::with_capacity(16),
-            })
-            .collect();
+        let children = config.children.iter().copied().map(Child::new).collect();
         let encryption = config.encryption.clone().unwrap_or_default();
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
@@ -125,7 +105,13 @@ impl Nexus {
             generation: 0,
             admitted: encryption.clone(),
             locked: Vec::new(),
-            wanted: Wanted { blocks: config.blocks, encryption: encryption.clone() },
+            voters: ChildSet::EMPTY,
+            wanted: Wanted {
+                blocks: config.blocks,
+                encryption: encryption.clone(),
+                voters: ChildSet::EMPTY,
+            },
+            changing: None,
             encryption,
             growing: None,
             round: 0,
@@ -178,6 +164,7 @@ impl Nexus {
     pub fn status(&self) -> Status {
         let children = (0u8..).zip(&self.children).map(|(i, c)| ChildStatus {
             replica: c.replica,
+            witness: c.witness,
             state: c.state,
             in_sync: self.in_sync.has(ChildId(i)),
             load: c.load,
@@ -210,7 +197,9 @@ impl Nexus {
     /// # Panics
     /// Where [`Nexus::has_room`] is false.
     pub fn submit(&mut self, tag: u64, request: IoRequest, now_ms: u64) {
-        let refused = if !self.state.is_serving() {
+        let refused = if self.state == VolumeState::Fenced {
+            Some(IoStatus::PathError)
+        } else if !self.state.is_serving() {
             Some(IoStatus::NotReady)
         } else if request.range.end().0 > self.config.blocks {
             Some(IoStatus::OutOfRange)
@@ -257,7 +246,10 @@ impl Nexus {
         let c = self.child(child);
         c.connected = true;
         c.session += 1;
-        if !matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
+        if !matches!(
+            c.state,
+            ChildState::Failing(_) | ChildState::OutOfSync(_) | ChildState::Removed
+        ) {
             c.state = ChildState::Joining;
         }
         if self.assembly.is_some() {
@@ -276,12 +268,15 @@ impl Nexus {
             return;
         }
         c.connected = false;
-        c.bound = false;
+        (c.bound, c.rejoining) = (false, None);
         if self.mirror() == Some(child) {
             self.fail_child(child, FaultReason::Unreachable);
         }
         let c = self.child(child);
-        if matches!(c.state, ChildState::Online | ChildState::Joining) {
+        if !matches!(
+            c.state,
+            ChildState::Failing(_) | ChildState::OutOfSync(_) | ChildState::Removed
+        ) {
             c.state = ChildState::Disconnected;
         }
         if self.assembly.is_some() {
@@ -302,8 +297,16 @@ impl Nexus {
     pub fn handle_io(&mut self, child: ChildId, ticket: Ticket, status: IoStatus, now_ms: u64) {
         let at = match ticket.kind() {
             TicketKind::Slot(at) => at,
-            TicketKind::Mend => return self.handle_mend_io(child, ticket, status),
-            TicketKind::Copy(at) => return self.handle_copy_io(child, at, status),
+            TicketKind::Mend => {
+                self.handle_mend_io(child, ticket, status);
+                self.check_fenced(status);
+                return;
+            }
+            TicketKind::Copy(at) => {
+                self.handle_copy_io(child, at, status);
+                self.check_fenced(status);
+                return;
+            }
             TicketKind::Upkeep(serial) => return self.handle_upkeep(child, serial, status),
             TicketKind::Register(_) => unreachable!("a block request's ticket"),
         };
@@ -319,17 +322,21 @@ impl Nexus {
         let slot = self.slots.slot(at);
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
-        if mirrors && !status.is_ok() {
+        if mirrors && !status.is_ok() && status != IoStatus::Fenced {
             slot.failed = slot.failed.with(child);
             self.mirror_failed(child, status);
         }
-        let slot = self.slots.slot(at);
-        if slot.phase == Phase::Answered {
+        let over = self.slots.slot(at).phase == Phase::Answered;
+        let fenced = self.check_fenced(status);
+        if over {
             self.leave_if_over(at);
             self.release_if_free(at);
+        }
+        if over || fenced {
             self.settle(now_ms);
             return;
         }
+        let slot = self.slots.slot(at);
         if !slot.failed.has(child) {
             if status.is_ok() {
                 slot.ok = slot.ok.with(child);
@@ -364,6 +371,7 @@ impl Nexus {
         let TicketKind::Register(round) = ticket.kind() else {
             unreachable!("a register operation's ticket")
         };
+        self.child(child).asked -= 1;
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
         } else if self.commit.as_ref().is_some_and(|c| c.round == round) {
@@ -371,7 +379,7 @@ impl Nexus {
         } else if self.assembly.is_some() {
             self.handle_assembly_reply(child, round, reply, now_ms);
         } else {
-            self.handle_rejoin_reply(child, &reply);
+            self.handle_rejoin_reply(child, round, &reply, now_ms);
         }
         if self.assembly.is_some() {
             self.assembly_check_commit(now_ms);
@@ -391,6 +399,7 @@ impl Nexus {
         }
         self.ask_again();
         self.growth_timeout(now_ms);
+        self.voters_timeout(now_ms);
         self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
@@ -403,6 +412,7 @@ impl Nexus {
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.config.child_deadline_ms / 8).max(10);
         let busy = self.in_flight() > 0 || self.has_to_ask_again() || self.growing.is_some();
+        let busy = busy || self.changing.is_some();
         let scrub = self.scrub_timeout(now_ms);
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
         let upkeep = [self.settle_timeout(now_ms), self.rebuild_timeout(now_ms)];
@@ -415,7 +425,7 @@ impl Nexus {
     /// let go of them.
     pub fn close(&mut self) {
         self.set_state(VolumeState::Refused("it is being removed".to_owned()));
-        self.answer_all();
+        self.answer_all(IoStatus::NotReady);
     }
 
     /// The next operation for a child.
@@ -450,6 +460,7 @@ impl Nexus {
 
     pub(crate) fn ask(&mut self, child: ChildId, round: u32, op: ChildOp) {
         let ticket = Ticket::register(round);
+        self.child(child).asked += 1;
         self.child_ios.push_back(ChildIo { child, ticket, op });
     }
 
@@ -706,11 +717,7 @@ impl Nexus {
         }
         if missing == in_sync {
             // Nobody did it: the members are as alike as before, and the host is told.
-            if fault == IoStatus::Fenced {
-                self.fence();
-            } else {
-                self.answer(at, fault);
-            }
+            self.answer(at, fault);
             return;
         }
         // Some did it and some did not: those that did not must go before the ack.
@@ -847,19 +854,23 @@ impl Nexus {
     /// Whether nobody but this member would be left once those that are failing are out. It is not
     /// given up: there would be nobody to serve instead.
     fn is_last(&self, child: ChildId) -> bool {
-        self.in_sync.without(self.failing()).without(ChildSet::of(child)).is_empty()
+        self.staying().without(ChildSet::of(child)).is_empty()
     }
 
     /// The child is to leave the in-sync set. Nothing that it missed is acked before that is stored.
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
         let last = self.is_last(child);
+        let holds_data = self.holds_data(child);
         let proposed = self.commit.as_ref().is_some_and(|c| c.target.has(child));
         if self.mirror() == Some(child) && !self.in_sync.has(child) && !proposed {
             self.abort_rebuild(reason);
             return;
         }
         let c = self.child(child);
-        if last || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_)) {
+        if last
+            || !holds_data
+            || matches!(c.state, ChildState::Failing(_) | ChildState::OutOfSync(_))
+        {
             return;
         }
         c.state = ChildState::Failing(reason);
@@ -871,13 +882,17 @@ impl Nexus {
     pub(crate) fn rejoin(&mut self, child: ChildId) {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
+        self.child(child).rejoining = Some(round);
         self.ask(child, round, ChildOp::Promise { epoch, again: true });
     }
 
-    fn handle_rejoin_reply(&mut self, child: ChildId, reply: &ChildReply) {
-        if !self.child(child).connected {
+    fn handle_rejoin_reply(&mut self, child: ChildId, round: u32, reply: &ChildReply, now_ms: u64) {
+        // What a configuration that was given up is answered with binds no session.
+        let asked = self.child(child).rejoining == Some(round);
+        if !self.child(child).connected || !asked && !matches!(reply, Err(IoStatus::Fenced)) {
             return;
         }
+        self.child(child).rejoining = None;
         match reply {
             Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
             Ok(held) if self.grows_first(child, held.blocks) => {}
@@ -899,12 +914,10 @@ impl Nexus {
                     self.resume_commit(child);
                     return;
                 }
-                self.child(child).state = if self.in_sync.has(child) {
+                if self.in_sync.has(child) {
                     self.events.push_back(Event::ChildOnline(child));
-                    ChildState::Online
-                } else {
-                    ChildState::OutOfSync(FaultReason::Stale)
-                };
+                }
+                self.child(child).state = self.bound_state(child);
                 self.child(child).bound = true;
                 for &at in &self.parked {
                     let slot = self.slots.slot(at);
@@ -913,27 +926,42 @@ impl Nexus {
                 self.unpark();
                 self.update_state();
                 self.resume_commit(child);
+                self.voter_is_bound(child, held, now_ms);
             }
             Ok(_) => self.resume_commit(child),
+            // One that is no voter may have promised an epoch that came to nothing.
+            Err(IoStatus::Fenced) if !self.voters.has(child) => self.voter_refused(child),
             Err(IoStatus::Fenced) => self.fence(),
             Err(_) => self.events.push_back(Event::ResetChild(child)),
         }
     }
 
-    /// A newer epoch was promised elsewhere: stop, and say so.
+    /// A newer epoch was promised elsewhere: stop, and say so. Hosts hear of an error of the path, and try
+    /// another: there is a nexus that serves.
     pub(crate) fn fence(&mut self) {
         if on(Mutant::GoOnWhenFenced) {
             return;
         }
         self.set_state(VolumeState::Fenced);
-        self.answer_all();
+        self.answer_all(IoStatus::PathError);
     }
 
-    fn answer_all(&mut self) {
+    /// A replica that refuses a request for its epoch has promised a newer one: nothing is served here
+    /// any more, whatever the others say.
+    fn check_fenced(&mut self, status: IoStatus) -> bool {
+        let fenced = status == IoStatus::Fenced && self.state.is_serving();
+        if fenced {
+            self.fence();
+        }
+        fenced
+    }
+
+    fn answer_all(&mut self, status: IoStatus) {
         self.commit = None;
         self.growing = None;
         self.rebuild = None;
         self.joining = ChildSet::EMPTY;
+        self.changing = None;
         let open: Vec<u16> = self
             .slots
             .iter()
@@ -941,7 +969,7 @@ impl Nexus {
             .map(|(at, _)| at)
             .collect();
         for at in open {
-            self.answer(at, IoStatus::NotReady);
+            self.answer(at, status);
         }
         self.abandon_mends();
         self.drop_copies();
@@ -972,7 +1000,7 @@ impl Nexus {
         let alone = !self.in_sync.iter().any(|c| self.children[usize::from(c.0)].connected);
         let state = if stuck || alone {
             VolumeState::Suspended
-        } else if self.in_sync.len() == self.children.len() {
+        } else if self.in_sync == self.data_voters() {
             VolumeState::Online
         } else {
             VolumeState::Degraded

@@ -189,7 +189,7 @@ impl Nexus {
     /// Moves the rebuild on. Returns whether anything changed.
     pub(crate) fn pump_rebuild<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {
         let Some(r) = self.rebuild.as_ref() else {
-            if self.in_sync.len() < self.children.len()
+            if self.in_sync.len() < self.data_voters().len()
                 && self.rebuild_may()
                 && let Some((child, why)) = self.rebuild_target(now_ms)
             {
@@ -382,10 +382,10 @@ impl Nexus {
             let Some(copied) = self.begin_copy(block, end, mem, now_ms) else { return moved };
             let Some(r) = self.rebuild.as_mut() else { return moved };
             r.part = Some((extent, block + copied));
-            if rate > 0 {
+            if let Some(us) = (copied * 4096 * 1_000_000).checked_div(rate) {
                 // Time that was lost is made up for, up to a tenth of a second.
                 let least = (now_ms * 1000).saturating_sub(100_000);
-                r.next_us = r.next_us.max(least) + copied * 4096 * 1_000_000 / rate;
+                r.next_us = r.next_us.max(least) + us;
             }
             moved = true;
         }

@@ -4,7 +4,7 @@
 //! there has grown to it; one that is not there grows when it comes back, before it is used. So the
 //! size in the configuration is never more than what a child that takes I/O has.
 
-use cairn_block::IoStatus;
+use cairn_block::{IoStatus, ReplicaId};
 
 use crate::children::{ChildState, FaultReason};
 use crate::nexus::Nexus;
@@ -16,6 +16,8 @@ use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
 pub(crate) struct Wanted {
     pub(crate) blocks: u64,
     pub(crate) encryption: Vec<u8>,
+    /// While these are not those that vote, a majority of each has to store what is committed.
+    pub(crate) voters: ChildSet,
 }
 
 /// A size that replicas are growing to.
@@ -53,6 +55,27 @@ pub enum ChangeError {
     /// It has no key.
     #[error("the volume is not encrypted; only a new volume can be made so")]
     NotEncrypted,
+    /// There are too many already.
+    #[error("a volume has at most 8 replicas; remove one first")]
+    TooMany,
+    /// It votes already.
+    #[error("replica {0} is a member of the volume already")]
+    Member(ReplicaId),
+    /// It does not vote.
+    #[error("replica {0} is not a member of the volume")]
+    NotMember(ReplicaId),
+    /// Nobody else has the data.
+    #[error(
+        "replica {0} is the only one that holds every acked write; wait until another one does, and \
+         remove it then"
+    )]
+    LastInSync(ReplicaId),
+    /// Those that are left could decide nothing.
+    #[error(
+        "without replica {0} too few voters would be there to decide anything: of those that are \
+         left, a majority must be reachable"
+    )]
+    NoMajority(ReplicaId),
 }
 
 impl Nexus {
@@ -118,21 +141,23 @@ impl Nexus {
         Ok(())
     }
 
-    fn check_change(&self) -> Result<(), ChangeError> {
-        let there = self.children.iter().filter(|c| c.connected).count();
+    pub(crate) fn check_change(&self) -> Result<(), ChangeError> {
+        let there = self.voters.has_majority_in(self.connected());
         let online = self.in_sync.iter().any(|c| self.is_usable(c));
-        if !self.state.is_serving() || there < self.majority() || !online {
+        if !self.state.is_serving() || !there || !online {
             return Err(ChangeError::NotServing);
         }
         let current = self.wanted.blocks == self.config.blocks
             && self.wanted.encryption == self.encryption
+            && self.wanted.voters == self.voters
+            && self.changing.is_none()
             && self.growing.is_none();
         if current { Ok(()) } else { Err(ChangeError::Busy) }
     }
 
     /// Stores what is wanted, with the in-sync set as it is to be.
     pub(crate) fn commit_wanted(&mut self) {
-        let target = self.in_sync.without(self.failing());
+        let target = self.staying();
         if !target.is_empty() {
             self.commit_target(target);
         }
@@ -159,7 +184,7 @@ impl Nexus {
         self.growing = Some(Growing { blocks, since_ms: now_ms, waiting, grown });
         for child in self.connected().iter() {
             // One that is joining grows as it does so.
-            if self.child(child).state != ChildState::Joining {
+            if self.holds_data(child) && self.child(child).state != ChildState::Joining {
                 self.ask_to_grow(child, blocks, false);
                 let Some(growing) = self.growing.as_mut() else { return Ok(()) };
                 growing.waiting = growing.waiting.with(child);
@@ -181,7 +206,7 @@ impl Nexus {
     pub(crate) fn grows_first(&mut self, child: ChildId, held: u64) -> bool {
         let growing = self.growing.as_ref().map_or(0, |g| g.blocks);
         let needed = self.config.blocks.max(self.wanted.blocks).max(growing);
-        if held == 0 || held >= needed {
+        if held == 0 || held >= needed || !self.holds_data(child) {
             return false;
         }
         if self.child(child).grown_to >= needed {
@@ -261,6 +286,7 @@ impl Nexus {
             self.config.blocks = stored.blocks;
             self.push_event(Event::Resized(stored.blocks));
         }
+        self.take_up_voters(stored.voters);
         if stored.encryption != self.encryption {
             self.encryption = stored.encryption;
             self.push_event(Event::KeyChanged);

@@ -1,6 +1,7 @@
 //! The fixed table of host requests in flight.
 
 use cairn_block::IoRequest;
+use cairn_block::mutants::{Mutant, on};
 
 use crate::types::ChildId;
 
@@ -41,6 +42,17 @@ impl ChildSet {
 
     pub(crate) const fn len(self) -> usize {
         self.0.count_ones() as usize
+    }
+
+    /// How many of these are a majority of them.
+    pub(crate) const fn majority(self) -> usize {
+        self.len() / 2 + 1
+    }
+
+    /// Whether a majority of these is among `others`.
+    pub(crate) fn has_majority_in(self, others: Self) -> bool {
+        let needed = if on(Mutant::Minority) { 1 } else { self.majority() };
+        self.and(others).len() >= needed
     }
 
     pub(crate) fn iter(self) -> impl Iterator<Item = ChildId> {

@@ -12,6 +12,7 @@ use super::*;
 mod mend;
 mod rebuild;
 mod reconfigure;
+mod voters;
 
 const DEADLINE: u64 = 1000;
 const WAIT: u64 = 500;
@@ -47,7 +48,11 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
         blocks: 1000,
         encryption: None,
         children: (0..n)
-            .map(|i| ChildSpec { replica: ReplicaId(u128::from(i) + 1), local: false })
+            .map(|i| ChildSpec {
+                replica: ReplicaId(u128::from(i) + 1),
+                local: false,
+                witness: false,
+            })
             .collect(),
         purpose,
         child_deadline_ms: DEADLINE,
@@ -115,12 +120,16 @@ impl Bench {
     fn answer_upkeep(&mut self, io: &ChildIo) {
         let child = usize::from(io.child.0);
         let status = if self.up[child] { IoStatus::Ok } else { IoStatus::PathError };
+        let children = self.up.len().max(self.extents.len());
+        self.extents.resize(children, Vec::new());
+        self.stamps.resize(children, Vec::new());
         self.extents[child].resize(16, 0);
         self.stamps[child].resize(16, 0);
         let marks = &mut self.extents[child];
         match io.op {
             ChildOp::Changes { first, since, buf } => {
-                for (at, byte) in (first as usize..).zip(self.mem.bytes_mut(buf)) {
+                let wanted = self.mem.bytes_mut(buf).iter_mut().take(16);
+                for (at, byte) in (first as usize..).zip(wanted) {
                     let after = self.stamps[child][at] >= since;
                     *byte = marks[at] & !CANDIDATE | if after { change::SINCE } else { 0 };
                 }
@@ -262,6 +271,28 @@ fn a_write_is_acked_when_the_last_replica_has_it() {
     b.answer(2, IoStatus::Ok);
     assert_eq!(b.status_of(1), Some(IoStatus::Ok));
     assert_eq!(b.released, [1]);
+}
+
+/// One replica refused, and the nexus took it for a fault of that replica's: it left it out, told the
+/// others so, and went on.
+#[test]
+fn one_replica_that_has_promised_a_newer_epoch_ends_it_all() {
+    let mut b = Bench::online(3);
+    b.write(1, 0, 8);
+    b.submit(2, IoOp::Read, 100, 1);
+    b.answer(1, IoStatus::Fenced);
+    assert_eq!(*b.nexus.state(), VolumeState::Fenced);
+    // Of the path, not of the volume: a host looks for another nexus.
+    assert_eq!(b.status_of(1), Some(IoStatus::PathError));
+    assert_eq!(b.status_of(2), Some(IoStatus::PathError));
+    assert_eq!(b.stored_in_sync(0), [true, true, true]);
+    b.write(3, 0, 8);
+    assert_eq!(b.status_of(3), Some(IoStatus::PathError));
+    while let Some(child) = b.io.front().map(|io| io.child.0) {
+        b.answer(child, IoStatus::Ok);
+    }
+    assert_eq!(b.released.len(), 3);
+    assert_eq!(b.nexus.in_flight(), 0);
 }
 
 #[test]
@@ -446,9 +477,9 @@ fn two_nexuses_cannot_both_serve() {
     b.answer(1, IoStatus::Ok);
     b.answer(2, IoStatus::Fenced);
     assert_eq!(*b.nexus.state(), VolumeState::Fenced);
-    assert_eq!(b.status_of(1), Some(IoStatus::NotReady));
+    assert_eq!(b.status_of(1), Some(IoStatus::PathError));
     b.write(2, 0, 1);
-    assert_eq!(b.status_of(2), Some(IoStatus::NotReady));
+    assert_eq!(b.status_of(2), Some(IoStatus::PathError));
 }
 
 #[test]

@@ -20,6 +20,9 @@ pub struct ChildSpec {
     pub replica: ReplicaId,
     /// Whether it is in this process: then it is read first.
     pub local: bool,
+    /// Whether it votes and holds no data, where it becomes a voter: what the stored configuration says of
+    /// one that is a voter goes before this.
+    pub witness: bool,
 }
 
 /// Why the nexus comes up.
@@ -29,6 +32,14 @@ pub enum Purpose {
     Create,
     /// The volume exists: its configuration is learnt from its replicas.
     Assemble,
+    /// The volume exists, and is to be had from this replica alone, whatever the others hold: acked writes
+    /// may be lost. It begins a new lineage; the other replicas are to be added anew.
+    ForceStart {
+        /// Which.
+        source: ReplicaId,
+        /// Tells the new lineage from another that was begun elsewhere at the same time.
+        random: u32,
+    },
 }
 
 /// How a nexus is set up.
@@ -91,10 +102,12 @@ pub struct Ticket(pub u32);
 pub(crate) const REGISTER: u32 = 1 << 31;
 /// Set in tickets of mends.
 const MEND: u32 = 1 << 30;
+/// Never set in a ticket: whoever shares the way to the children marks its own with it.
+pub const FOREIGN_TICKET: u32 = 1 << 29;
 /// Set in tickets of what the nexus asks on its own account.
-const UPKEEP: u32 = 1 << 29;
+const UPKEEP: u32 = 1 << 28;
 /// Set in tickets of copies to a member that is rebuilt.
-const COPY: u32 = 1 << 28;
+const COPY: u32 = 1 << 27;
 
 impl Ticket {
     pub(crate) fn io(slot: u16) -> Self {
@@ -276,6 +289,20 @@ pub enum Event {
     ResizeFailed(Option<ChildId>, IoStatus),
     /// Another wrapping of the volume's key is stored.
     KeyChanged,
+    /// The child is a voter now.
+    VoterAdded(ChildId),
+    /// The child is no voter any more: its session is to be ended for good, and then
+    /// [`Nexus::forget_child`](crate::Nexus::forget_child) to be called.
+    VoterRemoved(ChildId),
+    /// The voters stay as they were; the text says why.
+    VotersUnchanged(ChildId, String),
+    /// The volume was taken from one replica by force, and has this lineage now.
+    Forced {
+        /// From which.
+        source: ReplicaId,
+        /// See [`Config::lineage`](crate::Config::lineage).
+        lineage: u64,
+    },
     /// Something was wrong with a block of a child.
     Found {
         /// The block.
@@ -358,6 +385,8 @@ impl VolumeState {
 pub struct ChildStatus {
     /// Which replica.
     pub replica: ReplicaId,
+    /// Whether it votes and holds no data.
+    pub witness: bool,
     /// Where it stands.
     pub state: ChildState,
     /// Whether it holds every acked write.

@@ -100,8 +100,7 @@ impl Nexus {
             self.mends.short = true;
             return false;
         };
-        let left = self.extents().saturating_sub(first).min(PAGE);
-        let op = ChildOp::Changes { first, since, buf: buf.slice().sub(0, left) };
+        let op = ChildOp::Changes { first, since, buf: buf.slice() };
         self.ask_with(child, what, op, Some(buf), now_ms);
         true
     }

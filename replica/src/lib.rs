@@ -58,6 +58,6 @@ pub use pool::{
     DiskId, DiskIo, DiskOp, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot, ReplicaSpec,
     ReplicaState, Usage,
 };
-pub use settle::change;
+pub use settle::{RoundEnd, change};
 pub use snapshot::{SnapshotInfo, SnapshotSpec};
 pub use survey::{Damaged, Fault, Structure};

@@ -25,6 +25,17 @@ pub mod change {
     pub const SINCE: u8 = 4;
 }
 
+/// How a round ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RoundEnd {
+    /// Which round.
+    pub round: u64,
+    /// What its extents are stamped with.
+    pub stamp: u64,
+    /// Only logical extents below this one are settled.
+    pub below: u32,
+}
+
 /// The end of a round under way.
 #[derive(Debug)]
 struct Settling {
@@ -102,10 +113,10 @@ impl Pool {
         &mut self,
         tag: u64,
         slot: ReplicaSlot,
-        round: u64,
-        stamp: u64,
+        end: RoundEnd,
         mem: &mut M,
     ) {
+        let RoundEnd { round, stamp, below } = end;
         if let Err(status) = self.check_settle(slot) {
             self.done.push_back(Done { tag, status, error: None });
             return;
@@ -114,7 +125,9 @@ impl Pool {
         let mut todo = Vec::new();
         if known.take_if(|known| *known == round).is_some() {
             let candidate = |extent: &u32| self.extents.get(*extent).opened == Opened::Candidate;
-            let own = |extent: &u32| self.is_of(*extent, slot.0);
+            let own = |extent: &u32| {
+                self.is_of(*extent, slot.0) && self.extents.get(*extent).link < below
+            };
             todo.extend(self.settle.open.iter().copied().filter(candidate).filter(own));
         }
         self.settle.next = self.settle.next.wrapping_add(1);

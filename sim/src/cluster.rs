@@ -504,7 +504,7 @@ impl Cluster {
                     nqn: format!("nqn.2026-11.io.cairn:replica:{id}"),
                 }
             };
-            (id, place)
+            (id, place).into()
         });
         let spec = VolumeSpec {
             id: VolumeId(volume as u128 + 1),

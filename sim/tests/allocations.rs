@@ -377,7 +377,7 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
         held: false,
         children: replicas
             .into_iter()
-            .map(|(id, peer)| (id, ChildAddress::Remote { peer, nqn: replica_nqn(id) }))
+            .map(|(id, peer)| (id, ChildAddress::Remote { peer, nqn: replica_nqn(id) }).into())
             .collect(),
         purpose: Purpose::Create,
         child_deadline_ms: 10_000,

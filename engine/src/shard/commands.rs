@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use cairn_nexus::{ChildState, Status};
+use cairn_nexus::{ChildState, Status, VolumeState};
 use cairn_nvmf::target::Port;
 use cairn_reactor::{Driver, Op};
 use cairn_replica::{PoolState, ReplicaSpec, ReplicaState};
@@ -37,6 +37,8 @@ impl<D: Driver> Shard<D> {
             | Command::RemoveVolume { reply, .. }
             | Command::GrowPool { reply, .. }
             | Command::ResizeVolume { reply, .. }
+            | Command::AddReplica { reply, .. }
+            | Command::RemoveReplica { reply, .. }
             | Command::RotateKey { reply, .. }
                 if stopping =>
             {
@@ -73,6 +75,12 @@ impl<D: Driver> Shard<D> {
             }
             Command::ResizeVolume { name, blocks, reply } => {
                 self.resize_volume(&name, blocks, reply, now);
+            }
+            Command::AddReplica { name, replica, reply } => {
+                self.add_replica(name, replica, reply, now);
+            }
+            Command::RemoveReplica { name, replica, reply } => {
+                self.remove_replica(name, replica, reply, now);
             }
             Command::RotateKey { name, kek, nonce, reply } => {
                 self.rotate_key(&name, &kek, nonce, reply, now);
@@ -155,7 +163,7 @@ impl<D: Driver> Shard<D> {
         let user = self.volumes.iter().find(|(_, v)| {
             v.routes
                 .iter()
-                .any(|r| matches!(r, Route::Local { pool: p, slot: s } if *p == pool && *s == slot))
+                .any(|r| matches!(r, Route::Local(l) if (l.pool, l.slot) == (pool, slot)))
         });
         if let Some((_, volume)) = user {
             reply.send(Err(EngineError::Busy(format!(
@@ -231,22 +239,26 @@ impl<D: Driver> Shard<D> {
 
     fn volume_report(&self, volume: &Volume) -> VolumeReport {
         let Status { state, epoch, children, requests, .. } = volume.nexus.status();
+        let mut unreachable = String::new();
         let children = children
             .into_iter()
             .zip(&volume.spec.children)
             .zip(&volume.routes)
-            .map(|((child, (replica, address)), route)| {
+            .filter(|((child, _), _)| child.state != ChildState::Removed)
+            .map(|((child, replica), route)| {
                 let (word, mut reason) = describe(child.state);
                 if let Route::Remote { link } = route {
                     let (_, error) = self.link_report(*link);
                     if !error.is_empty() {
                         let join = if reason.is_empty() { "" } else { "; " };
                         reason = format!("{reason}{join}{error}");
+                        unreachable = format!("{unreachable}; replica {}: {error}", replica.id);
                     }
                 }
                 ChildReport {
-                    replica: *replica,
-                    address: address.clone(),
+                    replica: replica.id,
+                    witness: child.witness,
+                    address: replica.address.clone(),
                     state: word.to_owned(),
                     reason,
                     in_sync: child.in_sync,
@@ -254,6 +266,10 @@ impl<D: Driver> Shard<D> {
                 }
             })
             .collect();
+        // Who is missing is said by the nexus; why, only the links know.
+        if !matches!(state, VolumeState::Assembling(_)) {
+            unreachable.clear();
+        }
         let hosts = volume.export.map_or_else(Vec::new, |(subsystem, _)| {
             self.target
                 .controllers(subsystem)
@@ -271,7 +287,7 @@ impl<D: Driver> Shard<D> {
             nqn: volume.spec.nqn.clone(),
             blocks: volume.nexus.blocks(),
             state: state.word().to_owned(),
-            detail: state.detail().to_owned(),
+            detail: format!("{}{unreachable}", state.detail()),
             serving: state.is_serving() && volume.export.is_some(),
             epoch: epoch.0,
             children,
@@ -294,5 +310,8 @@ fn describe(state: ChildState) -> (&'static str, String) {
         ChildState::Failing(reason) => ("failing", reason.to_string()),
         ChildState::OutOfSync(reason) => ("out-of-sync", reason.to_string()),
         ChildState::Rebuilding => ("rebuilding", String::new()),
+        ChildState::Witness => ("witness", String::new()),
+        ChildState::Idle(reason) => ("idle", reason.to_string()),
+        ChildState::Removed => ("removed", String::new()),
     }
 }

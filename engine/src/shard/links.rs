@@ -255,11 +255,20 @@ impl<D: Driver> Shard<D> {
         let Some(link) = self.links.get_mut(at) else { return };
         link.retired = true;
         if link.stage == Stage::Idle {
-            self.links.remove(at);
+            self.drop_link(at);
         } else {
             self.fail_link(at, "the volume is being closed");
             let now = self.now_ms();
             self.finish_link_if_closed(at, now);
+        }
+    }
+
+    /// A link that was taken down for good has no sockets any more.
+    fn drop_link(&mut self, at: u32) {
+        let Some(link) = self.links.remove(at) else { return };
+        let (volume, child) = (link.volume, link.child);
+        if let Some(v) = self.volumes.get_mut(volume).filter(|v| !v.removing()) {
+            v.nexus.forget_child(child);
         }
     }
 
@@ -306,7 +315,7 @@ impl<D: Driver> Shard<D> {
         link.retry_at_ms = now + link.backoff_ms;
         link.backoff_ms = (link.backoff_ms * 2).min(BACKOFF_MAX_MS);
         if link.retired {
-            self.links.remove(at);
+            self.drop_link(at);
         } else {
             self.link_wants_timeout(at);
         }

@@ -8,6 +8,7 @@ mod hosts;
 mod io;
 mod keys;
 mod links;
+mod members;
 mod pools;
 mod resize;
 mod sectors;

@@ -449,6 +449,7 @@ impl<D: Driver> Shard<D> {
             }
             Owner::Child { volume, child, ticket } => {
                 self.child_verified(volume, ticket, u64::from(verified.unwrap_or_default()));
+                self.local_child_done(volume, child);
                 self.child_io_done(volume, child, ticket, done.status, now);
             }
             Owner::Register => self.register_stored(pool, done.status, now),
@@ -706,8 +707,13 @@ impl<D: Driver> Shard<D> {
         local.register_busy = false;
         local.busy = true;
         let Some(op) = local.registers.pop_front() else { return };
-        if let (RegisterKind::Resize { .. }, IoStatus::Ok) = (&op.kind, status) {
-            self.replica_resized(pool, op.slot);
+        match (&op.kind, status) {
+            (RegisterKind::Resize { .. }, IoStatus::Ok) => self.replica_resized(pool, op.slot),
+            // An accepted configuration is a promise of its epoch, too.
+            (RegisterKind::Accept(new), IoStatus::Ok) => {
+                self.fence_routes((pool, op.slot), new.accepted_epoch, None);
+            }
+            _ => {}
         }
         let blocks = self.replica_blocks(pool, op.slot);
         let local = &self.pools[usize::from(pool)];
@@ -733,6 +739,7 @@ impl<D: Driver> Shard<D> {
         };
         // From here on, what comes on an earlier session of this host is refused.
         self.bind_epoch(op.origin, *epoch);
+        self.fence_routes((pool, op.slot), *epoch, Some(op.origin));
         let ios = if on(Mutant::NoDrain) { Vec::new() } else { self.ios_on(pool, op.slot) };
         let replica = (pool, op.slot);
         let drain =
@@ -752,9 +759,13 @@ impl<D: Driver> Shard<D> {
         self.finish_drains();
     }
 
-    fn finish_drains(&mut self) {
+    pub(super) fn finish_drains(&mut self) {
         while let Some(at) = self.drains.iter().position(|drain| {
-            drain.ios.is_empty() && !self.has_snapshot_call(drain.replica.0, drain.replica.1)
+            // Only what was in hand before the promise is counted: its nexus sends nothing before
+            // the answer, and any other's is refused.
+            drain.ios.is_empty()
+                && !self.has_snapshot_call(drain.replica.0, drain.replica.1)
+                && !self.has_local_io(drain.replica)
         }) {
             let Drain { origin, epoch, answer, .. } = self.drains.swap_remove(at);
             tracing::debug!(%epoch, "promised, and drained");

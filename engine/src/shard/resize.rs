@@ -53,7 +53,7 @@ impl<D: Driver> Shard<D> {
         let volume = &mut self.volumes[at];
         let what = match child {
             Some(c) => {
-                let replica = volume.spec.children[usize::from(c.0)].0;
+                let replica = volume.spec.children[usize::from(c.0)].id;
                 format!(
                     "replica {replica} cannot grow ({status:?}); see the log of its process. The \
                      volume stays as it was"

@@ -13,14 +13,14 @@ use super::Shard;
 use super::io::Export;
 use super::links::ADMIN_QUEUE;
 use super::pools::Waiter;
-use super::volumes::Route;
+use super::volumes::{LocalRoute, Route};
 use crate::control::{EngineError, Reply, SnapshotReport};
 use crate::snapshot::{self, SnapshotCall, SnapshotEntry};
 
 /// Set in the tags of the shard's own requests to a nexus.
 pub(super) const OWN: u64 = 1 << 40;
 /// Set in the tickets of the shard's own commands on links.
-const LIST: u32 = 1 << 29;
+const LIST: u32 = cairn_nexus::FOREIGN_TICKET;
 /// Volumes of which a snapshot is taken together at most: each has a place in the tags.
 const MAX_VOLUMES: usize = 64;
 /// Snapshots of a volume that a list takes from a replica at most: more cannot be in a pool.
@@ -422,7 +422,7 @@ impl<D: Driver> Shard<D> {
                 continue;
             }
             match route {
-                Route::Local { pool, slot } => {
+                Route::Local(LocalRoute { pool, slot, .. }) => {
                     work.found.push(entries_of(&self.pools[usize::from(pool)].pool, slot));
                 }
                 Route::Remote { link } => work.links.push((link, Vec::new(), None)),

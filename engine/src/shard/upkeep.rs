@@ -9,7 +9,7 @@ use cairn_nvmf::initiator::{Submit, SubmitError, VendorData};
 use cairn_nvmf::sqe::Sqe;
 use cairn_nvmf::target::{NamespaceHandle, SlotId, status_of};
 use cairn_reactor::Driver;
-use cairn_replica::ReplicaSlot;
+use cairn_replica::{ReplicaSlot, RoundEnd};
 
 use super::Shard;
 use super::io::Export;
@@ -33,7 +33,7 @@ pub(super) struct Upkeep {
 fn call_of(op: &ChildOp) -> Option<SettleCall> {
     match *op {
         ChildOp::SettleBegin { round } => Some(SettleCall::Begin { round }),
-        ChildOp::SettleEnd { round, stamp, .. } => Some(SettleCall::End { round, stamp }),
+        ChildOp::SettleEnd { round, stamp, below } => Some(SettleCall::End { round, stamp, below }),
         _ => None,
     }
 }
@@ -75,10 +75,11 @@ impl<D: Driver> Shard<D> {
                 let begun = self.pools[usize::from(pool)].pool.settle_begin(replica, round);
                 self.snapshot_answered(origin, begun.err().unwrap_or(IoStatus::Ok), now);
             }
-            SettleCall::End { round, stamp } => {
+            SettleCall::End { round, stamp, below } => {
                 let tag = self.control_tag(pool, Waiter::Settle { origin, slot: replica });
                 let local = &mut self.pools[usize::from(pool)];
-                local.pool.settle_end(tag, replica, round, stamp, self.driver.memory());
+                let end = RoundEnd { round, stamp, below };
+                local.pool.settle_end(tag, replica, end, self.driver.memory());
             }
         }
     }

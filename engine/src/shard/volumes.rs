@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
+use cairn_block::{BlockSize, Epoch, IoOp, IoRequest, IoStatus, Memory};
 use cairn_crypt::VolumeKey;
 use cairn_nexus::{
     ChildId, ChildOp, ChildReply, ChildSpec, Event, MEND_RESERVE, Nexus, NexusConfig, Purpose,
@@ -17,22 +17,18 @@ use cairn_replica::ReplicaSlot;
 use super::Shard;
 use super::io::Export;
 use super::keys;
-use super::links::Link;
 use super::pools::{Origin, Owner, RegisterKind, serial_of};
 use super::sectors;
 use super::snapshots::SnapshotOrigin;
 use crate::control::{
-    ChildAddress, EncryptionSpec, EngineError, ExportCounters, Reply, VolumeSpec,
+    ChildAddress, EncryptionSpec, EngineError, ExportCounters, Reply, VolumeReplica, VolumeSpec,
 };
 use crate::snapshot;
 
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
-    Local {
-        pool: u16,
-        slot: ReplicaSlot,
-    },
+    Local(LocalRoute),
     Remote {
         link: u32,
     },
@@ -40,10 +36,29 @@ pub(super) enum Route {
     Gone,
 }
 
+/// The way to a replica in a pool of this process.
+///
+/// Whether the replica has promised a newer epoch than the nexus's is noted here when it does, so that a
+/// request costs a compare and no look-up.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LocalRoute {
+    pub(super) pool: u16,
+    pub(super) slot: ReplicaSlot,
+    /// The epoch that the replica has promised to this nexus.
+    pub(super) epoch: Epoch,
+    /// Nothing was promised to it yet, or something newer to another since.
+    pub(super) fenced: bool,
+    /// It is no child any more, once its requests are over.
+    pub(super) leaving: bool,
+    /// Requests that the pool has not answered: a promise to another waits for them.
+    pub(super) in_flight: u32,
+}
+
 /// A change of a volume's configuration that somebody waits for.
 pub(super) enum PendingChange {
     Size(Reply<()>),
     Key(Reply<()>),
+    Member(Reply<()>),
 }
 
 /// One volume.
@@ -84,8 +99,17 @@ impl Volume {
 
     /// Whoever waits for a change hears that it was not made.
     pub(super) fn fail_change(&mut self, why: &str) {
-        if let Some(PendingChange::Size(reply) | PendingChange::Key(reply)) = self.change.take() {
+        use PendingChange::{Key, Member, Size};
+        if let Some(Size(reply) | Key(reply) | Member(reply)) = self.change.take() {
             reply.send(Err(EngineError::Storage(why.to_owned())));
+        }
+    }
+
+    /// Whoever waits for a replica to become a member, or none, hears what became of it.
+    pub(super) fn member_changed(&mut self, result: Result<(), EngineError>) {
+        let change = self.change.take_if(|c| matches!(c, PendingChange::Member(_)));
+        if let Some(PendingChange::Member(reply)) = change {
+            reply.send(result);
         }
     }
 }
@@ -106,24 +130,17 @@ impl<D: Driver> Shard<D> {
             )));
         }
         let mut children = Vec::new();
-        for (replica, address) in &spec.children {
-            let local = matches!(address, ChildAddress::Local { .. });
-            if children.iter().any(|c: &ChildSpec| c.replica == *replica) {
+        for replica in &spec.children {
+            let VolumeReplica { id, witness, .. } = *replica;
+            let local = matches!(replica.address, ChildAddress::Local { .. });
+            if children.iter().any(|c: &ChildSpec| c.replica == id) {
                 return Err(EngineError::Invalid(format!(
-                    "volume `{}` names replica {replica} twice",
+                    "volume `{}` names replica {id} twice",
                     spec.name
                 )));
             }
-            match address {
-                ChildAddress::Local { pool } => self.check_local(pool, *replica, &spec)?,
-                ChildAddress::Remote { nqn, .. } if nqn.len() > MAX_NQN_LEN => {
-                    return Err(EngineError::Invalid(format!(
-                        "replica {replica}: an NQN has at most {MAX_NQN_LEN} bytes"
-                    )));
-                }
-                ChildAddress::Remote { .. } => {}
-            }
-            children.push(ChildSpec { replica: *replica, local });
+            self.check_child(replica, &spec)?;
+            children.push(ChildSpec { replica: id, local, witness });
         }
         let key = keys::new_key(&spec)?;
         let section =
@@ -146,18 +163,18 @@ impl<D: Driver> Shard<D> {
             max_requests: self.config.volume_requests,
             pace: self.config.pace,
         });
-        let addresses = spec.children.clone();
         if !self.has_mend_reserve {
             self.mend_reserve = self.driver.memory().alloc(MEND_RESERVE);
             self.has_mend_reserve = self.mend_reserve.is_some();
         }
         self.next_generation = self.next_generation.wrapping_add(1);
         let held = spec.held;
+        let routes = vec![Route::Gone; spec.children.len()];
         let at = self.volumes.insert(Volume {
             spec,
             nexus,
             generation: self.next_generation,
-            routes: Vec::new(),
+            routes,
             export: None,
             counters: ExportCounters::default(),
             register_replies: VecDeque::with_capacity(16),
@@ -170,30 +187,40 @@ impl<D: Driver> Shard<D> {
             held,
             busy: false,
         });
-        for (child, (replica, address)) in (0u8..).zip(addresses) {
-            let child = ChildId(child);
-            let route = match address {
-                ChildAddress::Local { .. } => {
-                    let Some((pool, slot, _)) = self.find_replica(replica) else { continue };
-                    Route::Local { pool, slot }
-                }
-                ChildAddress::Remote { peer, nqn } => {
-                    let link = self.links.insert(Link::new(at, child, replica, peer, nqn, now));
-                    self.wants_timeout(Some(now));
-                    Route::Remote { link }
-                }
-            };
-            self.volumes[at].routes.push(route);
-            if let Route::Local { .. } = route {
-                self.volumes[at].nexus.handle_child_up(child, now);
-            }
+        for child in 0..self.volumes[at].routes.len() {
+            let child = ChildId(u8::try_from(child).expect("at most MAX_CHILDREN"));
+            self.route_child(at, child, now);
         }
         self.touch_volume(at);
         Ok(())
     }
 
+    /// Whether a replica can be a child of the volume, as far as that is known here.
+    pub(super) fn check_child(
+        &self,
+        replica: &VolumeReplica,
+        spec: &VolumeSpec,
+    ) -> Result<(), EngineError> {
+        match &replica.address {
+            ChildAddress::Local { pool } => self.check_local(pool, replica, spec),
+            ChildAddress::Remote { nqn, .. } if nqn.len() > MAX_NQN_LEN => {
+                let id = replica.id;
+                Err(EngineError::Invalid(format!(
+                    "replica {id}: an NQN has at most {MAX_NQN_LEN} bytes"
+                )))
+            }
+            ChildAddress::Remote { .. } => Ok(()),
+        }
+    }
+
     /// Whether a replica in a pool of this process can be a child of a volume so large.
-    fn check_local(&self, name: &str, id: ReplicaId, spec: &VolumeSpec) -> Result<(), EngineError> {
+    fn check_local(
+        &self,
+        name: &str,
+        replica: &VolumeReplica,
+        spec: &VolumeSpec,
+    ) -> Result<(), EngineError> {
+        let id = replica.id;
         let missing =
             || EngineError::NotFound { kind: "replica", name: format!("local:{name}/{id}") };
         let (pool, slot, _) = self.find_replica(id).ok_or_else(missing)?;
@@ -207,7 +234,8 @@ impl<D: Driver> Shard<D> {
         let pool = &local.pool;
         let found = pool.replicas().find(|r| r.slot == slot).ok_or_else(missing)?;
         // One of a volume that exists may have missed that it grew: it does so when it joins.
-        if spec.purpose == Purpose::Create && found.blocks < spec.blocks {
+        let small = !replica.witness && found.blocks < spec.blocks;
+        if spec.purpose == Purpose::Create && small {
             return Err(EngineError::Invalid(format!(
                 "replica {id} is too small: it has {} blocks, the volume {}",
                 found.blocks, spec.blocks
@@ -362,8 +390,15 @@ impl<D: Driver> Shard<D> {
 
     fn send_child(&mut self, at: u32, route: Route, io: cairn_nexus::ChildIo, now: u64) {
         match (route, io.op) {
+            (Route::Local(LocalRoute { leaving: true, .. }), _) => {
+                self.refuse_remote(at, io.child, io.ticket, now);
+            }
+            // Whatever touches the device of a replica that has promised a newer epoch is refused here.
+            (Route::Local(LocalRoute { fenced: true, .. }), ChildOp::Io(_)) => {
+                self.child_io_done(at, io.child, io.ticket, IoStatus::Fenced, now);
+            }
             (
-                Route::Local { pool, slot },
+                Route::Local(LocalRoute { pool, slot, .. }),
                 ChildOp::Io(IoRequest { op: IoOp::Snapshot(verb), buf, .. }),
             ) => {
                 let (child, ticket) = (io.child, io.ticket);
@@ -371,13 +406,14 @@ impl<D: Driver> Shard<D> {
                 let call = snapshot::decode(self.driver.memory().bytes(buf));
                 self.snapshot_on_replica((pool, slot), origin, verb, call, now);
             }
-            (Route::Local { pool, slot }, ChildOp::Io(request)) => {
+            (Route::Local(LocalRoute { pool, slot, .. }), ChildOp::Io(request)) => {
+                self.local_child_started(at, io.child);
                 let tag = Owner::Child { volume: at, child: io.child, ticket: io.ticket }.tag();
                 let local = &mut self.pools[usize::from(pool)];
                 local.pool.submit(tag, slot, request, self.driver.memory());
                 local.busy = true;
             }
-            (Route::Local { pool, slot }, op) => {
+            (Route::Local(LocalRoute { pool, slot, .. }), op) => {
                 let generation = self.volumes[at].generation;
                 let (child, ticket) = (io.child, io.ticket);
                 let origin = Origin::Volume { volume: at, generation, child, ticket };
@@ -400,10 +436,71 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// A request goes to a local replica, outside of snapshot calls.
+    fn local_child_started(&mut self, at: u32, child: ChildId) {
+        if let Route::Local(local) = &mut self.volumes[at].routes[usize::from(child.0)] {
+            local.in_flight += 1;
+        }
+    }
+
+    /// The pool has answered one.
+    pub(super) fn local_child_done(&mut self, volume: u32, child: ChildId) {
+        let Some(v) = self.volumes.get_mut(volume) else { return };
+        if let Route::Local(local) = &mut v.routes[usize::from(child.0)] {
+            local.in_flight -= 1;
+            if local.in_flight == 0 {
+                if local.leaving {
+                    v.routes[usize::from(child.0)] = Route::Gone;
+                }
+                self.finish_drains();
+            }
+        }
+    }
+
+    /// A replica of this process has promised `epoch` to whoever `origin` is: nexuses of older ones here do
+    /// not get at it any more.
+    pub(super) fn fence_routes(
+        &mut self,
+        replica: (u16, ReplicaSlot),
+        epoch: Epoch,
+        origin: Option<Origin>,
+    ) {
+        let bound = match origin {
+            Some(Origin::Volume { volume, generation, child, .. }) => {
+                Some((volume, generation, child))
+            }
+            _ => None,
+        };
+        for at in self.volumes.keys() {
+            let volume = &mut self.volumes[at];
+            let generation = volume.generation;
+            for (child, route) in (0u8..).zip(&mut volume.routes) {
+                let Route::Local(local) = route else { continue };
+                if (local.pool, local.slot) != replica {
+                    continue;
+                }
+                if bound == Some((at, generation, ChildId(child))) {
+                    (local.epoch, local.fenced) = (epoch, false);
+                } else if local.epoch < epoch {
+                    local.fenced = true;
+                }
+            }
+        }
+    }
+
+    /// Whether a nexus of this process has requests in hand at a replica of it.
+    pub(super) fn has_local_io(&self, replica: (u16, ReplicaSlot)) -> bool {
+        let mut routes = self.volumes.iter().flat_map(|(_, v)| &v.routes);
+        routes.any(|route| match route {
+            Route::Local(l) => (l.pool, l.slot) == replica && l.in_flight > 0,
+            _ => false,
+        })
+    }
+
     fn volume_event(&mut self, at: u32, event: Event, now: u64) {
         let volume = &mut self.volumes[at];
         let name = &volume.spec.name;
-        let child = |c: ChildId| volume.spec.children[usize::from(c.0)].0;
+        let child = |c: ChildId| volume.spec.children[usize::from(c.0)].id;
         match event {
             Event::State(state) => {
                 let (word, detail) = (state.word(), state.detail());
@@ -433,6 +530,14 @@ impl<D: Driver> Shard<D> {
             }
             Event::Locked if volume.removing.is_none() => self.volume_locked(at, now),
             Event::Locked => {}
+            Event::VoterAdded(c) => self.voter_added(at, c),
+            Event::VoterRemoved(c) => self.voter_removed(at, c, now),
+            Event::VotersUnchanged(c, why) => self.voters_unchanged(at, c, &why, now),
+            Event::Forced { source, lineage } => tracing::warn!(
+                volume = %name, replica = %source, lineage,
+                "the volume is taken from one replica by force: acked writes that only others have are \
+                 given up"
+            ),
             Event::Resized(blocks) => self.volume_resized(at, blocks),
             Event::ResizeFailed(child, status) => self.resize_failed(at, child, status),
             Event::KeyChanged => {

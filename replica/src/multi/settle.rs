@@ -5,6 +5,7 @@ use cairn_block::{IoStatus, Memory};
 use super::{MultiPool, SETTLE};
 use crate::change;
 use crate::pool::{Pool, ReplicaSlot};
+use crate::settle::RoundEnd;
 
 /// The end of a round under way.
 #[derive(Debug)]
@@ -35,13 +36,12 @@ impl MultiPool {
         &mut self,
         tag: u64,
         slot: ReplicaSlot,
-        round: u64,
-        stamp: u64,
+        end: RoundEnd,
         mem: &mut M,
     ) {
         if let Some(at) = self.direct {
             self.direct_io += 1;
-            self.member_mut(at).pool.settle_end(tag, slot, round, stamp, mem);
+            self.member_mut(at).pool.settle_end(tag, slot, end, mem);
             return;
         }
         let members: Vec<usize> = self.serving().map(|(at, _)| at).collect();
@@ -54,7 +54,7 @@ impl MultiPool {
         self.settlings.push(Settling { id, tag, waiting, status: IoStatus::Ok });
         for at in members {
             let pool: &mut Pool = &mut self.member_mut(at).pool;
-            pool.settle_end(SETTLE | u64::from(id), slot, round, stamp, mem);
+            pool.settle_end(SETTLE | u64::from(id), slot, end, mem);
         }
         self.settle(mem);
     }
