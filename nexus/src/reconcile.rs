@@ -19,6 +19,9 @@ use crate::upkeep::{Answered, Asked, EXTENT_BLOCKS, PAGE};
 /// Extents that are made alike at once, unless a host waits for one.
 const AT_ONCE: usize = 3;
 
+/// A child that could not tell is asked again after so long.
+const ASK_AGAIN_MS: u64 = 50;
+
 /// What is being done about it.
 #[derive(Debug)]
 pub(crate) struct Reconcile {
@@ -27,6 +30,8 @@ pub(crate) struct Reconcile {
     /// How far each has told.
     told: [u32; MAX_CHILDREN],
     since_ms: u64,
+    /// After an answer of no use nobody is asked before then.
+    again_ms: u64,
     /// What is open, what any member has something in, and what a member has nothing in.
     pending: Bits,
     any: Bits,
@@ -66,6 +71,7 @@ impl Nexus {
             learning: true,
             told: [0; MAX_CHILDREN],
             since_ms: now_ms,
+            again_ms: 0,
             pending: Bits::with_len(extents),
             any: Bits::with_len(extents),
             lacking: Bits::with_len(extents),
@@ -126,6 +132,9 @@ impl Nexus {
                 continue;
             }
             done = false;
+            if now_ms < r.again_ms {
+                continue;
+            }
             if self.upkeep.waits_for(Asked::Learn, child) {
                 continue;
             }
@@ -169,8 +178,16 @@ impl Nexus {
                 }
                 r.told[usize::from(child.0)] = first + count;
             }
-            (IoStatus::PathError, _) => {}
-            (status, _) => self.fail_child(child, FaultReason::Failed(status)),
+            (status, _) => {
+                let again_ms = self.now_ms + ASK_AGAIN_MS;
+                if let Some(r) = self.reconcile.as_mut() {
+                    r.again_ms = again_ms;
+                }
+                if status != IoStatus::PathError {
+                    // The last one is asked again: there is nobody else.
+                    self.fail_child(child, FaultReason::Failed(status));
+                }
+            }
         }
     }
 

@@ -84,10 +84,38 @@ fn note_panic(info: &PanicHookInfo<'_>) {
     LAST_PANIC.with(|last| *last.borrow_mut() = format!("{text}{place}"));
 }
 
+/// Seeds that run, and since when.
+static RUNNING: Mutex<Vec<(u64, Instant)>> = Mutex::new(Vec::new());
+/// A seed takes a second or so.
+const SEED_LIMIT: Duration = Duration::from_secs(40);
+
+/// Ends the process where a seed does not end: nothing else stops a shard in an endless turn.
+fn watch() {
+    loop {
+        std::thread::sleep(Duration::from_millis(500));
+        let running = RUNNING.lock().expect("nobody panics with it").clone();
+        if let Some((seed, _)) = running.iter().find(|(_, since)| since.elapsed() > SEED_LIMIT) {
+            let why = format!("[liveness] it does not end within {} s", SEED_LIMIT.as_secs());
+            print_failure(*seed, &why);
+            std::process::exit(1);
+        }
+    }
+}
+
+fn print_failure(seed: u64, why: &str) {
+    let why: String = why.chars().take(600).collect();
+    let commit = option_env!("CAIRN_COMMIT").unwrap_or("unknown");
+    println!(
+        "seed {seed} of commit {commit} FAILED: {why}\n  see it with: cargo xtask sim --seed {seed} --trace"
+    );
+}
+
 /// Runs one seed; what was wrong where something was.
 fn run_seed(seed: u64, sink: Option<Sink>) -> Result<Outcome, String> {
-    catch_unwind(AssertUnwindSafe(|| scenario::run(seed, sink)))
-        .map_err(|_| LAST_PANIC.with(RefCell::take))
+    RUNNING.lock().expect("nobody panics with it").push((seed, Instant::now()));
+    let result = catch_unwind(AssertUnwindSafe(|| scenario::run(seed, sink)));
+    RUNNING.lock().expect("nobody panics with it").retain(|(other, _)| *other != seed);
+    result.map_err(|_| LAST_PANIC.with(RefCell::take))
 }
 
 #[derive(Debug, Default)]
@@ -114,12 +142,7 @@ impl Total {
             }
             Err(why) => {
                 self.failed += 1;
-                let why: String = why.chars().take(600).collect();
-                println!(
-                    "seed {seed} of commit {} FAILED: {why}\n  see it with: cargo xtask sim --seed {seed} \
-                     --trace",
-                    option_env!("CAIRN_COMMIT").unwrap_or("unknown")
-                );
+                print_failure(seed, &why);
             }
         }
     }
@@ -134,6 +157,7 @@ fn main() -> ExitCode {
         }
     };
     std::panic::set_hook(Box::new(note_panic));
+    std::thread::spawn(watch);
     if options.mutants.is_some() {
         #[cfg(feature = "mutants")]
         return hunt::run(&options);
