@@ -314,6 +314,46 @@ pub struct VolumeReport {
     pub mends: MendCounters,
     /// The scrub that runs, or the last one since the process started.
     pub scrub: Option<ScrubReport>,
+    /// The rebuild that runs.
+    pub rebuild: Option<RebuildStatus>,
+    /// Rebuilds that ended since the process started, the last one last.
+    pub rebuilt: Vec<RebuildEnded>,
+    /// Extents that may still differ since the nexus that served the volume last died, and how many did.
+    pub unreconciled: (usize, usize),
+}
+
+/// A rebuild that runs, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RebuildStatus {
+    /// Which replica gets what it lacks.
+    pub replica: ReplicaId,
+    /// `listing`, `copying` or `joining`.
+    pub stage: &'static str,
+    /// Bytes to copy, as far as is known.
+    pub bytes_total: u64,
+    /// Bytes copied.
+    pub bytes_done: u64,
+    /// Bytes a second, lately.
+    pub bytes_per_s: u64,
+    /// For how long it has run.
+    pub running_ms: u64,
+}
+
+/// A rebuild that ended, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RebuildEnded {
+    /// Of which replica.
+    pub replica: ReplicaId,
+    /// Why it was out of sync.
+    pub why: String,
+    /// Why it was given up; empty where it was done.
+    pub failed: String,
+    /// How long it took.
+    pub took_ms: u64,
+    /// How long ago it ended.
+    pub ago_ms: u64,
+    /// Bytes copied.
+    pub bytes: u64,
 }
 
 /// A snapshot of a volume, as told.
@@ -516,6 +556,15 @@ pub enum Command<L, D> {
         name: String,
         /// What to do.
         action: ScrubAction,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Set how fast a volume is rebuilt.
+    RebuildRate {
+        /// By name.
+        name: String,
+        /// MiB a second at most; 0: as fast as it can.
+        mib_s: u32,
         /// The answer.
         reply: Reply<()>,
     },

@@ -10,7 +10,7 @@
 //! flushes, and then the configuration with it is stored. From that moment it is read.
 
 use cairn_block::mutants::{Mutant, on};
-use cairn_block::{IoOp, IoStatus, LbaRange, Memory};
+use cairn_block::{IoOp, IoStatus, LbaRange, Memory, ReplicaId};
 
 use crate::bits::Bits;
 use crate::children::{ChildState, FaultReason};
@@ -66,7 +66,7 @@ pub enum RebuildEnd {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RebuildRecord {
     /// Whose.
-    pub child: ChildId,
+    pub replica: ReplicaId,
     /// Why the target was out of sync.
     pub why: FaultReason,
     /// When it began and ended, as the nexus counts time.
@@ -519,7 +519,7 @@ impl Nexus {
             self.rebuilt.remove(0);
         }
         self.rebuilt.push(RebuildRecord {
-            child: r.child,
+            replica: self.children[usize::from(r.child.0)].replica,
             why: r.why,
             started_ms: r.started_ms,
             ended_ms: self.now_ms,

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use cairn_nexus::{ChildState, Status, VolumeState};
+use cairn_nexus::{ChildState, RebuildEnd, RebuildRecord, RebuildStage, Status, VolumeState};
 use cairn_nvmf::target::Port;
 use cairn_reactor::{Driver, Op};
 use cairn_replica::{PoolState, ReplicaSpec, ReplicaState};
@@ -12,8 +12,8 @@ use super::pools::Waiter;
 use super::volumes::{Route, Volume};
 use super::{Shard, Subject, token};
 use crate::control::{
-    ChildReport, Command, EngineError, HostReport, PoolReport, ReplicaReport, Reply, ScrubAction,
-    VolumeReport,
+    ChildReport, Command, EngineError, HostReport, PoolReport, RebuildEnded, RebuildStatus,
+    ReplicaReport, Reply, ScrubAction, VolumeReport,
 };
 
 impl<D: Driver> Shard<D> {
@@ -28,7 +28,10 @@ impl<D: Driver> Shard<D> {
             Command::Snapshot { volumes, verb, call, force, reply } => {
                 self.snapshot_volumes(&volumes, (verb, &call), force, reply, now);
             }
-            Command::ListVolumes { reply } => reply.send(Ok(self.volume_reports())),
+            Command::ListVolumes { reply } => reply.send(Ok(self.volume_reports(now))),
+            Command::RebuildRate { name, mib_s, reply } => {
+                reply.send(self.set_rebuild_rate(name, mib_s));
+            }
             Command::Shutdown { reply } => self.begin_shutdown(reply, now),
             Command::AddListener { reply, .. }
             | Command::AddPool { reply, .. }
@@ -233,11 +236,20 @@ impl<D: Driver> Shard<D> {
         reports
     }
 
-    fn volume_reports(&self) -> Vec<VolumeReport> {
-        self.volumes.iter().map(|(_, volume)| self.volume_report(volume)).collect()
+    fn set_rebuild_rate(&mut self, name: String, mib_s: u32) -> Result<(), EngineError> {
+        let Some(at) = self.find_volume(&name) else {
+            return Err(EngineError::NotFound { kind: "volume", name });
+        };
+        self.volumes[at].nexus.set_rebuild_rate(mib_s);
+        self.touch_volume(at);
+        Ok(())
     }
 
-    fn volume_report(&self, volume: &Volume) -> VolumeReport {
+    fn volume_reports(&self, now: u64) -> Vec<VolumeReport> {
+        self.volumes.iter().map(|(_, volume)| self.volume_report(volume, now)).collect()
+    }
+
+    fn volume_report(&self, volume: &Volume, now: u64) -> VolumeReport {
         let Status { state, epoch, children, requests, .. } = volume.nexus.status();
         let mut unreachable = String::new();
         let children = children
@@ -298,7 +310,35 @@ impl<D: Driver> Shard<D> {
             encryption: super::keys::report(volume.nexus.encryption(), volume.nexus.locked()),
             mends: volume.nexus.mend_counters(),
             scrub: volume.nexus.scrub().cloned(),
+            rebuild: volume.nexus.rebuild().map(|r| RebuildStatus {
+                replica: volume.spec.children[usize::from(r.child.0)].id,
+                stage: match r.stage {
+                    RebuildStage::Listing => "listing",
+                    RebuildStage::Copying => "copying",
+                    RebuildStage::Joining => "joining",
+                },
+                bytes_total: r.bytes_total,
+                bytes_done: r.bytes_done,
+                bytes_per_s: r.bytes_per_s,
+                running_ms: now.saturating_sub(r.started_ms),
+            }),
+            rebuilt: volume.nexus.rebuild_history().iter().map(|r| rebuilt(r, now)).collect(),
+            unreconciled: volume.nexus.unreconciled(),
         }
+    }
+}
+
+fn rebuilt(record: &RebuildRecord, now: u64) -> RebuildEnded {
+    RebuildEnded {
+        replica: record.replica,
+        why: record.why.to_string(),
+        failed: match record.end {
+            RebuildEnd::Done => String::new(),
+            RebuildEnd::Aborted(why) => why.to_string(),
+        },
+        took_ms: record.ended_ms.saturating_sub(record.started_ms),
+        ago_ms: now.saturating_sub(record.ended_ms),
+        bytes: record.bytes,
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 pub(crate) mod exhaustive;
+pub(crate) mod marks;
 pub(crate) mod model;
 pub(crate) mod world;
 

@@ -7,9 +7,11 @@ use cairn_block::{
 };
 use cairn_replica::disk::MemberState;
 use cairn_replica::{
-    ControlError, Done, Pool, PoolState, Register, ReplicaSlot, ReplicaState, SnapshotSpec,
+    ControlError, Done, MultiPool, Pool, PoolState, Register, ReplicaSlot, ReplicaState, RoundEnd,
+    SnapshotSpec,
 };
 
+use crate::common::marks::{Ended, Marks};
 use crate::common::model::{Blocks, Held, Since, holds, settle_block, verify};
 use crate::common::{BLOCK, Disk, EXTENT_BLOCKS, MIB, Rng, spec};
 use crate::set::{Seen, Set, formatted};
@@ -24,7 +26,8 @@ struct ModelReplica {
     /// It is a clone, or a snapshot of it was asked for.
     layered: bool,
     /// What it holds if it was taken back to a snapshot, which is not answered.
-    reverting: Option<Blocks>,
+    reverting: Option<(Blocks, Marks)>,
+    marks: Marks,
 }
 
 /// A snapshot: of which replica, and what it must hold.
@@ -32,6 +35,7 @@ struct ModelSnapshot {
     /// The replica had layers beneath it before.
     layered: bool,
     blocks: Blocks,
+    marks: Marks,
     size: u64,
     answered: bool,
     delete_asked: bool,
@@ -44,15 +48,29 @@ impl ModelReplica {
 }
 
 enum Asked {
-    Change { id: u128, range: LbaRange, order: u64, durable: bool, buf: Option<Buf> },
-    Read { id: u128, range: LbaRange, buf: Buf },
-    Flush { covered: Vec<(u128, u64, u64)> },
+    Change {
+        id: u128,
+        range: LbaRange,
+        order: u64,
+        durable: bool,
+        buf: Option<Buf>,
+    },
+    Read {
+        id: u128,
+        range: LbaRange,
+        buf: Buf,
+    },
+    Flush {
+        covered: Vec<(u128, u64, u64)>,
+    },
     Create(u128),
     Delete(u128),
     Register(u128, u64),
     Snapshot(u128, u128),
     Unsnapshot(u128, u128),
     Revert(u128),
+    /// Nothing, where the round is not the one that began.
+    Settle(u128, Option<Ended>),
     Add,
     Remove,
     Other,
@@ -73,6 +91,8 @@ pub(crate) struct World {
     pub(crate) deaths: bool,
     /// One did: what it held may be errors, and nothing else.
     died: bool,
+    /// A device was to be removed: what it had was copied elsewhere, and is open there.
+    drained: bool,
     total: Seen,
 }
 
@@ -91,6 +111,7 @@ impl World {
             next_device: 100,
             deaths: false,
             died: false,
+            drained: false,
             total: Seen::default(),
         }
     }
@@ -119,6 +140,7 @@ impl World {
             }
             3..=7 if live.len() > 1 => {
                 let id = live[self.set.rng.index(live.len())].id;
+                self.drained = true;
                 let tag = self.set.remove(id.0);
                 self.asked.insert(tag, Asked::Remove);
             }
@@ -163,10 +185,12 @@ impl World {
             60..62 => self.change_devices(),
             62 => self.set.pool.retry(&mut self.set.mem),
             63..67 if self.layers => self.snapshot_work(),
+            67..70 => self.settle_work(),
             _ => self.io(),
         }
         if self.set.check {
             self.set.pool.check();
+            self.check_marks();
         }
         self.collect();
     }
@@ -214,6 +238,7 @@ impl World {
         let taken = ModelSnapshot {
             layered,
             blocks: replica.blocks.clone(),
+            marks: replica.marks.clone(),
             size: replica.size,
             answered: false,
             delete_asked: false,
@@ -230,8 +255,11 @@ impl World {
         let tag = self.set.tag();
         let from = &self.snapshots[&(of, snapshot)];
         let (size, blocks) = (from.size, from.blocks.clone());
-        self.replicas
-            .insert(id, ModelReplica { size, blocks, layered: true, ..ModelReplica::default() });
+        let marks = Marks::of_clone(self.order);
+        self.replicas.insert(
+            id,
+            ModelReplica { size, blocks, layered: true, marks, ..ModelReplica::default() },
+        );
         self.asked.insert(tag, Asked::Create(id));
         let mut spec = spec(id, size);
         spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));
@@ -281,7 +309,8 @@ impl World {
         if in_use || replica.delete_asked {
             return;
         }
-        replica.reverting = Some(self.snapshots[&(of, snapshot)].blocks.clone());
+        let to = &self.snapshots[&(of, snapshot)];
+        replica.reverting = Some((to.blocks.clone(), to.marks.clone()));
         let tag = self.set.tag();
         self.asked.insert(tag, Asked::Revert(of));
         self.set.pool.revert(tag, slot, SnapshotId(snapshot), &mut self.set.mem);
@@ -334,6 +363,62 @@ impl World {
         let request =
             IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
         self.set.pool.submit(tag, slot, request, &mut self.set.mem);
+    }
+
+    /// Begins a round of settling, or ends it.
+    fn settle_work(&mut self) {
+        let Some((id, slot)) = self.pick() else { return };
+        self.order += 1;
+        let order = self.order;
+        let rng = &mut self.set.rng;
+        let (ends, strays) = (rng.chance(60), rng.chance(10));
+        let replica = self.replicas.get_mut(&id).unwrap();
+        let (asked, tag) = (&self.asked, self.set.tag());
+        if ends && strays {
+            self.asked.insert(tag, Asked::Settle(id, None));
+            self.set.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round: order, stamp: order, below: u32::MAX },
+                &mut self.set.mem,
+            );
+            return;
+        }
+        let ended =
+            if ends { replica.marks.end(order, |tag| asked.contains_key(&tag)) } else { None };
+        if let Some(ended) = ended {
+            for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id) {
+                snapshot.marks.settled(order);
+            }
+            if let Some((_, marks)) = &mut replica.reverting {
+                marks.settled(order);
+            }
+            let round = ended.id;
+            self.asked.insert(tag, Asked::Settle(id, Some(ended)));
+            self.set.pool.settle_end(
+                tag,
+                slot,
+                RoundEnd { round, stamp: order, below: u32::MAX },
+                &mut self.set.mem,
+            );
+        } else if self.set.pool.settle_begin(slot, order).is_ok() {
+            let in_flight = self.asked.iter().filter_map(|(tag, asked)| match asked {
+                Asked::Change { id: of, range, .. } if *of == id => Some((*tag, *range)),
+                _ => None,
+            });
+            replica.marks.begin(order, order, in_flight);
+        }
+    }
+
+    /// Holds what the pool tells of changes to what was promised.
+    fn check_marks(&self) {
+        for (&id, replica) in &self.replicas {
+            if let (Some(slot), false, None) =
+                (replica.slot, replica.delete_asked, &replica.reverting)
+            {
+                replica.marks.check(id, told(&self.set.pool, slot));
+            }
+        }
     }
 
     fn io(&mut self) {
@@ -401,6 +486,7 @@ impl World {
                 for lba in start..start + blocks {
                     replica.held(lba).push(Held { order, value, certain: false });
                 }
+                replica.marks.submitted(range, order);
                 self.asked.insert(tag, Asked::Change { id, range, order, durable: fua, buf });
             }
             _ => {
@@ -409,6 +495,7 @@ impl World {
                     assert!(*lba < size);
                     held.push(Held { order, value: 0, certain: false });
                 }
+                replica.marks.submitted(range, order);
                 self.asked.insert(tag, Asked::Change { id, range, order, durable, buf: None });
             }
         }
@@ -425,7 +512,7 @@ impl World {
     fn answered(&mut self, asked: Asked, done: &Done) {
         let ok = done.status.is_ok();
         match asked {
-            Asked::Change { id, order, durable, buf, .. } => {
+            Asked::Change { id, range, order, durable, buf } => {
                 if let Some(buf) = buf {
                     self.set.mem.release(buf);
                 }
@@ -436,7 +523,19 @@ impl World {
                     done.status
                 );
                 if !ok {
+                    replica.marks.failed(order);
+                    for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id)
+                    {
+                        snapshot.marks.failed(order);
+                    }
                     return;
+                }
+                replica.marks.changed(range, done.tag);
+                for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id) {
+                    let in_it = |held: &Vec<Held>| held.iter().any(|h| h.order == order);
+                    if snapshot.blocks.values().any(in_it) {
+                        snapshot.marks.changed(range, done.tag);
+                    }
                 }
                 let snapshots = self.snapshots.iter_mut().filter(|((of, _), _)| *of == id);
                 let copies = snapshots.flat_map(|(_, s)| s.blocks.values_mut());
@@ -502,11 +601,19 @@ impl World {
                 assert!(ok || self.died || no_room(done), "{:?}", done.error);
                 // Where a device died it may have gone back or not: the next open tells.
                 if ok || !self.died {
-                    let blocks = replica.reverting.take().unwrap();
+                    let back = replica.reverting.take().unwrap();
                     if ok {
-                        replica.blocks = blocks;
+                        (replica.blocks, replica.marks) = back;
                         self.set.seen.reverts += 1;
                     }
+                }
+            }
+            Asked::Settle(id, ended) => {
+                let Some(replica) = self.replicas.get(&id) else { return };
+                assert!(ok || replica.delete_asked || self.died, "{:?}", done.status);
+                let (Some(ended), Some(slot)) = (ended, replica.slot) else { return };
+                if ok && !replica.delete_asked && !replica.layered && !self.died && !self.drained {
+                    replica.marks.check_ended(id, &ended, told(&self.set.pool, slot));
                 }
             }
             Asked::Create(id) if !ok => {
@@ -627,7 +734,7 @@ impl World {
                 let blocks = EXTENT_BLOCKS.min(size - start);
                 let bytes = self.read(slot, start, blocks);
                 let replica = self.replicas.get_mut(&id).unwrap();
-                if let Some(back) = &replica.reverting {
+                if let Some((back, _)) = &replica.reverting {
                     let Some(bytes) = bytes else { continue };
                     let since = Since::crash(power, replica.layered);
                     let was = holds(&replica.blocks, start, &bytes, since);
@@ -652,13 +759,17 @@ impl World {
                 };
                 for (lba, block) in (start..).zip(bytes.chunks(BLOCK)) {
                     verify(id, &replica.blocks, lba, block, Since::crash(power, replica.layered));
+                    replica.marks.read(&replica.blocks, lba, block);
                     settle_block(&mut replica.blocks, lba, block);
                 }
             }
             let replica = self.replicas.get_mut(&id).unwrap();
             if let Some(back) = replica.reverting.take() {
-                if went_back == Some(true) {
-                    replica.blocks = back;
+                match went_back {
+                    Some(true) => (replica.blocks, replica.marks) = back,
+                    Some(false) => {}
+                    // It may be either.
+                    None => replica.marks.forget(),
                 }
                 again = true;
             }
@@ -666,6 +777,13 @@ impl World {
         if again {
             return self.verify_all(power);
         }
+        for replica in self.replicas.values_mut() {
+            replica.marks.crashed(self.order);
+        }
+        for snapshot in self.snapshots.values_mut() {
+            snapshot.marks.crashed(self.order);
+        }
+        self.check_marks();
         let snapshots: Vec<(u128, u128)> = self.snapshots.keys().copied().collect();
         for (of, id) in snapshots {
             if self.snapshots[&(of, id)].delete_asked {
@@ -730,6 +848,14 @@ impl World {
         if !draining {
             assert_eq!(usage.extents_free + usage.extents_allocated, usage.extents_total);
         }
+    }
+}
+
+/// What the pool says of a logical extent's changes since a stamp.
+fn told(pool: &MultiPool, slot: ReplicaSlot) -> impl Fn(u32, u64) -> u8 {
+    move |extent, since| {
+        let mut byte = [0xff];
+        pool.changes(slot, extent, since, &mut byte).map_or(0, |_| byte[0])
     }
 }
 
