@@ -118,6 +118,8 @@ pub struct Cluster {
     lives: Vec<u128>,
     /// Sizes that volumes were to grow to, and what became of it.
     growth: Vec<(usize, u64, Answer)>,
+    /// Pools of which a write went astray: what it hit may be taken for data after a crash.
+    astray: BTreeSet<usize>,
     /// Snapshots that were asked for.
     snapshots: Vec<AskedSnapshot>,
     /// Snapshots that were taken: on which pool, and what each holds.
@@ -203,6 +205,7 @@ impl Cluster {
             world,
             lives: vec![0; config.replicas + 3],
             growth: Vec::new(),
+            astray: BTreeSet::new(),
             snapshots: Vec::new(),
             taken: Vec::new(),
             processes: Vec::new(),
@@ -446,14 +449,7 @@ impl Cluster {
         if self.world().is_paused(node) {
             return;
         }
-        let Process::Shard(shard) = &mut self.processes[node.0] else { return };
-        let (tx, rx) = mpsc::channel();
-        let reply = Reply::new(move |result| {
-            // Looked at below.
-            let _told = tx.send(result);
-        });
-        shard.command(Command::ListVolumes { reply });
-        let Ok(Ok(reports)) = rx.try_recv() else { return };
+        let reports = self.reports();
         for volume in 0..self.config.volumes {
             let name = format!("volume{volume}");
             match reports.iter().find(|r| r.name == name) {
@@ -569,6 +565,7 @@ impl Cluster {
             Some(which) => self.kill_process(which),
             None => self.kill_replica(at),
         }
+        let others = self.others_in_sync(at);
         let disk = self.disks[at];
         let mut world = self.world();
         world.say(format_args!("pool {at} loses power"));
@@ -578,8 +575,30 @@ impl Cluster {
         let machine = self.machine_of(at);
         self.lives[machine.0] += 1;
         for history in &self.histories {
-            history.borrow_mut().power_was_lost();
+            history.borrow_mut().power_was_lost(!others);
         }
+    }
+
+    /// Whether each volume is served with a member in sync in another pool.
+    fn others_in_sync(&mut self, at: usize) -> bool {
+        let reports = self.reports();
+        reports.iter().all(|report| {
+            let mut children = report.children.iter().enumerate();
+            report.serving && children.any(|(i, c)| i != at && c.in_sync && c.state == "online")
+        })
+    }
+
+    /// What the nexus that is to serve says of its volumes at this moment; nothing where it does not run.
+    fn reports(&mut self) -> Vec<VolumeReport> {
+        let Some(node) = self.nexuses[self.active] else { return Vec::new() };
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return Vec::new() };
+        let (tx, rx) = mpsc::channel();
+        let reply = Reply::new(move |result| {
+            // Looked at below.
+            let _told = tx.send(result);
+        });
+        shard.command(Command::ListVolumes { reply });
+        rx.try_recv().ok().and_then(Result::ok).unwrap_or_default()
     }
 
     /// Cuts the power of everybody but the hosts.
@@ -817,6 +836,7 @@ impl Cluster {
     /// Has the next writes to a pool's data end up on other pages of it.
     pub fn misdirect(&mut self, at: usize, writes: u32) {
         let disk = self.disks[at];
+        self.astray.insert(at);
         let mut world = self.world();
         let copies = inspect_superblock(world.disk(disk)).expect("the disk can be read");
         let superblock = copies.into_iter().find_map(|c| c.content.ok()).expect("a pool");

@@ -216,8 +216,13 @@ impl History {
 
     /// Replicas lost what their disks had not flushed. Where the nexus lives, it takes them out; the next
     /// one may find that nobody has what was not flushed.
-    pub fn power_was_lost(&mut self) {
+    /// Where there is nobody else (`alone`) this one serves on without it.
+    pub fn power_was_lost(&mut self, alone: bool) {
         self.power_lost = true;
+        if alone {
+            let now = self.tick();
+            self.draw_lots(now);
+        }
     }
 
     /// Of what was written to a block and not flushed, any one may be left.
@@ -235,15 +240,18 @@ impl History {
             block.writes = candidates;
             block.reads.clear();
             block.since = now;
-            if block.writes.len() < 2 {
+            // Where a write that failed was written over, what was there before that is not known.
+            let unknown = !block.writes.iter().any(|w| w.durable && !w.maybe);
+            if block.writes.len() < 2 && !unknown {
                 continue;
             }
-            if self.tears || !self.reconciles {
+            if self.tears || !self.reconciles || unknown {
                 block.tainted_at = Some(now);
                 block.torn = self.tears;
                 continue;
             }
-            for write in &mut block.writes {
+            // One that is still on its way is done by a nexus that lives, or is closed with its epoch.
+            for write in block.writes.iter_mut().filter(|w| w.ended != OPEN) {
                 (write.maybe, write.lottery) = (true, lottery);
                 write.ended = write.ended.min(now);
             }

@@ -446,7 +446,14 @@ impl Run {
         }
         self.come_to_rest();
         self.cluster.verify();
-        let verified = self.cluster.run_while(RECOVERY_NS, Cluster::clients_are_done);
+        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
+        let mut verified = false;
+        while !verified && self.cluster.world().now_ns() < limit {
+            if self.cluster.has_second() {
+                self.cluster.supervise();
+            }
+            verified = self.cluster.run_while(200 * MS, Cluster::clients_are_done);
+        }
         let state = self.cluster.volumes();
         check!(Check::Liveness, verified, "not every block can be read: {state:?}");
         // What the verification left behind settles.

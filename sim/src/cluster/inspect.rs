@@ -59,7 +59,7 @@ impl Cluster {
                 .children
                 .iter()
                 .enumerate()
-                .filter(|(_, child)| child.in_sync)
+                .filter(|(at, child)| child.in_sync && !self.astray.contains(at))
                 .map(|(at, _)| at)
                 .collect();
             let contents: Vec<(usize, Vec<u8>)> =
