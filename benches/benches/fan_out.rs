@@ -16,6 +16,8 @@ fn online() -> Nexus {
             .collect(),
         purpose: Purpose::Create,
         child_deadline_ms: 5_000,
+        lease_ms: u64::MAX / 2,
+        holder: 0,
         assembly_wait_ms: 0,
         pace: cairn_nexus::Pace::default(),
         max_requests: 256,
@@ -39,6 +41,11 @@ fn one(nexus: &mut Nexus, op: IoOp, lba: u64) {
     let range = LbaRange::new(Lba(lba), 1).expect("a block of the volume");
     nexus.submit(7, IoRequest { op, range, buf: BufSlice::EMPTY }, 1);
     while let Some(io) = nexus.poll_child() {
+        if io.ticket.is_register() {
+            // A renewal of the lease, before the first read.
+            nexus.handle_register(io.child, io.ticket, Ok(Register::default()), 1);
+            continue;
+        }
         nexus.handle_io(io.child, io.ticket, IoStatus::Ok, 1);
     }
     assert!(nexus.poll_done().is_some_and(|done| done.status.is_ok()));

@@ -9,6 +9,7 @@ mod config;
 mod fsck;
 mod inspect;
 mod keys;
+mod node;
 mod nvme;
 mod output;
 mod pattern;

@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::config::Config;
+use crate::node::Node;
 use crate::pools;
 use crate::service::Service;
 use crate::state::State;
@@ -38,10 +39,12 @@ pub(crate) struct ServeArgs {
 
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let config = Config::load(&args.config)?;
+    let node = Node::claim(&config.state_dir)?;
     let state = State::load(&config.state_dir)?;
     raise_descriptor_limit();
-    let (engine, thread) = cairn_engine::start(driver_config(&config), shard_config(&config))
-        .context("the data engine cannot start")?;
+    let (engine, thread) =
+        cairn_engine::start(driver_config(&config), shard_config(&config, &node))
+            .context("the data engine cannot start")?;
     tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
 
     pools::open_all(&engine, &config, &state)?;
@@ -89,11 +92,14 @@ fn driver_config(config: &Config) -> DriverConfig {
     }
 }
 
-fn shard_config(config: &Config) -> ShardConfig {
+fn shard_config(config: &Config, identity: &Node) -> ShardConfig {
     let node = uuid::Uuid::new_v4();
     ShardConfig {
         node_nqn: format!("nqn.2026-11.io.cairn:node:{}", config.name),
         node_id: node.as_u128(),
+        holder: identity.id.as_u128(),
+        lease_ms: config.nexus.lease_ms,
+        pace: config.nexus.pace(),
         incarnation: boot_id().unwrap_or(node.as_u128()),
         cntlid_min: config.nvmf.controller_ids[0],
         cntlid_max: config.nvmf.controller_ids[1],

@@ -5,6 +5,7 @@
 //! | C2h | Register Read | register page to the host | |
 //! | C6h | Register Promise | register page to the host | CDW10-11: epoch, newer than the one promised; bit 63 set: that one will do too |
 //! | C9h | Register Accept | register page to the controller | |
+//! | EDh | Register Renew | register page to the controller: its accepted epoch, and the lease; 0 gives it back | |
 //! | CDh | Replica Resize | register page to the controller: its accepted epoch, and the size | |
 //!
 //! A refusal because of a newer promise completes with status Internal Path Related: Controller Pathing Error. The page, little-endian:
@@ -14,6 +15,8 @@
 //! 8  promised epoch        16 accepted epoch       24 sequence
 //! 32 configuration length (u32), zero (u32)        40 incarnation of the machine, in answers (16 bytes)
 //! 56 configuration
+//! 4080 milliseconds of a lease: in Register Renew, and in answers to Register Promise, what is left of one
+//!      that was granted to an older epoch
 //! 4088 size of the replica in blocks: in answers, and in Replica Resize; 0: not told
 //! ```
 
@@ -28,6 +31,8 @@ pub const OPCODE_PROMISE: u8 = 0xc6;
 pub const OPCODE_ACCEPT: u8 = 0xc9;
 /// Grows the replica, unless a newer epoch than the page's was promised.
 pub const OPCODE_RESIZE: u8 = 0xcd;
+/// Grants a lease to an epoch, unless a newer one was promised.
+pub const OPCODE_RENEW: u8 = 0xed;
 /// Set in CDW11 of a promise that takes up an epoch again.
 pub const AGAIN: u32 = 1 << 31;
 /// Bytes of a register page.
@@ -37,6 +42,8 @@ const MAGIC: [u8; 8] = *b"CRNREG1\0";
 const HEADER: usize = 56;
 /// Where a page says how large the replica is.
 const BLOCKS: usize = PAGE as usize - 8;
+/// Where it tells of a lease.
+const LEASE: usize = BLOCKS - 8;
 
 /// Writes `register` over the page `out`.
 ///
@@ -51,8 +58,9 @@ pub fn encode(register: &Register, out: &mut [u8]) {
     let len = u32::try_from(register.config.len()).expect("a configuration is short");
     out[32..36].copy_from_slice(&len.to_le_bytes());
     out[40..56].copy_from_slice(&register.incarnation.to_le_bytes());
-    assert!(HEADER + register.config.len() <= BLOCKS, "a configuration is short");
+    assert!(HEADER + register.config.len() <= LEASE, "a configuration is short");
     out[HEADER..HEADER + register.config.len()].copy_from_slice(&register.config);
+    out[LEASE..LEASE + 8].copy_from_slice(&register.lease_ms.to_le_bytes());
     out[BLOCKS..BLOCKS + 8].copy_from_slice(&register.blocks.to_le_bytes());
 }
 
@@ -69,6 +77,7 @@ pub fn decode(page: &[u8]) -> Option<Register> {
         u64::from_le_bytes(bytes)
     };
     let blocks = page.get(BLOCKS..)?.first_chunk::<8>()?;
+    let lease = page.get(LEASE..)?.first_chunk::<8>()?;
     let mut incarnation = [0; 16];
     incarnation.copy_from_slice(&header[40..56]);
     let len = u32::from_le_bytes([header[32], header[33], header[34], header[35]]);
@@ -80,6 +89,7 @@ pub fn decode(page: &[u8]) -> Option<Register> {
         config: config.to_vec(),
         incarnation: u128::from_le_bytes(incarnation),
         blocks: u64::from_le_bytes(*blocks),
+        lease_ms: u64::from_le_bytes(*lease),
     })
 }
 
@@ -96,6 +106,7 @@ mod tests {
             config: vec![1, 2, 3],
             incarnation: 77,
             blocks: 1 << 40,
+            lease_ms: 2999,
         };
         let mut page = vec![0xff; PAGE as usize];
         encode(&register, &mut page);

@@ -9,6 +9,7 @@ use cairn_block::{Epoch, IoStatus};
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::config::{Config, Member, Register};
+use crate::lease::clock_margin;
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
 use crate::slots::ChildSet;
@@ -23,6 +24,8 @@ enum Stage {
     Gather,
     /// A new epoch is being promised.
     Promise,
+    /// A lease of another nexus is waited for.
+    Wait,
     /// The first configuration of the epoch is being stored.
     Commit,
     /// Not possible now; looked at again when a child comes or goes.
@@ -38,6 +41,8 @@ pub(crate) struct Assembly {
     promised: ChildSet,
     /// Voters that hold nothing and should: they are not asked.
     blank: ChildSet,
+    /// Another nexus may answer reads until then.
+    leased_ms: u64,
     /// Go on with who is there at this time.
     deadline_ms: Option<u64>,
 }
@@ -50,6 +55,7 @@ impl Assembly {
             registers: vec![None; children],
             promised: ChildSet::EMPTY,
             blank: ChildSet::EMPTY,
+            leased_ms: 0,
             deadline_ms: None,
         }
     }
@@ -90,7 +96,7 @@ impl Nexus {
             }
             Stage::Gather | Stage::Stuck => self.gather(),
             // It goes on with who was there; this one is bound once the volume serves.
-            Stage::Promise => {}
+            Stage::Promise | Stage::Wait => {}
             Stage::Commit => self.resume_commit(child),
         }
     }
@@ -165,7 +171,12 @@ impl Nexus {
                 self.try_promise(now_ms);
             }
             (Stage::Promise, Ok(register)) => {
+                let leased_ms = match register.lease_ms {
+                    0 => 0,
+                    ms => now_ms + clock_margin(ms),
+                };
                 let assembly = self.assembling();
+                assembly.leased_ms = assembly.leased_ms.max(leased_ms);
                 assembly.registers[usize::from(child.0)] = Some(register);
                 assembly.promised = assembly.promised.with(child);
                 self.try_decide(now_ms);
@@ -181,7 +192,7 @@ impl Nexus {
                 self.assembly_child_down(child, now_ms);
                 self.push_event(Event::ResetChild(child));
             }
-            (Stage::Commit | Stage::Stuck, _) => {}
+            (Stage::Wait | Stage::Commit | Stage::Stuck, _) => {}
         }
     }
 
@@ -200,6 +211,8 @@ impl Nexus {
             }
             Stage::Stuck => self.gather(),
             Stage::Promise => self.promise_timeout(now_ms),
+            // Some may have gone meanwhile.
+            Stage::Wait => self.decide(now_ms),
             Stage::Commit => {}
         }
     }
@@ -226,6 +239,8 @@ impl Nexus {
         let heard = self.heard();
         let forced = matches!(self.config.purpose, Purpose::ForceStart { .. });
         let voters = match self.highest().filter(|_| !forced) {
+            // After a forced start there may have been another, of which those tell that do not vote.
+            Some(found) if found.config.lineage >> 32 != 0 => self.everybody(),
             Some(found) if self.voters_of(&found.config).1.is_empty() => {
                 self.voters_of(&found.config).0
             }
@@ -266,7 +281,8 @@ impl Nexus {
             }
         }
         // Those stay as they are until the volume serves, or they could not be told from others.
-        let blank = found.map_or(ChildSet::EMPTY, |found| {
+        let forced = matches!(self.config.purpose, Purpose::ForceStart { .. });
+        let blank = found.filter(|_| !forced).map_or(ChildSet::EMPTY, |found| {
             self.voters_of(&found.config).0.and(self.blank(&found.config))
         });
         self.assembling().blank = blank;
@@ -280,6 +296,7 @@ impl Nexus {
         assembly.round = round;
         assembly.deadline_ms = Some(now_ms + limit);
         assembly.promised = ChildSet::EMPTY;
+        assembly.leased_ms = 0;
         let highest =
             assembly.registers.iter().flatten().map(|r| r.promised_epoch).max().unwrap_or_default();
         let heard = assembly.heard();
@@ -382,6 +399,9 @@ impl Nexus {
             self.stuck(now_ms);
             return;
         }
+        if self.waits_for_lease(config.holder, now_ms) {
+            return;
+        }
         for child in self.data_voters().without(target).iter() {
             let why = match (in_sync.has(child), blank.has(child)) {
                 (_, true) => FaultReason::Blank,
@@ -401,6 +421,24 @@ impl Nexus {
         for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
             child.incarnation = register.as_ref().map_or(0, |r| r.incarnation);
         }
+    }
+
+    /// Whether another nexus may answer reads still. One of this node's is dead, and had waited for those
+    /// before it when it stored the configuration that was found.
+    fn waits_for_lease(&mut self, holder: u128, now_ms: u64) -> bool {
+        let leased_ms = self.assembling().leased_ms;
+        let ours = holder != 0 && holder == self.config.holder;
+        if ours || now_ms >= leased_ms {
+            return false;
+        }
+        self.assembling().stage = Stage::Wait;
+        self.assembling().deadline_ms = Some(leased_ms);
+        self.set_state(VolumeState::Assembling(format!(
+            "another nexus served the volume a moment ago; waiting for {} ms until it is sure that it \
+             answers no reads any more",
+            leased_ms - now_ms
+        )));
+        true
     }
 
     /// What a configuration says is so from here on.
@@ -460,6 +498,9 @@ impl Nexus {
         // reads as zeros.
         if !self.admits(&highest.config.encryption) {
             self.lock(&highest.config.encryption);
+            return;
+        }
+        if self.waits_for_lease(highest.config.holder, now_ms) {
             return;
         }
         let found = self.configs();

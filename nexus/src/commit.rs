@@ -70,6 +70,7 @@ impl Nexus {
             lineage: self.lineage,
             generation: self.generation,
             encryption: self.wanted.encryption.clone(),
+            holder: self.config.holder,
             members: members.clone(),
         };
         let register = Register {

@@ -19,6 +19,8 @@ const WITNESS: u8 = 2;
 const SECTION: usize = 8;
 /// A section: how the volume is encrypted, opaque here.
 const SECTION_ENCRYPTION: u16 = 1;
+/// A section: who stored the configuration.
+const SECTION_HOLDER: u16 = 2;
 
 /// What one voter holds of the volume's register. `accepted_epoch` and `seq` order configurations.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -36,6 +38,9 @@ pub struct Register {
     pub incarnation: u128,
     /// Told and stored likewise: the replica's size in blocks; 0 where it is not told.
     pub blocks: u64,
+    /// Told likewise, where an epoch is promised: for how many milliseconds a lease lasts that was granted to
+    /// an older one.
+    pub lease_ms: u64,
 }
 
 /// A voter of the volume, as its configuration has it.
@@ -73,6 +78,8 @@ pub struct Config {
     pub generation: u64,
     /// The volume's wrapped key, opaque here; empty where it is not encrypted.
     pub encryption: Vec<u8>,
+    /// Who stored it: see [`NexusConfig::holder`](crate::NexusConfig::holder). 0: not told.
+    pub holder: u128,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -119,7 +126,7 @@ impl Config {
     /// version 2, after the members, sections: kind u16, zero u16, bytes u32, and so many bytes
     /// ```
     ///
-    /// Version 1 where there is no section. Section 1: encryption.
+    /// Section 1: encryption. Section 2: the holder (16 bytes), where it is told.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -142,6 +149,9 @@ impl Config {
         }
         if !self.encryption.is_empty() {
             push_section(&mut out, SECTION_ENCRYPTION, &self.encryption);
+        }
+        if self.holder != 0 {
+            push_section(&mut out, SECTION_HOLDER, &self.holder.to_le_bytes());
         }
         out
     }
@@ -167,7 +177,7 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let encryption = decode_sections(sections, expected)?;
+        let (encryption, holder) = decode_sections(sections, expected)?;
         let mut members = Vec::with_capacity(count);
         for m in head[HEADER..].chunks_exact(MEMBER) {
             if m[16] & !(IN_SYNC | WITNESS) != 0 {
@@ -189,6 +199,7 @@ impl Config {
             lineage: u64::from_le_bytes(bytes_at(header, 32)),
             generation: u64::from_le_bytes(bytes_at(header, 40)),
             encryption,
+            holder,
             members,
         })
     }
@@ -213,10 +224,11 @@ fn push_section(out: &mut Vec<u8>, kind: u16, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
-/// What the sections say of encryption. They begin `at` bytes into the configuration.
-fn decode_sections(mut rest: &[u8], at: usize) -> Result<Vec<u8>, ConfigError> {
+/// What the sections say of encryption, and of the holder. They begin `at` bytes into the configuration.
+fn decode_sections(mut rest: &[u8], at: usize) -> Result<(Vec<u8>, u128), ConfigError> {
     let whole = rest.len();
     let mut encryption = Vec::new();
+    let mut holder = 0;
     while !rest.is_empty() {
         let done = at + whole - rest.len();
         let short = |expected| ConfigError::Length { found: at + whole, expected };
@@ -226,13 +238,16 @@ fn decode_sections(mut rest: &[u8], at: usize) -> Result<Vec<u8>, ConfigError> {
         let end = usize::try_from(len).ok().and_then(|len| len.checked_add(SECTION));
         let end = end.unwrap_or(usize::MAX);
         let bytes = rest.get(SECTION..end).ok_or(short(done.saturating_add(end)))?;
-        if kind != SECTION_ENCRYPTION || bytes.is_empty() || !encryption.is_empty() {
-            return Err(ConfigError::Section(kind));
+        match (kind, <[u8; 16]>::try_from(bytes)) {
+            (SECTION_ENCRYPTION, _) if !bytes.is_empty() && encryption.is_empty() => {
+                encryption = bytes.to_vec();
+            }
+            (SECTION_HOLDER, Ok(id)) if holder == 0 => holder = u128::from_le_bytes(id),
+            _ => return Err(ConfigError::Section(kind)),
         }
-        encryption = bytes.to_vec();
         rest = &rest[end..];
     }
-    Ok(encryption)
+    Ok((encryption, holder))
 }
 
 #[cfg(test)]
@@ -246,6 +261,7 @@ mod tests {
             blocks: 1 << 18,
             lineage: 3,
             encryption: Vec::new(),
+            holder: 0,
             generation: 41,
             members: vec![
                 Member {
@@ -292,6 +308,8 @@ mod tests {
             unknown[at] = unknown[at].wrapping_add(if at == end { 5 } else { 1 });
             assert_eq!(Config::decode(&unknown), Err(ConfigError::Section(kind)));
         }
+        let held = Config { holder: 5, ..Config::decode(&bytes).unwrap() };
+        assert_eq!(Config::decode(&held.encode()), Ok(held));
         let mut long = bytes.clone();
         long[end + 4..end + 8].fill(0xff);
         assert!(Config::decode(&long).is_err());

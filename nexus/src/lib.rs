@@ -14,6 +14,8 @@
 //!   flight waits for it, so that no later read goes back;
 //! - a block that a member cannot read is read from another and written anew; a write that met a full
 //!   pool is answered once the members are alike again;
+//! - a read is answered under a lease that a majority of the voters has granted, and whoever takes the volume
+//!   over serves nothing before that is over;
 //! - a volume starts only from the highest configuration that a majority of the voters knows, and
 //!   with at least one member of its in-sync set.
 
@@ -23,6 +25,7 @@ mod children;
 mod commit;
 mod config;
 mod copy;
+mod lease;
 mod mend;
 mod nexus;
 mod ranges;

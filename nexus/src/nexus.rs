@@ -9,6 +9,7 @@ use crate::assembly::Assembly;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::copy::{COPY_KEY, Copies};
+use crate::lease::Lease;
 use crate::mend::{FIRST_KEY, Mends, Task};
 use crate::ranges::Ranges;
 use crate::rebuild::{Rebuild, RebuildRecord};
@@ -71,6 +72,7 @@ pub struct Nexus {
     pub(crate) order: u64,
     /// The time when something happened last.
     pub(crate) now_ms: u64,
+    pub(crate) lease: Lease,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
     /// Requests that wait for a child which is joining, or for any to come back.
@@ -131,6 +133,7 @@ impl Nexus {
             joining: ChildSet::EMPTY,
             order: 0,
             now_ms: 0,
+            lease: Lease::new(queue),
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
             child_ios: VecDeque::with_capacity(queue * n),
@@ -210,6 +213,9 @@ impl Nexus {
             self.done.push_back(Done { tag, status });
             self.released.push_back(tag);
             return;
+        }
+        if request.op == IoOp::Read && now_ms >= self.lease.renew_at_ms {
+            self.renew_if_due(now_ms);
         }
         let slot = Slot {
             tag,
@@ -374,6 +380,8 @@ impl Nexus {
         self.child(child).asked -= 1;
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
+        } else if self.lease.is_asked(child, round) {
+            self.handle_renew_reply(child, &reply, now_ms);
         } else if self.commit.as_ref().is_some_and(|c| c.round == round) {
             self.handle_accept_reply(child, &reply);
         } else if self.assembly.is_some() {
@@ -400,6 +408,7 @@ impl Nexus {
         self.ask_again();
         self.growth_timeout(now_ms);
         self.voters_timeout(now_ms);
+        self.renew_for_held(now_ms);
         self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
@@ -424,6 +433,7 @@ impl Nexus {
     /// Stops for good: what is in flight is answered, and buffers are released as the children
     /// let go of them.
     pub fn close(&mut self) {
+        self.release_lease();
         self.set_state(VolumeState::Refused("it is being removed".to_owned()));
         self.answer_all(IoStatus::NotReady);
     }
@@ -658,7 +668,7 @@ impl Nexus {
         let (ok, failed, fault, outstanding) = (slot.ok, slot.failed, slot.fault, slot.outstanding);
         if slot.request.op == IoOp::Read {
             if !ok.is_empty() {
-                self.answer(at, IoStatus::Ok);
+                self.answer_read(at, now_ms);
             } else if outstanding.is_empty() && !slot.bad.is_empty() {
                 self.begin_mend(Task::Read(at));
             } else if outstanding.is_empty() {
@@ -917,6 +927,7 @@ impl Nexus {
                 if self.in_sync.has(child) {
                     self.events.push_back(Event::ChildOnline(child));
                 }
+                self.note_why_idle(child, held);
                 self.child(child).state = self.bound_state(child);
                 self.child(child).bound = true;
                 for &at in &self.parked {
@@ -927,6 +938,8 @@ impl Nexus {
                 self.update_state();
                 self.resume_commit(child);
                 self.voter_is_bound(child, held, now_ms);
+                self.lease.renew_at_ms = 0;
+                self.renew_for_held(now_ms);
             }
             Ok(_) => self.resume_commit(child),
             // One that is no voter may have promised an epoch that came to nothing.
@@ -971,6 +984,7 @@ impl Nexus {
         for at in open {
             self.answer(at, status);
         }
+        self.lease.drop_held();
         self.abandon_mends();
         self.drop_copies();
         self.abandon_reconcile();
@@ -998,7 +1012,7 @@ impl Nexus {
         }
         let stuck = self.commit.as_ref().is_some_and(Commit::is_stuck);
         let alone = !self.in_sync.iter().any(|c| self.children[usize::from(c.0)].connected);
-        let state = if stuck || alone {
+        let state = if stuck || alone || self.lacks_lease() {
             VolumeState::Suspended
         } else if self.in_sync == self.data_voters() {
             VolumeState::Online

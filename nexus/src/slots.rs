@@ -68,6 +68,8 @@ pub(crate) enum Phase {
     Running,
     /// Its range is mended first.
     Mending,
+    /// A read that is done and waits for a lease.
+    Held,
     /// Answered; a child that was given up still uses the buffer.
     Answered,
 }

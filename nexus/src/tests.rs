@@ -9,6 +9,8 @@ use cairn_block::{
 
 use super::*;
 
+mod force;
+mod lease;
 mod mend;
 mod rebuild;
 mod reconfigure;
@@ -18,6 +20,7 @@ const DEADLINE: u64 = 1000;
 const WAIT: u64 = 500;
 /// A mark of the bench's replicas: open since before the round that runs.
 const CANDIDATE: u8 = 0x80;
+const LEASE: u64 = 300;
 
 /// A nexus and its children: registers that obey the rules, I/O that the test answers itself.
 struct Bench {
@@ -56,6 +59,8 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
             .collect(),
         purpose,
         child_deadline_ms: DEADLINE,
+        lease_ms: LEASE,
+        holder: 0,
         assembly_wait_ms: WAIT,
         max_requests: 16,
         pace: Pace { rebuild: false, ..Pace::default() },
@@ -201,6 +206,9 @@ impl Bench {
                 let (blocks, incarnation) = (register.blocks, register.incarnation);
                 *register = Register { blocks, incarnation, ..new.clone() };
                 Ok(new.clone())
+            }
+            ChildOp::Renew { epoch, .. } if *epoch == register.promised_epoch => {
+                Ok(Register::default())
             }
             ChildOp::Resize { epoch, blocks } if *epoch >= register.promised_epoch => {
                 register.blocks = register.blocks.max(*blocks);

@@ -58,6 +58,12 @@ pub struct NexusConfig {
     pub purpose: Purpose,
     /// A child that does not answer a request for so long is taken out.
     pub child_deadline_ms: u64,
+    /// Reads are answered for so long after a majority of the voters was asked for a lease. All nodes are to
+    /// have the same.
+    pub lease_ms: u64,
+    /// Tells the nexuses of one node from those of others, where no two processes can have the same at
+    /// once; 0 where that is not sure.
+    pub holder: u128,
     /// How long assembly waits for the rest once a majority is there.
     pub assembly_wait_ms: u64,
     /// Host requests in flight at most; more wait outside.
@@ -191,6 +197,14 @@ pub enum ChildOp {
     },
     /// Store this register durably, unless a newer epoch was promised.
     Accept(Register),
+    /// Promise nothing newer without telling for how long this lasts: a lease of so many milliseconds; 0: the
+    /// nexus answers no reads any more. Refused where a newer epoch was promised.
+    Renew {
+        /// The epoch.
+        epoch: Epoch,
+        /// For how long.
+        lease_ms: u64,
+    },
     /// Grow to this size, unless a newer epoch was promised.
     Resize {
         /// The epoch.
@@ -335,8 +349,8 @@ pub enum VolumeState {
     Online,
     /// Serving with fewer replicas than it has.
     Degraded,
-    /// A replica failed and no majority can store that, or no replica in sync is there: requests
-    /// are held.
+    /// A replica failed and no majority can store that, reads are to be answered and no majority grants a
+    /// lease, or no replica in sync is there: requests are held.
     Suspended,
     /// A newer nexus has taken the volume over: nothing is served here.
     Fenced,
@@ -373,7 +387,7 @@ impl VolumeState {
             Self::Degraded => "serving with fewer replicas than configured",
             Self::Suspended => {
                 "requests are held until the replicas are back: too few can be reached to record \
-                 that one failed, or none that is in sync"
+                 that one failed, or to be sure that no other nexus serves; or none that is in sync"
             }
             Self::Fenced => "a newer nexus has taken this volume over",
         }

@@ -88,6 +88,21 @@ impl Nexus {
         }
     }
 
+    /// Why a child does not vote, by what it holds.
+    pub(crate) fn note_why_idle(&mut self, child: ChildId, held: &Register) {
+        if self.voters.has(child) || held.config.is_empty() {
+            return;
+        }
+        let (volume, lineage) = (self.config.volume, self.lineage);
+        self.child(child).idle = match Config::decode(&held.config) {
+            Ok(config) if config.volume == volume && config.lineage == lineage => {
+                FaultReason::NotMember
+            }
+            Ok(config) if config.volume == volume => FaultReason::OldLineage,
+            _ => FaultReason::Foreign,
+        };
+    }
+
     // ---- children that come and go
 
     /// One more replica, which neither votes nor takes I/O before it is added as a voter; nothing where
@@ -101,6 +116,7 @@ impl Nexus {
             // An answer that is late is of an earlier session.
             let session = self.children[at].session;
             self.children[at] = Child { session, ..Child::new(spec) };
+            self.lease.forget(child);
         } else {
             self.children.push(Child::new(spec));
         }
@@ -251,6 +267,9 @@ impl Nexus {
     pub(crate) fn take_up_voters(&mut self, voters: ChildSet) {
         let (added, removed) = (voters.without(self.voters), self.voters.without(voters));
         self.voters = voters;
+        // The majority is another one; whoever is new to it has granted nothing.
+        self.count_lease(u64::MAX);
+        self.lease.renew_at_ms = 0;
         if self.assembly.is_some() {
             return;
         }

@@ -332,6 +332,9 @@ impl Cluster {
             cntlid_max: 1000 + number * 1000,
             replica_kato_ms: self.config.replica_kato_ms,
             replica_queue_entries: self.config.queue_entries,
+            lease_ms: 1_000,
+            // A process of a machine is started only where the one before it is dead.
+            holder: machine.0 as u128 + 1,
             replica_header_digest: self.config.digests,
             replica_data_digest: self.config.digests,
             volume_requests: self.config.volume_requests,

@@ -425,6 +425,12 @@ impl<D: Driver> Shard<D> {
                 register::encode(register, memory.bytes_mut(window));
                 (register::OPCODE_ACCEPT, 0, 0, VendorData::Out(window))
             }
+            ChildOp::Renew { epoch, lease_ms } => {
+                let asked =
+                    Register { accepted_epoch: *epoch, lease_ms: *lease_ms, ..Register::default() };
+                register::encode(&asked, memory.bytes_mut(window));
+                (register::OPCODE_RENEW, 0, 0, VendorData::Out(window))
+            }
             ChildOp::Resize { epoch, blocks } => {
                 let asked =
                     Register { accepted_epoch: *epoch, blocks: *blocks, ..Register::default() };

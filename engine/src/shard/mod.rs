@@ -7,6 +7,7 @@ mod commands;
 mod hosts;
 mod io;
 mod keys;
+mod leases;
 mod links;
 mod members;
 mod pools;
@@ -58,6 +59,13 @@ pub struct ShardConfig {
     pub replica_kato_ms: u32,
     /// Entries of each queue towards a replica.
     pub replica_queue_entries: u16,
+    /// A nexus answers reads for so long after it has asked its voters for a lease; and a replica that has
+    /// just been opened takes it that it had granted one as long. All nodes are to have the same.
+    pub lease_ms: u64,
+    /// Tells this node from others, where no two processes can say the same at once and no process that said
+    /// it before is alive; 0 where that is not sure. A volume that was served by this node before is taken
+    /// up again without waiting for its own lease.
+    pub holder: u128,
     /// Header digests towards replicas.
     pub replica_header_digest: bool,
     /// Data digests towards replicas.
@@ -82,6 +90,8 @@ impl Default for ShardConfig {
             cntlid_max: 0xffef,
             replica_kato_ms: 5_000,
             replica_queue_entries: 256,
+            lease_ms: 3_000,
+            holder: 0,
             replica_header_digest: false,
             replica_data_digest: false,
             pace: cairn_nexus::Pace::default(),
@@ -420,6 +430,8 @@ impl<D: Driver> Shard<D> {
             for at in self.hosts.keys() {
                 self.close_host(at);
             }
+            // Sent before the links are closed, as far as they take it now.
+            self.release_leases(now);
             for at in self.links.keys() {
                 self.retire_link(at);
             }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus, Memory, PoolDeviceId, ReplicaId};
-use cairn_nexus::{ChildId, Register, Ticket};
+use cairn_nexus::{ChildId, ChildReply, Register, Ticket};
 use cairn_nvmf::sqe::Sqe;
 use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{NamespaceConfig, NamespaceHandle, SlotId, SubsystemConfig, status_of};
@@ -16,6 +16,7 @@ use cairn_replica::{
 };
 
 use super::io::Export;
+use super::leases::{Leases, MAX_LEASE_MS};
 use super::snapshots::SnapshotOrigin;
 use super::{Shard, Subject, token};
 use crate::control::{DeviceReport, EngineError, PoolMember, ReplicaReport, Reply};
@@ -35,6 +36,7 @@ pub(super) struct LocalPool {
     /// Register operations, one at a time: each sees what the one before it stored.
     registers: VecDeque<RegisterOp>,
     register_busy: bool,
+    leases: Leases,
     control: Vec<(u32, Waiter)>,
     next_control: u32,
 }
@@ -140,6 +142,7 @@ pub(super) enum RegisterKind {
     Read,
     Promise { epoch: Epoch, again: bool },
     Accept(Register),
+    Renew { epoch: Epoch, lease_ms: u64 },
     Resize { epoch: Epoch, blocks: u64 },
 }
 
@@ -235,6 +238,7 @@ impl<D: Driver> Shard<D> {
             }
         }
         let slots: Vec<ReplicaSlot> = pool.replicas().map(|r| r.slot).collect();
+        let leases = Leases::assumed(&pool, self.now_ms() + self.config.lease_ms);
         self.pools.push(LocalPool {
             name,
             devices,
@@ -244,6 +248,7 @@ impl<D: Driver> Shard<D> {
             failed_devices: 0,
             registers: VecDeque::new(),
             register_busy: false,
+            leases,
             control: Vec::new(),
             next_control: 0,
         });
@@ -582,10 +587,13 @@ impl<D: Driver> Shard<D> {
                 RegisterKind::Promise { epoch: Epoch(epoch), again }
             }
             (register::OPCODE_ACCEPT, Some(page)) => RegisterKind::Accept(page),
+            (register::OPCODE_RENEW, Some(page)) => {
+                RegisterKind::Renew { epoch: page.accepted_epoch, lease_ms: page.lease_ms }
+            }
             (register::OPCODE_RESIZE, Some(page)) => {
                 RegisterKind::Resize { epoch: page.accepted_epoch, blocks: page.blocks }
             }
-            (register::OPCODE_ACCEPT | register::OPCODE_RESIZE, None) => {
+            (register::OPCODE_ACCEPT | register::OPCODE_RESIZE | register::OPCODE_RENEW, None) => {
                 self.answer_register(origin, Err(IoStatus::InvalidField));
                 return;
             }
@@ -619,11 +627,21 @@ impl<D: Driver> Shard<D> {
             }
             let Some(op) = local.registers.front() else { return };
             let (origin, slot) = (op.origin, op.slot);
+            let renewal = match op.kind {
+                RegisterKind::Renew { epoch, lease_ms } => Some((epoch, lease_ms)),
+                _ => None,
+            };
             // Whoever asked is gone, and with it perhaps the replica: the slot may be another's now.
             if let Origin::Host { conn, generation, .. } = origin
                 && self.host_queue(conn, generation).is_none()
             {
                 self.pools[usize::from(pool)].registers.pop_front();
+                continue;
+            }
+            if let Some((epoch, lease_ms)) = renewal {
+                let answer = self.renew((pool, slot), epoch, lease_ms);
+                self.pools[usize::from(pool)].registers.pop_front();
+                self.answer_register(origin, answer);
                 continue;
             }
             let blocks = self.replica_blocks(pool, slot);
@@ -635,7 +653,8 @@ impl<D: Driver> Shard<D> {
                 continue;
             };
             let stored = match &op.kind {
-                RegisterKind::Read => Some(Ok(held)),
+                // Renewals are answered above.
+                RegisterKind::Read | RegisterKind::Renew { .. } => Some(Ok(held)),
                 RegisterKind::Promise { epoch, again: true } if *epoch == held.promised_epoch => {
                     Some(Ok(held))
                 }
@@ -686,6 +705,27 @@ impl<D: Driver> Shard<D> {
             let Some(op) = local.registers.pop_front() else { return };
             self.finish_register_op(pool, &op, answer);
         }
+    }
+
+    /// Grants a lease, or takes one back.
+    fn renew(
+        &mut self,
+        (pool, slot): (u16, ReplicaSlot),
+        epoch: Epoch,
+        lease_ms: u64,
+    ) -> ChildReply {
+        let now = self.now_ms();
+        let local = &mut self.pools[usize::from(pool)];
+        let promised = local.pool.register(slot).ok_or(IoStatus::NotReady)?.promised_epoch;
+        if epoch < promised {
+            return Err(IoStatus::Fenced);
+        }
+        // Nobody is made to wait for ever; and a lease is of an epoch that was promised.
+        if epoch > promised || lease_ms > MAX_LEASE_MS {
+            return Err(IoStatus::InvalidField);
+        }
+        local.leases.grant(slot, epoch, now + lease_ms);
+        Ok(Register::default())
     }
 
     fn store_register(&mut self, pool: u16, slot: ReplicaSlot, register: Register) {
@@ -742,8 +782,10 @@ impl<D: Driver> Shard<D> {
         self.fence_routes((pool, op.slot), *epoch, Some(op.origin));
         let ios = if on(Mutant::NoDrain) { Vec::new() } else { self.ios_on(pool, op.slot) };
         let replica = (pool, op.slot);
-        let drain =
-            Drain { origin: op.origin, epoch: *epoch, answer: answer.clone(), ios, replica };
+        let now = self.now_ms();
+        let lease_ms = self.pools[usize::from(pool)].leases.left(op.slot, *epoch, now);
+        let answer = Register { lease_ms, ..answer.clone() };
+        let drain = Drain { origin: op.origin, epoch: *epoch, answer, ios, replica };
         self.drains.push(drain);
         self.finish_drains();
     }
@@ -841,6 +883,7 @@ fn to_nexus(register: &cairn_replica::Register, incarnation: u128, blocks: u64) 
         config: register.config.clone(),
         incarnation,
         blocks,
+        lease_ms: 0,
     }
 }
 

@@ -159,6 +159,8 @@ impl<D: Driver> Shard<D> {
             children,
             purpose: spec.purpose,
             child_deadline_ms: spec.child_deadline_ms,
+            lease_ms: self.config.lease_ms,
+            holder: self.config.holder,
             assembly_wait_ms: self.config.assembly_wait_ms,
             max_requests: self.config.volume_requests,
             pace: self.config.pace,
@@ -261,6 +263,8 @@ impl<D: Driver> Shard<D> {
         }
         self.drop_sectors(at, now);
         self.volumes[at].nexus.close();
+        self.send_children(at, now);
+        self.flush_links();
         for child in 0..self.volumes[at].routes.len() {
             if let Route::Remote { link } = self.volumes[at].routes[child] {
                 self.volumes[at].routes[child] = Route::Gone;
@@ -420,6 +424,7 @@ impl<D: Driver> Shard<D> {
                 let kind = match op {
                     ChildOp::Promise { epoch, again } => RegisterKind::Promise { epoch, again },
                     ChildOp::Accept(register) => RegisterKind::Accept(register),
+                    ChildOp::Renew { epoch, lease_ms } => RegisterKind::Renew { epoch, lease_ms },
                     ChildOp::Resize { epoch, blocks } => RegisterKind::Resize { epoch, blocks },
                     ChildOp::Changes { .. }
                     | ChildOp::SettleBegin { .. }
@@ -434,6 +439,23 @@ impl<D: Driver> Shard<D> {
             (Route::Remote { link }, op) => self.send_remote(link, io.ticket, op, now),
             (Route::Gone, _) => self.refuse_remote(at, io.child, io.ticket, now),
         }
+    }
+
+    /// Sends what the nexus has for its children.
+    fn send_children(&mut self, at: u32, now: u64) {
+        while let Some(io) = self.volumes[at].nexus.poll_child() {
+            let route = self.volumes[at].routes[usize::from(io.child.0)];
+            self.send_child(at, route, io, now);
+        }
+    }
+
+    /// The nexuses of this process answer no more reads, and nobody has to wait for them.
+    pub(super) fn release_leases(&mut self, now: u64) {
+        for at in self.volumes.keys() {
+            self.volumes[at].nexus.release_lease();
+            self.send_children(at, now);
+        }
+        self.flush_links();
     }
 
     /// A request goes to a local replica, outside of snapshot calls.

@@ -515,7 +515,10 @@ impl Nexus {
         match task {
             Task::Read(slot) => {
                 self.slots.slot(slot).mending = false;
-                self.answer(slot, status);
+                match status {
+                    IoStatus::Ok => self.answer_read(slot, now_ms),
+                    status => self.answer(slot, status),
+                }
             }
             Task::Verify(slot) => self.answer(slot, status),
             Task::Converge(slot) => {

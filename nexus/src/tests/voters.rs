@@ -222,6 +222,7 @@ fn a_replica_of_another_volume_is_not_added() {
         lineage: 1,
         generation: 9,
         encryption: Vec::new(),
+        holder: 0,
         members: vec![Member { replica: id(1), in_sync: true, ..Member::default() }],
     };
     b.registers[1].config = other.encode();

@@ -1,0 +1,194 @@
+//! Reads are answered under a lease, and whoever takes a volume over waits for it.
+
+use super::*;
+
+/// Renewals that are waiting to be answered, as children.
+fn renewals(b: &Bench) -> Vec<u8> {
+    let renewals = b.held.iter().filter(|io| matches!(io.op, ChildOp::Renew { .. }));
+    renewals.map(|io| io.child.0).collect()
+}
+
+/// Answers one of them.
+fn renew(b: &mut Bench, child: u8, reply: ChildReply) {
+    let is = |io: &ChildIo| io.child.0 == child && matches!(io.op, ChildOp::Renew { .. });
+    let at = b.held.iter().position(is).expect("a renewal");
+    let io = b.held.remove(at).unwrap();
+    b.nexus.handle_register(io.child, io.ticket, reply, b.now);
+    b.pump();
+}
+
+fn ok() -> ChildReply {
+    Ok(Register::default())
+}
+
+fn read(b: &mut Bench, tag: u64) {
+    b.submit(tag, IoOp::Read, tag * 10, 1);
+    let child = b.io.front().expect("it is read at once").child.0;
+    b.answer(child, IoStatus::Ok);
+}
+
+#[test]
+fn a_read_is_answered_once_a_majority_has_granted_a_lease() {
+    let mut b = Bench::online(3);
+    b.hold_registers = true;
+    read(&mut b, 1);
+    assert_eq!(renewals(&b), [0, 1, 2]);
+    assert_eq!(b.status_of(1), None);
+    renew(&mut b, 0, ok());
+    assert_eq!(b.status_of(1), None);
+    renew(&mut b, 2, ok());
+    assert_eq!(b.status_of(1), Some(IoStatus::Ok));
+    // Nothing more is sent before half of it is over, nor while nobody reads.
+    read(&mut b, 2);
+    assert_eq!(b.status_of(2), Some(IoStatus::Ok));
+    b.pass(LEASE / 2);
+    assert_eq!(renewals(&b), [1]);
+    read(&mut b, 3);
+    assert_eq!(renewals(&b), [1, 0, 2]);
+    assert_eq!(b.status_of(3), Some(IoStatus::Ok), "there is half of it left");
+    // It counts from when it was asked for, however late the answer is.
+    b.pass(LEASE / 2 - 1);
+    renew(&mut b, 1, ok());
+    renew(&mut b, 0, ok());
+    b.pass(1);
+    read(&mut b, 4);
+    assert_eq!(b.status_of(4), None, "one of the two was sent at the beginning");
+    renew(&mut b, 2, ok());
+    assert_eq!(b.status_of(4), Some(IoStatus::Ok));
+    // Writes ask nobody but the members.
+    b.pass(LEASE * 10);
+    let asked = b.held.len();
+    b.write(5, 0, 1);
+    (0..3).for_each(|child| b.answer(child, IoStatus::Ok));
+    assert_eq!((b.status_of(5), b.held.len()), (Some(IoStatus::Ok), asked));
+}
+
+#[test]
+fn a_nexus_that_is_cut_off_with_a_stale_replica_answers_no_reads() {
+    let mut b = Bench::online(3);
+    b.submit(1, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    assert_eq!(b.status_of(1), Some(IoStatus::Ok));
+    b.disconnect(1);
+    b.disconnect(2);
+    // The lease lasts for a while: nobody else serves before it is over.
+    b.submit(2, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    assert_eq!(b.status_of(2), Some(IoStatus::Ok));
+    b.pass(LEASE);
+    b.submit(3, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    b.pass(LEASE * 3);
+    assert_eq!(b.status_of(3), None);
+    assert_eq!(*b.nexus.state(), VolumeState::Suspended);
+    // Nobody has taken it over: it goes on where it was.
+    b.connect(1);
+    assert_eq!(b.status_of(3), Some(IoStatus::Ok));
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+    b.disconnect(1);
+    b.pass(LEASE * 3);
+    b.submit(4, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    // Somebody has.
+    for register in &mut b.registers[1..] {
+        register.promised_epoch = Epoch(99);
+    }
+    b.connect(1);
+    assert_eq!(*b.nexus.state(), VolumeState::Fenced);
+    assert_eq!(b.status_of(4), Some(IoStatus::PathError));
+}
+
+#[test]
+fn a_majority_that_refuses_renewals_fences() {
+    let mut b = Bench::online(3);
+    b.hold_registers = true;
+    read(&mut b, 1);
+    renew(&mut b, 0, Err(IoStatus::Fenced));
+    assert!(b.nexus.state().is_serving(), "one may have promised to somebody who got no further");
+    renew(&mut b, 1, Err(IoStatus::Fenced));
+    assert_eq!(*b.nexus.state(), VolumeState::Fenced);
+    assert_eq!(b.status_of(1), Some(IoStatus::PathError));
+    assert_eq!(b.released, [1]);
+}
+
+/// A nexus of the same replicas, of this node, to which they tell that a lease lasts so long.
+fn taken_over(b: Bench, holder: u128, lease_ms: u64) -> Bench {
+    let n = u8::try_from(b.up.len()).unwrap();
+    let mut b = b.restarted();
+    b.nexus = Nexus::new(NexusConfig { holder, ..config(n, Purpose::Assemble) });
+    b.registers.iter_mut().for_each(|r| r.lease_ms = lease_ms);
+    (0..n).for_each(|child| b.connect(child));
+    b
+}
+
+#[test]
+fn whoever_takes_a_volume_over_waits_for_what_was_granted() {
+    let mut b = taken_over(Bench::online(3), 5, 200);
+    let said = b.nexus.state().detail().to_owned();
+    assert!(said.contains("answers no reads any more"), "{said}");
+    assert_eq!(b.stored_in_sync(0), [true; 3]);
+    let accepted = b.registers[0].accepted_epoch;
+    // One that goes meanwhile is left out, as if it had not come.
+    b.disconnect(2);
+    b.pass(200);
+    assert!(!b.nexus.state().is_serving(), "clocks do not go alike");
+    b.pass(11);
+    assert_eq!(*b.nexus.state(), VolumeState::Degraded);
+    assert!(b.registers[0].accepted_epoch > accepted);
+
+    // The node that stored that comes up again, and knows that nobody else serves; another does not.
+    let b = taken_over(b, 5, 200);
+    assert!(b.nexus.state().is_serving());
+    let b = taken_over(b, 6, 200);
+    assert!(!b.nexus.state().is_serving());
+    let b = taken_over(b, 0, 200);
+    assert!(!b.nexus.state().is_serving());
+    // One that was killed while it waited, on the same node, has proved nothing.
+    let b = taken_over(b, 6, 200);
+    assert!(!b.nexus.state().is_serving());
+}
+
+#[test]
+fn a_nexus_that_closes_gives_its_lease_back() {
+    let mut b = Bench::online(3);
+    b.submit(1, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    b.hold_registers = true;
+    b.submit(2, IoOp::Read, 0, 1);
+    b.nexus.close();
+    b.pump();
+    assert_eq!(renewals(&b), [0, 1, 2]);
+    assert!(b.held.iter().all(|io| matches!(io.op, ChildOp::Renew { lease_ms: 0, .. })));
+    assert_eq!(b.status_of(2), Some(IoStatus::NotReady));
+    // One that answered no reads has none to give back.
+    let mut b = Bench::online(3);
+    b.hold_registers = true;
+    b.nexus.close();
+    b.pump();
+    assert!(b.held.is_empty());
+}
+
+#[test]
+fn held_reads_are_answered_after_a_change_of_voters() {
+    let mut b = Bench::online(1);
+    let second =
+        b.nexus.add_child(ChildSpec { replica: ReplicaId(2), local: false, witness: true });
+    b.registers.push(Register::default());
+    b.up.push(false);
+    b.broken.push(false);
+    b.submit(1, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    assert_eq!(b.status_of(1), Some(IoStatus::Ok));
+    b.connect(1);
+    b.nexus.add_voter(second.unwrap(), b.now).unwrap();
+    b.pump();
+    // The new one has granted nothing yet.
+    b.submit(2, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    assert_eq!(b.status_of(2), Some(IoStatus::Ok));
+    b.disconnect(1);
+    b.pass(LEASE);
+    b.submit(3, IoOp::Read, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    assert_eq!(b.status_of(3), None);
+}
