@@ -428,7 +428,7 @@ impl Nexus {
     fn waits_for_lease(&mut self, holder: u128, now_ms: u64) -> bool {
         let leased_ms = self.assembling().leased_ms;
         let ours = holder != 0 && holder == self.config.holder;
-        if ours || now_ms >= leased_ms {
+        if ours || now_ms >= leased_ms || on(Mutant::TakeoverDoesNotWait) {
             return false;
         }
         self.assembling().stage = Stage::Wait;

@@ -15,7 +15,7 @@ use crate::rng::mix;
 /// Whether a nexus makes alike what an earlier one left different.
 const RECONCILES: bool = true;
 /// Whether a nexus that was cut off stops reads before another serves.
-const LEASES: bool = false;
+const LEASES: bool = true;
 /// A write that has not ended.
 const OPEN: u64 = u64::MAX;
 

@@ -71,6 +71,12 @@ mutants! {
     SettleWithoutFlush,
     /// What is settled gets no stamp.
     StampForgotten,
+    /// Reads are answered without a lease.
+    NoLease,
+    /// A lease is counted from the answer to the renewal.
+    LeaseFromAnswer,
+    /// Assembly does not wait until the lease of an earlier nexus is over.
+    TakeoverDoesNotWait,
     /// The target of a rebuild does not get what hosts write.
     MirrorMissesWrites,
     /// A member that joins does not count for acks before it has joined.
