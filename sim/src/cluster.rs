@@ -120,6 +120,8 @@ pub struct Cluster {
     growth: Vec<(usize, u64, Answer)>,
     /// Pools of which a write went astray: what it hit may be taken for data after a crash.
     astray: BTreeSet<usize>,
+    /// Something rotted or went astray: what disks hold is not what was written.
+    spoilt: bool,
     /// Snapshots that were asked for.
     snapshots: Vec<AskedSnapshot>,
     /// Snapshots that were taken: on which pool, and what each holds.
@@ -206,6 +208,7 @@ impl Cluster {
             lives: vec![0; config.replicas + 3],
             growth: Vec::new(),
             astray: BTreeSet::new(),
+            spoilt: false,
             snapshots: Vec::new(),
             taken: Vec::new(),
             processes: Vec::new(),
@@ -616,7 +619,11 @@ impl Cluster {
 
     /// Kills the nexus that is to serve, if it runs.
     pub fn kill_nexus(&mut self) {
+        let reports = self.reports();
         self.kill_process(self.active);
+        if !self.spoilt && self.world().rng.chance(300) {
+            self.check_marks(&reports);
+        }
     }
 
     /// Kills a nexus, if it runs.
@@ -826,6 +833,7 @@ impl Cluster {
 
     /// Flips a bit of a block of data, or of what was data, in a pool.
     pub fn rot(&mut self, at: usize) {
+        self.spoilt = true;
         let disk = self.disks[at];
         let mut world = self.world();
         let copies = inspect_superblock(world.disk(disk)).expect("the disk can be read");
@@ -840,6 +848,7 @@ impl Cluster {
     pub fn misdirect(&mut self, at: usize, writes: u32) {
         let disk = self.disks[at];
         self.astray.insert(at);
+        self.spoilt = true;
         let mut world = self.world();
         let copies = inspect_superblock(world.disk(disk)).expect("the disk can be read");
         let superblock = copies.into_iter().find_map(|c| c.content.ok()).expect("a pool");

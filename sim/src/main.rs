@@ -104,7 +104,7 @@ fn watch() {
 
 fn print_failure(seed: u64, why: &str) {
     let why: String = why.chars().take(600).collect();
-    let commit = option_env!("CAIRN_COMMIT").unwrap_or("unknown");
+    let commit = std::env::var("CAIRN_COMMIT").unwrap_or_else(|_| "unknown".to_owned());
     println!(
         "seed {seed} of commit {commit} FAILED: {why}\n  see it with: cargo xtask sim --seed {seed} --trace"
     );
@@ -192,6 +192,7 @@ fn main() -> ExitCode {
         total.converged,
         start.elapsed().as_secs_f64()
     );
+    println!("{} passed, {} failed, 0 skipped", total.seeds - total.failed, total.failed);
     if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

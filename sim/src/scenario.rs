@@ -13,6 +13,8 @@ use crate::world::{MS, Sink, US, World};
 
 /// Once nothing is wrong any more, everything is answered within this time.
 const RECOVERY_NS: u64 = 60_000 * MS;
+/// Members that are there are in sync again within this time: one that failed often is left alone for minutes.
+const REBUILD_NS: u64 = 700_000 * MS;
 /// The hosts' work ends within this time, whatever goes wrong.
 const WORK_NS: u64 = 300_000 * MS;
 
@@ -402,6 +404,37 @@ impl Run {
         self.cluster.check_snapshots();
     }
 
+    /// Every member is back in sync, and nothing that a nexus left different is open any more.
+    fn await_rebuilds(&mut self) {
+        if self.faults.full {
+            // A full pool has no room for what it lacks.
+            return;
+        }
+        let start = self.cluster.world().now_ns();
+        let mut restarted = false;
+        loop {
+            let now = self.cluster.world().now_ns();
+            let state = self.cluster.volumes().expect("the nexus runs");
+            if state.iter().all(|v| v.serving && v.children.iter().all(|c| c.in_sync)) {
+                return;
+            }
+            check!(
+                Check::Liveness,
+                now < start + REBUILD_NS,
+                "a member is not in sync again: {state:?}"
+            );
+            if now > start + REBUILD_NS / 4 && !restarted {
+                // Its pool may be offline.
+                restarted = true;
+                self.restart_victim();
+            }
+            if self.cluster.has_second() {
+                self.cluster.supervise();
+            }
+            self.cluster.run_until(now + 500 * MS);
+        }
+    }
+
     /// The volumes are served where they are to be, and nowhere else is an attempt made to.
     fn come_to_rest(&mut self) {
         let limit = self.cluster.world().now_ns() + RECOVERY_NS;
@@ -456,6 +489,7 @@ impl Run {
         }
         let state = self.cluster.volumes();
         check!(Check::Liveness, verified, "not every block can be read: {state:?}");
+        self.await_rebuilds();
         // What the verification left behind settles.
         let quiet = self.cluster.world().now_ns() + 5_000 * MS;
         self.cluster.run_until(quiet);

@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 
 use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, SnapshotId};
 use cairn_engine::VolumeReport;
-use cairn_engine::replica::{DiskOp, Pool, Register, ReplicaSlot};
+use cairn_engine::replica::{DiskOp, Pool, Register, ReplicaSlot, change};
 
 use super::{Cluster, keys, replica_id};
 use crate::checks::{Check, check};
 use crate::disk::{PAGE, SimDisk};
+
+/// Blocks of a pool's extent.
+const EXTENT_BLOCKS: usize = 256;
 
 impl Cluster {
     /// A size that was acked is the volume's, or a larger one is, and its replicas have it.
@@ -142,6 +145,51 @@ impl Cluster {
                 "snapshot {id} of volume {volume} in pool {at} has changed, or is gone"
             );
         }
+    }
+
+    /// Where members in sync differ now that their nexus is dead, one of them says that the extent is open,
+    /// or has nothing there.
+    ///
+    /// # Panics
+    /// Where a difference would not be found.
+    pub(super) fn check_marks(&self, reports: &[VolumeReport]) {
+        for report in reports.iter().filter(|report| report.serving) {
+            let volume = usize::try_from(report.id.0 - 1).expect("a small number");
+            let children = report.children.iter().enumerate();
+            let members: Vec<usize> =
+                children.filter(|(_, c)| c.in_sync).map(|(at, _)| at).collect();
+            let contents: Vec<Vec<u8>> =
+                members.iter().map(|&at| self.contents(volume, at)).collect();
+            let told: Vec<Vec<u8>> = members.iter().map(|&at| self.changes(volume, at)).collect();
+            let extent = EXTENT_BLOCKS * PAGE;
+            for at in 0..contents[0].len().div_ceil(extent) {
+                let part = |bytes: &Vec<u8>| {
+                    let end = (at * extent + extent).min(bytes.len());
+                    bytes[at * extent..end].to_vec()
+                };
+                let first = part(&contents[0]);
+                if contents.iter().all(|bytes| part(bytes) == first) {
+                    continue;
+                }
+                let open = told.iter().any(|told| told[at] & change::OPEN != 0);
+                let mapped = told.iter().filter(|told| told[at] & change::MAPPED != 0).count();
+                check!(
+                    Check::DifferenceIsMarked,
+                    open || (mapped > 0 && mapped < told.len()),
+                    "volume {volume} extent {at}: members {members:?} differ, and none says that it is open"
+                );
+            }
+        }
+    }
+
+    fn changes(&self, volume: usize, at: usize) -> Vec<u8> {
+        let mut disk = self.world().disk(self.disks[at]).clone();
+        let pool = Pool::open(&mut disk).expect("the pool opens");
+        let extents = self.config.blocks.div_ceil(EXTENT_BLOCKS as u64);
+        let mut out = vec![0; usize::try_from(extents).expect("a small volume")];
+        let slot = pool.find(replica_id(volume, at)).expect("the replica is there");
+        pool.changes(slot, 0, u64::MAX, &mut out).expect("the pool tells");
+        out
     }
 
     fn snapshot_contents(&self, volume: usize, at: usize, id: SnapshotId) -> Option<Vec<u8>> {
