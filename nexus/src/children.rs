@@ -2,6 +2,7 @@
 
 use core::fmt;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
 use crate::config::Member;
@@ -166,7 +167,8 @@ impl Child {
 
     /// Whether it takes block requests.
     pub(crate) fn is_usable(&self) -> bool {
-        self.connected && self.state == ChildState::Online
+        let reads_all = on(Mutant::ReadOutOfSync) && matches!(self.state, ChildState::OutOfSync(_));
+        self.connected && (self.state == ChildState::Online || reads_all)
     }
 
     /// A request that it was sent is done.

@@ -9,6 +9,7 @@
 //! To join, the target counts for acks first; what was submitted before that is waited for, the target
 //! flushes, and then the configuration with it is stored. From that moment it is read.
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoOp, IoStatus, LbaRange, Memory, ReplicaId};
 
 use crate::bits::Bits;
@@ -213,6 +214,9 @@ impl Nexus {
                 if drained {
                     self.set_stage(Stage::JoinFlush);
                     self.ask_flush(child, Asked::Join, now_ms);
+                    if on(Mutant::JoinBeforeFlush) {
+                        self.set_stage(Stage::JoinCommit);
+                    }
                 }
                 drained
             }
@@ -281,6 +285,9 @@ impl Nexus {
             r.list_at += u32::try_from(source.len()).expect("at most a page");
         }
         if r.list_at >= extents {
+            if on(Mutant::RebuildSkipsLast) {
+                (0..extents).rev().find(|at| r.needed.has(*at)).map(|at| r.needed.remove(at));
+            }
             r.extents_total = r.needed.len() as u64;
             r.stage = Stage::Copy;
             return true;
@@ -553,7 +560,9 @@ impl Nexus {
 /// Whether a rebuild copies an extent: what the source says of it, and the target.
 fn is_needed(source: u8, target: u8) -> bool {
     let (here, there) = (source & change::MAPPED != 0, target & change::MAPPED != 0);
-    let changed = (source | target) & change::OPEN != 0 || source & change::SINCE != 0;
+    let open = if on(Mutant::RebuildIgnoresOpen) { 0 } else { change::OPEN };
+    let since = if on(Mutant::RebuildIgnoresStamps) { 0 } else { change::SINCE };
+    let changed = (source | target) & open != 0 || source & since != 0;
     here != there || here && changed
 }
 
