@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
 use cairn_engine::block::PoolDeviceId;
+use cairn_engine::nexus::Pace;
 use cairn_engine::replica::MAX_DEVICES;
 use serde::{Deserialize, Serialize};
 
@@ -96,14 +97,21 @@ pub(crate) struct Nexus {
     pub(crate) child_deadline_ms: u64,
     /// One that has answered fast lately is taken out earlier, but never before so long.
     pub(crate) child_deadline_min_ms: u64,
-    /// Reads are answered for so long after a majority was asked whether nobody else serves. The same on all nodes.
-    pub(crate) lease_ms: u64,
     /// How long assembly waits for the rest of the replicas once a majority is there.
     pub(crate) assembly_wait_ms: u64,
     /// Header digests towards replicas.
     pub(crate) header_digest: bool,
     /// Data digests towards replicas.
     pub(crate) data_digest: bool,
+    /// Reads are answered for so long after a majority of the replicas said that no other nexus has the volume;
+    /// whoever takes it over from a nexus that may still live waits for so long.
+    pub(crate) lease_ms: u64,
+    /// What was written is settled so long after it was: a crash leaves the rest to be compared.
+    pub(crate) settle_ms: u64,
+    /// Whether replicas that missed writes get them by themselves once they are back.
+    pub(crate) rebuild: bool,
+    /// How much is copied to a replica in a second; 0: as much as goes.
+    pub(crate) rebuild_rate: ByteSize,
     /// How often each volume is scrubbed; 0: never.
     pub(crate) scrub_interval: Interval,
     /// How much of a volume is scrubbed in a second.
@@ -111,6 +119,17 @@ pub(crate) struct Nexus {
 }
 
 impl Nexus {
+    /// How often nexuses do what nobody asks for.
+    pub(crate) fn pace(&self) -> Pace {
+        let mib = self.rebuild_rate.as_u64().div_ceil(1 << 20);
+        Pace {
+            settle_ms: self.settle_ms,
+            rebuild: self.rebuild,
+            rebuild_mib_s: u32::try_from(mib).unwrap_or(u32::MAX),
+            ..Pace::default()
+        }
+    }
+
     /// The rate in MiB a second, 1 at least.
     pub(crate) fn scrub_rate_mib_s(&self) -> u32 {
         u32::try_from(self.scrub_rate.as_u64() >> 20).unwrap_or(u32::MAX).max(1)
@@ -153,10 +172,13 @@ impl Default for Nexus {
         Self {
             child_deadline_ms: 5_000,
             child_deadline_min_ms: 1_000,
-            lease_ms: 3_000,
             assembly_wait_ms: 2_000,
             header_digest: false,
             data_digest: false,
+            lease_ms: 3_000,
+            settle_ms: 5_000,
+            rebuild: true,
+            rebuild_rate: ByteSize(0),
             scrub_interval: Interval(7 * 86_400),
             scrub_rate: ByteSize::mib(64),
         }

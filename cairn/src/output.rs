@@ -297,6 +297,16 @@ impl Show for v1::Volume {
             }),
             "addresses": self.addresses, "mends": mends(self.mends.as_ref()),
             "scrub": self.scrub.as_ref().map(Show::json),
+            "rebuild": self.rebuild.as_ref().map(|r| json!({
+                "replica_id": r.replica_id, "stage": r.stage, "bytes_total": r.bytes_total,
+                "bytes_done": r.bytes_done, "bytes_per_s": r.bytes_per_s, "running_ms": r.running_ms,
+                "seconds_left": seconds_left(r),
+            })),
+            "rebuilt": self.rebuilt.iter().map(|r| json!({
+                "replica_id": r.replica_id, "why": r.why, "failed": r.failed,
+                "ended_unix_s": r.ended_unix_s, "took_ms": r.took_ms, "bytes": r.bytes,
+            })).collect::<Vec<_>>(),
+            "unreconciled_mib": self.unreconciled_mib, "reconcile_mib": self.reconcile_mib,
         })
     }
 }
@@ -338,6 +348,17 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     if let Some(scrub) = &volume.scrub {
         text.push_str(&format!("scrub     {}\n", scrub_line(scrub)));
     }
+    if volume.unreconciled_mib > 0 {
+        text.push_str(&format!(
+            "reconcile {} of {} MiB that were being written when it was last served may still differ\n",
+            volume.unreconciled_mib, volume.reconcile_mib
+        ));
+    }
+    if let Some(rebuild) = &volume.rebuild {
+        text.push_str(&format!("rebuild   {}\n", rebuild_line(rebuild)));
+    } else if let Some(last) = volume.rebuilt.last() {
+        text.push_str(&format!("rebuilt   {}\n", rebuilt_line(last)));
+    }
     let rows = volume.children.iter().map(|c| {
         vec![
             c.replica_id.clone(),
@@ -349,6 +370,41 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     });
     text.push_str(&table(&["REPLICA", "STATE", "IN SYNC", "URI", "REASON"], rows).to_string());
     text
+}
+
+/// How long a rebuild will still take at the rate that it has.
+fn seconds_left(rebuild: &v1::Rebuild) -> Option<u64> {
+    rebuild.bytes_total.saturating_sub(rebuild.bytes_done).checked_div(rebuild.bytes_per_s)
+}
+
+/// A rebuild in one line.
+fn rebuild_line(rebuild: &v1::Rebuild) -> String {
+    let left = seconds_left(rebuild).map_or_else(String::new, |s| format!(", about {s} s left"));
+    format!(
+        "{} replica {}: {} of {} at {}/s{left}",
+        rebuild.stage,
+        rebuild.replica_id,
+        size(rebuild.bytes_done),
+        size(rebuild.bytes_total),
+        size(rebuild.bytes_per_s),
+    )
+}
+
+/// A rebuild that ended, in one line.
+fn rebuilt_line(record: &v1::RebuildRecord) -> String {
+    let end = if record.failed.is_empty() {
+        "done".to_owned()
+    } else {
+        format!("given up: {}", record.failed)
+    };
+    format!(
+        "replica {} at {} after {:.1} s, {} copied, {end}; it was out because {}",
+        record.replica_id,
+        time(record.ended_unix_s),
+        record.took_ms as f64 / 1000.0,
+        size(record.bytes),
+        record.why,
+    )
 }
 
 /// A scrub in one line.

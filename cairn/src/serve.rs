@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::config::Config;
+use crate::node::Node;
 use crate::pools;
 use crate::service::Service;
 use crate::state::State;
@@ -38,13 +39,12 @@ pub(crate) struct ServeArgs {
 
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let config = Config::load(&args.config)?;
+    let node = Node::claim(&config.state_dir)?;
     let state = State::load(&config.state_dir)?;
     raise_descriptor_limit();
-    // Held for as long as the engine lives.
-    let holder = crate::holder::take(&config.state_dir, boot_id());
-    let shard = ShardConfig { holder: holder.id, ..shard_config(&config) };
-    let (engine, thread) = cairn_engine::start(driver_config(&config), shard)
-        .context("the data engine cannot start")?;
+    let (engine, thread) =
+        cairn_engine::start(driver_config(&config), shard_config(&config, &node))
+            .context("the data engine cannot start")?;
     tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
 
     pools::open_all(&engine, &config, &state)?;
@@ -73,7 +73,6 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let stopped = engine.call(|reply| Command::Shutdown { reply });
     runtime.shutdown_background();
     let joined = thread.join().and_then(|joined| joined);
-    drop(holder);
     joined.map_err(|_| anyhow!("the engine's thread panicked; see the log above"))?;
     served?;
     stopped?;
@@ -93,18 +92,20 @@ fn driver_config(config: &Config) -> DriverConfig {
     }
 }
 
-fn shard_config(config: &Config) -> ShardConfig {
+fn shard_config(config: &Config, identity: &Node) -> ShardConfig {
     let node = uuid::Uuid::new_v4();
     ShardConfig {
         node_nqn: format!("nqn.2026-11.io.cairn:node:{}", config.name),
         node_id: node.as_u128(),
+        holder: boot_id().map_or(0, |boot| identity.holder(boot)),
+        lease_ms: config.nexus.lease_ms,
+        pace: config.nexus.pace(),
         incarnation: boot_id().unwrap_or(node.as_u128()),
         cntlid_min: config.nvmf.controller_ids[0],
         cntlid_max: config.nvmf.controller_ids[1],
         replica_header_digest: config.nexus.header_digest,
         replica_data_digest: config.nexus.data_digest,
         child_deadline_min_ms: config.nexus.child_deadline_min_ms,
-        lease_ms: config.nexus.lease_ms,
         assembly_wait_ms: config.nexus.assembly_wait_ms,
         overcommit: config.overcommit,
         ..ShardConfig::default()

@@ -17,7 +17,7 @@ use cairn_engine::nvmf::target::MAX_NQN_LEN;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
     ChildAddress, DeviceReport, EncryptionSpec, EngineError, EngineHandle, ExportCounters,
-    PoolReport, ReplicaReport, ScrubAction, VolumeReport, VolumeSpec,
+    PoolReport, RebuildEnded, ReplicaReport, ScrubAction, VolumeReport, VolumeSpec,
 };
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
@@ -366,7 +366,30 @@ impl Service {
                 converged_writes: report.mends.converged,
             }),
             scrub: Some(scrub),
+            rebuild: report.rebuild.map(|r| v1::Rebuild {
+                replica_id: r.replica.to_string(),
+                stage: r.stage.to_owned(),
+                bytes_total: r.bytes_total,
+                bytes_done: r.bytes_done,
+                bytes_per_s: r.bytes_per_s,
+                running_ms: r.running_ms,
+            }),
+            rebuilt: report.rebuilt.into_iter().map(rebuilt_message).collect(),
+            unreconciled_mib: report.unreconciled.0 as u64,
+            reconcile_mib: report.unreconciled.1 as u64,
         }
+    }
+}
+
+fn rebuilt_message(record: RebuildEnded) -> v1::RebuildRecord {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    v1::RebuildRecord {
+        replica_id: record.replica.to_string(),
+        why: record.why,
+        failed: record.failed,
+        ended_unix_s: now.map_or(0, |now| now.as_secs()).saturating_sub(record.ago_ms / 1000),
+        took_ms: record.took_ms,
+        bytes: record.bytes,
     }
 }
 
@@ -716,6 +739,18 @@ impl Cairn for Service {
             self.ask(|reply| Command::ScrubVolume { name, action, reply }).await?;
         }
         let report = find(self.volume_reports().await?).ok_or_else(missing)?;
+        Ok(Response::new(self.volume_message(report)))
+    }
+
+    async fn set_rebuild_rate(
+        &self,
+        request: Request<v1::RebuildRateRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        let v1::RebuildRateRequest { name, rate_mib_s: mib_s } = request.into_inner();
+        let of = name.clone();
+        self.ask(|reply| Command::RebuildRate { name: of, mib_s, reply }).await?;
+        let report = self.volume_reports().await?.into_iter().find(|v| v.name == name);
+        let report = report.ok_or_else(|| Status::not_found("the volume is gone"))?;
         Ok(Response::new(self.volume_message(report)))
     }
 

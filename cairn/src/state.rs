@@ -103,16 +103,21 @@ impl State {
     pub(crate) fn save(&self) -> Result<()> {
         let file =
             File { version: VERSION, volumes: self.volumes.clone(), pools: self.pools.clone() };
-        let bytes = serde_json::to_vec_pretty(&file)?;
-        let staged = self.path.with_extension("json.new");
-        let store = || -> std::io::Result<()> {
-            let mut out = std::fs::File::create(&staged)?;
-            out.write_all(&bytes)?;
-            out.sync_all()?;
-            std::fs::rename(&staged, &self.path)?;
-            let dir = self.path.parent().unwrap_or(Path::new("."));
-            std::fs::File::open(dir)?.sync_all()
-        };
-        store().with_context(|| format!("cannot store {}", self.path.display()))
+        replace(&self.path, &serde_json::to_vec_pretty(&file)?)
     }
+}
+
+/// Replaces a file whole and durably. A crash leaves the old one or the new one.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut staged = path.as_os_str().to_owned();
+    staged.push(".new");
+    let staged = PathBuf::from(staged);
+    let store = || -> std::io::Result<()> {
+        let mut out = std::fs::File::create(&staged)?;
+        out.write_all(bytes)?;
+        out.sync_all()?;
+        std::fs::rename(&staged, path)?;
+        std::fs::File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    store().with_context(|| format!("cannot store {}", path.display()))
 }

@@ -19,7 +19,7 @@ use crate::cli::parse_size;
 use crate::client::{connect, said, volumes};
 use crate::config::{self, Config};
 use crate::output::say;
-use crate::{check, output, rot};
+use crate::{check, output, recovery, rot};
 
 /// Replicas of the demo volume.
 pub(crate) const REPLICAS: usize = 3;
@@ -57,6 +57,12 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "FLIPS", conflicts_with_all = ["data", "size", "port", "check"])]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=8000), hide = true)]
     rot: Option<u16>,
+
+    /// Measure in a temporary folder how a volume recovers: after its nexus was killed, and while a
+    /// replica of so much is rebuilt.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, hide = true)]
+    #[arg(conflicts_with_all = ["data", "size", "port", "check", "rot"])]
+    recovery: Option<ByteSize>,
 }
 
 pub(crate) fn run(args: &UpArgs) -> Result<ExitCode> {
@@ -66,6 +72,9 @@ pub(crate) fn run(args: &UpArgs) -> Result<ExitCode> {
     }
     if let Some(flips) = args.rot {
         return runtime.block_on(rot::run(usize::from(flips)));
+    }
+    if let Some(size) = args.recovery {
+        return runtime.block_on(recovery::run(recovery::size_of(size)?));
     }
     runtime.block_on(up(args))
 }
@@ -283,6 +292,17 @@ impl Cluster {
         let (process, client) = start_process(&self.data, "nexus", 0, Vec::new()).await?;
         self.processes[REPLICAS] = process;
         self.client = client;
+        Ok(())
+    }
+
+    /// Starts a replica's process that was killed, where it was.
+    pub(crate) async fn start_replica(&mut self, at: usize) -> Result<()> {
+        let (name, address) = (self.processes[at].name.clone(), self.processes[at].address.clone());
+        let port = address.parse::<SocketAddr>().context("its address")?.port();
+        let path = self.data.join(&name).join("pool.img");
+        let pool = config::Pool::new("pool", path.display().to_string(), None, true);
+        let (process, _) = start_process(&self.data, &name, port, vec![pool]).await?;
+        self.processes[at] = process;
         Ok(())
     }
 

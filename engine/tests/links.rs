@@ -10,12 +10,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use cairn_engine::block::{BlockSize, PoolId, ReplicaId, VolumeId};
+use cairn_engine::block::{
+    BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory as _, PoolId,
+    ReplicaId, VolumeId,
+};
 use cairn_engine::control::{Command, Reply, ScrubAction};
 use cairn_engine::device::PoolDevice;
-use cairn_engine::nexus::{Purpose, ScrubReport};
+use cairn_engine::nexus::{Purpose, ScrubReport, change};
+use cairn_engine::nvmf::initiator::{
+    QueueIndex, Session, SessionConfig, SessionEvent, Submit, VendorData,
+};
 use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
+use cairn_engine::register;
 use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec};
+use cairn_engine::upkeep::{self, SettleCall};
 use cairn_engine::{
     ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReplica, VolumeReport,
     VolumeSpec,
@@ -359,4 +367,154 @@ fn children_that_cannot_be_are_refused() {
         let refused = engine.call(|reply| Command::AddVolume { spec, reply });
         assert!(matches!(refused, Err(EngineError::Invalid(_))), "{refused:?}");
     }
+}
+
+/// A nexus by hand: a session with a replica, on plain sockets.
+struct Client {
+    session: Session,
+    mem: HeapMemory,
+    peer: SocketAddr,
+    streams: [Option<TcpStream>; 2],
+    next_tag: u32,
+}
+
+impl Client {
+    fn to(peer: SocketAddr, replica: u128) -> Self {
+        let mut mem = HeapMemory::new(1 << 20);
+        let config = SessionConfig {
+            hostnqn: "nqn.2026-11.io.cairn:test".to_owned(),
+            hostid: 5,
+            subnqn: format!("nqn.2026-11.io.cairn:replica:{}", ReplicaId(replica)),
+            kato_ms: 0,
+            io_queues: 1,
+            queue_entries: 32,
+            header_digest: false,
+            data_digest: true,
+        };
+        let session = Session::new(config, &mut mem).unwrap();
+        let mut client = Self { session, mem, peer, streams: [None, None], next_tag: 0 };
+        let deadline = Instant::now() + PATIENCE;
+        while !client.turn() {
+            assert!(Instant::now() < deadline, "no session");
+        }
+        client
+    }
+
+    /// Moves bytes both ways. Whether the session became ready.
+    fn turn(&mut self) -> bool {
+        let mut ready = false;
+        while let Some(event) = self.session.poll_event() {
+            match event {
+                SessionEvent::OpenQueue(q) => {
+                    let stream = TcpStream::connect(self.peer).unwrap();
+                    stream.set_nodelay(true).unwrap();
+                    stream.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
+                    self.streams[usize::from(q.0)] = Some(stream);
+                    self.session.handle_connected(q, 0, &mut self.mem);
+                }
+                SessionEvent::Ready(_) => ready = true,
+                SessionEvent::Failed(error) => panic!("{error}"),
+            }
+        }
+        for (q, stream) in (0u16..).map(QueueIndex).zip(&mut self.streams) {
+            let Some(stream) = stream else { continue };
+            let mut windows = Vec::with_capacity(64);
+            while self.session.tx(q).wants_send() {
+                self.session.tx(q).take_batch(&mut windows);
+                for &window in &windows {
+                    stream.write_all(self.mem.bytes(window)).unwrap();
+                }
+                self.session.tx(q).handle_sent(&mut self.mem);
+            }
+            let buf = self.mem.alloc(64 << 10).unwrap();
+            if let Ok(n) = stream.read(self.mem.bytes_mut(buf.slice())) {
+                let got = buf.slice().sub(0, u32::try_from(n).unwrap());
+                self.session.handle_recv(q, got, 0, &mut self.mem).unwrap();
+            }
+            self.mem.release(buf);
+        }
+        ready
+    }
+
+    fn wait(&mut self, q: u16, request: Submit) -> IoStatus {
+        self.next_tag += 1;
+        self.session.submit(QueueIndex(q), self.next_tag, request, &mut self.mem).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.turn();
+            if let Some(done) = self.session.poll_completion() {
+                assert_eq!(done.tag, self.next_tag);
+                return done.io_status;
+            }
+            assert!(Instant::now() < deadline, "no answer");
+        }
+    }
+
+    fn write(&mut self, lba: u64) -> IoStatus {
+        let buf = self.mem.alloc(4096).unwrap();
+        self.mem.bytes_mut(buf.slice()).fill(7);
+        let range = LbaRange::new(Lba(lba), 1).unwrap();
+        let request = IoRequest { op: IoOp::Write { fua: false }, range, buf: buf.slice() };
+        let status = self.wait(1, Submit::Io(request));
+        self.mem.release(buf);
+        status
+    }
+
+    fn page(&mut self, opcode: u8, cdw: (u32, u32), fill: impl FnOnce(&mut [u8])) -> IoStatus {
+        let buf = self.mem.alloc(upkeep::PAGE).unwrap();
+        fill(self.mem.bytes_mut(buf.slice()));
+        let data = if opcode & 3 == 1 {
+            VendorData::Out(buf.slice())
+        } else {
+            VendorData::In(buf.slice())
+        };
+        let status = self.wait(0, Submit::Vendor { opcode, cdw10: cdw.0, cdw11: cdw.1, data });
+        self.mem.release(buf);
+        status
+    }
+
+    fn settle(&mut self, call: SettleCall) -> IoStatus {
+        self.page(upkeep::OPCODE_SETTLE, (0, 0), |page| upkeep::encode(call, page))
+    }
+
+    fn changes(&mut self, first: u32, since: u32, len: u32) -> Result<Vec<u8>, IoStatus> {
+        let buf = self.mem.alloc(len).unwrap();
+        let data = VendorData::In(buf.slice());
+        let opcode = upkeep::OPCODE_CHANGES;
+        let status = self.wait(0, Submit::Vendor { opcode, cdw10: first, cdw11: since, data });
+        let bytes = self.mem.bytes(buf.slice()).to_vec();
+        self.mem.release(buf);
+        if status.is_ok() { Ok(bytes) } else { Err(status) }
+    }
+}
+
+/// What a nexus elsewhere asks about changes, over the wire; and that an older one is refused.
+#[test]
+fn changes_are_told_and_settled_over_the_wire() {
+    let replica = Engine::with_replica(1);
+    let peer = replica.listen();
+    let mut client = Client::to(peer, 1);
+    assert_eq!(client.write(0), IoStatus::Ok);
+    assert_eq!(client.write(3 * 256), IoStatus::Ok);
+    let open = change::MAPPED | change::OPEN;
+    let told = client.changes(0, 1, 64 << 10).unwrap();
+    assert_eq!(told[..8], [open, 0, 0, open, 0, 0, 0, 0]);
+    assert!(told[8..].iter().all(|&byte| byte == 0));
+    assert_eq!(client.settle(SettleCall::Begin { round: 9 }), IoStatus::Ok);
+    assert_eq!(client.write(1), IoStatus::Ok);
+    assert_eq!(
+        client.settle(SettleCall::End { round: 9, stamp: 4, below: u32::MAX }),
+        IoStatus::Ok
+    );
+    assert_eq!(client.changes(3, 4, 2).unwrap(), [change::MAPPED | change::SINCE, 0]);
+    assert_eq!(client.changes(0, 4, 1).unwrap(), [open]);
+    assert_eq!(client.changes(0, 1, 65 << 10), Err(IoStatus::InvalidField), "that is too much");
+    let junk = client.page(upkeep::OPCODE_SETTLE, (0, 0), |page| page.fill(1));
+    assert_eq!(junk, IoStatus::InvalidField);
+    // Another nexus takes the replica over: what the first one says counts no more.
+    let mut next = Client::to(peer, 1);
+    assert_eq!(next.page(register::OPCODE_PROMISE, (7, 0), |_| ()), IoStatus::Ok);
+    assert_eq!(client.settle(SettleCall::Begin { round: 10 }), IoStatus::Fenced);
+    assert_eq!(client.changes(0, 4, 8), Err(IoStatus::Fenced));
+    assert_eq!(next.changes(0, 0, 1).unwrap(), [open | change::SINCE]);
 }

@@ -20,6 +20,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let config = |encryption: Vec<u8>| Config {
         volume: VolumeId(5),
         blocks: 1 << 20,
+        holder: 9,
         lineage: 1,
         generation: 7,
         encryption,

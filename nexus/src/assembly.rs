@@ -413,6 +413,14 @@ impl Nexus {
         self.commit_target(target);
     }
 
+    /// The next configuration says which life each machine is in.
+    fn note_lives(&mut self) {
+        let Some(assembly) = &self.assembly else { return };
+        for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
+            child.incarnation = register.as_ref().map_or(0, |r| r.incarnation);
+        }
+    }
+
     /// Whether another nexus may answer reads still. One of this node's is dead, and had waited for those
     /// before it when it stored the configuration that was found.
     fn waits_for_lease(&mut self, holder: u128, now_ms: u64) -> bool {
@@ -429,14 +437,6 @@ impl Nexus {
             leased_ms - now_ms
         )));
         true
-    }
-
-    /// The next configuration says which life each machine is in.
-    fn note_lives(&mut self) {
-        let Some(assembly) = &self.assembly else { return };
-        for (child, register) in self.children.iter_mut().zip(&assembly.registers) {
-            child.incarnation = register.as_ref().map_or(0, |r| r.incarnation);
-        }
     }
 
     /// What a configuration says is so from here on.

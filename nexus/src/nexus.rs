@@ -59,7 +59,6 @@ pub struct Nexus {
     pub(crate) ranges: Ranges,
     pub(crate) mends: Mends,
     pub(crate) scrub: Option<Scrub>,
-    pub(crate) lease: Lease,
     pub(crate) upkeep: Upkeep,
     pub(crate) settle: Settle,
     pub(crate) reconcile: Option<Reconcile>,
@@ -72,6 +71,7 @@ pub struct Nexus {
     pub(crate) order: u64,
     /// The time when something happened last.
     pub(crate) now_ms: u64,
+    pub(crate) lease: Lease,
     /// Slots to look at again before control goes back to the caller.
     ready: VecDeque<u16>,
     /// Requests that wait for a child which is joining, or for any to come back.
@@ -124,7 +124,6 @@ impl Nexus {
             ranges: Ranges::new(queue),
             mends: Mends::default(),
             scrub: None,
-            lease: Lease::new(queue),
             upkeep: Upkeep::default(),
             settle: Settle::default(),
             reconcile: None,
@@ -134,6 +133,7 @@ impl Nexus {
             joining: ChildSet::EMPTY,
             order: 0,
             now_ms: 0,
+            lease: Lease::new(queue),
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
             child_ios: VecDeque::with_capacity(queue * n),

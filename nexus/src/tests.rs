@@ -18,9 +18,9 @@ mod voters;
 
 const DEADLINE: u64 = 1000;
 const WAIT: u64 = 500;
-const LEASE: u64 = 300;
 /// A mark of the bench's replicas: open since before the round that runs.
 const CANDIDATE: u8 = 0x80;
+const LEASE: u64 = 300;
 
 /// A nexus and its children: registers that obey the rules, I/O that the test answers itself.
 struct Bench {

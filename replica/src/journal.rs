@@ -38,7 +38,7 @@ pub(crate) struct Journal {
     /// What the block in flight holds.
     batch: Vec<Owner>,
     /// Its records, while it is made.
-    records: Vec<Record>,
+    pub(crate) records: Vec<Record>,
     busy: bool,
     /// Releases that are not durable yet.
     pub(crate) frees: u32,
@@ -128,7 +128,7 @@ impl Pool {
     /// durable, or as an earlier record of the same block leaves it: several records of one extent in a
     /// block must not take back what the others say. Blocks go out one after the other, so what is
     /// in flight is durable, and in the table in memory, before the next one is made.
-    fn record_of(&self, owner: Owner, sequence: u64) -> Option<Record> {
+    pub(crate) fn record_of(&self, owner: Owner, sequence: u64) -> Option<Record> {
         let earlier = |extent: u32| {
             let found = self.journal.records.iter().rev().find(|record| record.extent == extent);
             let entry = found.map_or_else(|| self.extents.entry(extent), |record| record.entry);

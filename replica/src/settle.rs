@@ -9,7 +9,7 @@ use cairn_block::{IoStatus, Memory};
 
 use crate::extents::{ExtentState, NIL, Opened};
 use crate::journal::Owner;
-use crate::pool::{Done, HOLE, Mapping, Pool, PoolState, ReplicaSlot};
+use crate::pool::{Done, HOLE, PENDING, Pool, PoolState, ReplicaSlot};
 
 /// Records of settling extents on their way: fewer than fit in a journal block, so that others have room.
 const MAX_CLOSING: u32 = 64;
@@ -169,7 +169,7 @@ impl Pool {
             let own = owner.page.replica == of.page.replica;
             let at = self.layer(layer);
             let map = at.map.get(first as usize..).unwrap_or_default();
-            for ((&entry, byte), logical) in map.iter().zip(&mut out[..len]).zip(first..) {
+            for (&entry, byte) in map.iter().zip(&mut out[..len]) {
                 if entry == HOLE {
                     continue;
                 }
@@ -177,16 +177,14 @@ impl Pool {
                 if !own {
                     continue;
                 }
-                let extent = match at.mapping(logical) {
-                    Mapping::Extent(extent) => extent,
-                    Mapping::Pending(alloc) => {
-                        *byte |= change::OPEN;
-                        match self.allocs.get(alloc) {
-                            alloc if alloc.from.is_some() => alloc.extent,
-                            _ => NIL,
-                        }
+                let extent = if entry & PENDING == 0 {
+                    entry
+                } else {
+                    *byte |= change::OPEN;
+                    match self.allocs.get(entry & !PENDING) {
+                        alloc if alloc.from.is_some() => alloc.extent,
+                        _ => NIL,
                     }
-                    Mapping::Hole => NIL,
                 };
                 if extent != NIL {
                     let e = self.extents.get(extent);
@@ -295,8 +293,11 @@ impl Pool {
             {
                 self.close(extent, at);
             }
-            let settling = &self.settle.running[at];
-            if settling.todo.is_empty() && settling.in_flight == 0 {
+            let (before, rest) = self.settle.running.split_at(at);
+            let settling = &rest[0];
+            // What an earlier round closes is closed when a later one is answered.
+            let first = before.iter().all(|earlier| earlier.slot != settling.slot);
+            if first && settling.todo.is_empty() && settling.in_flight == 0 {
                 let Settling { tag, .. } = self.settle.running.remove(at);
                 self.done.push_back(Done { tag, status: IoStatus::Ok, error: None });
             } else {
@@ -360,5 +361,62 @@ impl Pool {
             listed += usize::from(e.listed);
         }
         assert_eq!(listed, self.settle.open.len(), "the pool lists its open extents once");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cairn_block::PoolId;
+
+    use super::*;
+    use crate::disk::{Entry, Record};
+    use crate::{FormatOptions, SparseDevice};
+
+    fn pool() -> Pool {
+        let mut dev = SparseDevice::new(16 << 20);
+        let pool_id = PoolId(7);
+        let options =
+            FormatOptions { pool_id, device_is_zeroed: true, sector_size: 512, force: false };
+        Pool::format(&mut dev, &options).expect("an empty device");
+        let mut pool = Pool::open(&mut dev).expect("a pool");
+        pool.extents.get_mut(3).state = ExtentState::Allocated;
+        pool
+    }
+
+    /// What is replayed where these share a block.
+    fn last(pool: &mut Pool, owners: &[Owner]) -> Option<Entry> {
+        pool.journal.records.clear();
+        for &owner in owners {
+            if let Some(record) = pool.record_of(owner, 9) {
+                pool.journal.records.push(record);
+            }
+        }
+        pool.journal.records.last().map(|&Record { entry, .. }| entry)
+    }
+
+    #[test]
+    fn records_of_one_extent_in_one_block_leave_what_the_others_say() {
+        let mut pool = pool();
+        let settle = Owner::Settle { extent: 3, settling: 1, stamp: 5 };
+        let unmark = Owner::Unmark { extent: 3, copy: true };
+        let of = |entry: Option<Entry>| {
+            let entry = entry.expect("it is allocated");
+            (entry.dirty, entry.open, entry.copy, entry.stamp)
+        };
+        assert_eq!(of(last(&mut pool, &[Owner::Mark(3)])), (true, true, false, 0));
+        assert_eq!(of(last(&mut pool, &[Owner::Mark(3), settle])), (true, false, false, 5));
+        assert_eq!(of(last(&mut pool, &[Owner::Open(3), unmark])), (false, true, true, 0));
+        assert_eq!(of(last(&mut pool, &[unmark, Owner::Open(3)])), (false, true, true, 0));
+        assert_eq!(of(last(&mut pool, &[settle, Owner::Open(3)])), (false, true, false, 5));
+        assert_eq!(of(last(&mut pool, &[Owner::Mark(3), unmark, settle])), (false, false, true, 5));
+        pool.extents.incoming.push(3);
+        let arrived = Owner::Arrived { extent: 3, tag: 0 };
+        let entry = last(&mut pool, &[arrived, Owner::Mark(3), Owner::Open(3)]);
+        assert!(entry.is_some_and(|entry| !entry.incoming && entry.dirty && entry.open));
+        // What is freed in the same block, or is gone without a record, stays so.
+        let free = Owner::Free { extent: 3, request: NIL };
+        assert_eq!(last(&mut pool, &[free, settle, Owner::Mark(3)]), Some(Entry::free(false)));
+        pool.extents.get_mut(3).state = ExtentState::Cleaning;
+        assert_eq!(last(&mut pool, &[settle, Owner::Open(3), unmark]), None);
     }
 }

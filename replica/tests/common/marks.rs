@@ -6,7 +6,7 @@ use cairn_block::LbaRange;
 use cairn_replica::change::{MAPPED, OPEN, SINCE};
 
 use super::EXTENT_BLOCKS;
-use super::model::Blocks;
+use super::model::{Blocks, Held};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mark {
@@ -84,8 +84,9 @@ impl Marks {
         let last = held.iter().rposition(|h| h.certain).unwrap_or(0);
         let under_way = |order: u64| order > self.crashed && !self.failed.contains(&order);
         let ahead = |value: u64| {
-            let older = held[..=last].iter().any(|h| h.value == value);
-            !older && held[last..].iter().any(|h| h.value == value && under_way(h.order))
+            let of = |h: &&Held| h.value == value;
+            let known = held.iter().enumerate().filter(|(i, h)| *i <= last || !under_way(h.order));
+            !known.map(|(_, h)| h).any(|h| of(&h)) && held[last..].iter().any(|h| of(&h))
         };
         let value = |sector: &[u8]| u64::from_le_bytes(sector[..8].try_into().unwrap());
         if block.chunks(512).any(|sector| ahead(value(sector))) {
