@@ -97,15 +97,14 @@ pub(crate) struct Nexus {
     pub(crate) child_deadline_ms: u64,
     /// One that has answered fast lately is taken out earlier, but never before so long.
     pub(crate) child_deadline_min_ms: u64,
+    /// Reads are answered for so long after a majority was asked whether nobody else serves. The same on all nodes.
+    pub(crate) lease_ms: u64,
     /// How long assembly waits for the rest of the replicas once a majority is there.
     pub(crate) assembly_wait_ms: u64,
     /// Header digests towards replicas.
     pub(crate) header_digest: bool,
     /// Data digests towards replicas.
     pub(crate) data_digest: bool,
-    /// Reads are answered for so long after a majority of the replicas said that no other nexus has the volume;
-    /// whoever takes it over from a nexus that may still live waits for so long.
-    pub(crate) lease_ms: u64,
     /// What was written is settled so long after it was: a crash leaves the rest to be compared.
     pub(crate) settle_ms: u64,
     /// Whether replicas that missed writes get them by themselves once they are back.
@@ -172,10 +171,10 @@ impl Default for Nexus {
         Self {
             child_deadline_ms: 5_000,
             child_deadline_min_ms: 1_000,
+            lease_ms: 3_000,
             assembly_wait_ms: 2_000,
             header_digest: false,
             data_digest: false,
-            lease_ms: 3_000,
             settle_ms: 5_000,
             rebuild: true,
             rebuild_rate: ByteSize(0),

@@ -15,7 +15,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::config::Config;
-use crate::node::Node;
 use crate::pools;
 use crate::service::Service;
 use crate::state::State;
@@ -39,12 +38,13 @@ pub(crate) struct ServeArgs {
 
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let config = Config::load(&args.config)?;
-    let node = Node::claim(&config.state_dir)?;
     let state = State::load(&config.state_dir)?;
     raise_descriptor_limit();
-    let (engine, thread) =
-        cairn_engine::start(driver_config(&config), shard_config(&config, &node))
-            .context("the data engine cannot start")?;
+    // Held for as long as the engine lives.
+    let holder = crate::holder::take(&config.state_dir, boot_id());
+    let shard = ShardConfig { holder: holder.id, ..shard_config(&config) };
+    let (engine, thread) = cairn_engine::start(driver_config(&config), shard)
+        .context("the data engine cannot start")?;
     tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
 
     pools::open_all(&engine, &config, &state)?;
@@ -73,6 +73,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let stopped = engine.call(|reply| Command::Shutdown { reply });
     runtime.shutdown_background();
     let joined = thread.join().and_then(|joined| joined);
+    drop(holder);
     joined.map_err(|_| anyhow!("the engine's thread panicked; see the log above"))?;
     served?;
     stopped?;
@@ -92,12 +93,11 @@ fn driver_config(config: &Config) -> DriverConfig {
     }
 }
 
-fn shard_config(config: &Config, identity: &Node) -> ShardConfig {
+fn shard_config(config: &Config) -> ShardConfig {
     let node = uuid::Uuid::new_v4();
     ShardConfig {
         node_nqn: format!("nqn.2026-11.io.cairn:node:{}", config.name),
         node_id: node.as_u128(),
-        holder: boot_id().map_or(0, |boot| identity.holder(boot)),
         lease_ms: config.nexus.lease_ms,
         pace: config.nexus.pace(),
         incarnation: boot_id().unwrap_or(node.as_u128()),

@@ -26,5 +26,5 @@ pub use control::{
     EngineError, ExportCounters, HostReport, PoolMember, PoolReport, RebuildEnded, RebuildStatus,
     ReplicaReport, Reply, ScrubAction, SnapshotReport, VolumeReplica, VolumeReport, VolumeSpec,
 };
-pub use shard::{Shard, ShardConfig};
+pub use shard::{Shard, ShardConfig, WatchedRegister, WatchedVolume};
 pub use thread::{EngineHandle, start};

@@ -3,6 +3,7 @@
 
 mod found;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus};
 
 use crate::children::{ChildState, FaultReason};
@@ -299,10 +300,11 @@ impl Nexus {
         let highest =
             assembly.registers.iter().flatten().map(|r| r.promised_epoch).max().unwrap_or_default();
         let heard = assembly.heard();
-        self.epoch = Epoch(highest.0 + 1);
+        let again = on(Mutant::EpochUsedTwice) && highest.0 > 0;
+        self.epoch = Epoch(highest.0 + u64::from(!again));
         let epoch = self.epoch;
         for child in heard.iter() {
-            self.ask(child, round, ChildOp::Promise { epoch, again: false });
+            self.ask(child, round, ChildOp::Promise { epoch, again });
         }
     }
 
@@ -426,7 +428,7 @@ impl Nexus {
     fn waits_for_lease(&mut self, holder: u128, now_ms: u64) -> bool {
         let leased_ms = self.assembling().leased_ms;
         let ours = holder != 0 && holder == self.config.holder;
-        if ours || now_ms >= leased_ms {
+        if ours || now_ms >= leased_ms || on(Mutant::TakeoverDoesNotWait) {
             return false;
         }
         self.assembling().stage = Stage::Wait;
@@ -458,7 +460,7 @@ impl Nexus {
             let Some(member) = config.member(replica).filter(|_| voters.has(id)) else { continue };
             (child.member, child.witness) = (*member, member.witness);
             child.found_life = member.incarnation;
-            if member.in_sync {
+            if member.in_sync || on(Mutant::AssembleStale) {
                 self.in_sync = self.in_sync.with(id);
             }
         }

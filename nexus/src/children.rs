@@ -2,6 +2,7 @@
 
 use core::fmt;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
 use crate::config::Member;
@@ -102,9 +103,6 @@ pub(crate) struct Child {
     pub(crate) bound: bool,
     /// The question that binds it, where it is asked.
     pub(crate) rejoining: Option<u32>,
-    /// It is not rebuilt before this time, and how often it was not of late.
-    pub(crate) held_until_ms: u64,
-    pub(crate) setbacks: u32,
     /// How far its rebuild is, where the next configuration is to say so.
     pub(crate) cursor: Option<u32>,
     /// The life of its machine as the configuration had it that was found.
@@ -146,8 +144,6 @@ impl Child {
             joining_ms: None,
             bound: false,
             rejoining: None,
-            held_until_ms: 0,
-            setbacks: 0,
             cursor: None,
             found_life: 0,
             load: 0,
@@ -166,7 +162,8 @@ impl Child {
 
     /// Whether it takes block requests.
     pub(crate) fn is_usable(&self) -> bool {
-        self.connected && self.state == ChildState::Online
+        let reads_all = on(Mutant::ReadOutOfSync) && matches!(self.state, ChildState::OutOfSync(_));
+        self.connected && (self.state == ChildState::Online || reads_all)
     }
 
     /// A request that it was sent is done.

@@ -1,6 +1,7 @@
 //! Storing a configuration on a majority of the voters.
 
 use cairn_block::IoStatus;
+use cairn_block::mutants::{Mutant, on};
 
 use crate::children::ChildState;
 use crate::config::{Config, Member, Register};
@@ -96,6 +97,9 @@ impl Nexus {
             self.resume_commit(child);
         }
         self.update_state();
+        if on(Mutant::ServeBeforeCommit) && self.assembly.is_some() {
+            self.committed();
+        }
     }
 
     /// The members as the next configuration has them, where these are in sync. One that leaves may lack
@@ -110,7 +114,7 @@ impl Nexus {
                 let leaves = !in_sync && self.in_sync.has(child);
                 let (replica, witness) = (c.replica, c.witness);
                 let mut member = Member { replica, witness, in_sync, ..c.member };
-                if leaves {
+                if leaves && !on(Mutant::LeavingNotNoted) {
                     (member.since, member.copied, member.copied_since) = (self.generation, 0, 0);
                 }
                 if let Some(copied) = c.cursor {
@@ -181,6 +185,9 @@ impl Nexus {
                 }
             }
             Err(IoStatus::Fenced) if self.voters.has(child) => self.fence(),
+            Err(_) if on(Mutant::CountRefusal) => {
+                self.handle_accept_reply(child, &Ok(Register::default()));
+            }
             Err(_) => self.commit_refused(child),
         }
     }
@@ -203,7 +210,7 @@ impl Nexus {
                 let now_ms = self.now_ms;
                 self.child(child).state = ChildState::OutOfSync(reason);
                 let c = self.child(child);
-                c.held_until_ms = c.held_until_ms.max(c.trouble.note(now_ms));
+                c.trouble.note(now_ms);
                 self.push_event(Event::ChildOut(child, reason));
                 if self.mirror() == Some(child) {
                     self.abort_rebuild(reason);

@@ -20,6 +20,7 @@
 //! is left that could answer reads, and there is no wait.
 
 use cairn_block::IoStatus;
+use cairn_block::mutants::{Mutant, on};
 
 use crate::children::ChildState;
 use crate::nexus::Nexus;
@@ -80,7 +81,7 @@ impl Lease {
 impl Nexus {
     /// The read's data is in its buffer: it is answered now, or as soon as there is a lease.
     pub(crate) fn answer_read(&mut self, at: u16, now_ms: u64) {
-        if now_ms < self.lease.until_ms {
+        if now_ms < self.lease.until_ms || on(Mutant::NoLease) {
             self.answer(at, IoStatus::Ok);
             return;
         }
@@ -121,6 +122,7 @@ impl Nexus {
         let asked = self.lease.asked[usize::from(child.0)].take();
         match (reply, asked) {
             (Ok(_), Some((_, sent_ms))) => {
+                let sent_ms = if on(Mutant::LeaseFromAnswer) { now_ms } else { sent_ms };
                 self.lease.granted[usize::from(child.0)] = Some(sent_ms);
                 self.lease.refused = self.lease.refused.without(ChildSet::of(child));
                 self.count_lease(now_ms);

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 
 use crate::assembly::Assembly;
@@ -556,6 +557,9 @@ impl Nexus {
             self.read(at, now_ms);
             return;
         }
+        if slot.request.op == IoOp::Flush && on(Mutant::FlushAtNexus) {
+            return self.answer(at, IoStatus::Ok);
+        }
         if slot.request.op == IoOp::Verify {
             self.verify(at);
             return;
@@ -584,7 +588,8 @@ impl Nexus {
             }
         }
         if !matches!(request.op, IoOp::Snapshot(_)) {
-            for child in self.mirrors().without(self.in_sync).iter() {
+            let forgets = on(Mutant::MirrorMissesWrites);
+            for child in self.mirrors().without(self.in_sync).iter().filter(|_| !forgets) {
                 self.emit(child, at, request);
             }
         }
@@ -640,11 +645,11 @@ impl Nexus {
         let (tried, request, fault, refused) =
             (slot.failed, slot.request, slot.fault, slot.refused);
         slot.started_ms = now_ms;
-        let best =
-            self.in_sync.without(tried).iter().filter(|&c| self.is_usable(c)).min_by_key(|&c| {
-                let child = &self.children[usize::from(c.0)];
-                (!child.local, child.load)
-            });
+        let from = if on(Mutant::ReadOutOfSync) { self.connected() } else { self.in_sync };
+        let best = from.without(tried).iter().filter(|&c| self.is_usable(c)).min_by_key(|&c| {
+            let child = &self.children[usize::from(c.0)];
+            (!child.local, child.load)
+        });
         match best {
             Some(child) => self.emit(child, at, request),
             // Who is away may come back with it, or leave the in-sync set.
@@ -691,7 +696,10 @@ impl Nexus {
         }
         let in_sync = self.in_sync;
         let missing = in_sync.without(ok);
+        let all_but_one = on(Mutant::AckBeforeAll) && missing.len() == 1 && in_sync.len() > 1;
+        let missing = if all_but_one { ChildSet::EMPTY } else { missing };
         let owed = self.joining.without(in_sync).without(ok);
+        let owed = if on(Mutant::JoinerNotAwaited) { ChildSet::EMPTY } else { owed };
         if missing.is_empty() && !owed.is_empty() && !matches!(slot.request.op, IoOp::Snapshot(_)) {
             // Whoever is being taken back has it too, or is out again, before it is acked.
             return;
@@ -733,6 +741,9 @@ impl Nexus {
             let why = reason(&self.children[usize::from(child.0)]);
             self.fail_child(child, why);
         }
+        if on(Mutant::AckBeforeCommit) {
+            self.answer(at, IoStatus::Ok);
+        }
     }
 
     /// Members had no space for a mutation that others took, and every member has answered: whoever
@@ -744,6 +755,9 @@ impl Nexus {
             return;
         }
         if others.is_empty() {
+            if on(Mutant::NoConvergence) {
+                return self.answer(at, IoStatus::NoSpace);
+            }
             self.begin_mend(Task::Converge(at));
             return;
         }
@@ -904,6 +918,7 @@ impl Nexus {
             Ok(held) if self.child(child).state == ChildState::Joining => {
                 let lost = self.child(child).lost_writes(held.incarnation);
                 self.child(child).incarnation = held.incarnation;
+                let lost = lost && !on(Mutant::PowerLossForgotten);
                 if lost && self.in_sync.has(child) && !self.is_last(child) {
                     self.fail_child(child, FaultReason::LostPower);
                     self.unpark();
@@ -938,6 +953,9 @@ impl Nexus {
     /// A newer epoch was promised elsewhere: stop, and say so. Hosts hear of an error of the path, and try
     /// another: there is a nexus that serves.
     pub(crate) fn fence(&mut self) {
+        if on(Mutant::GoOnWhenFenced) {
+            return;
+        }
         self.set_state(VolumeState::Fenced);
         self.answer_all(IoStatus::PathError);
     }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use cairn_block::LbaRange;
+use cairn_block::mutants::{Mutant, on};
 
 /// Ranges of the mutations in flight, and the requests that wait, in the order of their arrival.
 #[derive(Debug)]
@@ -29,6 +30,9 @@ impl Ranges {
     pub(crate) fn enter(&mut self, range: LbaRange, slot: u16, mutation: bool) -> bool {
         let blocked = self.active.iter().any(|(held, _)| held.overlaps(range))
             || self.waiting.iter().any(|w| w.mutation && w.range.overlaps(range));
+        let blocked = blocked && !(mutation && on(Mutant::NoOrder));
+        let blocked = blocked && (mutation || !on(Mutant::ReadOvertakes));
+        let blocked = blocked && !(slot >= crate::mend::FIRST_KEY && on(Mutant::NoLock));
         if blocked {
             self.waiting.push_back(Waiting { range, slot, mutation });
             return false;

@@ -9,6 +9,7 @@
 //! To join, the target counts for acks first; what was submitted before that is waited for, the target
 //! flushes, and then the configuration with it is stored. From that moment it is read.
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoOp, IoStatus, LbaRange, Memory, ReplicaId};
 
 use crate::bits::Bits;
@@ -166,7 +167,9 @@ impl Nexus {
     /// A child that is there and out of sync.
     fn rebuild_target(&self, now_ms: u64) -> Option<(ChildId, FaultReason)> {
         (0u8..).zip(&self.children).find_map(|(i, c)| match c.state {
-            ChildState::OutOfSync(why) if c.bound && c.connected && c.held_until_ms <= now_ms => {
+            ChildState::OutOfSync(why)
+                if c.bound && c.connected && c.trouble.until_ms() <= now_ms =>
+            {
                 Some((ChildId(i), why))
             }
             _ => None,
@@ -180,9 +183,9 @@ impl Nexus {
             return Some(paced);
         }
         let held = self.children.iter().filter(|c| {
-            matches!(c.state, ChildState::OutOfSync(_)) && c.bound && c.held_until_ms > now_ms
+            matches!(c.state, ChildState::OutOfSync(_)) && c.bound && c.trouble.until_ms() > now_ms
         });
-        held.map(|c| c.held_until_ms).min()
+        held.map(|c| c.trouble.until_ms()).min()
     }
 
     /// Moves the rebuild on. Returns whether anything changed.
@@ -213,6 +216,9 @@ impl Nexus {
                 if drained {
                     self.set_stage(Stage::JoinFlush);
                     self.ask_flush(child, Asked::Join, now_ms);
+                    if on(Mutant::JoinBeforeFlush) {
+                        self.set_stage(Stage::JoinCommit);
+                    }
                 }
                 drained
             }
@@ -281,6 +287,9 @@ impl Nexus {
             r.list_at += u32::try_from(source.len()).expect("at most a page");
         }
         if r.list_at >= extents {
+            if on(Mutant::RebuildSkipsLast) {
+                (0..extents).rev().find(|at| r.needed.has(*at)).map(|at| r.needed.remove(at));
+            }
             r.extents_total = r.needed.len() as u64;
             r.stage = Stage::Copy;
             return true;
@@ -494,10 +503,10 @@ impl Nexus {
     /// Gives the rebuild up. Nothing depends on its target, unless the configuration with it is on its way.
     pub(crate) fn abort_rebuild(&mut self, why: FaultReason) {
         let Some(child) = self.mirror() else { return };
-        let until = self.hold_off(child);
+        let now_ms = self.now_ms;
         let c = self.child(child);
         c.state = ChildState::OutOfSync(why);
-        c.held_until_ms = until;
+        c.trouble.note(now_ms);
         self.joining = ChildSet::EMPTY;
         self.push_event(Event::RebuildAborted(child, why));
         self.end_rebuild(RebuildEnd::Aborted(why));
@@ -553,16 +562,8 @@ impl Nexus {
 /// Whether a rebuild copies an extent: what the source says of it, and the target.
 fn is_needed(source: u8, target: u8) -> bool {
     let (here, there) = (source & change::MAPPED != 0, target & change::MAPPED != 0);
-    let changed = (source | target) & change::OPEN != 0 || source & change::SINCE != 0;
+    let open = if on(Mutant::RebuildIgnoresOpen) { 0 } else { change::OPEN };
+    let since = if on(Mutant::RebuildIgnoresStamps) { 0 } else { change::SINCE };
+    let changed = (source | target) & open != 0 || source & since != 0;
     here != there || here && changed
-}
-
-impl Nexus {
-    /// Until when a child that failed again is left alone.
-    fn hold_off(&mut self, child: ChildId) -> u64 {
-        let now = self.now_ms;
-        let c = self.child(child);
-        c.setbacks += 1;
-        now + (500 << c.setbacks.min(10)).min(300_000)
-    }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoStatus, Lba, LbaRange, Memory};
 
 use crate::bits::Bits;
@@ -18,6 +19,9 @@ use crate::upkeep::{Answered, Asked, EXTENT_BLOCKS, PAGE};
 /// Extents that are made alike at once, unless a host waits for one.
 const AT_ONCE: usize = 3;
 
+/// A child that could not tell is asked again after so long.
+const ASK_AGAIN_MS: u64 = 50;
+
 /// What is being done about it.
 #[derive(Debug)]
 pub(crate) struct Reconcile {
@@ -26,6 +30,8 @@ pub(crate) struct Reconcile {
     /// How far each has told.
     told: [u32; MAX_CHILDREN],
     since_ms: u64,
+    /// After an answer of no use nobody is asked before then.
+    again_ms: u64,
     /// What is open, what any member has something in, and what a member has nothing in.
     pending: Bits,
     any: Bits,
@@ -65,6 +71,7 @@ impl Nexus {
             learning: true,
             told: [0; MAX_CHILDREN],
             since_ms: now_ms,
+            again_ms: 0,
             pending: Bits::with_len(extents),
             any: Bits::with_len(extents),
             lacking: Bits::with_len(extents),
@@ -82,6 +89,9 @@ impl Nexus {
     /// Whether a request has to wait until what it touches is alike; then it is remembered here.
     pub(crate) fn waits_for_reconcile(&mut self, at: u16, range: LbaRange) -> bool {
         let Some(r) = self.reconcile.as_mut() else { return false };
+        if on(Mutant::ReadBeforeReconcile) {
+            return false;
+        }
         let (mut extent, end) = span(range);
         let mut waits = false;
         while let Some(next) = r.pending.next(extent).filter(|&next| next < end) {
@@ -122,6 +132,9 @@ impl Nexus {
                 continue;
             }
             done = false;
+            if now_ms < r.again_ms {
+                continue;
+            }
             if self.upkeep.waits_for(Asked::Learn, child) {
                 continue;
             }
@@ -165,8 +178,16 @@ impl Nexus {
                 }
                 r.told[usize::from(child.0)] = first + count;
             }
-            (IoStatus::PathError, _) => {}
-            (status, _) => self.fail_child(child, FaultReason::Failed(status)),
+            (status, _) => {
+                let again_ms = self.now_ms + ASK_AGAIN_MS;
+                if let Some(r) = self.reconcile.as_mut() {
+                    r.again_ms = again_ms;
+                }
+                if status != IoStatus::PathError {
+                    // The last one is asked again: there is nobody else.
+                    self.fail_child(child, FaultReason::Failed(status));
+                }
+            }
         }
     }
 
@@ -176,7 +197,7 @@ impl Nexus {
         let Some(r) = self.reconcile.as_mut() else { return };
         let mut from = 0;
         while let Some(extent) = r.any.next(from) {
-            if r.lacking.has(extent) {
+            if r.lacking.has(extent) && !on(Mutant::ReconcileOpenOnly) {
                 r.pending.insert(extent);
             }
             from = extent + 1;
@@ -185,6 +206,9 @@ impl Nexus {
         r.learning = false;
         r.total = r.pending.len();
         if alone {
+            r.pending = Bits::default();
+        }
+        if on(Mutant::ReconcileSkipped) {
             r.pending = Bits::default();
         }
         let total = r.pending.len();

@@ -15,6 +15,7 @@
 //! configuration says what the target has.
 
 use cairn_block::IoStatus;
+use cairn_block::mutants::{Mutant, on};
 
 use crate::nexus::Nexus;
 use crate::slots::ChildSet;
@@ -115,11 +116,12 @@ impl Nexus {
             }
             Stage::Drain => {
                 let whom = self.taking_part();
-                if !self.drained(self.settle.before, whom) {
+                if !self.drained(self.settle.before, whom) && !on(Mutant::SettleWithoutDrain) {
                     return false;
                 }
                 self.settle.stage = Stage::Flush;
-                for child in whom.iter() {
+                let flushes = !on(Mutant::SettleWithoutFlush);
+                for child in whom.iter().filter(|_| flushes) {
                     self.ask_flush(child, Asked::Settle, now_ms);
                 }
                 true
@@ -174,7 +176,8 @@ impl Nexus {
             return false;
         }
         self.settle.stage = Stage::End;
-        let (round, stamp) = (self.settle.round, self.generation);
+        let stamp = if on(Mutant::StampForgotten) { 0 } else { self.generation };
+        let round = self.settle.round;
         for child in self.settle.members.iter() {
             let op = ChildOp::SettleEnd { round, stamp, below: u32::MAX };
             self.ask_upkeep(child, Asked::Settle, op, now_ms);

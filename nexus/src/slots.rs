@@ -1,6 +1,7 @@
 //! The fixed table of host requests in flight.
 
 use cairn_block::IoRequest;
+use cairn_block::mutants::{Mutant, on};
 
 use crate::types::ChildId;
 
@@ -49,8 +50,9 @@ impl ChildSet {
     }
 
     /// Whether a majority of these is among `others`.
-    pub(crate) const fn has_majority_in(self, others: Self) -> bool {
-        self.and(others).len() >= self.majority()
+    pub(crate) fn has_majority_in(self, others: Self) -> bool {
+        let needed = if on(Mutant::Minority) { 1 } else { self.majority() };
+        self.and(others).len() >= needed
     }
 
     pub(crate) fn iter(self) -> impl Iterator<Item = ChildId> {

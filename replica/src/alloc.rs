@@ -1,5 +1,6 @@
 //! First writes: an extent is found, zeroed where it must be, and logged before any data goes to it.
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{ByteOffset, IoStatus, Memory};
 
 use crate::DiskError;
@@ -66,7 +67,7 @@ impl Pool {
             };
             self.need_extent.pop_front();
             self.allocs.get_mut(id).extent = extent;
-            if zeroed {
+            if zeroed || on(Mutant::StaleExtent) {
                 self.log_alloc(id);
             } else {
                 let offset = ByteOffset(extent_offset(&self.superblock.segments, extent));

@@ -4,6 +4,7 @@
 //! other copy is brought up to it, so that a page that rots later has a twin. A crash leaves the old
 //! page or the new one.
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{BlockSize, ByteOffset, Epoch, IoStatus, Memory, ReplicaId, SnapshotId};
 
 use crate::ControlError;
@@ -370,6 +371,9 @@ impl Pool {
 
     pub(crate) fn catalog_written(&mut self, slot: u16, second: bool) {
         if !second {
+            if on(Mutant::RegisterNotFlushed) {
+                return self.catalog_durable(slot);
+            }
             return self.flusher.next.push(Waiter::Catalog(slot));
         }
         self.slots[usize::from(slot)].busy = false;

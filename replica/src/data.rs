@@ -4,6 +4,7 @@ pub(crate) mod verify;
 
 use core::ops::Range;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{BufSlice, ByteOffset, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
 use crate::DiskError;
@@ -102,7 +103,8 @@ impl Pool {
             self.done.push_back(Done { tag, status, error: None });
             return;
         }
-        if self.slots[usize::from(slot.0)].frozen {
+        let frozen = self.slots[usize::from(slot.0)].frozen;
+        if frozen && !on(Mutant::SnapshotLetsWriteThrough) {
             self.held.push_back((tag, slot, request));
             return;
         }
@@ -219,11 +221,12 @@ impl Pool {
         if request.next < request.end || request.outstanding > 0 || request.flushing {
             return;
         }
-        let flush = match request.op {
-            IoOp::Flush => true,
-            IoOp::WriteZeroes { fua, .. } => fua && request.status.is_ok(),
-            _ => false,
-        };
+        let flush = !on(Mutant::FlushAtReplica)
+            && match request.op {
+                IoOp::Flush => true,
+                IoOp::WriteZeroes { fua, .. } => fua && request.status.is_ok(),
+                _ => false,
+            };
         if flush {
             self.requests.get_mut(id).flushing = true;
             if self.journal.frees > 0 {
@@ -272,6 +275,7 @@ impl Pool {
                 self.wait_for_alloc(alloc, part);
                 1
             }
+            (Mapping::Extent(_), Action::Free) if on(Mutant::DiscardKeepsData) => 0,
             (Mapping::Extent(extent), Action::Free) if !self.covered(layer, part.logical) => {
                 self.start_free(part, extent, layer);
                 1
@@ -389,7 +393,10 @@ impl Pool {
         let offset = ByteOffset(start + u64::from(part.first) * BLOCK);
         let len = u64::from(part.blocks) * BLOCK;
         let op = match part.action {
-            Action::Write { fua } => DiskOp::Write { offset, buf: part.buf, fua },
+            Action::Write { fua } => {
+                let fua = fua && !on(Mutant::IgnoreFua);
+                DiskOp::Write { offset, buf: part.buf, fua }
+            }
             Action::Zero { punch } => DiskOp::Zero { offset, len, punch },
             Action::Free => DiskOp::Zero { offset, len, punch: true },
             Action::Read | Action::Verify => unreachable!("a read changes nothing"),
@@ -438,6 +445,7 @@ impl Pool {
                 let first = block(offset);
                 match self.verify(extent, first, buf, version, tries, mem) {
                     Verdict::Good => {}
+                    Verdict::Bad if on(Mutant::BadDataReturned) => {}
                     Verdict::Bad => status = IoStatus::MediaError,
                     Verdict::Again => {
                         let part = Part {

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{ByteOffset, IoStatus, Memory};
 
 use crate::disk::{BLOCK, BLOCK_BYTES, Entry, EntryState, JournalBlock, RECORDS_PER_BLOCK, Record};
@@ -111,6 +112,9 @@ impl Pool {
         while self.journal.records.len() < RECORDS_PER_BLOCK {
             let Some(owner) = self.journal.pending.pop_front() else { break };
             self.journal.batch.push(owner);
+            if matches!(owner, Owner::Mark(_)) && on(Mutant::NoDirtyMark) {
+                continue;
+            }
             if let Some(record) = self.record_of(owner, sequence) {
                 self.journal.records.push(record);
             }

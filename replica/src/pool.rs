@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{
     BlockSize, Buf, BufSlice, ByteOffset, Epoch, IoRequest, IoStatus, Memory, PoolId, ReplicaId,
     SnapshotId, VolumeId,
@@ -587,6 +588,7 @@ impl Pool {
                 Err(_) => self.fail("a device flush failed", mem),
             },
             Purpose::Journal => match result {
+                Ok(()) if on(Mutant::JournalNotFlushed) => self.journal_durable(mem),
                 Ok(()) => self.flusher.next.push(Waiter::Journal),
                 Err(_) => self.fail("a journal write failed", mem),
             },

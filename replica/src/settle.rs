@@ -5,6 +5,7 @@
 //! have what was written: what was open when a round began, and was not changed since, is closed and stamped
 //! by its end. Steady overwrites of an open extent log nothing. Where nobody settles, extents stay open.
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoStatus, Memory};
 
 use crate::extents::{ExtentState, NIL, Opened};
@@ -251,9 +252,12 @@ impl Pool {
         match e.opened {
             Opened::Fresh => true,
             Opened::Candidate => {
-                e.opened = Opened::Fresh;
+                if !on(Mutant::CandidateStays) {
+                    e.opened = Opened::Fresh;
+                }
                 true
             }
+            Opened::Closed if on(Mutant::NoOpenMark) => true,
             Opened::Closed => {
                 e.opened = Opened::Opening;
                 e.pins += 1;

@@ -8,7 +8,7 @@ use cairn_block::{
     BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
 };
 use cairn_replica::change::{MAPPED, OPEN, SINCE};
-use cairn_replica::{ReplicaSlot, SnapshotSpec, inspect_dirty, inspect_journal};
+use cairn_replica::{ReplicaSlot, RoundEnd, SnapshotSpec, inspect_dirty, inspect_journal};
 use common::{EXTENT_BLOCKS, MIB, Sim, spec};
 
 const WRITE: IoOp = IoOp::Write { fua: false };
@@ -19,7 +19,7 @@ fn write(sim: &mut Sim, slot: ReplicaSlot, extent: u64) {
 
 fn end(sim: &mut Sim, slot: ReplicaSlot, round: u64, stamp: u64) {
     let tag = sim.tag();
-    sim.pool.settle_end(tag, slot, round, stamp, &mut sim.mem);
+    sim.pool.settle_end(tag, slot, RoundEnd { round, stamp, below: u32::MAX }, &mut sim.mem);
     assert_eq!(sim.wait(tag).status, IoStatus::Ok);
     sim.pool.check();
 }
@@ -144,7 +144,12 @@ fn a_write_during_the_end_of_a_round_opens_its_extent_again() {
         assert!(sim.request(slot, IoOp::Flush, 0, 0, 0).is_ok());
         sim.pool.settle_begin(slot, 1).unwrap();
         let round = sim.tag();
-        sim.pool.settle_end(round, slot, 1, 4, &mut sim.mem);
+        sim.pool.settle_end(
+            round,
+            slot,
+            RoundEnd { round: 1, stamp: 4, below: u32::MAX },
+            &mut sim.mem,
+        );
         let tag = submit(&mut sim, slot, 0);
         for _ in 0..seed / 10 {
             sim.step();
@@ -222,7 +227,7 @@ fn many_extents_are_settled_in_one_round_beside_writes() {
     }
     sim.pool.settle_begin(slot, 1).unwrap();
     let tag = sim.tag();
-    sim.pool.settle_end(tag, slot, 1, 2, &mut sim.mem);
+    sim.pool.settle_end(tag, slot, RoundEnd { round: 1, stamp: 2, below: u32::MAX }, &mut sim.mem);
     write(&mut sim, slot, 5);
     let done = sim.settle();
     assert!(done.iter().any(|done| done.tag == tag) || sim.pool.in_flight() == 0);

@@ -1,10 +1,11 @@
 //! A host: the project's own initiator over a [`SimDriver`], and the work that it does.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use cairn_block::{Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
+use cairn_block::{Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, VolumeId};
 use cairn_engine::nvmf::initiator::{
     Completed, QueueIndex, Session, SessionConfig, SessionEvent, Submit,
 };
@@ -74,11 +75,19 @@ struct Request {
     buf: Option<Buf>,
 }
 
+/// The epoch that each volume is served in by each of the machines.
+pub type Serving = Rc<RefCell<BTreeMap<(VolumeId, usize), u64>>>;
+
 /// A host with one volume.
 #[derive(Debug)]
 pub struct Client {
     driver: SimDriver,
-    peer: SocketAddr,
+    /// The paths to the volume, and the one in use.
+    peers: Vec<(SocketAddr, usize)>,
+    path: usize,
+    serving: (Serving, VolumeId),
+    /// Of the nexus that it is connected to.
+    epoch: u64,
     nqn: String,
     number: u128,
     work: Workload,
@@ -93,6 +102,8 @@ pub struct Client {
     next_at: u64,
     completions: Vec<Completion>,
     windows: Vec<BufSlice>,
+    /// The nexus does not serve: another may.
+    failover: bool,
     /// Requests that were answered with an error.
     pub errors: u64,
 }
@@ -102,16 +113,20 @@ impl Client {
     #[must_use]
     pub fn new(
         driver: SimDriver,
-        peer: SocketAddr,
+        peers: Vec<(SocketAddr, usize)>,
         nqn: &str,
         work: Workload,
         rng: Rng,
         history: Rc<RefCell<History>>,
+        serving: (Serving, VolumeId),
     ) -> Self {
         let number = driver.node().0 as u128;
         Self {
             driver,
-            peer,
+            peers,
+            path: 0,
+            serving,
+            epoch: 0,
             nqn: nqn.to_owned(),
             number,
             left: work.requests,
@@ -126,6 +141,7 @@ impl Client {
             next_at: 0,
             completions: Vec::new(),
             windows: Vec::with_capacity(SEND_WINDOWS),
+            failover: false,
             errors: 0,
         }
     }
@@ -281,6 +297,7 @@ impl Client {
             return;
         }
         self.stage = Stage::Closing;
+        self.path = (self.path + 1) % self.peers.len();
         for (queue, socket) in (0u64..).zip(&self.sockets) {
             if let Some(id) = socket.id {
                 self.driver.submit(Op::Close { socket: id }, Token::new(queue));
@@ -319,12 +336,23 @@ impl Client {
             match event {
                 SessionEvent::OpenQueue(QueueIndex(queue)) => {
                     self.sockets[usize::from(queue)].connecting = true;
-                    let op = Op::Connect { peer: self.peer, timeout_ms: CONNECT_TIMEOUT_MS };
+                    let op = Op::Connect {
+                        peer: self.peers[self.path].0,
+                        timeout_ms: CONNECT_TIMEOUT_MS,
+                    };
                     self.driver.submit(op, Token::new(u64::from(queue)));
                 }
-                SessionEvent::Ready(_) => self.stage = Stage::Ready,
+                SessionEvent::Ready(_) => {
+                    self.stage = Stage::Ready;
+                    let at = (self.serving.1, self.peers[self.path].1);
+                    self.epoch = self.serving.0.borrow().get(&at).copied().unwrap_or(0);
+                    self.history.borrow_mut().epoch_serves(self.epoch);
+                }
                 SessionEvent::Failed(_) => self.fail(),
             }
+        }
+        if std::mem::take(&mut self.failover) {
+            self.fail();
         }
         self.finish_close();
         let now = self.driver.now_ns();
@@ -411,9 +439,11 @@ impl Client {
                 for (lba, block) in (lba..).zip(bytes.chunks_mut(PAGE)) {
                     history.encode(lba, value, block);
                 }
-                history.write_began(lba, blocks, value)
+                history.write_began((lba, blocks), value, self.epoch, is_durable(op))
             }
-            IoOp::WriteZeroes { .. } | IoOp::Discard => history.write_began(lba, blocks, 0),
+            IoOp::WriteZeroes { .. } | IoOp::Discard => {
+                history.write_began((lba, blocks), 0, self.epoch, is_durable(op))
+            }
             IoOp::Read | IoOp::Flush | IoOp::Verify | IoOp::Snapshot(_) => history.tick(),
         };
         drop(history);
@@ -462,12 +492,19 @@ impl Client {
         let (lba, blocks, invoked) = (request.lba, request.blocks, request.invoked);
         let ok = done.io_status.is_ok();
         let mut history = self.history.borrow_mut();
+        if ok {
+            history.answered(self.epoch, invoked);
+        }
+        let unsaid = matches!(done.io_status, IoStatus::NotReady | IoStatus::PathError);
         match (request.op.is_mutation(), ok) {
+            // It may have been done, until the next nexus serves.
+            (true, false) if unsaid => {}
             (true, true) => history.write_acked(lba, blocks, invoked),
             (true, false) if done.io_status == IoStatus::NoSpace => {
                 history.write_found_no_space(lba, blocks, invoked);
             }
             (true, false) => history.write_failed(lba, blocks, invoked),
+            (false, true) if request.op == IoOp::Flush => history.flush_acked(invoked),
             (false, true) => {
                 if let (IoOp::Read, Some(buf)) = (request.op, &request.buf) {
                     let bytes = self.driver.memory().bytes(buf.slice());
@@ -477,6 +514,9 @@ impl Client {
             (false, false) => {}
         }
         drop(history);
+        if unsaid && self.peers.len() > 1 {
+            self.failover = true;
+        }
         if !ok {
             self.errors += 1;
             self.again(&request);
@@ -486,4 +526,9 @@ impl Client {
             self.driver.memory().release(buf);
         }
     }
+}
+
+/// Whether an ack of it means that it is durable.
+fn is_durable(op: IoOp) -> bool {
+    matches!(op, IoOp::Write { fua: true } | IoOp::WriteZeroes { fua: true, .. })
 }

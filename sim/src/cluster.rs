@@ -1,27 +1,28 @@
 //! Processes on machines: replica nodes, a nexus node, hosts; started, run, killed and started again.
 
+mod inspect;
+
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::mpsc;
 
-use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, PoolId};
-use cairn_block::{ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
+use cairn_block::{BlockSize, PoolId, ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
 use cairn_engine::nexus::{Purpose, ScrubReport, ScrubState};
 use cairn_engine::replica::{
-    DiskOp, FormatOptions, MultiPool, Pool, ReplicaSlot, ReplicaSpec, SnapshotSpec,
+    CheckOptions, FormatOptions, MultiPool, Pool, ReplicaSpec, SnapshotSpec, check_pool,
     inspect_superblock,
 };
 use cairn_engine::snapshot::SnapshotCall;
 use cairn_engine::{
     ChildAddress, Command, EncryptionSpec, EngineError, PoolMember, Reply, ScrubAction, Shard,
-    ShardConfig, VolumeReport, VolumeSpec,
+    ShardConfig, VolumeReport, VolumeSpec, WatchedVolume,
 };
 
-use crate::client::{Client, Workload};
-use crate::disk::{PAGE, SimDisk};
+use crate::checks::{Check, check};
+use crate::client::{Client, Serving, Workload};
 use crate::driver::SimDriver;
 use crate::history::History;
 use crate::world::{DiskRef, MS, Machine, NodeId, World};
@@ -47,6 +48,10 @@ pub struct ClusterConfig {
     pub replicas: usize,
     /// Whether the first pool is in the nexus's own process.
     pub local_replica: bool,
+    /// Whether there is a second machine that can serve the volumes.
+    pub second: bool,
+    /// Whether the second pool is in the process of that one.
+    pub second_local: bool,
     /// Bytes of each pool's disk.
     pub disk_len: u64,
     /// A pool whose disk is as small as a pool can be: it runs full.
@@ -65,6 +70,8 @@ pub struct ClusterConfig {
     pub arena_len: u32,
     /// Whether pools are formatted as on a device known to be zeroed.
     pub zeroed: bool,
+    /// Whether a loss of power leaves parts of blocks of data.
+    pub tears: bool,
     /// Whether volumes are encrypted.
     pub encrypted: bool,
 }
@@ -95,13 +102,26 @@ pub struct Cluster {
     processes: Vec<Process>,
     disks: Vec<DiskRef>,
     replicas: Vec<Option<NodeId>>,
-    nexus: Option<NodeId>,
+    /// The processes of the two machines that serve volumes.
+    nexuses: [Option<NodeId>; 2],
+    /// Which of them is to serve.
+    active: usize,
+    /// The epoch of each volume at each of them.
+    serving: Serving,
+    /// Which process served a volume in an epoch.
+    served: BTreeMap<(VolumeId, u64), NodeId>,
+    /// The epoch that each replica has promised, and the place of its configuration.
+    registers: BTreeMap<ReplicaId, (u64, (u64, u64))>,
     clients: Vec<NodeId>,
     histories: Vec<Rc<RefCell<History>>>,
     /// How often each machine has lost power.
     lives: Vec<u128>,
     /// Sizes that volumes were to grow to, and what became of it.
     growth: Vec<(usize, u64, Answer)>,
+    /// Pools of which a write went astray: what it hit may be taken for data after a crash.
+    astray: BTreeSet<usize>,
+    /// Something rotted or went astray: what disks hold is not what was written.
+    spoilt: bool,
     /// Snapshots that were asked for.
     snapshots: Vec<AskedSnapshot>,
     /// Snapshots that were taken: on which pool, and what each holds.
@@ -114,7 +134,7 @@ impl std::fmt::Debug for Cluster {
     }
 }
 
-/// The machine of the nexus.
+/// The machine of the first nexus.
 pub const NEXUS: Machine = Machine(0);
 
 fn address(machine: Machine) -> SocketAddr {
@@ -170,33 +190,49 @@ impl Cluster {
                 force: false,
             };
             Pool::format(w.disk(disk), &options).expect("a pool on a new disk");
+            let copies = inspect_superblock(w.disk(disk)).expect("the disk can be read");
+            let superblock = copies.into_iter().find_map(|c| c.content.ok()).expect("a pool");
+            w.disk(disk).whole_from = (!config.tears).then_some(superblock.segments[0].data);
             disks.push(disk);
         }
         let histories = (0..config.volumes)
             .map(|at| {
                 let blocks = usize::try_from(config.blocks).expect("a small volume");
-                Rc::new(RefCell::new(History::new(at as u64 + 1, blocks)))
+                let mut history = History::new(at as u64 + 1, blocks);
+                history.tears = config.tears;
+                Rc::new(RefCell::new(history))
             })
             .collect();
         let mut cluster = Self {
             world,
-            lives: vec![0; config.replicas + 2],
+            lives: vec![0; config.replicas + 3],
             growth: Vec::new(),
+            astray: BTreeSet::new(),
+            spoilt: false,
             snapshots: Vec::new(),
             taken: Vec::new(),
             processes: Vec::new(),
             disks,
             replicas: vec![None; config.replicas],
-            nexus: None,
+            nexuses: [None; 2],
+            active: 0,
+            serving: Serving::default(),
+            served: BTreeMap::new(),
+            registers: BTreeMap::new(),
             clients: Vec::new(),
             histories,
             config,
         };
+        if cluster.config.second {
+            cluster.start_process(1);
+        }
         for at in 0..cluster.config.replicas {
-            if !cluster.is_local(at) {
-                cluster.start_replica(at);
-                cluster.create_replicas(at);
+            match cluster.home(at) {
+                Some(0) => continue,
+                Some(_) => {}
+                None => cluster.start_replica(at),
             }
+            cluster.create_replicas(at);
         }
         cluster.start_nexus(Purpose::Create);
         cluster
@@ -205,7 +241,46 @@ impl Cluster {
     /// The machine of a pool.
     #[must_use]
     pub fn machine_of(&self, pool: usize) -> Machine {
-        if self.is_local(pool) { NEXUS } else { Machine(1 + pool) }
+        self.home(pool).map_or(Machine(1 + pool), |which| self.nexus_machine(which))
+    }
+
+    /// A machine that serves volumes.
+    #[must_use]
+    pub fn nexus_machine(&self, which: usize) -> Machine {
+        if which == 0 { NEXUS } else { Machine(2 + self.config.replicas) }
+    }
+
+    /// The machine that is to serve the volumes now.
+    #[must_use]
+    pub fn active_machine(&self) -> Machine {
+        self.nexus_machine(self.active)
+    }
+
+    /// Which of the two is to serve.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        self.active
+    }
+
+    /// Whether there is a second machine to serve volumes.
+    #[must_use]
+    pub fn has_second(&self) -> bool {
+        self.config.second
+    }
+
+    /// The nexus's process that a pool is in, where it is in one.
+    #[must_use]
+    pub fn home(&self, pool: usize) -> Option<usize> {
+        match pool {
+            0 if self.config.local_replica => Some(0),
+            1 if self.config.second && self.config.second_local => Some(1),
+            _ => None,
+        }
+    }
+
+    /// The process of a pool, where it runs.
+    fn node_of(&self, pool: usize) -> Option<NodeId> {
+        self.home(pool).map_or(self.replicas[pool], |which| self.nexuses[which])
     }
 
     /// How many pools there are.
@@ -226,10 +301,10 @@ impl Cluster {
         Machine(1 + self.config.replicas)
     }
 
-    /// Whether a pool is in the nexus's process.
+    /// Whether a pool is in a nexus's process.
     #[must_use]
     pub fn is_local(&self, pool: usize) -> bool {
-        self.config.local_replica && pool == 0
+        self.home(pool).is_some()
     }
 
     /// The world.
@@ -291,6 +366,7 @@ impl Cluster {
 
     fn add_pool(&mut self, node: NodeId, at: usize) {
         let device = self.disks[at];
+        self.check_recovery(at);
         let mut world = self.world.borrow_mut();
         let len = world.disk(device).len();
         let pool = Pool::open(world.disk(device));
@@ -319,7 +395,7 @@ impl Cluster {
     }
 
     fn create_replicas(&mut self, at: usize) {
-        let node = if self.is_local(at) { self.nexus } else { self.replicas[at] };
+        let node = self.node_of(at);
         for volume in 0..self.config.volumes {
             let spec = ReplicaSpec {
                 id: replica_id(volume, at),
@@ -339,50 +415,115 @@ impl Cluster {
         }
     }
 
-    /// Starts the nexus's process and tells it of the volumes.
+    /// Starts the process of the machine that is to serve, and tells it of the volumes.
     ///
     /// # Panics
     /// Where it runs already.
     pub fn start_nexus(&mut self, purpose: Purpose) {
-        assert!(self.nexus.is_none(), "it runs already");
-        let node = self.start(NEXUS, self.config.arena_len);
-        self.nexus = Some(node);
-        self.world().say(format_args!("node {} is the nexus", node.0));
-        if self.config.local_replica {
-            self.add_pool(node, 0);
-            if purpose == Purpose::Create {
-                self.create_replicas(0);
+        let which = self.active;
+        self.start_process(which);
+        if which == 0 && self.config.local_replica && purpose == Purpose::Create {
+            self.create_replicas(0);
+        }
+        self.add_volumes(which, purpose);
+    }
+
+    /// Starts the process of a machine that can serve, with its pool and without volumes.
+    ///
+    /// # Panics
+    /// Where it runs already.
+    pub fn start_process(&mut self, which: usize) {
+        assert!(self.nexuses[which].is_none(), "it runs already");
+        let node = self.start(self.nexus_machine(which), self.config.arena_len);
+        self.nexuses[which] = Some(node);
+        self.world().say(format_args!("node {} is nexus {which}", node.0));
+        if self.home(which) == Some(which) {
+            self.add_pool(node, which);
+        }
+    }
+
+    /// Has the volumes served by the other machine from now on, whatever the one that serves them does.
+    pub fn take_over(&mut self) {
+        self.active = 1 - self.active;
+        self.world().say(format_args!("nexus {} takes over", self.active));
+        self.supervise();
+    }
+
+    /// What whoever looks after the cluster does now and then: the machine that is to serve the volumes is
+    /// told of them, anew where another nexus has fenced it.
+    pub fn supervise(&mut self) {
+        let Some(node) = self.nexuses[self.active] else { return };
+        if self.world().is_paused(node) {
+            return;
+        }
+        let reports = self.reports();
+        for volume in 0..self.config.volumes {
+            let name = format!("volume{volume}");
+            match reports.iter().find(|r| r.name == name) {
+                None => self.add_volume(self.active, volume, Purpose::Assemble),
+                Some(report) if ["fenced", "refused"].contains(&report.state.as_str()) => {
+                    self.remove_volume(1 - self.active, volume);
+                    self.remove_volume(self.active, volume);
+                }
+                Some(_) => {}
             }
         }
+    }
+
+    /// Asks the machine that is not to serve the volumes to let go of them.
+    pub fn retire_other(&mut self) {
         for volume in 0..self.config.volumes {
-            let children = (0..self.config.replicas).map(|at| {
-                let id = replica_id(volume, at);
-                let place = if self.is_local(at) {
-                    ChildAddress::Local { pool: pool_name(at) }
-                } else {
-                    ChildAddress::Remote {
-                        peer: address(self.machine_of(at)),
-                        nqn: format!("nqn.2026-11.io.cairn:replica:{id}"),
-                    }
-                };
-                (id, place).into()
-            });
-            let spec = VolumeSpec {
-                id: VolumeId(volume as u128 + 1),
-                name: format!("volume{volume}"),
-                nqn: volume_nqn(volume),
-                blocks: self.config.blocks,
-                block_size: BlockSize::B4096,
-                held: false,
-                children: children.collect(),
-                purpose,
-                child_deadline_ms: self.config.child_deadline_ms,
-                allowed_hosts: None,
-                encryption: self.config.encrypted.then(|| encryption(volume, purpose)),
-            };
-            self.command(node, |reply| Command::AddVolume { spec, reply })
-                .expect("the volume is new to the process");
+            self.remove_volume(1 - self.active, volume);
         }
+    }
+
+    fn remove_volume(&mut self, which: usize, volume: usize) {
+        let Some(node) = self.nexuses[which] else { return };
+        if self.world().is_paused(node) {
+            return;
+        }
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return };
+        // Whether it is there, or goes at once, is seen when it is added again.
+        let reply = Reply::new(drop);
+        shard.command(Command::RemoveVolume { name: format!("volume{volume}"), reply });
+        self.run(node);
+    }
+
+    fn add_volumes(&mut self, which: usize, purpose: Purpose) {
+        for volume in 0..self.config.volumes {
+            self.add_volume(which, volume, purpose);
+        }
+    }
+
+    fn add_volume(&mut self, which: usize, volume: usize, purpose: Purpose) {
+        let Some(node) = self.nexuses[which] else { return };
+        let children = (0..self.config.replicas).map(|at| {
+            let id = replica_id(volume, at);
+            let place = if self.home(at) == Some(which) {
+                ChildAddress::Local { pool: pool_name(at) }
+            } else {
+                ChildAddress::Remote {
+                    peer: address(self.machine_of(at)),
+                    nqn: format!("nqn.2026-11.io.cairn:replica:{id}"),
+                }
+            };
+            (id, place).into()
+        });
+        let spec = VolumeSpec {
+            id: VolumeId(volume as u128 + 1),
+            name: format!("volume{volume}"),
+            nqn: volume_nqn(volume),
+            blocks: self.config.blocks,
+            block_size: BlockSize::B4096,
+            held: false,
+            children: children.collect(),
+            purpose,
+            child_deadline_ms: self.config.child_deadline_ms,
+            allowed_hosts: None,
+            encryption: self.config.encrypted.then(|| encryption(volume, purpose)),
+        };
+        self.command(node, |reply| Command::AddVolume { spec, reply })
+            .expect("the volume is new to the process");
     }
 
     /// Adds a host of a volume.
@@ -392,7 +533,12 @@ impl Cluster {
         let node = driver.node();
         let history = self.history(volume);
         let nqn = volume_nqn(volume);
-        let client = Client::new(driver, address(NEXUS), &nqn, work, rng, history);
+        let mut peers = vec![(address(NEXUS), 0)];
+        if self.config.second {
+            peers.push((address(self.nexus_machine(1)), 1));
+        }
+        let serving = (Rc::clone(&self.serving), VolumeId(volume as u128 + 1));
+        let client = Client::new(driver, peers, &nqn, work, rng, history, serving);
         self.add(node, Process::Client(Box::new(client)));
         self.clients.push(node);
         self.run(node);
@@ -400,7 +546,7 @@ impl Cluster {
 
     /// Has a volume grow, where the nexus runs; what comes of it is looked at in [`Cluster::compare`].
     pub fn grow_volume(&mut self, volume: usize, blocks: u64) {
-        let Some(node) = self.nexus else { return };
+        let Some(node) = self.nexuses[self.active] else { return };
         let Process::Shard(shard) = &mut self.processes[node.0] else { return };
         let (tx, rx) = mpsc::channel();
         let reply = Reply::new(move |result| {
@@ -412,30 +558,6 @@ impl Cluster {
         self.run(node);
     }
 
-    /// A size that was acked is the volume's, or a larger one is, and its replicas have it.
-    fn check_sizes(&self, volume: usize, report: &VolumeReport) {
-        let mut possible = vec![self.config.blocks];
-        for (_, blocks, answer) in self.growth.iter().filter(|(v, ..)| *v == volume) {
-            possible.push(*blocks);
-            if let Ok(Ok(())) = answer.try_recv() {
-                assert!(
-                    report.blocks >= *blocks,
-                    "volume {volume} had grown to {blocks}: {report:?}"
-                );
-            }
-        }
-        assert!(possible.contains(&report.blocks), "volume {volume}: {report:?}, of {possible:?}");
-        for (at, child) in report.children.iter().enumerate() {
-            if child.state == "online" {
-                let mut disk = self.world().disk(self.disks[at]).clone();
-                let pool = Pool::open(&mut disk).expect("the pool opens");
-                let id = replica_id(volume, at);
-                let has = pool.replicas().find(|r| r.id == id).map_or(0, |r| r.blocks);
-                assert!(has >= report.blocks, "replica {at} has {has} blocks: {report:?}");
-            }
-        }
-    }
-
     /// Kills the process of a pool, if it runs.
     pub fn kill_replica(&mut self, at: usize) {
         if let Some(node) = self.replicas[at].take() {
@@ -444,9 +566,13 @@ impl Cluster {
     }
 
     /// Kills the process of a pool, if it runs, and what its disk had not been told to flush may be
-    /// lost. A nexus does not tell this from a kill yet, and takes the replica back as in sync.
+    /// lost.
     pub fn cut_power(&mut self, at: usize) {
-        self.kill_replica(at);
+        match self.home(at) {
+            Some(which) => self.kill_process(which),
+            None => self.kill_replica(at),
+        }
+        let others = self.others_in_sync(at);
         let disk = self.disks[at];
         let mut world = self.world();
         world.say(format_args!("pool {at} loses power"));
@@ -455,22 +581,83 @@ impl Cluster {
         drop(world);
         let machine = self.machine_of(at);
         self.lives[machine.0] += 1;
-    }
-
-    /// Kills the nexus, if it runs.
-    pub fn kill_nexus(&mut self) {
-        if let Some(node) = self.nexus.take() {
-            self.kill(node);
-            for history in &self.histories {
-                history.borrow_mut().nexus_died();
-            }
+        for history in &self.histories {
+            history.borrow_mut().power_was_lost(!others);
         }
     }
 
-    /// Whether the nexus's process runs.
+    /// Whether each volume is served with a member in sync in another pool.
+    fn others_in_sync(&mut self, at: usize) -> bool {
+        let reports = self.reports();
+        reports.iter().all(|report| {
+            let mut children = report.children.iter().enumerate();
+            report.serving && children.any(|(i, c)| i != at && c.in_sync && c.state == "online")
+        })
+    }
+
+    /// What the nexus that is to serve says of its volumes at this moment; nothing where it does not run.
+    fn reports(&mut self) -> Vec<VolumeReport> {
+        let Some(node) = self.nexuses[self.active] else { return Vec::new() };
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return Vec::new() };
+        let (tx, rx) = mpsc::channel();
+        let reply = Reply::new(move |result| {
+            // Looked at below.
+            let _told = tx.send(result);
+        });
+        shard.command(Command::ListVolumes { reply });
+        rx.try_recv().ok().and_then(Result::ok).unwrap_or_default()
+    }
+
+    /// Cuts the power of everybody but the hosts.
+    pub fn cut_all_power(&mut self) {
+        for which in 0..2 {
+            self.kill_process(which);
+        }
+        for at in 0..self.config.replicas {
+            self.cut_power(at);
+        }
+    }
+
+    /// Kills the nexus that is to serve, if it runs.
+    pub fn kill_nexus(&mut self) {
+        let reports = self.reports();
+        self.kill_process(self.active);
+        if !self.spoilt && self.world().rng.chance(300) {
+            self.check_marks(&reports);
+        }
+    }
+
+    /// Kills a nexus, if it runs.
+    pub fn kill_process(&mut self, which: usize) {
+        if let Some(node) = self.nexuses[which].take() {
+            self.kill(node);
+        }
+    }
+
+    /// Whether the process runs that is to serve.
     #[must_use]
     pub fn nexus_runs(&self) -> bool {
-        self.nexus.is_some()
+        self.nexuses[self.active].is_some()
+    }
+
+    /// Whether the process of a machine that can serve runs.
+    #[must_use]
+    pub fn process_runs(&self, which: usize) -> bool {
+        self.nexuses[which].is_some()
+    }
+
+    /// Stops the process of a nexus for so long.
+    pub fn pause_process(&mut self, which: usize, for_ns: u64) {
+        if let Some(node) = self.nexuses[which] {
+            self.world().pause(node, for_ns);
+        }
+    }
+
+    /// Stops the process of a pool for so long.
+    pub fn pause_replica(&mut self, at: usize, for_ns: u64) {
+        if let Some(node) = self.node_of(at) {
+            self.world().pause(node, for_ns);
+        }
     }
 
     /// Whether a pool's process runs.
@@ -492,6 +679,7 @@ impl Cluster {
                 Process::Dead => return,
                 Process::Shard(shard) => {
                     shard.turn();
+                    self.watch(node);
                 }
                 Process::Client(client) => client.turn(),
             }
@@ -501,6 +689,62 @@ impl Cluster {
             }
         }
         panic!("node {} has something to do {MAX_TURNS} times in one moment", node.0);
+    }
+
+    /// Looks at what a process serves, and at its registers.
+    fn watch(&mut self, node: NodeId) {
+        let Process::Shard(shard) = &self.processes[node.0] else { return };
+        if let Some(which) = self.nexuses.iter().position(|n| *n == Some(node)) {
+            for WatchedVolume { id, epoch, serving } in shard.watch_volumes() {
+                if !serving {
+                    continue;
+                }
+                self.serving.borrow_mut().insert((id, which), epoch.0);
+                let first = *self.served.entry((id, epoch.0)).or_insert(node);
+                check!(
+                    Check::OneNexusPerEpoch,
+                    first == node,
+                    "volume {id} is served by node {} and by node {} in epoch {epoch}",
+                    first.0,
+                    node.0
+                );
+            }
+        }
+        for found in shard.watch_registers() {
+            let (promised, accepted) = (found.promised.0, (found.accepted.0.0, found.accepted.1));
+            let was = self.registers.entry(found.replica).or_default();
+            check!(
+                Check::RegistersGoOn,
+                promised >= was.0 && accepted >= was.1 && promised >= accepted.0,
+                "replica {}: its register held {was:?} and holds {promised}, {accepted:?}",
+                found.replica
+            );
+            *was = (promised, accepted);
+        }
+    }
+
+    /// A pool that is about to be opened is sound, and a crash on the way leads to the same.
+    fn check_recovery(&mut self, at: usize) {
+        let mut disk = self.world().disk(self.disks[at]).clone();
+        let mut checked = disk.clone();
+        let options = CheckOptions { repair: true, data: false };
+        let report = check_pool(&mut checked, &options).expect("a pool can be checked");
+        check!(
+            Check::PoolIsSound,
+            !report.is_damaged(),
+            "pool {at} as it is started: {:?}",
+            report.findings
+        );
+        let before = self.image(at, disk.clone());
+        Pool::open(&mut disk).expect("a pool opens");
+        let mut rng = self.world().rng.clone();
+        disk.lose_power(&mut rng);
+        let after = self.image(at, disk);
+        check!(
+            Check::RecoveryIsStable,
+            before == after,
+            "pool {at} holds something else once it was opened and lost power"
+        );
     }
 
     /// Lets the cluster run until `time_ns`.
@@ -584,12 +828,13 @@ impl Cluster {
     /// # Errors
     /// Where there is no nexus.
     pub fn volumes(&mut self) -> Result<Vec<VolumeReport>, EngineError> {
-        let node = self.nexus.ok_or(EngineError::Stopped)?;
+        let node = self.nexuses[self.active].ok_or(EngineError::Stopped)?;
         self.command(node, |reply| Command::ListVolumes { reply })
     }
 
     /// Flips a bit of a block of data, or of what was data, in a pool.
     pub fn rot(&mut self, at: usize) {
+        self.spoilt = true;
         let disk = self.disks[at];
         let mut world = self.world();
         let copies = inspect_superblock(world.disk(disk)).expect("the disk can be read");
@@ -600,12 +845,25 @@ impl Cluster {
         world.say(format_args!("page {page:?} of pool {at} rots"));
     }
 
+    /// Has the next writes to a pool's data end up on other pages of it.
+    pub fn misdirect(&mut self, at: usize, writes: u32) {
+        let disk = self.disks[at];
+        self.astray.insert(at);
+        self.spoilt = true;
+        let mut world = self.world();
+        let copies = inspect_superblock(world.disk(disk)).expect("the disk can be read");
+        let superblock = copies.into_iter().find_map(|c| c.content.ok()).expect("a pool");
+        let trouble = &mut world.disk(disk).trouble;
+        (trouble.astray, trouble.data) = (writes, superblock.segments[0].data);
+        world.say(format_args!("{writes} writes of pool {at} go astray"));
+    }
+
     /// Starts a scrub of every volume.
     ///
     /// # Panics
     /// Where a volume does not serve.
     pub fn scrub(&mut self, compare: bool) {
-        let node = self.nexus.expect("the nexus runs");
+        let node = self.nexuses[self.active].expect("the nexus runs");
         for volume in 0..self.config.volumes {
             let report = ScrubReport { compare, rate_mib_s: 64, ..ScrubReport::default() };
             let name = format!("volume{volume}");
@@ -625,46 +883,13 @@ impl Cluster {
         volumes.iter().all(|v| v.scrub.as_ref().is_some_and(done))
     }
 
-    /// Reads every pool of a volume's in-sync set directly and compares them. With `all`, no block may
-    /// differ, whatever hosts were told of it.
-    ///
-    /// # Panics
-    /// Where two of them differ in a block that must be alike, or a replica is smaller than its volume.
-    pub fn compare(&mut self, all: bool) {
-        let reports = self.volumes().expect("the nexus runs");
-        for (volume, report) in reports.iter().enumerate() {
-            self.check_sizes(volume, report);
-            let members: BTreeSet<usize> = report
-                .children
-                .iter()
-                .enumerate()
-                .filter(|(_, child)| child.in_sync)
-                .map(|(at, _)| at)
-                .collect();
-            let contents: Vec<(usize, Vec<u8>)> =
-                members.iter().map(|&at| (at, self.contents(volume, at))).collect();
-            let history = self.history(volume);
-            let Some(((first, a), rest)) = contents.split_first() else { continue };
-            for (other, b) in rest {
-                for (lba, (x, y)) in (0u64..).zip(a.chunks(PAGE).zip(b.chunks(PAGE))) {
-                    let (x, y) = (history.borrow().decode(lba, x), history.borrow().decode(lba, y));
-                    assert!(
-                        x == y || (!all && history.borrow().may_differ(lba)),
-                        "volume {volume} block {lba}: in-sync replica {first} holds {x}, {other} \
-                         holds {y}"
-                    );
-                }
-            }
-        }
-    }
-
     fn snapshot_call(
         &mut self,
         volume: usize,
         id: SnapshotId,
         verb: SnapshotVerb,
     ) -> Option<Answer> {
-        let node = self.nexus?;
+        let node = self.nexuses[self.active]?;
         let Process::Shard(shard) = &mut self.processes[node.0] else { return None };
         let (tx, rx) = mpsc::channel();
         let reply = Reply::new(move |result| {
@@ -692,44 +917,6 @@ impl Cluster {
         }
     }
 
-    /// A snapshot that was taken is a read of every block by then, and the same on every member.
-    ///
-    /// # Panics
-    /// Where it holds what such a read could not have returned, or members differ.
-    pub fn look_at_snapshots(&mut self) {
-        use std::sync::mpsc::TryRecvError;
-        let mut answered = Vec::new();
-        self.snapshots.retain_mut(|asked| match asked.answer.try_recv() {
-            Ok(Ok(())) => {
-                let differing = std::mem::take(&mut asked.differing);
-                answered.push((asked.volume, asked.id, asked.invoked, differing));
-                false
-            }
-            Ok(Err(_)) | Err(TryRecvError::Disconnected) => false,
-            Err(TryRecvError::Empty) => true,
-        });
-        for (volume, id, invoked, differing) in answered {
-            let mut first: Option<Vec<u8>> = None;
-            for at in 0..self.disks.len() {
-                // One that was not in sync has none.
-                let Some(bytes) = self.snapshot_contents(volume, at, id) else { continue };
-                let history = self.history(volume);
-                history.borrow_mut().read_ended(0, &bytes, invoked);
-                if let Some(first) = &first {
-                    for (lba, (a, b)) in (0u64..).zip(first.chunks(PAGE).zip(bytes.chunks(PAGE))) {
-                        assert!(
-                            a == b || differing.contains(&lba) || history.borrow().may_differ(lba),
-                            "volume {volume} block {lba}: snapshots {id} differ"
-                        );
-                    }
-                }
-                first.get_or_insert_with(|| bytes.clone());
-                self.taken.push((volume, id, at, bytes));
-            }
-            assert!(first.is_some(), "snapshot {id} of volume {volume} is nowhere");
-        }
-    }
-
     /// Deletes one of the snapshots that were taken.
     pub fn drop_snapshot(&mut self) {
         let Some((volume, id, ..)) = self.taken.first() else { return };
@@ -738,75 +925,4 @@ impl Cluster {
         // Whether it is done does not matter.
         self.snapshot_call(volume, id, SnapshotVerb::Delete);
     }
-
-    /// Snapshots never change.
-    ///
-    /// # Panics
-    /// Where one did.
-    pub fn check_snapshots(&mut self) {
-        self.look_at_snapshots();
-        for (volume, id, at, bytes) in &self.taken {
-            let now = self.snapshot_contents(*volume, *at, *id);
-            let same = now.is_some_and(|now| now == *bytes);
-            assert!(same, "snapshot {id} of volume {volume} in pool {at} has changed, or is gone");
-        }
-    }
-
-    fn snapshot_contents(&self, volume: usize, at: usize, id: SnapshotId) -> Option<Vec<u8>> {
-        self.read_pool(volume, at, |pool| pool.find_snapshot(replica_id(volume, at), id))
-    }
-
-    /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
-    fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
-        let replica = |pool: &Pool| pool.find(replica_id(volume, at));
-        self.read_pool(volume, at, replica).expect("the replica is there")
-    }
-
-    fn read_pool(
-        &self,
-        volume: usize,
-        at: usize,
-        find: impl Fn(&Pool) -> Option<ReplicaSlot>,
-    ) -> Option<Vec<u8>> {
-        let mut disk = self.world().disk(self.disks[at]).clone();
-        let mut pool = Pool::open(&mut disk).expect("the pool opens");
-        let slot = find(&pool)?;
-        let mut memory = HeapMemory::new(2 << 20);
-        let mut out = Vec::new();
-        let step = 256;
-        for lba in (0..self.config.blocks).step_by(step) {
-            let blocks = (step as u64).min(self.config.blocks - lba);
-            let len = u32::try_from(blocks).expect("a short read") * 4096;
-            let buf = memory.alloc(len).expect("the arena holds it");
-            let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
-            let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
-            pool.submit(0, slot, request, &mut memory);
-            let done = loop {
-                if let Some(done) = pool.poll_done() {
-                    break done;
-                }
-                let io = pool.poll_disk().expect("a read goes on");
-                perform(&mut disk, io.op, &mut memory);
-                pool.handle_disk(io.id, Ok(()), &mut memory);
-            };
-            assert!(done.status.is_ok(), "a read of a healthy pool");
-            out.extend_from_slice(memory.bytes(buf.slice()));
-            memory.release(buf);
-        }
-        if self.config.encrypted {
-            keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
-        }
-        Some(out)
-    }
-}
-
-fn perform(disk: &mut SimDisk, op: DiskOp, memory: &mut HeapMemory) {
-    use cairn_engine::replica::Device;
-    match op {
-        DiskOp::Read { offset, buf } => disk.read_at(offset.0, memory.bytes_mut(buf)),
-        DiskOp::Write { offset, buf, .. } => disk.write_at(offset.0, memory.bytes(buf)),
-        DiskOp::Flush => Device::flush(disk),
-        DiskOp::Zero { offset, len, .. } => disk.zero(offset.0, len),
-    }
-    .expect("inside the disk");
 }

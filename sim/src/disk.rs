@@ -29,6 +29,12 @@ pub struct DiskTrouble {
     pub eio_per_mille: u64,
     /// Of a thousand writes so many find no room beneath.
     pub no_space_per_mille: u64,
+    /// So many of the next operations fail with EIO.
+    pub eio_next: u32,
+    /// So many of the next writes at or after page `data` end up on another page of it.
+    pub astray: u32,
+    /// The first page that such a write may be for, or may hit.
+    pub data: u64,
 }
 
 /// The contents of one disk.
@@ -42,6 +48,8 @@ pub struct SimDisk {
     /// Versions of a page, oldest first, that completed and were not flushed.
     cached: BTreeMap<u64, Vec<(u64, Page)>>,
     seq: u64,
+    /// From this page on a loss of power tears no page: the device writes it whole or not at all.
+    pub whole_from: Option<u64>,
     /// What is wrong with it.
     pub trouble: DiskTrouble,
 }
@@ -56,6 +64,7 @@ impl SimDisk {
             durable: BTreeMap::new(),
             cached: BTreeMap::new(),
             seq: 0,
+            whole_from: None,
             trouble: DiskTrouble::default(),
         }
     }
@@ -113,6 +122,21 @@ impl SimDisk {
         });
     }
 
+    /// Where a write that is to be misdirected goes: to another page of the data that was written.
+    pub(crate) fn goes_astray(&mut self, page: u64, rng: &mut Rng) -> Option<u64> {
+        let from = self.trouble.data;
+        if self.trouble.astray == 0 || page < from {
+            return None;
+        }
+        let n = self.live.range(from..).count();
+        let (&other, _) = self.live.range(from..).nth(rng.index(n.max(1)))?;
+        if other == page {
+            return None;
+        }
+        self.trouble.astray -= 1;
+        Some(other)
+    }
+
     /// Flips a bit of a page that was written, at or after page `from`. Returns which.
     pub fn rot(&mut self, from: u64, rng: &mut Rng) -> Option<u64> {
         let n = self.live.range(from..).count();
@@ -136,7 +160,8 @@ impl SimDisk {
         for (number, versions) in cached {
             let mut choices = vec![self.durable.get(&number).cloned()];
             choices.extend(versions.into_iter().map(|(_, page)| page));
-            let page = if rng.chance(250) {
+            let whole = self.whole_from.is_some_and(|from| number >= from);
+            let page = if rng.chance(250) && !whole {
                 let mut torn = [0; PAGE];
                 for sector in torn.chunks_mut(SECTOR).enumerate() {
                     let (at, bytes) = (sector.0 * SECTOR, sector.1);

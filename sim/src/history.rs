@@ -1,12 +1,21 @@
 //! What hosts did to a volume and what they saw, and whether a register per block explains it.
 //!
-//! Each write carries a value of its own, so a read tells which write it saw. A block is checked from
-//! one *taint* to the next: a write that failed, or that a nexus died over, may have reached some
-//! replicas and not others, and the block may read either way until a later write is acked.
+//! Each write carries a value of its own, so a read tells which write it saw. A request belongs to the
+//! epoch of the nexus that it was sent to. What an epoch had not answered when a later one served was done
+//! by then, or never is: once a read has shown which, it stays so. A loss of power of everybody leaves,
+//! of the writes since the last flush, one for each block, and that one stays.
+//!
+//! A block is *tainted* by a write that failed: it may have reached some replicas and not others, and the
+//! block may read either way until a later write is acked.
 
+use crate::checks::{Check, check};
 use crate::disk::PAGE;
 use crate::rng::mix;
 
+/// Whether a nexus makes alike what an earlier one left different.
+const RECONCILES: bool = true;
+/// Whether a nexus that was cut off stops reads before another serves.
+const LEASES: bool = true;
 /// A write that has not ended.
 const OPEN: u64 = u64::MAX;
 
@@ -15,8 +24,15 @@ struct Write {
     value: u64,
     invoked: u64,
     ended: u64,
-    /// It was answered with "no space": it was done by then, or never will be.
+    /// It was done by `ended`, or never will be.
     maybe: bool,
+    /// Of the nexus that it was sent to.
+    epoch: u64,
+    /// A flush that began after it had ended was acked, or it was itself to be durable.
+    durable: bool,
+    fua: bool,
+    /// The loss of power of whose candidates it is one; 0: of none.
+    lottery: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +47,8 @@ struct Block {
     writes: Vec<Write>,
     reads: Vec<Read>,
     tainted_at: Option<u64>,
+    /// It may hold parts of several writes.
+    torn: bool,
     /// Reads that began earlier are not judged.
     since: u64,
 }
@@ -42,6 +60,15 @@ pub struct History {
     blocks: Vec<Block>,
     clock: u64,
     next_value: u64,
+    /// The epochs that were seen to serve, each later than the one before it, and when.
+    epochs: Vec<(u64, u64)>,
+    lotteries: u32,
+    /// Power was lost somewhere, and the epoch of then has not ended yet.
+    power_lost: bool,
+    /// Whether replicas that a nexus left different are made alike before they are read.
+    reconciles: bool,
+    /// Whether a loss of power leaves parts of blocks.
+    pub tears: bool,
     /// Reads that were judged.
     pub judged: u64,
     /// Writes that were acked.
@@ -52,13 +79,27 @@ impl History {
     /// A new volume of `blocks` blocks, all of them zeros.
     #[must_use]
     pub fn new(volume: u64, blocks: usize) -> Self {
-        let zeros = Write { value: 0, invoked: 0, ended: 0, maybe: false };
+        let zeros = Write {
+            value: 0,
+            invoked: 0,
+            ended: 0,
+            maybe: false,
+            epoch: 0,
+            durable: true,
+            fua: true,
+            lottery: 0,
+        };
         let fresh = || Block { writes: vec![zeros], ..Block::default() };
         Self {
             volume,
             blocks: (0..blocks).map(|_| fresh()).collect(),
             clock: 1,
             next_value: 1,
+            epochs: Vec::new(),
+            lotteries: 0,
+            power_lost: false,
+            reconciles: RECONCILES,
+            tears: false,
             judged: 0,
             acked: 0,
         }
@@ -82,11 +123,27 @@ impl History {
         self.next_value
     }
 
-    /// A write of `value` (0: of zeros) to each of the blocks was submitted. Returns its time.
-    pub fn write_began(&mut self, lba: u64, blocks: u64, value: u64) -> u64 {
+    /// A write of `value` (0: of zeros) to each of the blocks was submitted to the nexus of `epoch`.
+    /// Returns its time.
+    pub fn write_began(
+        &mut self,
+        (lba, blocks): (u64, u64),
+        value: u64,
+        epoch: u64,
+        fua: bool,
+    ) -> u64 {
         let invoked = self.tick();
         for block in self.range(lba, blocks) {
-            block.writes.push(Write { value, invoked, ended: OPEN, maybe: false });
+            block.writes.push(Write {
+                value,
+                invoked,
+                ended: OPEN,
+                maybe: false,
+                epoch,
+                durable: false,
+                fua,
+                lottery: 0,
+            });
         }
         invoked
     }
@@ -99,12 +156,104 @@ impl History {
             let Some(write) = block.writes.iter_mut().find(|w| w.invoked == invoked) else {
                 continue;
             };
-            write.ended = now;
+            // A later epoch served before its answer came: it was done by then.
+            write.maybe = false;
+            write.ended = write.ended.min(now);
+            write.durable |= write.fua;
             if block.tainted_at.is_some_and(|at| at < invoked) {
                 block.tainted_at = None;
+                block.torn = false;
                 block.since = now;
                 block.reads.clear();
                 block.writes.retain(|w| w.ended >= invoked);
+            }
+        }
+    }
+
+    /// A flush that began at `invoked` was acked.
+    pub fn flush_acked(&mut self, invoked: u64) {
+        for write in self.blocks.iter_mut().flat_map(|block| &mut block.writes) {
+            write.durable |= write.ended < invoked && !write.maybe;
+        }
+    }
+
+    /// A nexus of `epoch` serves. What earlier ones have not answered was done by now, or never is.
+    pub fn epoch_serves(&mut self, epoch: u64) {
+        if self.epochs.last().is_some_and(|(last, _)| *last >= epoch) {
+            return;
+        }
+        let now = self.tick();
+        self.epochs.push((epoch, now));
+        if std::mem::take(&mut self.power_lost) {
+            self.draw_lots(now);
+        }
+        for at in 0..self.blocks.len() {
+            let left = |w: &Write| w.ended == OPEN && w.epoch < epoch;
+            if !self.reconciles {
+                self.taint(at as u64, now, left);
+                continue;
+            }
+            for write in self.blocks[at].writes.iter_mut().filter(|w| left(w)) {
+                (write.maybe, write.ended) = (true, now);
+            }
+        }
+    }
+
+    /// An answer came from the nexus of `epoch` to what was asked at `invoked`.
+    ///
+    /// # Panics
+    /// Where a later nexus was known to serve when it was asked.
+    pub fn answered(&self, epoch: u64, invoked: u64) {
+        let newer = self.epochs.iter().find(|(e, at)| *e > epoch && *at < invoked);
+        check!(
+            Check::Fencing,
+            newer.is_none() || !LEASES,
+            "volume {}: the nexus of epoch {epoch} answered what was asked of it at {invoked}, when another \
+             was known to serve: {newer:?}",
+            self.volume
+        );
+    }
+
+    /// Replicas lost what their disks had not flushed. Where the nexus lives, it takes them out; the next
+    /// one may find that nobody has what was not flushed.
+    /// Where there is nobody else (`alone`) this one serves on without it.
+    pub fn power_was_lost(&mut self, alone: bool) {
+        self.power_lost = true;
+        if alone {
+            let now = self.tick();
+            self.draw_lots(now);
+        }
+    }
+
+    /// Of what was written to a block and not flushed, any one may be left.
+    fn draw_lots(&mut self, now: u64) {
+        self.lotteries += 1;
+        let lottery = self.lotteries;
+        for at in 0..self.blocks.len() {
+            self.judge(at);
+            let block = &mut self.blocks[at];
+            let kept = |w: &Write| {
+                let over = |d: &Write| d.durable && !d.maybe && d.invoked > w.ended;
+                !block.writes.iter().any(over)
+            };
+            let candidates: Vec<Write> = block.writes.iter().copied().filter(kept).collect();
+            block.writes = candidates;
+            block.reads.clear();
+            block.since = now;
+            // Where a write that failed was written over, what was there before that is not known.
+            let unknown = !block.writes.iter().any(|w| w.durable && !w.maybe);
+            if block.writes.len() < 2 && !unknown {
+                continue;
+            }
+            if self.tears || !self.reconciles || unknown {
+                block.tainted_at = Some(now);
+                block.torn = self.tears;
+                continue;
+            }
+            // One that is still on its way is done by a nexus that lives, or is closed with its epoch.
+            for write in block.writes.iter_mut().filter(|w| w.ended != OPEN) {
+                (write.maybe, write.lottery) = (true, lottery);
+                write.ended = write.ended.min(now);
             }
         }
     }
@@ -133,15 +282,6 @@ impl History {
         }
     }
 
-    /// The nexus is dead. What it had not acked may have been done in part, and must not be done once
-    /// another nexus serves.
-    pub fn nexus_died(&mut self) {
-        let now = self.tick();
-        for at in 0..self.blocks.len() as u64 {
-            self.taint(at, now, |w| w.ended == OPEN);
-        }
-    }
-
     fn taint(&mut self, lba: u64, now: u64, gone: impl Fn(&Write) -> bool) {
         let at = usize::try_from(lba).expect("a small volume");
         if self.blocks[at].writes.iter().any(&gone) {
@@ -153,11 +293,20 @@ impl History {
         }
     }
 
+    /// Whether a loss of power may have left parts of several writes.
+    #[must_use]
+    pub fn may_be_torn(&self, lba: u64) -> bool {
+        self.blocks[usize::try_from(lba).expect("a small volume")].torn
+    }
+
     /// Whether replicas may differ in this block.
     #[must_use]
     pub fn may_differ(&self, lba: u64) -> bool {
         let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
-        block.tainted_at.is_some() || block.writes.iter().any(|w| w.ended == OPEN)
+        let last = self.epochs.last().map_or(0, |(epoch, _)| *epoch);
+        let open = |w: &Write| w.ended == OPEN && (!self.reconciles || w.epoch >= last);
+        let lots = self.power_lost && !self.reconciles;
+        lots || block.tainted_at.is_some() || block.writes.iter().any(open)
     }
 
     /// A read that began at `invoked` returned `bytes`.
@@ -165,8 +314,26 @@ impl History {
     /// # Panics
     /// Where it returned what it must not.
     pub fn read_ended(&mut self, lba: u64, bytes: &[u8], invoked: u64) {
+        self.read_ended_but(lba, bytes, invoked, |_| false);
+    }
+
+    /// As [`History::read_ended`], where nothing is known of some blocks.
+    ///
+    /// # Panics
+    /// Where it returned what it must not.
+    pub fn read_ended_but(
+        &mut self,
+        lba: u64,
+        bytes: &[u8],
+        invoked: u64,
+        unknown: impl Fn(u64) -> bool,
+    ) {
         let now = self.tick();
         for (lba, bytes) in (lba..).zip(bytes.chunks(PAGE)) {
+            let at = usize::try_from(lba).expect("a small volume");
+            if self.blocks[at].torn || unknown(lba) {
+                continue;
+            }
             let value = self.decode(lba, bytes);
             let block = &mut self.blocks[usize::try_from(lba).expect("a small volume")];
             if block.tainted_at.is_some() || invoked < block.since {
@@ -179,10 +346,12 @@ impl History {
                 };
                 w.value == value && w.invoked < now && !block.writes.iter().any(over)
             });
-            assert!(
+            check!(
+                Check::Linearizable,
                 admissible,
                 "volume {} block {lba}: a read ({invoked}..{now}) returned {value}; writes: {:?}",
-                self.volume, block.writes
+                self.volume,
+                block.writes
             );
             block.reads.push(Read { value, invoked, ended: now });
             // A write that may have been done was, where it was read; and was not, where something older
@@ -192,9 +361,14 @@ impl History {
             block.writes.retain(|w| {
                 !(w.maybe && w.value != value && older < w.invoked && w.ended < invoked)
             });
-            for write in block.writes.iter_mut().filter(|w| w.value == value) {
+            // Which zeros a read saw cannot be told, where there are several.
+            let same = block.writes.iter().filter(|w| w.value == value).count();
+            let mut won = 0;
+            for write in block.writes.iter_mut().filter(|w| w.value == value && same == 1) {
                 write.maybe = false;
+                won = std::mem::take(&mut write.lottery);
             }
+            block.writes.retain(|w| won == 0 || w.lottery != won);
             self.judged += 1;
         }
     }
@@ -233,11 +407,14 @@ impl History {
                 }
                 // Two that were there for a while overlap, or one came and went inside the other.
                 let clash = end < other_begin && other_end < begin;
-                assert!(
+                check!(
+                    Check::Linearizable,
                     !clash,
                     "volume {} block {at}: value {value} was there from {end} to {begin}, and \
                      {other} meanwhile ({other_end}, {other_begin}); writes {:?}, reads {:?}",
-                    self.volume, block.writes, block.reads
+                    self.volume,
+                    block.writes,
+                    block.reads
                 );
             }
         }
@@ -271,7 +448,8 @@ impl History {
                 .all(|(want, got)| want == word(got))
         };
         let (volume, block) = (word(&bytes[8..16]), word(&bytes[16..24]));
-        assert!(
+        check!(
+            Check::RightData,
             right,
             "volume {} block {lba} holds a block that was never written there: value {value}, \
              of volume {volume} block {block}, or a part of it",
@@ -311,7 +489,7 @@ mod tests {
 
     fn write(history: &mut History) -> u64 {
         let value = history.fresh_value();
-        let at = history.write_began(0, 1, value);
+        let at = history.write_began((0, 1), value, 1, false);
         history.write_acked(0, 1, at);
         value
     }
@@ -323,7 +501,7 @@ mod tests {
         let a = write(&mut history);
         read(&mut history, a);
         let b = history.fresh_value();
-        let at = history.write_began(0, 1, b);
+        let at = history.write_began((0, 1), b, 1, false);
         read(&mut history, a);
         read(&mut history, b);
         history.write_acked(0, 1, at);
@@ -355,7 +533,7 @@ mod tests {
         let mut history = History::new(1, 1);
         let a = write(&mut history);
         let b = history.fresh_value();
-        let at = history.write_began(0, 1, b);
+        let at = history.write_began((0, 1), b, 1, false);
         read(&mut history, b);
         read(&mut history, a);
         history.write_acked(0, 1, at);
@@ -367,7 +545,7 @@ mod tests {
         let mut history = History::new(1, 1);
         let a = write(&mut history);
         let b = history.fresh_value();
-        let at = history.write_began(0, 1, b);
+        let at = history.write_began((0, 1), b, 1, false);
         history.write_failed(0, 1, at);
         read(&mut history, a);
         read(&mut history, b);
@@ -384,7 +562,7 @@ mod tests {
     fn a_failed_write_that_lands_later_is_caught() {
         let mut history = History::new(1, 1);
         let b = history.fresh_value();
-        let at = history.write_began(0, 1, b);
+        let at = history.write_began((0, 1), b, 1, false);
         history.write_failed(0, 1, at);
         let _c = write(&mut history);
         read(&mut history, b);

@@ -7,6 +7,7 @@
 //! event. [`scenario::run`] draws a cluster, its hosts' work and its faults from a seed, and checks
 //! with a [`History`] per volume that hosts saw nothing that a register per block would not show.
 
+pub mod checks;
 pub mod client;
 pub mod cluster;
 pub mod disk;

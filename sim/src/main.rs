@@ -1,28 +1,49 @@
 #![forbid(unsafe_code)]
-//! Runs the simulator over many seeds: `cairn-sim [--seeds N] [--seed S] [--trace]`.
+//! Runs the simulator over many seeds: `cairn-sim [--seeds N] [--seed S] [--seconds T] [--trace]`, and with
+//! the feature `mutants` over deliberate bugs: `cairn-sim --mutants`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use cairn_sim::scenario::{self, Outcome};
 use cairn_sim::world::Sink;
 
-const USAGE: &str = "usage: cairn-sim [--seeds N] [--seed S] [--trace]
-  --seeds N  run N seeds (default 1000)
-  --seed S   begin at seed S (default 0); alone: run only that one
-  --trace    print a line for each event that matters";
+#[cfg(feature = "mutants")]
+mod hunt;
 
+const USAGE: &str = "usage: cairn-sim [--seeds N] [--seed S] [--seconds T] [--jobs J] [--trace] [--mutants [NAME]]
+  --seeds N    run N seeds (default 1000)
+  --seed S     begin at seed S (default 0); alone: run only that one
+  --seconds T  begin no more seeds after so long
+  --jobs J     run so many at once (default 2)
+  --trace      print a line for each event that matters (with --seed alone)
+  --mutants    with each deliberate bug, or the one of this name, run seeds until it is caught: at most N
+               (default 2000), at most T seconds for each (default 120)";
+
+/// What was asked for.
+#[derive(Debug)]
 struct Options {
     first: u64,
     seeds: u64,
+    seconds: Option<u64>,
+    jobs: u64,
     trace: bool,
+    mutants: Option<String>,
 }
 
 fn options() -> Result<Options, String> {
-    let (mut first, mut seeds, mut trace) = (None, None, false);
-    let mut args = std::env::args().skip(1);
+    let (mut first, mut seeds, mut seconds, mut jobs) = (None, None, None, 2);
+    let (mut trace, mut mutants) = (false, None);
+    let mut args = std::env::args().skip(1).peekable();
     while let Some(arg) = args.next() {
+        if arg == "--mutants" {
+            mutants = Some(args.next_if(|name| !name.starts_with("--")).unwrap_or_default());
+            continue;
+        }
         let mut number = || {
             let text = args.next().ok_or(format!("{arg} needs a number"))?;
             text.parse::<u64>().map_err(|_| format!("`{text}` is no number"))
@@ -30,16 +51,101 @@ fn options() -> Result<Options, String> {
         match arg.as_str() {
             "--seed" => first = Some(number()?),
             "--seeds" => seeds = Some(number()?),
+            "--seconds" => seconds = Some(number()?),
+            "--jobs" => jobs = number()?.max(1),
             "--trace" => trace = true,
             _ => return Err(USAGE.to_owned()),
         }
     }
-    let seeds = seeds.unwrap_or(if first.is_some() { 1 } else { 1000 });
-    Ok(Options { first: first.unwrap_or(0), seeds, trace })
+    let usual = if mutants.is_some() { 2000 } else { 1000 };
+    let usual = match (first, seconds) {
+        (_, Some(_)) => u64::MAX,
+        (Some(_), None) if mutants.is_none() => 1,
+        _ => usual,
+    };
+    let seeds = seeds.unwrap_or(usual);
+    Ok(Options { first: first.unwrap_or(0), seeds, seconds, jobs, trace, mutants })
 }
 
 fn print_line(now_ns: u64, line: std::fmt::Arguments<'_>) {
     println!("{:>12.3} ms  {line}", now_ns as f64 / 1e6);
+}
+
+thread_local! {
+    static LAST_PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Keeps what a panic says for the line about its seed.
+fn note_panic(info: &PanicHookInfo<'_>) {
+    let payload = info.payload();
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let text = text.or(payload.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+    let place = info.location().map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));
+    LAST_PANIC.with(|last| *last.borrow_mut() = format!("{text}{place}"));
+}
+
+/// Seeds that run, and since when.
+static RUNNING: Mutex<Vec<(u64, Instant)>> = Mutex::new(Vec::new());
+/// A seed takes a second or so.
+const SEED_LIMIT: Duration = Duration::from_secs(40);
+
+/// Ends the process where a seed does not end: nothing else stops a shard in an endless turn.
+fn watch() {
+    loop {
+        std::thread::sleep(Duration::from_millis(500));
+        let running = RUNNING.lock().expect("nobody panics with it").clone();
+        if let Some((seed, _)) = running.iter().find(|(_, since)| since.elapsed() > SEED_LIMIT) {
+            let why = format!("[liveness] it does not end within {} s", SEED_LIMIT.as_secs());
+            print_failure(*seed, &why);
+            std::process::exit(1);
+        }
+    }
+}
+
+fn print_failure(seed: u64, why: &str) {
+    let why: String = why.chars().take(600).collect();
+    let commit = std::env::var("CAIRN_COMMIT").unwrap_or_else(|_| "unknown".to_owned());
+    println!(
+        "seed {seed} of commit {commit} FAILED: {why}\n  see it with: cargo xtask sim --seed {seed} --trace"
+    );
+}
+
+/// Runs one seed; what was wrong where something was.
+fn run_seed(seed: u64, sink: Option<Sink>) -> Result<Outcome, String> {
+    RUNNING.lock().expect("nobody panics with it").push((seed, Instant::now()));
+    let result = catch_unwind(AssertUnwindSafe(|| scenario::run(seed, sink)));
+    RUNNING.lock().expect("nobody panics with it").retain(|(other, _)| *other != seed);
+    result.map_err(|_| LAST_PANIC.with(RefCell::take))
+}
+
+#[derive(Debug, Default)]
+struct Total {
+    seeds: u64,
+    failed: u64,
+    acked: u64,
+    judged: u64,
+    faults: u64,
+    healed: u64,
+    converged: u64,
+}
+
+impl Total {
+    fn add(&mut self, seed: u64, result: Result<Outcome, String>) {
+        self.seeds += 1;
+        match result {
+            Ok(outcome) => {
+                self.acked += outcome.acked;
+                self.judged += outcome.judged;
+                self.faults += outcome.faults;
+                self.healed += outcome.healed;
+                self.converged += outcome.converged;
+            }
+            Err(why) => {
+                self.failed += 1;
+                print_failure(seed, &why);
+            }
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -50,35 +156,63 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let start = Instant::now();
-    let (mut failed, mut acked, mut judged, mut faults) = (0u64, 0, 0, 0);
-    let (mut healed, mut converged) = (0, 0);
-    for seed in options.first..options.first.saturating_add(options.seeds) {
-        let sink = options.trace.then(|| Box::new(print_line) as Sink);
-        match catch_unwind(AssertUnwindSafe(|| scenario::run(seed, sink))) {
-            Ok(outcome) => {
-                let Outcome { trace_hash, steps, virtual_ms, .. } = outcome;
-                acked += outcome.acked;
-                judged += outcome.judged;
-                faults += outcome.faults;
-                healed += outcome.healed;
-                converged += outcome.converged;
-                if options.seeds == 1 {
-                    println!("{outcome:?}");
-                    println!("seed {seed}: {steps} events, {virtual_ms} ms, {trace_hash:016x}");
-                }
-            }
-            Err(_) => {
-                failed += 1;
-                println!("seed {seed} FAILED; see it with: cairn-sim --seed {seed} --trace");
-            }
+    std::panic::set_hook(Box::new(note_panic));
+    std::thread::spawn(watch);
+    if options.mutants.is_some() {
+        #[cfg(feature = "mutants")]
+        return hunt::run(&options);
+        #[cfg(not(feature = "mutants"))]
+        {
+            eprintln!("built without the feature `mutants`; use: cargo xtask sim --mutants");
+            return ExitCode::from(2);
         }
     }
+    let start = Instant::now();
+    let total = Mutex::new(Total::default());
+    if options.trace || options.seeds == 1 {
+        let sink = options.trace.then(|| Box::new(print_line) as Sink);
+        let result = run_seed(options.first, sink);
+        if let Ok(outcome) = &result {
+            println!("{outcome:?}");
+        }
+        total.lock().expect("one thread").add(options.first, result);
+    } else {
+        run_all(&options, start, &total);
+    }
+    let total = total.into_inner().expect("no thread panics while it adds");
     println!(
-        "{} seeds, {failed} failed; {acked} writes acked, {judged} blocks judged, {faults} faults, \
-         {healed} copies healed, {converged} writes met a full pool, {:.1} s",
-        options.seeds,
+        "{} seeds, {} failed; {} writes acked, {} blocks judged, {} faults, {} copies healed, {} writes \
+         met a full pool, {:.1} s",
+        total.seeds,
+        total.failed,
+        total.acked,
+        total.judged,
+        total.faults,
+        total.healed,
+        total.converged,
         start.elapsed().as_secs_f64()
     );
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    println!("{} passed, {} failed, 0 skipped", total.seeds - total.failed, total.failed);
+    if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run_all(options: &Options, start: Instant, total: &Mutex<Total>) {
+    let next = AtomicU64::new(options.first);
+    let end = options.first.saturating_add(options.seeds);
+    let limit = options.seconds.map(Duration::from_secs);
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= end || limit.is_some_and(|limit| start.elapsed() > limit) {
+                return;
+            }
+            let result = run_seed(seed, None);
+            total.lock().expect("no thread panics while it adds").add(seed, result);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..options.jobs {
+            scope.spawn(work);
+        }
+    });
 }

@@ -1,15 +1,20 @@
 //! One run: a cluster, its hosts, and what goes wrong, all drawn from a seed.
 
-use cairn_engine::nexus::{Found, Purpose};
+mod faults;
 
+use cairn_engine::nexus::Found;
+
+use crate::checks::{Check, check};
 use crate::client::Workload;
-use crate::cluster::{Cluster, ClusterConfig, NEXUS};
+use crate::cluster::{Cluster, ClusterConfig};
 use crate::net::NetManners;
 use crate::rng::Rng;
 use crate::world::{MS, Sink, US, World};
 
 /// Once nothing is wrong any more, everything is answered within this time.
 const RECOVERY_NS: u64 = 60_000 * MS;
+/// Members that are there are in sync again within this time: one that failed often is left alone for minutes.
+const REBUILD_NS: u64 = 700_000 * MS;
 /// The hosts' work ends within this time, whatever goes wrong.
 const WORK_NS: u64 = 300_000 * MS;
 
@@ -51,6 +56,18 @@ pub struct Faults {
     pub rot: bool,
     /// One pool runs full.
     pub full: bool,
+    /// Another machine takes the volumes over, whatever becomes of the one that serves them.
+    pub takeover: bool,
+    /// Processes are stopped for a while and go on.
+    pub pause: bool,
+    /// Machines are cut off from each other, both ways or one.
+    pub partition: bool,
+    /// Everybody loses power.
+    pub blackout: bool,
+    /// Several processes die within a moment.
+    pub storm: bool,
+    /// Single disk operations of one replica fail, or its writes land elsewhere.
+    pub slips: bool,
 }
 
 impl Faults {
@@ -62,10 +79,26 @@ impl Faults {
         everywhere: false,
         rot: false,
         full: false,
+        takeover: false,
+        pause: false,
+        partition: false,
+        blackout: false,
+        storm: false,
+        slips: false,
     };
 
-    fn drawn(rng: &mut Rng) -> Self {
+    fn drawn(rng: &mut Rng, seed: u64) -> Self {
+        // Drawn apart: nothing else changes with it.
+        let mut later = Rng::new(seed ^ 0x7a3e);
+        let wild = later.chance(600);
+        let mut more = |per_mille| wild && later.chance(per_mille);
         Self {
+            takeover: more(600),
+            pause: more(400),
+            partition: more(400),
+            blackout: more(200),
+            storm: more(300),
+            slips: more(300),
             nexus: rng.chance(500),
             replica: rng.chance(800),
             host: rng.chance(400),
@@ -80,6 +113,7 @@ impl Faults {
 #[derive(Debug, Clone, Copy)]
 enum Repair {
     StartNexus,
+    StartOther,
     StartReplica(usize),
     Disk(usize),
 }
@@ -118,7 +152,7 @@ fn snapshots(seed: u64, volumes: usize, now_ns: u64) -> Vec<(u64, usize)> {
 /// Where an invariant does not hold.
 pub fn run(seed: u64, sink: Option<Sink>) -> Outcome {
     let mut rng = Rng::new(seed ^ 0xca12);
-    let faults = if rng.chance(100) { Faults::NONE } else { Faults::drawn(&mut rng) };
+    let faults = if rng.chance(100) { Faults::NONE } else { Faults::drawn(&mut rng, seed) };
     run_with(seed, faults, sink)
 }
 
@@ -138,11 +172,21 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         short_per_mille: if rng.chance(200) { 900 } else { rng.below(200) },
     });
     let replicas = if rng.chance(850) { 3 } else { 2 + rng.index(2) };
+    // Drawn apart: nothing else changes with it.
+    let mut later = Rng::new(seed ^ 0x51e5);
+    let replicas = match later.below(20) {
+        0 => 1,
+        1 | 2 => 5,
+        _ => replicas,
+    };
     let config = ClusterConfig {
         volumes: 1 + rng.index(2),
         blocks: 1024,
         replicas,
         local_replica: rng.chance(300),
+        tears: later.chance(300),
+        second: faults.takeover || later.chance(100),
+        second_local: replicas > 1 && later.chance(300),
         disk_len: 24 << 20,
         small_pool: faults.full.then(|| Rng::new(seed ^ 0xf011).index(replicas)),
         child_deadline_ms: 200 + rng.below(1500),
@@ -175,6 +219,7 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         faults,
         victim: 0,
         repairs: Vec::new(),
+        next_look: 0,
         growth,
         snapshots,
         count: 0,
@@ -226,6 +271,8 @@ struct Run {
     /// The one replica that may be lost.
     victim: usize,
     repairs: Vec<(u64, Repair)>,
+    /// When whoever looks after the cluster looks next.
+    next_look: u64,
     growth: Vec<Growth>,
     snapshots: Vec<(u64, usize)>,
     /// Faults so far, and how many there are to be.
@@ -246,11 +293,16 @@ impl Run {
         let mut next_fault = self.cluster.world().now_ns() + self.rng.below(2 * pace);
         while !self.cluster.clients_are_done() {
             let now = self.cluster.world().now_ns();
-            assert!(now < limit, "the hosts' work does not end: {:?}", self.cluster.volumes());
+            check!(
+                Check::Liveness,
+                now < limit,
+                "the hosts' work does not end: {:?}",
+                self.cluster.volumes()
+            );
             if now >= next_fault && self.count == self.most {
                 // Three replicas go on without one. Where there is no majority besides, whoever looks
                 // after the cluster restarts a process whose pool has gone offline or hangs.
-                if self.count > 0 && (self.cluster.replicas() < 3 || self.faults.everywhere) {
+                if self.count > 0 && self.needs_help() {
                     self.restart_victim();
                 }
                 next_fault = now + 5_000 * MS;
@@ -260,12 +312,17 @@ impl Run {
                 next_fault = now + if last { 10_000 * MS } else { MS + self.rng.below(2 * pace) };
             }
             self.repair(now);
+            if self.cluster.has_second() && now >= self.next_look {
+                self.cluster.supervise();
+                self.next_look = now + 200 * MS;
+            }
             self.grow(now);
             self.snapshot(now);
             let growth = self.growth.iter().map(|(at, ..)| *at);
             let snapshots = self.snapshots.iter().map(|(at, _)| *at);
             let repairs = self.repairs.iter().map(|(at, _)| *at);
-            let next = repairs.chain(growth).chain(snapshots).fold(next_fault, u64::min);
+            let look = if self.cluster.has_second() { self.next_look } else { u64::MAX };
+            let next = repairs.chain(growth).chain(snapshots).fold(next_fault.min(look), u64::min);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
     }
@@ -310,194 +367,6 @@ impl Run {
         }
     }
 
-    fn restart_victim(&mut self) {
-        self.cluster.world().heal();
-        self.mend(Repair::Disk(self.victim));
-        if self.cluster.is_local(self.victim) {
-            self.cluster.kill_nexus();
-        } else {
-            self.cluster.kill_replica(self.victim);
-            self.mend(Repair::StartReplica(self.victim));
-        }
-        self.mend(Repair::StartNexus);
-    }
-
-    fn mend(&mut self, what: Repair) {
-        match what {
-            Repair::StartNexus if !self.cluster.nexus_runs() => {
-                self.cluster.start_nexus(Purpose::Assemble);
-            }
-            Repair::StartReplica(at) if !self.cluster.replica_runs(at) => {
-                self.cluster.start_replica(at);
-            }
-            Repair::Disk(at) => {
-                let disk = self.cluster.disk(at);
-                self.cluster.world().disk(disk).trouble = crate::disk::DiskTrouble::default();
-            }
-            Repair::StartNexus | Repair::StartReplica(_) => {}
-        }
-    }
-
-    fn later(&mut self, most_ns: u64, what: Repair) {
-        let at = self.cluster.world().now_ns() + MS + self.rng.below(most_ns);
-        self.repairs.push((at, what));
-    }
-
-    fn hurt(&mut self) {
-        let kinds = [
-            (self.faults.nexus, 0),
-            (self.faults.replica, 1),
-            (self.faults.replica, 1),
-            (self.faults.host, 2),
-            (self.faults.everywhere, 3),
-            (self.rots(), 4),
-            (self.rots(), 4),
-        ];
-        let kinds: Vec<u8> = kinds.iter().filter(|(on, _)| *on).map(|(_, kind)| *kind).collect();
-        if kinds.is_empty() {
-            self.most = 0;
-            return;
-        }
-        self.count += 1;
-        match kinds[self.rng.index(kinds.len())] {
-            0 => {
-                self.cluster.kill_nexus();
-                let most = [5 * MS, 200 * MS, 3_000 * MS][self.rng.index(3)];
-                self.later(most, Repair::StartNexus);
-            }
-            1 => self.hurt_replica(),
-            2 => self.hurt_hosts(),
-            4 => {
-                for _ in 0..1 + self.rng.below(12) {
-                    self.cluster.rot(self.rotten());
-                }
-            }
-            _ => self.hurt_everything(),
-        }
-    }
-
-    /// The replica whose blocks rot: not the one that may be lost, so that a third has each block; and
-    /// not one that a crash may make take what it finds for right, since its extents were dirty.
-    fn rotten(&self) -> usize {
-        (self.victim + 1) % self.cluster.replicas()
-    }
-
-    fn rots(&self) -> bool {
-        let can = self.cluster.replicas() == 3 && !self.cluster.is_local(self.rotten());
-        // Nor where two others may go: one that fails while another is full.
-        let two = self.faults.everywhere || self.faults.full && self.faults.replica;
-        self.faults.rot && !two && can
-    }
-
-    fn hurt_replica(&mut self) {
-        let victim = self.victim;
-        let machine = self.cluster.machine_of(victim);
-        let disk = self.cluster.disk(victim);
-        let long = [20 * MS, 300 * MS, 4_000 * MS][self.rng.index(3)];
-        let short = self.rng.below(long);
-        let for_good = !self.faults.everywhere && self.rng.chance(200);
-        match self.rng.below(7) {
-            0 if !self.cluster.is_local(victim) => {
-                self.cluster.kill_replica(victim);
-                self.later(long, Repair::StartReplica(victim));
-            }
-            1 if machine != NEXUS => self.cluster.world().reset(NEXUS, machine, 700),
-            2 if machine != NEXUS => {
-                let way = self.rng.below(3);
-                let mut world = self.cluster.world();
-                if way != 1 {
-                    world.block(NEXUS, machine, short);
-                }
-                if way != 2 {
-                    world.block(machine, NEXUS, short);
-                }
-            }
-            3 => {
-                let mut world = self.cluster.world();
-                world.say(format_args!("pool {victim} is slow"));
-                world.disk(disk).trouble.slow_ns = short;
-                drop(world);
-                self.later(long, Repair::Disk(victim));
-            }
-            4 => {
-                let mut world = self.cluster.world();
-                // For good, as far as this run goes, or for a while.
-                let time = if for_good { 2 * WORK_NS } else { short };
-                let until = world.now_ns() + time;
-                world.say(format_args!("pool {victim} hangs for {} ms", time / MS));
-                world.disk(disk).trouble.hung_until_ns = until;
-            }
-            5 => {
-                let rate = 20 + self.rng.below(500);
-                let mut world = self.cluster.world();
-                world.say(format_args!("pool {victim} fails {rate} in 1000"));
-                world.disk(disk).trouble.eio_per_mille = rate;
-                drop(world);
-                self.later(long, Repair::Disk(victim));
-            }
-            _ => {
-                let rate = 20 + self.rng.below(500);
-                let mut world = self.cluster.world();
-                world.say(format_args!("pool {victim} has no room {rate} in 1000 times"));
-                world.disk(disk).trouble.no_space_per_mille = rate;
-                drop(world);
-                self.later(long, Repair::Disk(victim));
-            }
-        }
-    }
-
-    fn hurt_hosts(&mut self) {
-        let hosts = self.cluster.host_machine();
-        let long = [20 * MS, 300 * MS, 4_000 * MS][self.rng.index(3)];
-        let short = self.rng.below(long);
-        let way = self.rng.below(6);
-        let mut world = self.cluster.world();
-        match way {
-            0 => world.block(NEXUS, hosts, short),
-            1 => world.block(hosts, NEXUS, short),
-            2 => {
-                world.block(NEXUS, hosts, short);
-                world.block(hosts, NEXUS, short);
-            }
-            _ => world.reset(NEXUS, hosts, 500),
-        }
-    }
-
-    /// What cuts off every replica at once: no write can be done, and none may be half done later.
-    fn hurt_everything(&mut self) {
-        let slow = self.rng.below(80 * MS);
-        let pools = 0..self.cluster.replicas();
-        match self.rng.below(3) {
-            0 => {
-                let late = self.rng.below(2_000 * MS);
-                for at in pools {
-                    let disk = self.cluster.disk(at);
-                    let mut world = self.cluster.world();
-                    world.disk(disk).trouble.late_per_mille = 50;
-                    world.disk(disk).trouble.late_ns = late;
-                    drop(world);
-                    self.later(4_000 * MS, Repair::Disk(at));
-                }
-                let ms = late / MS;
-                self.cluster.world().say(format_args!("every pool is late now and then ({ms} ms)"));
-            }
-            1 => {
-                for at in pools {
-                    let machine = self.cluster.machine_of(at);
-                    self.cluster.world().reset(NEXUS, machine, 1000);
-                }
-            }
-            _ => {
-                for at in pools {
-                    let disk = self.cluster.disk(at);
-                    self.cluster.world().disk(disk).trouble.slow_ns = slow;
-                    self.later(200 * MS, Repair::Disk(at));
-                }
-                self.cluster.world().say(format_args!("every pool is slow"));
-            }
-        }
-    }
-
     /// A scrub leaves no bad block, and one that compares no difference.
     fn scrub(&mut self) {
         let deep = self.rng.chance(400);
@@ -505,13 +374,19 @@ impl Run {
         let limit = self.cluster.world().now_ns() + RECOVERY_NS;
         while !self.cluster.scrubs_are_done() {
             let now = self.cluster.world().now_ns();
-            assert!(now < limit, "a scrub does not end: {:?}", self.cluster.volumes());
+            check!(
+                Check::Liveness,
+                now < limit,
+                "a scrub does not end: {:?}",
+                self.cluster.volumes()
+            );
             self.cluster.run_until(now + 50 * MS);
         }
         let calm = Faults { full: self.faults.full, rot: self.faults.rot, ..Faults::NONE };
         for volume in self.cluster.volumes().expect("the nexus runs") {
             let everybody = volume.children.iter().all(|c| c.in_sync);
-            assert!(self.faults != calm || everybody, "a replica was taken out: {volume:?}");
+            let calm = self.faults == calm;
+            check!(Check::MembersAlike, !calm || everybody, "a replica was taken out: {volume:?}");
             let report = volume.scrub.expect("a scrub ran");
             // A replica whose pool has gone offline is taken out by what it could not heal.
             let left = report.findings.iter().filter(|f| {
@@ -520,7 +395,8 @@ impl Run {
                 let full = deep && self.small == Some(usize::from(f.child.0));
                 f.found == Found::Unrecoverable || f.found == Found::NotHealed && !out && !full
             });
-            assert_eq!((left.count(), report.unrecoverable), (0, 0), "{report:?}");
+            let left = (left.count(), report.unrecoverable);
+            check!(Check::Scrub, left == (0, 0), "{report:?}");
             self.mended.0 += volume.mends.healed;
             self.mended.1 += volume.mends.converged;
         }
@@ -528,10 +404,67 @@ impl Run {
         self.cluster.check_snapshots();
     }
 
+    /// Every member is back in sync, and nothing that a nexus left different is open any more.
+    fn await_rebuilds(&mut self) {
+        if self.faults.full {
+            // A full pool has no room for what it lacks.
+            return;
+        }
+        let start = self.cluster.world().now_ns();
+        let mut restarted = false;
+        loop {
+            let now = self.cluster.world().now_ns();
+            let state = self.cluster.volumes().expect("the nexus runs");
+            if state.iter().all(|v| v.serving && v.children.iter().all(|c| c.in_sync)) {
+                return;
+            }
+            check!(
+                Check::Liveness,
+                now < start + REBUILD_NS,
+                "a member is not in sync again: {state:?}"
+            );
+            if now > start + REBUILD_NS / 4 && !restarted {
+                // Its pool may be offline.
+                restarted = true;
+                self.restart_victim();
+            }
+            if self.cluster.has_second() {
+                self.cluster.supervise();
+            }
+            self.cluster.run_until(now + 500 * MS);
+        }
+    }
+
+    /// The volumes are served where they are to be, and nowhere else is an attempt made to.
+    fn come_to_rest(&mut self) {
+        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
+        if self.cluster.has_second() {
+            self.cluster.retire_other();
+            let soon = self.cluster.world().now_ns() + 100 * MS;
+            self.cluster.run_until(soon);
+        }
+        loop {
+            let state = self.cluster.volumes();
+            let all = state.as_ref().is_ok_and(|all| all.iter().all(|v| v.serving));
+            if all && state.is_ok_and(|all| all.len() == self.cluster.volume_count()) {
+                return;
+            }
+            let state = self.cluster.volumes();
+            let now = self.cluster.world().now_ns();
+            check!(Check::Liveness, now < limit, "a volume does not come up: {state:?}");
+            if self.cluster.has_second() {
+                self.cluster.retire_other();
+                self.cluster.supervise();
+            }
+            self.cluster.run_until(now + 200 * MS);
+        }
+    }
+
     /// Nothing goes wrong any more: everything is served again, and is right.
     fn recover(&mut self) {
         self.cluster.world().say(format_args!("faults stop"));
         self.cluster.world().heal();
+        self.cluster.world().resume_all();
         for at in 0..self.cluster.replicas() {
             self.mend(Repair::Disk(at));
             if !self.cluster.is_local(at) {
@@ -539,15 +472,24 @@ impl Run {
             }
         }
         self.mend(Repair::StartNexus);
+        self.mend(Repair::StartOther);
         // Where a pool has gone offline and its replica was the last in sync, somebody must.
-        let alone = self.faults.everywhere || self.cluster.replicas() < 3;
-        if self.faults.replica && (alone || self.rng.chance(300)) {
+        if self.faults.replica && (self.needs_help() || self.rng.chance(300)) {
             self.restart_victim();
         }
+        self.come_to_rest();
         self.cluster.verify();
-        let verified = self.cluster.run_while(RECOVERY_NS, Cluster::clients_are_done);
+        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
+        let mut verified = false;
+        while !verified && self.cluster.world().now_ns() < limit {
+            if self.cluster.has_second() {
+                self.cluster.supervise();
+            }
+            verified = self.cluster.run_while(200 * MS, Cluster::clients_are_done);
+        }
         let state = self.cluster.volumes();
-        assert!(verified, "not every block can be read: {state:?}");
+        check!(Check::Liveness, verified, "not every block can be read: {state:?}");
+        self.await_rebuilds();
         // What the verification left behind settles.
         let quiet = self.cluster.world().now_ns() + 5_000 * MS;
         self.cluster.run_until(quiet);

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use cairn_block::BufSlice;
 use cairn_engine::reactor::{DiskFault, EndReason, SocketFault, SocketId, Token};
 
+use crate::checks::{Check, check};
 use crate::disk::{PAGE, Page, SimDisk};
 use crate::net::{Net, NetEvent};
 use crate::rng::{Rng, mix};
@@ -50,6 +51,7 @@ pub(crate) enum Inbox {
 enum Event {
     Wake(NodeId),
     Timer(NodeId),
+    Resume(NodeId),
     Disk { op: usize, serial: u64 },
     Net(NetEvent),
 }
@@ -80,6 +82,8 @@ pub(crate) struct Node {
     pub(crate) inbox: VecDeque<Inbox>,
     /// Until when the last poll was willing to wait.
     pub(crate) deadline: Option<u64>,
+    /// It is stopped until then: what comes for it waits.
+    paused_until: u64,
     wake_scheduled: bool,
     timer_at: Option<u64>,
     /// Where received bytes wait for the node's poll, a buffer for each chunk.
@@ -191,6 +195,7 @@ impl World {
             alive: true,
             inbox: VecDeque::with_capacity(64),
             deadline: None,
+            paused_until: 0,
             wake_scheduled: false,
             timer_at: None,
             staging: (0..CHUNKS).map(|_| Vec::with_capacity(CHUNK)).collect(),
@@ -240,7 +245,8 @@ impl World {
     #[must_use]
     pub fn is_due(&self, node: NodeId) -> bool {
         let node = &self.nodes[node.0];
-        node.alive && (!node.inbox.is_empty() || node.deadline.is_some_and(|at| at <= self.now))
+        let runs = node.alive && node.paused_until <= self.now;
+        runs && (!node.inbox.is_empty() || node.deadline.is_some_and(|at| at <= self.now))
     }
 
     /// Lets time pass until a node has something to do, at most until `limit_ns`.
@@ -256,6 +262,11 @@ impl World {
             let Reverse((time, _, event)) = self.events.pop()?;
             self.now = self.now.max(time);
             self.steps += 1;
+            check!(
+                Check::Liveness,
+                self.steps < MAX_STEPS,
+                "{MAX_STEPS} events happened and it is not over"
+            );
             let node = match event {
                 Event::Wake(node) => {
                     self.nodes[node.0].wake_scheduled = false;
@@ -265,6 +276,17 @@ impl World {
                     self.nodes[node.0].timer_at = None;
                     let deadline = self.nodes[node.0].deadline;
                     if deadline.is_some_and(|at| at > self.now) {
+                        self.wait_until(node, deadline);
+                        continue;
+                    }
+                    node
+                }
+                Event::Resume(node) => {
+                    if self.is_paused(node) {
+                        continue;
+                    }
+                    let deadline = self.nodes[node.0].deadline;
+                    if !self.is_due(node) {
                         self.wait_until(node, deadline);
                         continue;
                     }
@@ -300,8 +322,12 @@ impl World {
             }
             DiskWork::Flush { .. } => true,
         };
+        let once = &mut self.disks[disk].trouble.eio_next;
         let result = if !fits {
             Err(DiskFault::Short)
+        } else if *once > 0 {
+            *once -= 1;
+            Err(DiskFault::Errno(EIO))
         } else if self.rng.chance(trouble.eio_per_mille) {
             Err(DiskFault::Errno(EIO))
         } else if is_write && self.rng.chance(trouble.no_space_per_mille) {
@@ -342,6 +368,8 @@ impl World {
                 data.extend((*page..*page + pages).map(|number| disk.page(number)));
             }
             DiskWork::Write { page, data, fua, .. } => {
+                let astray = disk.goes_astray(*page, &mut self.rng).filter(|_| result.is_ok());
+                let page = &astray.unwrap_or(*page);
                 for (number, page) in (*page..).zip(data.iter()) {
                     // A write that failed may have been done in part.
                     if result.is_ok() || self.rng.chance(300) {
@@ -425,7 +453,32 @@ impl World {
         self.kill_sockets(node);
     }
 
-    /// Where a machine's processes listen.
+    /// Stops a process for so long, as SIGSTOP does, or a hypervisor: it goes on with what it knew. Its disk
+    /// operations end meanwhile, and it hears of that afterwards; its sockets fill up; its clock runs on.
+    pub fn pause(&mut self, node: NodeId, for_ns: u64) {
+        self.say(format_args!("node {} is stopped for {} ms", node.0, for_ns / MS));
+        let until = self.now + for_ns;
+        self.nodes[node.0].paused_until = until;
+        self.at(until, Event::Resume(node));
+    }
+
+    /// Lets every stopped process go on.
+    pub fn resume_all(&mut self) {
+        for at in 0..self.nodes.len() {
+            if self.is_paused(NodeId(at)) {
+                self.nodes[at].paused_until = self.now;
+                self.at(self.now, Event::Resume(NodeId(at)));
+            }
+        }
+    }
+
+    /// Whether a process is stopped.
+    #[must_use]
+    pub fn is_paused(&self, node: NodeId) -> bool {
+        self.nodes[node.0].paused_until > self.now
+    }
+
+    /// The machine that a process runs on.
     pub(crate) fn machine(&self, node: NodeId) -> Machine {
         self.nodes[node.0].machine
     }
@@ -438,3 +491,5 @@ impl World {
 }
 
 const EIO: i32 = 5;
+/// Events in a run, before it is taken for one that does nothing but run.
+const MAX_STEPS: u64 = 5_000_000;

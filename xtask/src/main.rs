@@ -47,8 +47,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
-    /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`,
-    /// `--seed S`, `--trace`).
+    /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`, `--seed S`,
+    /// `--seconds T`, `--trace`). With `--mutants`, run them with each of the deliberate bugs until it is
+    /// caught.
     #[command(disable_help_flag = true)]
     Sim {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -83,8 +84,19 @@ fn run() -> Result<bool> {
             }
             tool(&["-p", "cairn-benches", "--bin", "measure"], &options)
         }
+        Task::Sim { options } if options.iter().any(|o| o == "--mutants") => {
+            tool(&["-p", "cairn-sim", "--features", "mutants"], &options)
+        }
         Task::Sim { options } => tool(&["-p", "cairn-sim"], &options),
     }
+}
+
+/// The commit that is built, for whoever is to run a seed again.
+fn commit() -> String {
+    let git = std::process::Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
+    let found = git.ok().filter(|out| out.status.success());
+    let found = found.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned());
+    found.unwrap_or_else(|| "unknown".to_owned())
 }
 
 /// Runs a tool of the workspace, built for speed, with the caller's options.
@@ -92,5 +104,6 @@ fn tool(which: &[&str], options: &[String]) -> Result<bool> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut run = std::process::Command::new(cargo);
     run.args(["run", "-q", "--release"]).args(which).arg("--").args(options);
+    run.env("CAIRN_COMMIT", commit());
     Ok(run.status()?.success())
 }

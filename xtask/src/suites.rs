@@ -42,6 +42,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "deny", what: "licences, sources, advisories", run: deny },
     Suite { name: "fuzz", what: "each fuzz target for a few seconds", run: fuzz },
     Suite { name: "crash", what: "the pool, crashed and recovered", run: crash },
+    Suite { name: "sim", what: "simulated clusters from seeds, for a few minutes", run: sim },
     Suite { name: "check", what: "cairn up --check", run: check },
     Suite { name: "rot", what: "bits flipped in a running cluster's pools", run: rot },
     Suite { name: "guest", what: "a Linux guest uses a volume", run: guest },
@@ -112,6 +113,8 @@ struct Bench<'a> {
     release: &'a OnceCell<bool>,
 }
 
+/// How long the simulator begins new seeds.
+const SIM_SECONDS: u64 = 220;
 const BUILD_LIMIT: Duration = Duration::from_secs(1_800);
 
 impl Bench<'_> {
@@ -278,6 +281,13 @@ fn crash(bench: &Bench) -> Result<Counts> {
     let tester = ["run", "-q", "-p", "cairn-fuzz", "--bin", "crash", "--"];
     let options = ["--exhaustive", "1", "--states", "3000"];
     bench.cargo(&[&tester[..], &options].concat()).map(Counts::of)
+}
+
+fn sim(bench: &Bench) -> Result<Counts> {
+    let seconds = SIM_SECONDS.to_string();
+    let args = ["run", "-q", "--release", "-p", "cairn-sim", "--", "--seconds", &seconds];
+    let ended = bench.cargo(&args)?;
+    Ok(last_line(&bench.output()).checked(ended))
 }
 
 fn check(bench: &Bench) -> Result<Counts> {

@@ -9,6 +9,7 @@ mod buddy;
 mod ids;
 mod io;
 mod mem;
+pub mod mutants;
 
 pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};
 pub use buddy::Buddy;

@@ -18,6 +18,7 @@ mod space;
 mod table;
 mod upkeep;
 mod volumes;
+mod watch;
 
 use std::collections::VecDeque;
 
@@ -32,6 +33,7 @@ use links::Link;
 use pools::LocalPool;
 use table::Table;
 use volumes::Volume;
+pub use watch::{WatchedRegister, WatchedVolume};
 
 /// Windows in one send at most: what the driver takes.
 const SEND_WINDOWS: usize = 128;

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus, Memory, PoolDeviceId, ReplicaId};
 use cairn_nexus::{ChildId, ChildReply, Register, Ticket};
 use cairn_nvmf::sqe::Sqe;
@@ -662,8 +663,12 @@ impl<D: Driver> Shard<D> {
                 RegisterKind::Promise { epoch, .. } => {
                     if *epoch > held.promised_epoch {
                         let promised = Register { promised_epoch: *epoch, ..held };
-                        self.store_register(pool, slot, promised);
-                        None
+                        let stores = !on(Mutant::PromiseNotStored);
+                        let answer = (!stores).then(|| Ok(promised.clone()));
+                        if stores {
+                            self.store_register(pool, slot, promised);
+                        }
+                        answer
                     } else {
                         Some(Err(IoStatus::Fenced))
                     }
@@ -681,7 +686,8 @@ impl<D: Driver> Shard<D> {
                 }
                 RegisterKind::Accept(new) => {
                     let current = (held.accepted_epoch, held.seq);
-                    if new.accepted_epoch >= held.promised_epoch
+                    let admitted = new.accepted_epoch >= held.promised_epoch;
+                    if (admitted || on(Mutant::AcceptOldEpoch))
                         && (new.accepted_epoch, new.seq) >= current
                     {
                         // The promise never goes back, whatever the page says of it.
@@ -774,7 +780,7 @@ impl<D: Driver> Shard<D> {
         // From here on, what comes on an earlier session of this host is refused.
         self.bind_epoch(op.origin, *epoch);
         self.fence_routes((pool, op.slot), *epoch, Some(op.origin));
-        let ios = self.ios_on(pool, op.slot);
+        let ios = if on(Mutant::NoDrain) { Vec::new() } else { self.ios_on(pool, op.slot) };
         let replica = (pool, op.slot);
         let now = self.now_ms();
         let lease_ms = self.pools[usize::from(pool)].leases.left(op.slot, *epoch, now);
@@ -865,7 +871,7 @@ impl<D: Driver> Shard<D> {
             .map_or(0, |register| register.promised_epoch.0);
         let host = self.hosts.get(conn).filter(|host| host.generation == generation);
         let speaks_for = host.map_or(0, |host| self.target.mark(&host.queue));
-        promised > speaks_for
+        promised > speaks_for && !on(Mutant::NoFence)
     }
 }
 

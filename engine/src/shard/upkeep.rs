@@ -56,7 +56,7 @@ impl<D: Driver> Shard<D> {
                 let local = &self.pools[usize::from(pool)].pool;
                 let bytes = self.driver.memory().bytes_mut(buf);
                 let told = local.changes(replica, first, since, bytes);
-                let status = told.map_or(IoStatus::PathError, |_| IoStatus::Ok);
+                let status = told.map_or(IoStatus::MediaError, |_| IoStatus::Ok);
                 self.child_io_done(volume, child, ticket, status, now);
             }
             _ => self.child_io_done(volume, child, ticket, IoStatus::Unsupported, now),
@@ -138,7 +138,7 @@ impl<D: Driver> Shard<D> {
             Some(_) => queue.complete_with_data(slot, page, memory),
             None => {
                 memory.release(page);
-                queue.complete(slot, status_of(IoStatus::PathError), 0, memory);
+                queue.complete(slot, status_of(IoStatus::MediaError), 0, memory);
             }
         }
         self.touch_host(conn);

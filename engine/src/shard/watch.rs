@@ -1,0 +1,53 @@
+//! What a checker looks at between two turns.
+
+use cairn_block::{Epoch, ReplicaId, VolumeId};
+use cairn_reactor::Driver;
+
+use super::Shard;
+use super::io::Export;
+
+/// A volume of a process, as a checker sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WatchedVolume {
+    /// Which.
+    pub id: VolumeId,
+    /// The epoch that its nexus took last.
+    pub epoch: Epoch,
+    /// Whether hosts are served, as far as the nexus knows.
+    pub serving: bool,
+}
+
+/// The register of a replica, as a checker sees it: what is stored, or is being stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WatchedRegister {
+    /// Whose.
+    pub replica: ReplicaId,
+    /// The newest epoch that it has promised.
+    pub promised: Epoch,
+    /// The epoch and the sequence number of its configuration.
+    pub accepted: (Epoch, u64),
+}
+
+impl<D: Driver> Shard<D> {
+    /// The volumes of this process.
+    pub fn watch_volumes(&self) -> impl Iterator<Item = WatchedVolume> {
+        self.volumes.iter().map(|(_, volume)| WatchedVolume {
+            id: volume.spec.id,
+            epoch: volume.nexus.status().epoch,
+            serving: volume.nexus.state().is_serving() && volume.export.is_some(),
+        })
+    }
+
+    /// The registers of the replicas in this process.
+    pub fn watch_registers(&self) -> impl Iterator<Item = WatchedRegister> {
+        self.exports.iter().flatten().filter_map(|export| {
+            let Export::Replica { pool, slot, id, .. } = export else { return None };
+            let register = self.pools[usize::from(*pool)].pool.register(*slot)?;
+            Some(WatchedRegister {
+                replica: *id,
+                promised: register.promised_epoch,
+                accepted: (register.accepted_epoch, register.seq),
+            })
+        })
+    }
+}
