@@ -210,7 +210,7 @@ impl Nexus {
                 let now_ms = self.now_ms;
                 self.child(child).state = ChildState::OutOfSync(reason);
                 let c = self.child(child);
-                c.held_until_ms = c.held_until_ms.max(c.trouble.note(now_ms));
+                c.trouble.note(now_ms);
                 self.push_event(Event::ChildOut(child, reason));
                 if self.mirror() == Some(child) {
                     self.abort_rebuild(reason);

@@ -172,7 +172,9 @@ impl Nexus {
     /// A child that is there and out of sync.
     fn rebuild_target(&self, now_ms: u64) -> Option<(ChildId, FaultReason)> {
         (0u8..).zip(&self.children).find_map(|(i, c)| match c.state {
-            ChildState::OutOfSync(why) if c.bound && c.connected && c.held_until_ms <= now_ms => {
+            ChildState::OutOfSync(why)
+                if c.bound && c.connected && c.trouble.until_ms() <= now_ms =>
+            {
                 Some((ChildId(i), why))
             }
             _ => None,
@@ -186,9 +188,9 @@ impl Nexus {
             return Some(paced);
         }
         let held = self.children.iter().filter(|c| {
-            matches!(c.state, ChildState::OutOfSync(_)) && c.bound && c.held_until_ms > now_ms
+            matches!(c.state, ChildState::OutOfSync(_)) && c.bound && c.trouble.until_ms() > now_ms
         });
-        held.map(|c| c.held_until_ms).min()
+        held.map(|c| c.trouble.until_ms()).min()
     }
 
     /// Moves the rebuild on. Returns whether anything changed.
@@ -508,10 +510,10 @@ impl Nexus {
     /// Gives the rebuild up. Nothing depends on its target, unless the configuration with it is on its way.
     pub(crate) fn abort_rebuild(&mut self, why: FaultReason) {
         let Some(child) = self.mirror() else { return };
-        let until = self.hold_off(child);
+        let now_ms = self.now_ms;
         let c = self.child(child);
         c.state = ChildState::OutOfSync(why);
-        c.held_until_ms = until;
+        c.trouble.note(now_ms);
         self.joining = ChildSet::EMPTY;
         self.push_event(Event::RebuildAborted(child, why));
         self.end_rebuild(RebuildEnd::Aborted(why));
@@ -571,14 +573,4 @@ fn is_needed(source: u8, target: u8) -> bool {
     let since = if on(Mutant::RebuildIgnoresStamps) { 0 } else { change::SINCE };
     let changed = (source | target) & open != 0 || source & since != 0;
     here != there || here && changed
-}
-
-impl Nexus {
-    /// Until when a child that failed again is left alone.
-    fn hold_off(&mut self, child: ChildId) -> u64 {
-        let now = self.now_ms;
-        let c = self.child(child);
-        c.setbacks += 1;
-        now + (500 << c.setbacks.min(10)).min(300_000)
-    }
 }
