@@ -24,6 +24,8 @@ use crate::upkeep::{Answered, Asked, EXTENT_BLOCKS, PAGE};
 const MAX_HISTORY: usize = 32;
 /// A rate is averaged over about so long.
 const RATE_MS: u64 = 2_000;
+/// Before an extent that could not be read is copied again.
+const HEAL_PAUSE_MS: u64 = 20;
 
 /// What a rebuild is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,6 +113,9 @@ pub(crate) struct Rebuild {
     checkpoint_ms: u64,
     /// A block that the source could not read is being mended.
     healing: bool,
+    /// After that, or where there was no place for it, nothing is copied before this time: a source that
+    /// fails at once would be asked for ever in one turn.
+    again_ms: u64,
 }
 
 impl Nexus {
@@ -262,6 +267,7 @@ impl Nexus {
             next_us: now_ms * 1000,
             checkpoint_ms: now_ms + self.config.pace.checkpoint_ms,
             healing: false,
+            again_ms: 0,
         });
         self.push_event(Event::RebuildStarted(child, why));
     }
@@ -288,7 +294,8 @@ impl Nexus {
         }
         if r.list_at >= extents {
             if on(Mutant::RebuildSkipsLast) {
-                (0..extents).rev().find(|at| r.needed.has(*at)).map(|at| r.needed.remove(at));
+                let last = (0..extents).rev().find(|at| r.needed.has(*at));
+                r.needed.remove(last.unwrap_or(extents));
             }
             r.extents_total = r.needed.len() as u64;
             r.stage = Stage::Copy;
@@ -357,7 +364,7 @@ impl Nexus {
         loop {
             let running = self.copies.len();
             let Some(r) = self.rebuild.as_mut() else { return moved };
-            if r.healing {
+            if r.healing || now_ms < r.again_ms {
                 return moved;
             }
             let next = r.part.or_else(|| {
@@ -434,9 +441,10 @@ impl Nexus {
         if self.rebuild.is_none() {
             return;
         }
-        let begun = self.begin_heal(range);
+        let (begun, now_ms) = (self.begin_heal(range), self.now_ms);
         let Some(r) = self.rebuild.as_mut() else { return };
         r.healing = begun;
+        r.again_ms = now_ms + HEAL_PAUSE_MS;
         let (first, end) = span(range);
         for extent in first..end {
             r.needed.insert(extent);

@@ -735,11 +735,11 @@ impl Cluster {
             "pool {at} as it is started: {:?}",
             report.findings
         );
-        let before = self.image(at, disk.clone());
+        let before = self.image(at, &disk);
         Pool::open(&mut disk).expect("a pool opens");
         let mut rng = self.world().rng.clone();
         disk.lose_power(&mut rng);
-        let after = self.image(at, disk);
+        let after = self.image(at, &disk);
         check!(
             Check::RecoveryIsStable,
             before == after,
