@@ -154,6 +154,8 @@ impl Nexus {
             }
             match c.step {
                 Step::Lock => return false,
+                // One whose link is being closed refuses at once: not twice in one turn.
+                Step::Ask if !c.status.is_ok() && now_ms <= c.started_ms => return false,
                 Step::Ask => {
                     let usable = self.in_sync.iter().filter(|&m| self.is_usable(m));
                     let best = usable.min_by_key(|m| self.children[usize::from(m.0)].load);
