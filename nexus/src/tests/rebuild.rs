@@ -352,3 +352,33 @@ fn random_faults_end_with_everybody_in_sync_and_alike() {
         assert!(w.b.extents.iter().flatten().all(|m| m & change::OPEN == 0), "seed {seed}");
     }
 }
+
+/// The connection to the source had failed and was being closed, so that whatever it was asked was answered at
+/// once, with an error of the path, and it was asked again at once: the thread never came to close it.
+#[test]
+fn a_source_that_is_closing_is_not_asked_again_in_the_same_turn() {
+    let mut w = world(2);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.disks[1].dead = true;
+    w.write(2, 5, 1, 4);
+    w.run();
+    w.disks[1].dead = false;
+    assert_eq!(w.in_sync(), [0]);
+    while w.b.io.is_empty() {
+        w.b.pass(100);
+    }
+    assert!(w.b.nexus.rebuild().is_some());
+    let before = w.b.io.len();
+    let reads = w.b.io.iter().filter(|io| io.child == ChildId(0)).count();
+    assert!(reads > 0);
+    for _ in 0..reads {
+        w.b.answer(0, IoStatus::PathError);
+    }
+    assert_eq!(w.b.io.len(), before - reads, "it is asked later");
+    assert!(w.b.nexus.poll_timeout(w.b.now).is_some());
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1]);
+    w.assert_alike();
+}
