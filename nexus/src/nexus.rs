@@ -907,8 +907,11 @@ impl Nexus {
         match reply {
             Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
             Ok(held) if self.grows_first(child, held.blocks) => {}
+            // Also one that is on its way out, and whose new session is up before that is stored.
             Ok(held)
-                if !self.in_sync.has(child) && self.child(child).state != ChildState::Joining =>
+                if matches!(self.child(child).state, ChildState::Failing(_))
+                    || !self.in_sync.has(child)
+                        && self.child(child).state != ChildState::Joining =>
             {
                 let c = self.child(child);
                 c.incarnation = held.incarnation;

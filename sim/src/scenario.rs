@@ -421,7 +421,8 @@ impl Run {
             check!(
                 Check::Liveness,
                 now < start + REBUILD_NS,
-                "a member is not in sync again: {state:?}"
+                "a member is not in sync again: {:?}",
+                state.iter().flat_map(|v| &v.children).filter(|c| !c.in_sync).collect::<Vec<_>>()
             );
             if now > start + REBUILD_NS / 4 && !restarted {
                 // Its pool may be offline.

@@ -382,3 +382,33 @@ fn a_source_that_is_closing_is_not_asked_again_in_the_same_turn() {
     assert_eq!(w.in_sync(), [0, 1]);
     w.assert_alike();
 }
+
+/// Its new session was up before it was stored that it is out. It was not taken for bound to the epoch then, and
+/// was never rebuilt.
+#[test]
+fn a_member_that_is_back_before_it_is_out_is_rebuilt() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.b.hold_registers = true;
+    w.disks[1].dead = true;
+    w.write(2, 5, 1, 4);
+    w.run();
+    w.disks[1].dead = false;
+    assert!(!w.b.held.is_empty(), "it is being stored");
+    let commit = core::mem::take(&mut w.b.held);
+    w.b.disconnect(1);
+    w.b.hold_registers = false;
+    w.b.connect(1);
+    for io in commit.into_iter().filter(|io| io.child != ChildId(1)) {
+        let reply = w.b.obey(&io);
+        w.b.nexus.handle_register(io.child, io.ticket, reply, w.b.now);
+        w.b.pump();
+    }
+    w.run();
+    assert_eq!(w.b.status_of(2), Some(IoStatus::Ok));
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    w.assert_alike();
+}
