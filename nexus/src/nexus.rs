@@ -68,6 +68,9 @@ pub struct Nexus {
     pub(crate) copies: Copies,
     /// The target of a rebuild that is being taken back: no change is acked without it.
     pub(crate) joining: ChildSet,
+    /// Those that a configuration names as in sync which was given up for a later one, and may be stored all the
+    /// same for as long as that is not.
+    pub(crate) proposed: ChildSet,
     /// Counts changes.
     pub(crate) order: u64,
     /// The time when something happened last.
@@ -132,6 +135,7 @@ impl Nexus {
             rebuilt: Vec::new(),
             copies: Copies::default(),
             joining: ChildSet::EMPTY,
+            proposed: ChildSet::EMPTY,
             order: 0,
             now_ms: 0,
             lease: Lease::new(queue),
@@ -231,6 +235,7 @@ impl Nexus {
             mending: false,
             fault: IoStatus::PathError,
             refused: false,
+            unsure: false,
             started_ms: now_ms,
             order: u64::MAX,
         };
@@ -363,6 +368,8 @@ impl Nexus {
                     _ => {}
                 }
                 slot.refused |= status != IoStatus::PathError;
+                let unsure = [IoStatus::PathError, IoStatus::TimedOut, IoStatus::MediaError];
+                slot.unsure |= op.is_mutation() && unsure.contains(&status);
             }
         }
         // The plain case, first: everybody in sync has done it.
@@ -578,7 +585,10 @@ impl Nexus {
             self.note_change(now_ms);
         }
         // A flush too: a member that joins while it runs was never sent it.
-        self.slots.slot(at).order = self.take_order();
+        // One that is done again, since nobody was left, may have reached somebody before.
+        if self.slots.slot(at).order == u64::MAX {
+            self.slots.slot(at).order = self.take_order();
+        }
         for child in self.in_sync.iter() {
             if self.is_usable(child) {
                 self.emit(child, at, request);
@@ -723,6 +733,15 @@ impl Nexus {
             if outstanding.is_empty() {
                 (slot.ok, slot.failed) = (ChildSet::EMPTY, ChildSet::EMPTY);
                 self.park(at);
+            }
+            return;
+        }
+        let unsure = slot.unsure && !matches!(slot.request.op, IoOp::Snapshot(_));
+        if missing == in_sync && unsure && in_sync.len() > 1 {
+            // Nobody said that it was done, and some may have done it: they are made alike, and the host is
+            // told.
+            if outstanding.and(in_sync).is_empty() {
+                self.begin_mend(Task::Converge(at));
             }
             return;
         }
@@ -872,7 +891,7 @@ impl Nexus {
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
         let last = self.is_last(child);
         let holds_data = self.holds_data(child);
-        let proposed = self.commit.as_ref().is_some_and(|c| c.target.has(child));
+        let proposed = self.proposed.has(child);
         if self.mirror() == Some(child) && !self.in_sync.has(child) && !proposed {
             self.abort_rebuild(reason);
             return;

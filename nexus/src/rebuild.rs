@@ -420,6 +420,7 @@ impl Nexus {
 
     /// What was copied in this range is copied again: the members were changed there without the target.
     pub(crate) fn mirror_is_behind(&mut self, range: LbaRange) {
+        self.settle_is_behind(span(range).0);
         let Some(r) = self.rebuild.as_mut() else { return };
         match r.stage {
             Stage::Drain(_) => {}
