@@ -741,7 +741,7 @@ impl Nexus {
             // Nobody said that it was done, and some may have done it: they are made alike, and the host is
             // told.
             if outstanding.and(in_sync).is_empty() {
-                self.begin_mend(Task::Converge(at));
+                self.converge(at);
             }
             return;
         }
@@ -777,8 +777,7 @@ impl Nexus {
             if on(Mutant::NoConvergence) {
                 return self.answer(at, IoStatus::NoSpace);
             }
-            self.begin_mend(Task::Converge(at));
-            return;
+            return self.converge(at);
         }
         for child in others.iter() {
             let connected = self.children[usize::from(child.0)].connected;
@@ -786,6 +785,14 @@ impl Nexus {
             let why = if connected { FaultReason::Failed(fault) } else { FaultReason::Unreachable };
             self.fail_child(child, why);
         }
+    }
+
+    /// Makes the members alike that may differ in what a request was to change.
+    fn converge(&mut self, at: u16) {
+        // The target of a rebuild has it perhaps, and is not to be taken back in the middle of this.
+        let range = self.slots.slot(at).request.range;
+        self.mirror_is_behind(range);
+        self.begin_mend(Task::Converge(at));
     }
 
     pub(crate) fn answer(&mut self, at: u16, status: IoStatus) {

@@ -571,3 +571,43 @@ fn a_target_that_is_removed_is_rebuilt_no_more() {
     assert_eq!(w.b.nexus.status().children[1].state, ChildState::Removed);
     w.assert_idle();
 }
+
+/// A write met a full pool while the target was being taken back. The others were asked what they hold, then the
+/// target was in, and then the others were made alike without it.
+#[test]
+fn nobody_joins_while_members_are_made_alike() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.b.disconnect(1);
+    w.write(2, 5, 1, 4);
+    w.run();
+    w.b.connect(1);
+    let joins = |io: &ChildIo| match &io.op {
+        ChildOp::Accept(new) => Config::decode(&new.config).unwrap().members[1].in_sync,
+        _ => false,
+    };
+    while !w.b.held.iter().any(joins) {
+        w.b.answer_registers();
+        w.b.hold_registers = true;
+        w.run();
+        w.b.pass(10);
+    }
+    w.write(3, 900, 1, 9);
+    for child in [0, 1] {
+        let at = w.b.io.iter().position(|io| io.child == ChildId(child)).unwrap();
+        w.serve(at);
+    }
+    w.b.answer(2, IoStatus::NoSpace);
+    // They are being read.
+    w.b.answer_registers();
+    w.run();
+    assert_eq!(w.b.status_of(3), Some(IoStatus::NoSpace));
+    w.assert_alike();
+    for _ in 0..3 {
+        rest(&mut w);
+    }
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    w.assert_alike();
+}
