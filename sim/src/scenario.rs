@@ -415,7 +415,9 @@ impl Run {
         loop {
             let now = self.cluster.world().now_ns();
             let state = self.cluster.volumes().expect("the nexus runs");
-            if state.iter().all(|v| v.serving && v.children.iter().all(|c| c.in_sync)) {
+            let all = state.iter().all(|v| v.serving && v.children.iter().all(|c| c.in_sync));
+            // One that was taken from this machine is taken up again first.
+            if all && state.len() == self.cluster.volume_count() {
                 return;
             }
             check!(
