@@ -14,6 +14,7 @@ use cairn_block::{IoOp, IoStatus, LbaRange, Memory, ReplicaId};
 
 use crate::bits::Bits;
 use crate::children::{ChildState, FaultReason};
+use crate::copy::ASK_AGAIN_MS;
 use crate::nexus::Nexus;
 use crate::reconcile::span;
 use crate::slots::ChildSet;
@@ -102,6 +103,9 @@ pub(crate) struct Rebuild {
     list_at: u32,
     source: ChildId,
     pages: [Option<Vec<u8>>; 2],
+    /// After an answer of no use nobody is asked before then: a source that fails at once would be asked for
+    /// ever in one turn.
+    again_ms: u64,
     needed: Bits,
     /// An extent of which pieces are still to be begun, and the next block.
     part: Option<(u32, u64)>,
@@ -113,9 +117,6 @@ pub(crate) struct Rebuild {
     checkpoint_ms: u64,
     /// A block that the source could not read is being mended.
     healing: bool,
-    /// After that, or where there was no place for it, nothing is copied before this time: a source that
-    /// fails at once would be asked for ever in one turn.
-    again_ms: u64,
 }
 
 impl Nexus {
@@ -217,7 +218,10 @@ impl Nexus {
             Stage::List => self.list(mem, now_ms),
             Stage::Copy => self.copy_more(mem, now_ms),
             Stage::JoinDrain(before) => {
-                let drained = self.drained(before, self.in_sync.with(child));
+                // The answer to a flush of an earlier rebuild, at a disk that hung, is not to be taken for this
+                // one's.
+                let drained = self.drained(before, self.in_sync.with(child))
+                    && !self.upkeep.waits_for(Asked::Join, child);
                 if drained {
                     self.set_stage(Stage::JoinFlush);
                     self.ask_flush(child, Asked::Join, now_ms);
@@ -258,6 +262,7 @@ impl Nexus {
             list_at: 0,
             source: child,
             pages: [None, None],
+            again_ms: 0,
             needed: Bits::with_len(extents),
             part: None,
             extents_total: 0,
@@ -267,7 +272,6 @@ impl Nexus {
             next_us: now_ms * 1000,
             checkpoint_ms: now_ms + self.config.pace.checkpoint_ms,
             healing: false,
-            again_ms: 0,
         });
         self.push_event(Event::RebuildStarted(child, why));
     }
@@ -301,7 +305,7 @@ impl Nexus {
             r.stage = Stage::Copy;
             return true;
         }
-        let Some(source) = source else { return false };
+        let Some(source) = source.filter(|_| now_ms >= r.again_ms) else { return false };
         r.source = source;
         let (child, first) = (r.child, r.list_at);
         let [has_source, has_target] = [r.pages[0].is_some(), r.pages[1].is_some()];
@@ -320,7 +324,7 @@ impl Nexus {
 
     /// A side has told of its extents.
     pub(crate) fn list_answered<M: Memory>(&mut self, answer: &Answered, mem: &mut M) {
-        let extents = self.extents();
+        let (extents, now_ms) = (self.extents(), self.now_ms);
         let Some(r) = self.rebuild.as_mut() else { return };
         if r.stage != Stage::List {
             return;
@@ -332,8 +336,8 @@ impl Nexus {
                 let bytes = mem.bytes(buf.slice().sub(0, count)).to_vec();
                 r.pages[usize::from(is_target)] = Some(bytes);
             }
-            // Another source is asked.
-            (IoStatus::PathError, _) if !is_target => {}
+            // Another source is asked, or this one once more: not at once, in case it is closing.
+            (IoStatus::PathError, _) if !is_target => r.again_ms = now_ms + ASK_AGAIN_MS,
             (status, _) => self.abort_rebuild(FaultReason::Failed(status)),
         }
     }
@@ -420,6 +424,7 @@ impl Nexus {
 
     /// What was copied in this range is copied again: the members were changed there without the target.
     pub(crate) fn mirror_is_behind(&mut self, range: LbaRange) {
+        self.settle_is_behind(span(range).0);
         let Some(r) = self.rebuild.as_mut() else { return };
         match r.stage {
             Stage::Drain(_) => {}
@@ -555,6 +560,8 @@ impl Nexus {
             if self.in_sync.has(child) {
                 continue;
             }
+            // Nor is it stored how far a rebuild was before.
+            forgets |= self.child(child).cursor.take().is_some();
             let member = &mut self.child(child).member;
             forgets |= member.since != 0 || member.copied != 0;
             (member.since, member.copied, member.copied_since) = (0, 0, 0);
