@@ -121,10 +121,8 @@ impl Service {
             block_size: origin.block_size.bytes(),
             replicas: replicas_of(&origin, id),
             allowed_hosts: request.allowed_hosts,
-            child_deadline_ms: 0,
             encryption,
-            restoring: None,
-            created: false,
+            ..SavedVolume::default()
         };
         // Remembered first: a crash now leaves a volume that is seen, and goes on, or can be deleted.
         self.remember(saved.clone())?;
