@@ -257,6 +257,10 @@ Examples:
         /// A replica, as `cairn replica list` names it. Once for each.
         #[arg(long, value_name = "URI")]
         replica: Vec<String>,
+        /// A witness: it votes and holds no data, so that two replicas survive the loss of one. It is named as a
+        /// replica is; `cairn replica create --witness` makes one.
+        #[arg(long, value_name = "URI")]
+        witness: Vec<String>,
         /// Make a replica in this pool of the process and use it.
         #[arg(long, value_name = "POOL")]
         pool: Vec<String>,
@@ -492,6 +496,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                 size,
                 block_size,
                 replica,
+                witness,
                 pool,
                 id,
                 allow_host,
@@ -523,6 +528,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                     name,
                     size_bytes: size.as_u64(),
                     replicas,
+                    witnesses: witness,
                     id,
                     allowed_hosts: allow_host,
                     child_deadline_ms,

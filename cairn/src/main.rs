@@ -14,6 +14,7 @@ mod nvme;
 mod output;
 mod pattern;
 mod pools;
+mod rebuilds;
 mod recovery;
 mod rot;
 mod scrub;

@@ -243,9 +243,7 @@ impl Cluster {
                 size_bytes,
                 replicas: self.replicas.iter().map(|r| r.uri.clone()).collect(),
                 id: self.replicas.first().map_or_else(String::new, |r| r.volume_id.clone()),
-                allowed_hosts: Vec::new(),
-                child_deadline_ms: 0,
-                encryption: None,
+                ..v1::CreateVolumeRequest::default()
             };
             let made = self.client.create_volume(request).await.map_err(|s| said(&s))?;
             return Ok(made.into_inner());
@@ -390,6 +388,7 @@ async fn start_process(
         },
         engine: config::Engine::default(),
         nexus: config::Nexus::default(),
+        metrics: config::Metrics::default(),
         pools,
     };
     let file = dir.join("config.toml");

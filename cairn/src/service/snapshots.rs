@@ -10,7 +10,8 @@ use cairn_engine::snapshot::{SnapshotCall, clone_id};
 use cairn_engine::{ChildAddress, VolumeReport};
 use tonic::Status;
 
-use super::{BLOCK, Service, check_name, id_or_new, replica_uri};
+use super::uri::replica_uri;
+use super::{BLOCK, Service, check_name, id_or_new};
 use crate::state::SavedVolume;
 
 /// Bytes of a snapshot's name.
