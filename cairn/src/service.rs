@@ -8,7 +8,7 @@ mod messages;
 mod replace;
 mod restore;
 mod snapshots;
-pub(crate) mod spares;
+mod spares;
 mod uri;
 
 use std::net::SocketAddr;
@@ -156,11 +156,6 @@ impl Service {
             let _delivered = tx.send(result);
         })));
         rx.await.unwrap_or(Err(EngineError::Stopped)).map_err(|e| status_of(&e))
-    }
-
-    /// What is known of rebuilds.
-    pub(crate) fn rebuilds(&self) -> &Rebuilds {
-        &self.rebuilds
     }
 
     /// The process serves its metrics there.
