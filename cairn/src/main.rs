@@ -10,6 +10,7 @@ mod fsck;
 mod holder;
 mod inspect;
 mod keys;
+mod metrics;
 mod nvme;
 mod output;
 mod pattern;

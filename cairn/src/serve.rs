@@ -185,6 +185,9 @@ async fn serve(
         .with_context(|| format!("cannot serve the API on {}", socket.display()))?;
     restrict(&socket)?;
     tracing::info!(socket = %socket.display(), "serving the API");
+    if let Some(wanted) = config.metrics.listen {
+        crate::metrics::run(Arc::clone(&service), wanted).await?;
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = async move {

@@ -32,6 +32,7 @@ use self::restore::Restores;
 use self::uri::parse_replica_uri;
 pub(crate) use self::uri::resolve;
 use crate::config::{self, Config, Io, Paths};
+use crate::metrics::Told;
 use crate::pools;
 use crate::rebuilds::Rebuilds;
 use crate::scrub::Scrubs;
@@ -166,6 +167,17 @@ impl Service {
     /// What is known of scrubs.
     pub(crate) fn scrubs(&self) -> &Scrubs {
         &self.scrubs
+    }
+
+    /// What metrics tell of.
+    pub(crate) async fn told(&self) -> Result<Told> {
+        let said = |status: Status| anyhow::anyhow!("{}", status.message());
+        let volumes = self.volume_reports().await.map_err(said)?;
+        let pools = self.ask(|reply| Command::ListPools { reply }).await.map_err(said)?;
+        Ok(Told {
+            volumes: volumes.into_iter().map(|v| self.volume_message(v)).collect(),
+            pools: pools.into_iter().map(Self::pool_message).collect(),
+        })
     }
 
     pub(crate) async fn volume_reports(&self) -> Result<Vec<VolumeReport>, Status> {
