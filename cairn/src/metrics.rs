@@ -82,9 +82,11 @@ const VOLUME_GAUGES: &[Field<v1::Volume>] = &[
     ("cairn_volume_replacing", "1 while a replica is replaced by another", |v| {
         u64::from(v.replacement.is_some())
     }),
-    ("cairn_volume_unreconciled_bytes", "What may differ since the nexus before this one died", |v| {
-        v.unreconciled_mib << 20
-    }),
+    (
+        "cairn_volume_unreconciled_bytes",
+        "What may differ since the nexus before this one died",
+        |v| v.unreconciled_mib << 20,
+    ),
     ("cairn_volume_scrub_running", "1 while it is scrubbed", |v| {
         u64::from(v.scrub.as_ref().is_some_and(|s| s.state == "running"))
     }),
@@ -139,7 +141,14 @@ fn data(volume: &v1::Volume) -> impl Iterator<Item = &v1::Child> {
 const VOLUME_STATES: [&str; 6] =
     ["assembling", "online", "degraded", "suspended", "fenced", "refused"];
 const REPLICA_STATES: [&str; 8] = [
-    "online", "disconnected", "joining", "failing", "out-of-sync", "rebuilding", "witness", "idle",
+    "online",
+    "disconnected",
+    "joining",
+    "failing",
+    "out-of-sync",
+    "rebuilding",
+    "witness",
+    "idle",
 ];
 const POOL_STATES: [&str; 3] = ["online", "degraded", "failed"];
 
@@ -181,7 +190,12 @@ impl Told {
         };
         let requests = by("op", &|v| {
             let c = v.counters.unwrap_or_default();
-            vec![("read", c.reads), ("write", c.writes), ("flush", c.flushes), ("discard", c.discards)]
+            vec![
+                ("read", c.reads),
+                ("write", c.writes),
+                ("flush", c.flushes),
+                ("discard", c.discards),
+            ]
         });
         counter(to, "cairn_volume_requests", "Requests answered", requests)?;
         let bytes = by("op", &|v| {
@@ -223,9 +237,9 @@ impl Told {
 
     fn children(&self) -> impl Iterator<Item = (Labels<'static>, &v1::Child)> {
         self.volumes.iter().flat_map(|v| {
-            v.children.iter().map(|c| {
-                (vec![("volume", v.name.clone()), ("replica", c.replica_id.clone())], c)
-            })
+            v.children
+                .iter()
+                .map(|c| (vec![("volume", v.name.clone()), ("replica", c.replica_id.clone())], c))
         })
     }
 
@@ -259,7 +273,12 @@ fn one_of<'a>(of: Labels<'a>, states: &[&str], is: &str) -> Values<'a> {
     states.iter().map(value).collect()
 }
 
-fn gauge(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, values: Values<'_>) -> fmt::Result {
+fn gauge(
+    to: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    values: Values<'_>,
+) -> fmt::Result {
     let family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
     each(family, values, |value, metric| ConstGauge::new(value).encode(metric))
 }
@@ -340,7 +359,9 @@ async fn answer<T>(
     Ok(match told.await.and_then(text) {
         Ok(text) => {
             let mut response = plain(StatusCode::OK, text);
-            response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(FORM));
+            response
+                .headers_mut()
+                .insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(FORM));
             response
         }
         Err(error) => {

@@ -143,8 +143,7 @@ impl Rebuilds {
             took_ms: r.took_ms,
             bytes: r.bytes,
         });
-        let totals =
-            v1::RebuildTotals { done: of.done, given_up: of.given_up, bytes: of.bytes };
+        let totals = v1::RebuildTotals { done: of.done, given_up: of.given_up, bytes: of.bytes };
         (records.collect(), totals)
     }
 }

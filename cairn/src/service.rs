@@ -118,7 +118,10 @@ impl Service {
         }
         let purpose = match &volume.forced {
             Some(forced) => Purpose::ForceStart {
-                source: forced.replica.parse().map_err(|_| "the replica that it is started from")?,
+                source: forced
+                    .replica
+                    .parse()
+                    .map_err(|_| "the replica that it is started from")?,
                 random: forced.random,
             },
             None if volume.created => Purpose::Assemble,
@@ -189,11 +192,7 @@ impl Service {
         self.await_serving_for(name, CREATE_TIMEOUT).await
     }
 
-    async fn await_serving_for(
-        &self,
-        name: &str,
-        limit: Duration,
-    ) -> Result<VolumeReport, Status> {
+    async fn await_serving_for(&self, name: &str, limit: Duration) -> Result<VolumeReport, Status> {
         let until = Instant::now() + limit;
         loop {
             let report = self.volume_reports().await?.into_iter().find(|v| v.name == name);

@@ -77,7 +77,8 @@ impl Service {
         lose_writes: bool,
     ) -> Result<(), Status> {
         let name = &report.name;
-        if report.serving && report.state != "suspended" {
+        let has_data = report.children.iter().any(|c| c.in_sync && c.connected);
+        if report.serving && report.state != "suspended" && has_data {
             return Err(Status::failed_precondition(format!(
                 "volume `{name}` is {} and serves: there is nothing to force",
                 report.state
@@ -91,7 +92,11 @@ impl Service {
                 child.reason
             )));
         }
-        if lose_writes { Ok(()) } else { Err(Status::failed_precondition(what_is_known(report, source))) }
+        if lose_writes {
+            Ok(())
+        } else {
+            Err(Status::failed_precondition(what_is_known(report, source)))
+        }
     }
 
     /// Has the engine serve the volume as it is remembered now.
@@ -170,6 +175,8 @@ fn what_is_known(report: &VolumeReport, source: ReplicaId) -> String {
         let chosen = if child.replica == source { ", THE CHOSEN ONE," } else { "" };
         text.push_str(&format!("replica {}{chosen} {holds}, and {reach}\n", child.replica));
     }
-    text.push_str(&child_reasons(report).trim_start_matches("; ").replace("; replica", "\nreplica"));
+    text.push_str(
+        &child_reasons(report).trim_start_matches("; ").replace("; replica", "\nreplica"),
+    );
     format!("{}\n\n{}", text.trim_end(), warning(&report.name, source))
 }

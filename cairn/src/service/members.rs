@@ -208,8 +208,7 @@ impl Service {
         let mut asked = Ok(Ok(()));
         if there {
             let wanted = name.to_owned();
-            let asking =
-                self.ask(|reply| Command::RemoveReplica { name: wanted, replica, reply });
+            let asking = self.ask(|reply| Command::RemoveReplica { name: wanted, replica, reply });
             asked = tokio::time::timeout(CHANGE_TIMEOUT, asking).await;
         }
         self.forget_strangers(name).await;
@@ -224,8 +223,7 @@ impl Service {
         if !report.serving {
             return;
         }
-        let stranger =
-            |uri: &String| id_of(uri).is_none_or(|id| child_of(&report, id).is_none());
+        let stranger = |uri: &String| id_of(uri).is_none_or(|id| child_of(&report, id).is_none());
         let Ok(saved) = self.saved(name) else { return };
         if !saved.replicas.iter().chain(&saved.witnesses).any(stranger) {
             return;

@@ -75,7 +75,9 @@ impl Service {
             // Said again: it goes on, or goes on faster.
             Some(running) if same(running) => {
                 if now && !running.now {
-                    self.change_one(&name, |v| v.replacement.iter_mut().for_each(|r| r.now = true))?;
+                    self.change_one(&name, |v| {
+                        v.replacement.iter_mut().for_each(|r| r.now = true)
+                    })?;
                 }
             }
             Some(running) => {
@@ -132,7 +134,8 @@ impl Service {
             Err(status) => {
                 let text = status.message().to_owned();
                 let mut problems = self.members.problems.lock();
-                let before = problems.insert(name.to_owned(), (text.clone(), Instant::now() + RETRY));
+                let before =
+                    problems.insert(name.to_owned(), (text.clone(), Instant::now() + RETRY));
                 if before.is_none_or(|(before, _)| before != text) {
                     tracing::warn!(volume = %name, "the replacement of a replica waits: {text}");
                 }

@@ -119,7 +119,8 @@ impl Saved {
         let before = self.gone.clone();
         for report in reports.iter().filter(|r| r.serving) {
             let id = report.id.to_string();
-            let there = |g: &Gone| report.children.iter().any(|c| c.replica.to_string() == g.replica);
+            let there =
+                |g: &Gone| report.children.iter().any(|c| c.replica.to_string() == g.replica);
             self.gone.retain(|g| g.volume != id || there(g));
             for child in report.children.iter().filter(|c| !c.witness && c.state != "idle") {
                 let replica = child.replica.to_string();
@@ -188,7 +189,9 @@ impl Service {
             if saved.iter().filter_map(|v| v.replacement.as_ref()).any(by_itself) {
                 return;
             }
-            let Some(report) = reports.iter().find(|r| r.id.to_string() == volume) else { continue };
+            let Some(report) = reports.iter().find(|r| r.id.to_string() == volume) else {
+                continue;
+            };
             let Some(of) = saved.iter().find(|v| v.id == volume) else { continue };
             let busy = of.replacement.is_some() || of.forced.is_some() || of.restoring.is_some();
             if busy || report.state != "degraded" {

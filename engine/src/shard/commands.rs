@@ -12,8 +12,8 @@ use super::pools::Waiter;
 use super::volumes::{Route, Volume};
 use super::{Shard, Subject, token};
 use crate::control::{
-    ChildAddress, ChildReport, Command, EngineError, HostReport, PoolReport, RebuildEnded, RebuildStatus,
-    ReplicaReport, Reply, ScrubAction, VolumeReport,
+    ChildAddress, ChildReport, Command, EngineError, HostReport, PoolReport, RebuildEnded,
+    RebuildStatus, ReplicaReport, Reply, ScrubAction, VolumeReport,
 };
 
 impl<D: Driver> Shard<D> {
