@@ -169,7 +169,7 @@ impl Told {
         };
         let states = self.volumes.iter().flat_map(|v| {
             let of = vec![("volume", v.name.clone())];
-            one_of(of, &VOLUME_STATES, &v.state)
+            one_of(&of, &VOLUME_STATES, &v.state)
         });
         gauge(to, "cairn_volume_state", "1 for the state that it is in", states.collect())?;
         for (name, help, value) in VOLUME_GAUGES {
@@ -227,7 +227,7 @@ impl Told {
             all.collect()
         };
         let states =
-            self.children().flat_map(|(labels, c)| one_of(labels, &REPLICA_STATES, &c.state));
+            self.children().flat_map(|(labels, c)| one_of(&labels, &REPLICA_STATES, &c.state));
         gauge(to, "cairn_volume_replica_state", "1 for the state that it is in", states.collect())?;
         let in_sync = each(&|c| u64::from(c.in_sync));
         gauge(to, "cairn_volume_replica_in_sync", "1 where it holds every acked write", in_sync)?;
@@ -250,7 +250,7 @@ impl Told {
         let states = self.pools.iter().flat_map(|p| {
             // Why it failed follows the word.
             let word = p.state.split(':').next().unwrap_or_default();
-            one_of(vec![("pool", p.name.clone())], &POOL_STATES, word)
+            one_of(&vec![("pool", p.name.clone())], &POOL_STATES, word)
         });
         gauge(to, "cairn_pool_state", "1 for the state that it is in", states.collect())?;
         for (name, help, value) in POOL_GAUGES {
@@ -264,7 +264,7 @@ impl Told {
 }
 
 /// A value for each state that there is: 1 for the one that it is in.
-fn one_of<'a>(of: Labels<'a>, states: &[&str], is: &str) -> Values<'a> {
+fn one_of<'a>(of: &Labels<'a>, states: &[&str], is: &str) -> Values<'a> {
     let value = |state: &&str| {
         let mut labels = of.clone();
         labels.push(("state", (*state).to_owned()));

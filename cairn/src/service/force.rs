@@ -3,7 +3,7 @@
 //! What is to be done is stored first. A process that dies meanwhile does it again at its next start; as long
 //! as it is not known to be done nothing else is a member, so doing it twice gives up nothing more.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cairn_api::v1;
 use cairn_engine::VolumeReport;
@@ -56,9 +56,7 @@ impl Service {
         match self.await_serving_for(&name, FORCE_TIMEOUT).await {
             Ok(_) => self.force_is_done(&name).await?,
             Err(status) => {
-                // What it may have stored counts: then the volume has been started by force after all.
-                self.change_one(&name, |volume| volume.forced = None)?;
-                self.serve_again(&name).await?;
+                self.give_force_up(&name).await?;
                 return Err(Status::failed_precondition(format!(
                     "not started by force: {}. The volume waits for its replicas as before",
                     status.message()
@@ -97,6 +95,13 @@ impl Service {
         } else {
             Err(Status::failed_precondition(what_is_known(report, source)))
         }
+    }
+
+    /// The volume waits for its replicas as before. What was stored counts: then it has been started by force
+    /// after all, and comes up so.
+    async fn give_force_up(&self, name: &str) -> Result<(), Status> {
+        self.change_one(name, |volume| volume.forced = None)?;
+        self.serve_again(name).await
     }
 
     /// Has the engine serve the volume as it is remembered now.
@@ -141,9 +146,20 @@ impl Service {
     /// Takes up what a call or a process before this one has begun. The caller has the volume's turn.
     pub(super) async fn go_on_with_force(&self, name: &str) {
         let Ok(report) = self.report(name).await else { return };
+        let since =
+            *self.members.forcing.lock().entry(name.to_owned()).or_insert_with(Instant::now);
         let result = match report {
-            Some(report) if report.serving => self.force_is_done(name).await,
-            Some(_) => return,
+            Some(report) if report.serving => {
+                self.members.forcing.lock().remove(name);
+                self.force_is_done(name).await
+            }
+            Some(_) if since.elapsed() < FORCE_TIMEOUT => return,
+            Some(report) => {
+                self.members.forcing.lock().remove(name);
+                let why = &report.detail;
+                tracing::warn!(volume = %name, "not started by force: {why}; it waits as before");
+                self.give_force_up(name).await
+            }
             None => self.serve_again(name).await,
         };
         if let Err(error) = result {

@@ -31,6 +31,8 @@ pub(crate) struct Members {
     turns: Mutex<HashMap<String, Arc<Turn<()>>>>,
     /// Why a volume's replacement does not go on, and when it is tried again.
     pub(super) problems: Mutex<HashMap<String, (String, Instant)>>,
+    /// Since when a volume that is to be started by force does not serve.
+    pub(super) forcing: Mutex<HashMap<String, Instant>>,
     pub(super) spares: super::spares::Spares,
     wake: Notify,
 }
@@ -40,6 +42,7 @@ impl Members {
         Self {
             turns: Mutex::default(),
             problems: Mutex::default(),
+            forcing: Mutex::default(),
             spares: super::spares::Spares::new(&config.state_dir, &config.nexus),
             wake: Notify::new(),
         }
@@ -270,4 +273,52 @@ fn still_storing(name: &str) -> Status {
         "the change of the members of volume `{name}` is not stored by a majority yet; it goes on, or is \
          given up, by itself: see `cairn volume status {name}`"
     ))
+}
+
+/// Volumes as the engine tells of them.
+#[cfg(test)]
+pub(super) mod samples {
+    use cairn_engine::block::{BlockSize, VolumeId};
+    use cairn_engine::nexus::MendCounters;
+    use cairn_engine::{ChildAddress, ExportCounters};
+
+    use super::*;
+
+    pub(in super::super) fn child(id: u128, state: &str, in_sync: bool) -> ChildReport {
+        ChildReport {
+            number: 0,
+            replica: ReplicaId(id),
+            witness: false,
+            address: ChildAddress::Local { pool: "p".to_owned() },
+            state: state.to_owned(),
+            reason: String::new(),
+            in_sync,
+            connected: in_sync,
+            load: 0,
+        }
+    }
+
+    pub(in super::super) fn report(id: u128, name: &str, children: &[ChildReport]) -> VolumeReport {
+        VolumeReport {
+            id: VolumeId(id),
+            name: name.to_owned(),
+            nqn: String::new(),
+            blocks: 1,
+            state: "degraded".to_owned(),
+            detail: String::new(),
+            serving: true,
+            epoch: 1,
+            children: children.to_vec(),
+            hosts: Vec::new(),
+            counters: ExportCounters::default(),
+            in_flight: 0,
+            block_size: BlockSize::B4096,
+            encryption: None,
+            mends: MendCounters::default(),
+            scrub: None,
+            rebuild: None,
+            rebuilt: Vec::new(),
+            unreconciled: (0, 0),
+        }
+    }
 }

@@ -183,3 +183,43 @@ impl Service {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::members::samples::{child, report};
+    use super::*;
+
+    fn replacement(uri: &str, now: bool) -> SavedReplacement {
+        SavedReplacement {
+            old: ReplicaId(1).to_string(),
+            new: ReplicaId(2).to_string(),
+            uri: uri.to_owned(),
+            now,
+            spare: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_replacement_goes_on_from_what_the_members_are() {
+        let old = child(1, "out-of-sync", false);
+        let step = |r: &SavedReplacement, children: &[ChildReport]| {
+            next_step(r, &report(7, "db", children))
+        };
+        let (patient, now) = (replacement("local:p/x", false), replacement("local:p/x", true));
+        assert_eq!(step(&replacement("", false), std::slice::from_ref(&old)), Step::Make);
+        assert_eq!(step(&patient, std::slice::from_ref(&old)), Step::Add);
+        // It is known and no member: an earlier attempt was given up.
+        assert_eq!(step(&patient, &[old.clone(), child(2, "idle", false)]), Step::Add);
+        let behind = [old.clone(), child(2, "rebuilding", false)];
+        assert_eq!(step(&patient, &behind), Step::Wait);
+        assert_eq!(step(&now, &behind), Step::Remove);
+        assert_eq!(step(&patient, &[old, child(2, "online", true)]), Step::Remove);
+        assert_eq!(step(&patient, &[child(2, "online", true)]), Step::Done);
+
+        let mut witness = child(2, "joining", false);
+        witness.witness = true;
+        assert_eq!(step(&patient, &[child(1, "witness", false), witness.clone()]), Step::Wait);
+        witness.state = "witness".to_owned();
+        assert_eq!(step(&patient, &[child(1, "witness", false), witness]), Step::Remove);
+    }
+}

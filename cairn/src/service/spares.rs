@@ -369,3 +369,85 @@ async fn within<T>(work: impl Future<Output = Result<T, Status>>) -> Result<T, S
     let late = |_| Status::deadline_exceeded("the process of the spare pool does not answer");
     tokio::time::timeout(PEER_TIMEOUT, work).await.map_err(late)?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::members::samples::{child, report};
+    use super::*;
+
+    /// A folder of its own.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("cairn-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _removed = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn spares(folder: &Folder) -> Spares {
+        let replace_after = config::Interval(60);
+        Spares::new(&folder.0, &config::Nexus { replace_after, ..config::Nexus::default() })
+    }
+
+    #[test]
+    fn what_is_gone_for_long_is_due_once_and_what_comes_back_is_not() {
+        let folder = Folder::new("spares");
+        let well = child(1, "online", true);
+        let gone = child(2, "out-of-sync", false);
+        let mut back = gone.clone();
+        back.connected = true;
+        let with = |other: &_| [report(9, "db", &[well.clone(), Clone::clone(other)])];
+        let due = vec![(cairn_engine::block::VolumeId(9).to_string(), gone.replica.to_string())];
+        let mut now = Instant::now();
+        let mut look = |spares: &Spares, reports: &[VolumeReport], steps: u32| {
+            let mut last = Vec::new();
+            for _ in 0..steps {
+                now += Duration::from_millis(1_500);
+                last = spares.look(reports, now);
+            }
+            last
+        };
+
+        let first = spares(&folder);
+        // The first look only begins to count.
+        assert_eq!(look(&first, &with(&gone), 1 + 39), []);
+        // It was reached for a moment: it is counted anew.
+        assert_eq!(look(&first, &with(&back), 1), []);
+        assert_eq!(look(&first, &with(&gone), 30), []);
+
+        // A restart forgets ten seconds at most, and its own absence does not count.
+        let second = spares(&folder);
+        assert_eq!(look(&second, &with(&gone), 10), []);
+        assert_eq!(look(&second, &with(&gone), 7), due);
+        // Not while the volume does not serve, nor for a long pause of the machine alone.
+        let mut down = with(&gone);
+        down[0].serving = false;
+        assert_eq!(look(&second, &down, 1), due, "it is still known, and not acted on");
+
+        // Somebody decided otherwise: not before it has been in sync.
+        second.leave_alone(&gone.replica.to_string());
+        assert_eq!(look(&second, &with(&gone), 50), []);
+        let third = spares(&folder);
+        assert_eq!(look(&third, &with(&gone), 50), []);
+        assert_eq!(look(&third, &with(&back), 50), []);
+        let mut whole = gone.clone();
+        (whole.in_sync, whole.connected) = (true, true);
+        assert_eq!(look(&third, &with(&whole), 1), []);
+        assert_eq!(look(&third, &with(&gone), 42), due);
+
+        // A witness, and what is no member.
+        let mut witness = gone.clone();
+        witness.witness = true;
+        let fourth = spares(&Folder::new("spares-of-witnesses"));
+        assert_eq!(look(&fourth, &with(&witness), 50), []);
+        assert_eq!(look(&fourth, &with(&child(3, "idle", false)), 50), []);
+    }
+}
