@@ -549,6 +549,9 @@ impl Cairn for Service {
                 request.name
             )));
         }
+        let uris = request.replicas.iter().chain(&request.witnesses);
+        let replicas: Vec<_> = uris.filter_map(|uri| members::id_of(uri)).collect();
+        self.not_of_another(&request.name, &replicas).await?;
         let encryption = keys::for_new(request.encryption).await?;
         let saved = SavedVolume {
             id: VolumeId(id_or_new(&request.id)?).to_string(),

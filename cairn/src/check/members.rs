@@ -183,7 +183,7 @@ async fn spare(cluster: &mut Cluster, folder: &Path, victim: usize, seed: u64) -
     let foreign = cluster.replicas.first().context("a replica")?.uri.clone();
     let request = v1::AddReplicaRequest { name: PAIR.to_owned(), uri: foreign, witness: false };
     let refused = cluster.client.add_replica(request).await.err().context("it was added")?;
-    ensure!(refused.message().contains("belongs to volume"), "{}", refused.message());
+    ensure!(refused.message().contains("is named for volume `demo`"), "{}", refused.message());
     ensure!(remembered(folder)?.len() == 3, "{:?} are remembered", remembered(folder)?);
     write(cluster, 0, seed).await?;
     cluster.kill(victim)?;

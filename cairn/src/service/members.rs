@@ -155,6 +155,7 @@ impl Service {
                 replica_uri(id, &child.address)
             )));
         }
+        self.not_of_another(name, &[id]).await?;
         // As it is compared and shown: a name is resolved now.
         let uri = replica_uri(id, &address);
         self.change_one(name, |volume| {
@@ -170,6 +171,26 @@ impl Service {
         let asked = tokio::time::timeout(CHANGE_TIMEOUT, asked).await;
         self.forget_strangers(name).await;
         asked.unwrap_or_else(|_| Err(still_storing(name)))
+    }
+
+    /// Refuses replicas of other volumes that are served here: a nexus that asks them takes them from those
+    /// before it learns whose they are.
+    pub(super) async fn not_of_another(
+        &self,
+        name: &str,
+        replicas: &[ReplicaId],
+    ) -> Result<(), Status> {
+        for other in self.volume_reports().await?.iter().filter(|v| v.name != name) {
+            let taken = other.children.iter().find(|c| replicas.contains(&c.replica));
+            if let Some(child) = taken {
+                return Err(Status::failed_precondition(format!(
+                    "replica {} is named for volume `{}`, which is served here; make an empty one for \
+                     volume `{name}`",
+                    child.replica, other.name
+                )));
+            }
+        }
+        Ok(())
     }
 
     pub(super) async fn remove_member(
