@@ -58,6 +58,24 @@ fn next_step(replacement: &SavedReplacement, report: &VolumeReport) -> Step {
     }
 }
 
+/// Why the new one does not get its data now, where that is known.
+fn why_not_rebuilt(
+    replacement: &SavedReplacement,
+    step: Step,
+    report: &VolumeReport,
+) -> Option<String> {
+    if step != Step::Wait || report.rebuild.is_some() {
+        return None;
+    }
+    let of = |r: &&cairn_engine::RebuildEnded| r.replica.to_string() == replacement.new;
+    let failed = report.rebuilt.iter().rfind(of).filter(|r| !r.failed.is_empty())?;
+    Some(format!(
+        "its rebuild was given up and is tried again later: {}; to give the replacement up: cairn volume \
+         remove-replica {} {}",
+        failed.failed, report.name, replacement.new
+    ))
+}
+
 impl Service {
     pub(super) async fn replace(
         &self,
@@ -172,14 +190,16 @@ impl Service {
     /// What the API tells of a volume's replacement.
     pub(super) fn replacement_message(&self, report: &VolumeReport) -> Option<v1::Replacement> {
         let replacement = self.saved(&report.name).ok()?.replacement?;
-        let problem = self.members.problems.lock().get(&report.name).cloned();
+        let problem = self.members.problems.lock().get(&report.name).map(|(text, _)| text.clone());
+        let step = next_step(&replacement, report);
+        let problem = problem.or_else(|| why_not_rebuilt(&replacement, step, report));
         Some(v1::Replacement {
-            stage: next_step(&replacement, report).word().to_owned(),
+            stage: step.word().to_owned(),
             old_replica_id: replacement.old,
             new_replica_id: replacement.new,
             uri: replacement.uri,
             spare: replacement.spare,
-            problem: problem.map_or_else(String::new, |(text, _)| text),
+            problem: problem.unwrap_or_default(),
         })
     }
 }
@@ -215,6 +235,21 @@ mod tests {
         assert_eq!(step(&now, &behind), Step::Remove);
         assert_eq!(step(&patient, &[old, child(2, "online", true)]), Step::Remove);
         assert_eq!(step(&patient, &[child(2, "online", true)]), Step::Done);
+
+        // Its pool is full.
+        let mut full = report(7, "db", &behind);
+        assert_eq!(why_not_rebuilt(&patient, Step::Wait, &full), None);
+        full.rebuilt.push(cairn_engine::RebuildEnded {
+            replica: ReplicaId(2),
+            why: String::new(),
+            failed: "a request failed: NoSpace".to_owned(),
+            took_ms: 1,
+            ago_ms: 1,
+            ended_ms: 1,
+            bytes: 0,
+        });
+        let why = why_not_rebuilt(&patient, Step::Wait, &full).unwrap();
+        assert!(why.contains("NoSpace") && why.contains("remove-replica db"), "{why}");
 
         let mut witness = child(2, "joining", false);
         witness.witness = true;

@@ -170,8 +170,9 @@ impl<D: Driver> Shard<D> {
         });
         if let Some((_, volume)) = user {
             reply.send(Err(EngineError::Busy(format!(
-                "replica {id} belongs to volume `{}`, which is served here; remove the volume first",
-                volume.spec.name
+                "replica {id} belongs to volume `{name}`, which is served here; make it no member first: cairn \
+                 volume remove-replica {name} {id}, or delete the volume",
+                name = volume.spec.name
             ))));
             return;
         }
