@@ -59,6 +59,8 @@ pub(super) struct Link {
     queues: [LinkQueue; 2],
     backoff_ms: u64,
     retry_at_ms: u64,
+    /// Since when the nexus uses the session.
+    ready_ms: Option<u64>,
     /// Requests for which the queue has no free slot.
     waiting: VecDeque<(Ticket, IoRequest)>,
     /// Pages of register commands in flight.
@@ -100,6 +102,7 @@ impl Link {
             queues: [LinkQueue::default(); 2],
             backoff_ms: BACKOFF_MIN_MS,
             retry_at_ms: now,
+            ready_ms: None,
             waiting: VecDeque::with_capacity(64),
             pages: Vec::new(),
             upkeep: Upkeep::default(),
@@ -312,6 +315,10 @@ impl<D: Driver> Shard<D> {
         let link = &mut self.links[at];
         link.stage = Stage::Idle;
         link.queues = [LinkQueue::default(); 2];
+        // One that comes up and is given up at once is not tried again and again: its pool is offline, say.
+        if link.ready_ms.take().is_some_and(|since| now >= since + BACKOFF_MAX_MS) {
+            link.backoff_ms = BACKOFF_MIN_MS;
+        }
         link.retry_at_ms = now + link.backoff_ms;
         link.backoff_ms = (link.backoff_ms * 2).min(BACKOFF_MAX_MS);
         if link.retired {
@@ -508,7 +515,7 @@ impl<D: Driver> Shard<D> {
             return;
         }
         link.stage = Stage::Ready;
-        link.backoff_ms = BACKOFF_MIN_MS;
+        link.ready_ms = Some(now);
         if !link.last_error.is_empty() {
             tracing::info!(replica = %link.replica, peer = %link.peer, "replica link up again");
             link.last_error.clear();
