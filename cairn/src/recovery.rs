@@ -107,7 +107,8 @@ async fn crash() -> Result<()> {
         cluster.start_nexus().await?;
         let serving = until(cluster, "serving", |v| v.serving).await?;
         let served = start.elapsed();
-        // The last one first: what is waited for is made alike before the rest.
+        // On another port now. The last one first: what is waited for is made alike before the rest.
+        let front = self::front(cluster, SPARSE).await?;
         let mut host = Host::connect(&front, &HostConfig::default())?;
         let buf = host.alloc(u32::try_from(BLOCK)?)?;
         let mut first = None;

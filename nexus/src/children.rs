@@ -103,9 +103,6 @@ pub(crate) struct Child {
     pub(crate) bound: bool,
     /// The question that binds it, where it is asked.
     pub(crate) rejoining: Option<u32>,
-    /// It is not rebuilt before this time, and how often it was not of late.
-    pub(crate) held_until_ms: u64,
-    pub(crate) setbacks: u32,
     /// How far its rebuild is, where the next configuration is to say so.
     pub(crate) cursor: Option<u32>,
     /// The life of its machine as the configuration had it that was found.
@@ -147,8 +144,6 @@ impl Child {
             joining_ms: None,
             bound: false,
             rejoining: None,
-            held_until_ms: 0,
-            setbacks: 0,
             cursor: None,
             found_life: 0,
             load: 0,

@@ -1,13 +1,13 @@
 //! Storing a configuration on a majority of the voters.
 
-use cairn_block::IoStatus;
 use cairn_block::mutants::{Mutant, on};
+use cairn_block::{IoOp, IoStatus, SnapshotVerb};
 
 use crate::children::ChildState;
 use crate::config::{Config, Member, Register};
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
-use crate::slots::ChildSet;
+use crate::slots::{ChildSet, Phase, Slot};
 use crate::types::{ChildId, ChildOp, ChildReply, Event};
 
 /// A configuration on its way to the voters.
@@ -80,6 +80,7 @@ impl Nexus {
             config: config.encode(),
             ..Register::default()
         };
+        self.proposed = self.proposed.or(target.without(self.in_sync));
         self.commit = Some(Commit {
             round: self.round,
             target,
@@ -105,6 +106,13 @@ impl Nexus {
     /// The members as the next configuration has them, where these are in sync. One that leaves may lack
     /// what is open when that is stored, and all that is settled from then on.
     fn members_with(&self, target: ChildSet) -> Vec<Member> {
+        // What was settled long ago is changed by going back to a snapshot, and has its old stamps.
+        let restores = |s: &Slot| {
+            s.request.op == IoOp::Snapshot(SnapshotVerb::Restore) && s.phase == Phase::Running
+        };
+        let restores = self.slots.iter().any(|(_, slot)| restores(slot));
+        // Until the members are alike it counts who lost power before: another nexus may have to do it.
+        let alike = self.assembly.is_none() && self.reconcile.is_none();
         self.wanted
             .voters
             .iter()
@@ -115,12 +123,13 @@ impl Nexus {
                 let (replica, witness) = (c.replica, c.witness);
                 let mut member = Member { replica, witness, in_sync, ..c.member };
                 if leaves && !on(Mutant::LeavingNotNoted) {
-                    (member.since, member.copied, member.copied_since) = (self.generation, 0, 0);
+                    let since = if restores { 0 } else { self.generation };
+                    (member.since, member.copied, member.copied_since) = (since, 0, 0);
                 }
                 if let Some(copied) = c.cursor {
                     (member.copied, member.copied_since) = (u64::from(copied), self.generation);
                 }
-                if c.incarnation != 0 {
+                if c.incarnation != 0 && (alike || c.found_life == 0) {
                     member.incarnation = c.incarnation;
                 }
                 member
@@ -197,6 +206,7 @@ impl Nexus {
         let gone = self.in_sync.or(self.joining).without(commit.target);
         let new = commit.target.without(self.in_sync);
         self.in_sync = commit.target;
+        self.proposed = ChildSet::EMPTY;
         for member in commit.members {
             if let Some(child) = self.children.iter_mut().find(|c| c.replica == member.replica) {
                 child.member = member;
@@ -210,7 +220,7 @@ impl Nexus {
                 let now_ms = self.now_ms;
                 self.child(child).state = ChildState::OutOfSync(reason);
                 let c = self.child(child);
-                c.held_until_ms = c.held_until_ms.max(c.trouble.note(now_ms));
+                c.trouble.note(now_ms);
                 self.push_event(Event::ChildOut(child, reason));
                 if self.mirror() == Some(child) {
                     self.abort_rebuild(reason);
@@ -231,5 +241,18 @@ impl Nexus {
             self.start_commit();
         }
         self.advance_voters();
+        self.store_lives();
+    }
+
+    /// Stores which life each machine is in, where that has changed and the members are alike.
+    pub(crate) fn store_lives(&mut self) {
+        let alike = self.assembly.is_none() && self.reconcile.is_none();
+        let other = |c: ChildId| {
+            let c = &self.children[usize::from(c.0)];
+            c.incarnation != 0 && c.incarnation != c.member.incarnation
+        };
+        if alike && self.commit.is_none() && self.in_sync.iter().any(other) {
+            self.start_commit();
+        }
     }
 }

@@ -12,6 +12,8 @@ use crate::upkeep::EXTENT_BLOCKS;
 
 /// Blocks of a piece, where there is memory for it: 256 KiB.
 const PIECE: u64 = 64;
+/// After an answer of no use a member is asked again after so long: its session may be closing.
+pub(crate) const ASK_AGAIN_MS: u64 = 10;
 /// Copies at once at most.
 const MAX_COPIES: u16 = 64;
 /// Keys of copies in the table of ranges begin here; below are slots.
@@ -38,6 +40,8 @@ struct Copy {
     outstanding: ChildSet,
     status: IoStatus,
     started_ms: u64,
+    /// Nobody is asked before then.
+    again_ms: u64,
 }
 
 /// The copies that are under way.
@@ -92,6 +96,7 @@ impl Nexus {
             outstanding: ChildSet::EMPTY,
             status: IoStatus::Ok,
             started_ms: now_ms,
+            again_ms: 0,
         };
         let free = self.copies.table.iter().position(Option::is_none);
         let at = free.unwrap_or_else(|| {
@@ -154,6 +159,7 @@ impl Nexus {
             }
             match c.step {
                 Step::Lock => return false,
+                Step::Ask if now_ms < c.again_ms => return false,
                 Step::Ask => {
                     let usable = self.in_sync.iter().filter(|&m| self.is_usable(m));
                     let best = usable.min_by_key(|m| self.children[usize::from(m.0)].load);
@@ -167,8 +173,12 @@ impl Nexus {
                         c.step = Step::Over;
                         self.heal_for_rebuild(c.range);
                     }
-                    // It is gone, or on its way out: another is asked.
-                    IoStatus::PathError | IoStatus::TimedOut => c.step = Step::Ask,
+                    // It is gone, or on its way out: another is asked. Not at once: until it is known to be
+                    // gone it would be asked again and again in one turn.
+                    IoStatus::PathError | IoStatus::TimedOut => {
+                        c.again_ms = now_ms + ASK_AGAIN_MS;
+                        c.step = Step::Ask;
+                    }
                     status => {
                         c.step = Step::Over;
                         self.abort_rebuild(FaultReason::Failed(status));

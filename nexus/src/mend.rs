@@ -351,7 +351,11 @@ impl Nexus {
 
     /// Whether every write of a mend from before `before` is over, as far as these children go.
     pub(crate) fn mends_drained(&self, before: u64, whom: ChildSet) -> bool {
-        let over = |m: &Mend| m.order >= before || m.outstanding.or(m.stale).and(whom).is_empty();
+        // What hangs since an earlier step is from before, whatever the mend has done since.
+        let over = |m: &Mend| {
+            let current = m.order >= before || m.outstanding.and(whom).is_empty();
+            current && m.stale.and(whom).is_empty()
+        };
         self.mends.table.iter().flatten().all(over)
     }
 

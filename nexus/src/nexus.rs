@@ -68,6 +68,9 @@ pub struct Nexus {
     pub(crate) copies: Copies,
     /// The target of a rebuild that is being taken back: no change is acked without it.
     pub(crate) joining: ChildSet,
+    /// Those that a configuration names as in sync which was given up for a later one, and may be stored all the
+    /// same for as long as that is not.
+    pub(crate) proposed: ChildSet,
     /// Counts changes.
     pub(crate) order: u64,
     /// The time when something happened last.
@@ -132,6 +135,7 @@ impl Nexus {
             rebuilt: Vec::new(),
             copies: Copies::default(),
             joining: ChildSet::EMPTY,
+            proposed: ChildSet::EMPTY,
             order: 0,
             now_ms: 0,
             lease: Lease::new(queue),
@@ -231,6 +235,7 @@ impl Nexus {
             mending: false,
             fault: IoStatus::PathError,
             refused: false,
+            unsure: false,
             started_ms: now_ms,
             order: u64::MAX,
         };
@@ -363,6 +368,8 @@ impl Nexus {
                     _ => {}
                 }
                 slot.refused |= status != IoStatus::PathError;
+                let unsure = [IoStatus::PathError, IoStatus::TimedOut, IoStatus::MediaError];
+                slot.unsure |= op.is_mutation() && unsure.contains(&status);
             }
         }
         // The plain case, first: everybody in sync has done it.
@@ -578,7 +585,10 @@ impl Nexus {
             self.note_change(now_ms);
         }
         // A flush too: a member that joins while it runs was never sent it.
-        self.slots.slot(at).order = self.take_order();
+        // One that is done again, since nobody was left, may have reached somebody before.
+        if self.slots.slot(at).order == u64::MAX {
+            self.slots.slot(at).order = self.take_order();
+        }
         for child in self.in_sync.iter() {
             if self.is_usable(child) {
                 self.emit(child, at, request);
@@ -726,6 +736,15 @@ impl Nexus {
             }
             return;
         }
+        let unsure = slot.unsure && !matches!(slot.request.op, IoOp::Snapshot(_));
+        if missing == in_sync && unsure && in_sync.len() > 1 {
+            // Nobody said that it was done, and some may have done it: they are made alike, and the host is
+            // told.
+            if outstanding.and(in_sync).is_empty() {
+                self.converge(at);
+            }
+            return;
+        }
         if missing == in_sync {
             // Nobody did it: the members are as alike as before, and the host is told.
             self.answer(at, fault);
@@ -758,8 +777,7 @@ impl Nexus {
             if on(Mutant::NoConvergence) {
                 return self.answer(at, IoStatus::NoSpace);
             }
-            self.begin_mend(Task::Converge(at));
-            return;
+            return self.converge(at);
         }
         for child in others.iter() {
             let connected = self.children[usize::from(child.0)].connected;
@@ -767,6 +785,14 @@ impl Nexus {
             let why = if connected { FaultReason::Failed(fault) } else { FaultReason::Unreachable };
             self.fail_child(child, why);
         }
+    }
+
+    /// Makes the members alike that may differ in what a request was to change.
+    fn converge(&mut self, at: u16) {
+        // The target of a rebuild has it perhaps, and is not to be taken back in the middle of this.
+        let range = self.slots.slot(at).request.range;
+        self.mirror_is_behind(range);
+        self.begin_mend(Task::Converge(at));
     }
 
     pub(crate) fn answer(&mut self, at: u16, status: IoStatus) {
@@ -872,7 +898,7 @@ impl Nexus {
     pub(crate) fn fail_child(&mut self, child: ChildId, reason: FaultReason) {
         let last = self.is_last(child);
         let holds_data = self.holds_data(child);
-        let proposed = self.commit.as_ref().is_some_and(|c| c.target.has(child));
+        let proposed = self.proposed.has(child);
         if self.mirror() == Some(child) && !self.in_sync.has(child) && !proposed {
             self.abort_rebuild(reason);
             return;
@@ -907,8 +933,11 @@ impl Nexus {
         match reply {
             Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
             Ok(held) if self.grows_first(child, held.blocks) => {}
+            // Also one that is on its way out, and whose new session is up before that is stored.
             Ok(held)
-                if !self.in_sync.has(child) && self.child(child).state != ChildState::Joining =>
+                if matches!(self.child(child).state, ChildState::Failing(_))
+                    || !self.in_sync.has(child)
+                        && self.child(child).state != ChildState::Joining =>
             {
                 let c = self.child(child);
                 c.incarnation = held.incarnation;
@@ -942,7 +971,13 @@ impl Nexus {
                 self.lease.renew_at_ms = 0;
                 self.renew_for_held(now_ms);
             }
-            Ok(_) => self.resume_commit(child),
+            Ok(held) => {
+                // It is on its way out of the in-sync set: once it is, it is rebuilt in this session.
+                let c = self.child(child);
+                c.incarnation = held.incarnation;
+                (c.bound, c.written, c.flushed) = (true, 0, 0);
+                self.resume_commit(child);
+            }
             // One that is no voter may have promised an epoch that came to nothing.
             Err(IoStatus::Fenced) if !self.voters.has(child) => self.voter_refused(child),
             Err(IoStatus::Fenced) => self.fence(),

@@ -53,8 +53,8 @@ pub(crate) struct Trouble {
 }
 
 impl Trouble {
-    /// It went out. Until when it is not to be taken back.
-    pub(crate) fn note(&mut self, now_ms: u64) -> u64 {
+    /// It went out.
+    pub(crate) fn note(&mut self, now_ms: u64) {
         if now_ms.saturating_sub(self.last_ms) >= FORGET_MS {
             self.times = 0;
         }
@@ -62,6 +62,10 @@ impl Trouble {
         self.times += 1;
         self.last_ms = now_ms;
         self.until_ms = now_ms + wait_ms.min(HOLD_OFF_MAX_MS);
+    }
+
+    /// Until when it is not to be taken back.
+    pub(crate) const fn until_ms(&self) -> u64 {
         self.until_ms
     }
 

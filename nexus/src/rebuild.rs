@@ -14,6 +14,7 @@ use cairn_block::{IoOp, IoStatus, LbaRange, Memory, ReplicaId};
 
 use crate::bits::Bits;
 use crate::children::{ChildState, FaultReason};
+use crate::copy::ASK_AGAIN_MS;
 use crate::nexus::Nexus;
 use crate::reconcile::span;
 use crate::slots::ChildSet;
@@ -24,6 +25,8 @@ use crate::upkeep::{Answered, Asked, EXTENT_BLOCKS, PAGE};
 const MAX_HISTORY: usize = 32;
 /// A rate is averaged over about so long.
 const RATE_MS: u64 = 2_000;
+/// Before an extent that could not be read is copied again.
+const HEAL_PAUSE_MS: u64 = 20;
 
 /// What a rebuild is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +103,9 @@ pub(crate) struct Rebuild {
     list_at: u32,
     source: ChildId,
     pages: [Option<Vec<u8>>; 2],
+    /// After an answer of no use nobody is asked before then: a source that fails at once would be asked for
+    /// ever in one turn.
+    again_ms: u64,
     needed: Bits,
     /// An extent of which pieces are still to be begun, and the next block.
     part: Option<(u32, u64)>,
@@ -167,7 +173,9 @@ impl Nexus {
     /// A child that is there and out of sync.
     fn rebuild_target(&self, now_ms: u64) -> Option<(ChildId, FaultReason)> {
         (0u8..).zip(&self.children).find_map(|(i, c)| match c.state {
-            ChildState::OutOfSync(why) if c.bound && c.connected && c.held_until_ms <= now_ms => {
+            ChildState::OutOfSync(why)
+                if c.bound && c.connected && c.trouble.until_ms() <= now_ms =>
+            {
                 Some((ChildId(i), why))
             }
             _ => None,
@@ -181,9 +189,9 @@ impl Nexus {
             return Some(paced);
         }
         let held = self.children.iter().filter(|c| {
-            matches!(c.state, ChildState::OutOfSync(_)) && c.bound && c.held_until_ms > now_ms
+            matches!(c.state, ChildState::OutOfSync(_)) && c.bound && c.trouble.until_ms() > now_ms
         });
-        held.map(|c| c.held_until_ms).min()
+        held.map(|c| c.trouble.until_ms()).min()
     }
 
     /// Moves the rebuild on. Returns whether anything changed.
@@ -210,7 +218,10 @@ impl Nexus {
             Stage::List => self.list(mem, now_ms),
             Stage::Copy => self.copy_more(mem, now_ms),
             Stage::JoinDrain(before) => {
-                let drained = self.drained(before, self.in_sync.with(child));
+                // The answer to a flush of an earlier rebuild, at a disk that hung, is not to be taken for this
+                // one's.
+                let drained = self.drained(before, self.in_sync.with(child))
+                    && !self.upkeep.waits_for(Asked::Join, child);
                 if drained {
                     self.set_stage(Stage::JoinFlush);
                     self.ask_flush(child, Asked::Join, now_ms);
@@ -251,6 +262,7 @@ impl Nexus {
             list_at: 0,
             source: child,
             pages: [None, None],
+            again_ms: 0,
             needed: Bits::with_len(extents),
             part: None,
             extents_total: 0,
@@ -286,13 +298,14 @@ impl Nexus {
         }
         if r.list_at >= extents {
             if on(Mutant::RebuildSkipsLast) {
-                (0..extents).rev().find(|at| r.needed.has(*at)).map(|at| r.needed.remove(at));
+                let last = (0..extents).rev().find(|at| r.needed.has(*at));
+                r.needed.remove(last.unwrap_or(extents));
             }
             r.extents_total = r.needed.len() as u64;
             r.stage = Stage::Copy;
             return true;
         }
-        let Some(source) = source else { return false };
+        let Some(source) = source.filter(|_| now_ms >= r.again_ms) else { return false };
         r.source = source;
         let (child, first) = (r.child, r.list_at);
         let [has_source, has_target] = [r.pages[0].is_some(), r.pages[1].is_some()];
@@ -311,7 +324,7 @@ impl Nexus {
 
     /// A side has told of its extents.
     pub(crate) fn list_answered<M: Memory>(&mut self, answer: &Answered, mem: &mut M) {
-        let extents = self.extents();
+        let (extents, now_ms) = (self.extents(), self.now_ms);
         let Some(r) = self.rebuild.as_mut() else { return };
         if r.stage != Stage::List {
             return;
@@ -323,8 +336,8 @@ impl Nexus {
                 let bytes = mem.bytes(buf.slice().sub(0, count)).to_vec();
                 r.pages[usize::from(is_target)] = Some(bytes);
             }
-            // Another source is asked.
-            (IoStatus::PathError, _) if !is_target => {}
+            // Another source is asked, or this one once more: not at once, in case it is closing.
+            (IoStatus::PathError, _) if !is_target => r.again_ms = now_ms + ASK_AGAIN_MS,
             (status, _) => self.abort_rebuild(FaultReason::Failed(status)),
         }
     }
@@ -355,7 +368,7 @@ impl Nexus {
         loop {
             let running = self.copies.len();
             let Some(r) = self.rebuild.as_mut() else { return moved };
-            if r.healing {
+            if r.healing || now_ms < r.again_ms {
                 return moved;
             }
             let next = r.part.or_else(|| {
@@ -411,6 +424,7 @@ impl Nexus {
 
     /// What was copied in this range is copied again: the members were changed there without the target.
     pub(crate) fn mirror_is_behind(&mut self, range: LbaRange) {
+        self.settle_is_behind(span(range).0);
         let Some(r) = self.rebuild.as_mut() else { return };
         match r.stage {
             Stage::Drain(_) => {}
@@ -432,9 +446,10 @@ impl Nexus {
         if self.rebuild.is_none() {
             return;
         }
-        let begun = self.begin_heal(range);
+        let (begun, now_ms) = (self.begin_heal(range), self.now_ms);
         let Some(r) = self.rebuild.as_mut() else { return };
         r.healing = begun;
+        r.again_ms = now_ms + HEAL_PAUSE_MS;
         let (first, end) = span(range);
         for extent in first..end {
             r.needed.insert(extent);
@@ -501,10 +516,10 @@ impl Nexus {
     /// Gives the rebuild up. Nothing depends on its target, unless the configuration with it is on its way.
     pub(crate) fn abort_rebuild(&mut self, why: FaultReason) {
         let Some(child) = self.mirror() else { return };
-        let until = self.hold_off(child);
+        let now_ms = self.now_ms;
         let c = self.child(child);
         c.state = ChildState::OutOfSync(why);
-        c.held_until_ms = until;
+        c.trouble.note(now_ms);
         self.joining = ChildSet::EMPTY;
         self.push_event(Event::RebuildAborted(child, why));
         self.end_rebuild(RebuildEnd::Aborted(why));
@@ -545,6 +560,8 @@ impl Nexus {
             if self.in_sync.has(child) {
                 continue;
             }
+            // Nor is it stored how far a rebuild was before.
+            forgets |= self.child(child).cursor.take().is_some();
             let member = &mut self.child(child).member;
             forgets |= member.since != 0 || member.copied != 0;
             (member.since, member.copied, member.copied_since) = (0, 0, 0);
@@ -564,14 +581,4 @@ fn is_needed(source: u8, target: u8) -> bool {
     let since = if on(Mutant::RebuildIgnoresStamps) { 0 } else { change::SINCE };
     let changed = (source | target) & open != 0 || source & since != 0;
     here != there || here && changed
-}
-
-impl Nexus {
-    /// Until when a child that failed again is left alone.
-    fn hold_off(&mut self, child: ChildId) -> u64 {
-        let now = self.now_ms;
-        let c = self.child(child);
-        c.setbacks += 1;
-        now + (500 << c.setbacks.min(10)).min(300_000)
-    }
 }

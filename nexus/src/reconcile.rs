@@ -230,6 +230,7 @@ impl Nexus {
                 let waiting = core::mem::take(&mut r.waiting);
                 self.reconcile = None;
                 self.push_event(Event::Reconciled);
+                self.store_lives();
                 self.go_on(waiting, now_ms);
                 return true;
             }

@@ -104,7 +104,9 @@ impl Nexus {
         {
             self.settle.target = None;
         }
-        if self.upkeep.waits(Asked::Settle) {
+        // One that is out and hangs is not waited for.
+        let whom = self.taking_part();
+        if whom.iter().any(|child| self.upkeep.waits_for(Asked::Settle, child)) {
             return false;
         }
         match self.settle.stage {
@@ -115,7 +117,6 @@ impl Nexus {
                 true
             }
             Stage::Drain => {
-                let whom = self.taking_part();
                 if !self.drained(self.settle.before, whom) && !on(Mutant::SettleWithoutDrain) {
                     return false;
                 }
@@ -188,6 +189,11 @@ impl Nexus {
             self.ask_upkeep(target, Asked::Settle, op, now_ms);
         }
         true
+    }
+
+    /// The target of a rebuild lacks something from this extent on that it had when the round began.
+    pub(crate) fn settle_is_behind(&mut self, extent: u32) {
+        self.settle.target.take_if(|&mut (_, copied)| extent < copied);
     }
 
     fn give_up_round(&mut self, now_ms: u64) -> bool {

@@ -95,6 +95,8 @@ pub(crate) struct Slot {
     pub(crate) fault: cairn_block::IoStatus,
     /// A child answered, and refused: not only its session was lost.
     pub(crate) refused: bool,
+    /// A child may have done it, or a part of it, and has not said so.
+    pub(crate) unsure: bool,
     pub(crate) started_ms: u64,
     /// Its place among all changes, from the time when children were asked.
     pub(crate) order: u64,

@@ -397,8 +397,16 @@ fn a_failure_of_all_is_the_hosts_to_know_and_nobody_is_dropped() {
     b.write(1, 0, 8);
     b.answer(0, IoStatus::MediaError);
     b.answer(1, IoStatus::MediaError);
+    assert_eq!(b.status_of(1), None, "a part may be done, and they are made alike first");
+    while let Some(child) = b.io.front().map(|io| io.child.0) {
+        b.answer(child, IoStatus::Ok);
+    }
     assert_eq!(b.status_of(1), Some(IoStatus::MediaError));
     assert_eq!(*b.nexus.state(), VolumeState::Online);
+    b.write(2, 0, 8);
+    b.answer(0, IoStatus::InvalidField);
+    b.answer(1, IoStatus::InvalidField);
+    assert_eq!(b.status_of(2), Some(IoStatus::InvalidField));
 }
 
 #[test]

@@ -281,6 +281,9 @@ impl Nexus {
             self.push_event(Event::VoterAdded(child));
         }
         for child in removed.iter() {
+            if self.mirror() == Some(child) {
+                self.abort_rebuild(FaultReason::NotMember);
+            }
             self.child(child).state = ChildState::Removed;
             self.push_event(Event::VoterRemoved(child));
         }

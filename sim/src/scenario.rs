@@ -415,13 +415,16 @@ impl Run {
         loop {
             let now = self.cluster.world().now_ns();
             let state = self.cluster.volumes().expect("the nexus runs");
-            if state.iter().all(|v| v.serving && v.children.iter().all(|c| c.in_sync)) {
+            let all = state.iter().all(|v| v.serving && v.children.iter().all(|c| c.in_sync));
+            // One that was taken from this machine is taken up again first.
+            if all && state.len() == self.cluster.volume_count() {
                 return;
             }
             check!(
                 Check::Liveness,
                 now < start + REBUILD_NS,
-                "a member is not in sync again: {state:?}"
+                "a member is not in sync again: {:?}",
+                state.iter().flat_map(|v| &v.children).filter(|c| !c.in_sync).collect::<Vec<_>>()
             );
             if now > start + REBUILD_NS / 4 && !restarted {
                 // Its pool may be offline.

@@ -106,6 +106,8 @@ impl Shards {
             node_id: u128::from(number) + 1,
             cntlid_min: 1 + number * 100,
             cntlid_max: 100 + number * 100,
+            // Renewed within the measure, too.
+            lease_ms: 100,
             ..ShardConfig::default()
         };
         self.shards.push(Shard::new(Quick::new(), config));

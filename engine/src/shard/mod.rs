@@ -360,14 +360,18 @@ impl<D: Driver> Shard<D> {
         self.next_timeout_ms = u64::MAX;
         self.target.handle_timeout(now);
         self.wants_timeout(self.target.poll_timeout());
-        for at in self.volumes.keys() {
+        let mut from = 0;
+        while let Some(at) = self.volumes.next_key(from) {
+            from = at + 1;
             let volume = &mut self.volumes[at];
             volume.nexus.handle_timeout(now);
             let next = volume.nexus.poll_timeout(now);
             self.wants_timeout(next);
             self.touch_volume(at);
         }
-        for at in self.links.keys() {
+        let mut from = 0;
+        while let Some(at) = self.links.next_key(from) {
+            from = at + 1;
             self.link_timeout(at, now);
         }
         if let Some(stopping) = &self.stopping {

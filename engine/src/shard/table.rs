@@ -48,6 +48,14 @@ impl<T> Table<T> {
         (0u32..).zip(&self.slots).filter_map(|(at, slot)| slot.as_ref().map(|v| (at, v)))
     }
 
+    /// The first number in use from `from` on: goes through a table that is changed meanwhile, without
+    /// memory for a list.
+    pub(super) fn next_key(&self, from: u32) -> Option<u32> {
+        let rest = self.slots.get(from as usize..)?;
+        let found = (from..).zip(rest).find(|(_, slot)| slot.is_some());
+        found.map(|(at, _)| at)
+    }
+
     /// The numbers in use, so that the table can be changed while they are gone through.
     pub(super) fn keys(&self) -> Vec<u32> {
         self.iter().map(|(at, _)| at).collect()

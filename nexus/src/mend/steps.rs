@@ -522,8 +522,11 @@ impl Nexus {
             }
             Task::Verify(slot) => self.answer(slot, status),
             Task::Converge(slot) => {
-                self.mends.counters.converged += 1;
-                self.answer(slot, IoStatus::NoSpace);
+                let of = self.slots.slot(slot);
+                let met_full = !of.full.is_empty();
+                let status = if met_full { IoStatus::NoSpace } else { of.fault };
+                self.mends.counters.converged += u64::from(met_full);
+                self.answer(slot, status);
             }
             Task::Alike => self.made_alike(m.range, m.unsure == 0, now_ms),
             Task::Heal => self.healed_for_rebuild(m.lost),
