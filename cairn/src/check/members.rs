@@ -294,6 +294,20 @@ async fn forced(
     read(&other.uri, 2, seed)?;
     cluster.restart_nexus().await?;
     until(cluster, PAIR, "whole after a restart", |v| v.serving && in_sync(v) == 2).await?;
+
+    // As a nexus that was killed once it had stored that it is to be started by force.
+    cluster.kill_nexus()?;
+    let state = folder.join("nexus").join("volumes.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&state)?)?;
+    let saved = json["volumes"].as_array_mut().context("no volumes in the state file")?;
+    let saved = saved.iter_mut().find(|v| v["name"] == PAIR).context("it is not remembered")?;
+    saved["forced"] = serde_json::json!({"replica": other.id, "random": 7});
+    std::fs::write(&state, serde_json::to_vec(&json)?)?;
+    cluster.start_nexus().await?;
+    until(cluster, PAIR, "taken from one replica", |v| v.serving && v.children.len() == 1).await?;
+    ensure!(remembered(folder)? == [other.id], "{:?} are remembered", remembered(folder)?);
+    let mut host = keep::host(cluster, PAIR).await?;
+    transfer(&mut host, 0..2 * UNITS, seed, false, &ProgressBar::hidden())?;
     say!(
         "  a volume was started by force, and made redundant again with what had been its replicas"
     );
