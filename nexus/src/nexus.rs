@@ -970,6 +970,7 @@ impl Nexus {
                 self.voter_is_bound(child, held, now_ms);
                 self.lease.renew_at_ms = 0;
                 self.renew_for_held(now_ms);
+                self.store_lives();
             }
             Ok(_) => self.resume_commit(child),
             // One that is no voter may have promised an epoch that came to nothing.

@@ -611,3 +611,26 @@ fn nobody_joins_while_members_are_made_alike() {
     assert_eq!(w.in_sync(), [0, 1, 2]);
     w.assert_alike();
 }
+
+/// A new volume's first configuration did not say which life each machine was in, nor did one say so when a
+/// machine had come back without having lost anything: who had lost power since could not be told.
+#[test]
+fn the_stored_configuration_says_in_which_life_each_machine_is() {
+    let lives = |b: &Bench| {
+        let stored = Config::decode(&b.registers[0].config).unwrap();
+        stored.members.iter().map(|m| m.incarnation).collect::<Vec<_>>()
+    };
+    let registers = vec![Register { incarnation: 7, ..Register::default() }; 3];
+    let mut b = Bench::new(3, Purpose::Create, registers);
+    (0..3).for_each(|child| b.connect(child));
+    assert_eq!(lives(&b), [7, 7, 7]);
+    b.disconnect(1);
+    b.registers[1].incarnation = 8;
+    b.connect(1);
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+    assert_eq!(lives(&b), [7, 8, 7]);
+    let seq = b.nexus.status().seq;
+    b.disconnect(1);
+    b.connect(1);
+    assert_eq!(b.nexus.status().seq, seq, "it is the same");
+}
