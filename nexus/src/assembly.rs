@@ -363,6 +363,7 @@ impl Nexus {
         if data.is_empty() {
             return self.refuse("a volume needs a replica that holds its data, besides witnesses");
         }
+        self.note_lives();
         self.assembling().stage = Stage::Commit;
         self.commit_target(data);
     }

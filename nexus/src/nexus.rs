@@ -970,6 +970,7 @@ impl Nexus {
                 self.voter_is_bound(child, held, now_ms);
                 self.lease.renew_at_ms = 0;
                 self.renew_for_held(now_ms);
+                self.store_lives();
             }
             Ok(held) => {
                 // It is on its way out of the in-sync set: once it is, it is rebuilt in this session.

@@ -23,6 +23,8 @@ use crate::upkeep::{Answered, Asked, EXTENT_BLOCKS, PAGE};
 
 /// Rebuilds that are remembered.
 const MAX_HISTORY: usize = 32;
+/// What could not be read, and not be mended either, is tried again after so long.
+const HEAL_AGAIN_MS: u64 = 1_000;
 /// A rate is averaged over about so long.
 const RATE_MS: u64 = 2_000;
 /// Before an extent that could not be read is copied again.
@@ -456,10 +458,14 @@ impl Nexus {
         }
     }
 
-    /// It is mended, or so many of its blocks are lost.
-    pub(crate) fn healed_for_rebuild(&mut self, lost: u64) {
+    /// It is mended, or so many of its blocks are lost; or it could not be decided, since a member is away.
+    pub(crate) fn healed_for_rebuild(&mut self, lost: u64, sure: bool) {
+        let now_ms = self.now_ms;
         let Some(r) = self.rebuild.as_mut() else { return };
         r.healing = false;
+        if !sure {
+            r.again_ms = now_ms + HEAL_AGAIN_MS;
+        }
         if lost > 0 {
             self.abort_rebuild(FaultReason::SourceUnreadable);
         }

@@ -529,7 +529,7 @@ impl Nexus {
                 self.answer(slot, status);
             }
             Task::Alike => self.made_alike(m.range, m.unsure == 0, now_ms),
-            Task::Heal => self.healed_for_rebuild(m.lost),
+            Task::Heal => self.healed_for_rebuild(m.lost, m.unsure == 0),
             Task::Scrub | Task::Compare => {
                 let data = if task == Task::Compare { m.range.blocks() } else { m.data };
                 self.scrub_part_done(m.range, m.unsure == 0, (m.lost, data), now_ms);

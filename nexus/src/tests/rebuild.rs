@@ -611,3 +611,58 @@ fn nobody_joins_while_members_are_made_alike() {
     assert_eq!(w.in_sync(), [0, 1, 2]);
     w.assert_alike();
 }
+
+/// A new volume's first configuration did not say which life each machine was in, nor did one say so when a
+/// machine had come back without having lost anything: who had lost power since could not be told.
+#[test]
+fn the_stored_configuration_says_in_which_life_each_machine_is() {
+    let lives = |b: &Bench| {
+        let stored = Config::decode(&b.registers[0].config).unwrap();
+        stored.members.iter().map(|m| m.incarnation).collect::<Vec<_>>()
+    };
+    let registers = vec![Register { incarnation: 7, ..Register::default() }; 3];
+    let mut b = Bench::new(3, Purpose::Create, registers);
+    (0..3).for_each(|child| b.connect(child));
+    assert_eq!(lives(&b), [7, 7, 7]);
+    b.disconnect(1);
+    b.registers[1].incarnation = 8;
+    b.connect(1);
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+    assert_eq!(lives(&b), [7, 8, 7]);
+    let seq = b.nexus.status().seq;
+    b.disconnect(1);
+    b.connect(1);
+    assert_eq!(b.nexus.status().seq, seq, "it is the same");
+}
+
+/// A block could be read from nobody who was there, and from one who was away: it was tried again and again as
+/// fast as disks answered.
+#[test]
+fn what_only_a_member_that_is_away_can_read_is_tried_again_after_a_while() {
+    let mut w = world(3);
+    fill(&mut w, 1, 900, 3);
+    w.run();
+    rest(&mut w);
+    w.disks[1].dead = true;
+    w.write(2, 5, 1, 4);
+    w.run();
+    w.disks[1].dead = false;
+    assert_eq!(w.in_sync(), [0, 2]);
+    w.b.disconnect(2);
+    w.disks[0].bad.insert(5);
+    let mut served = 0;
+    for _ in 0..100 {
+        w.b.pass(100);
+        while !w.b.io.is_empty() {
+            w.serve(0);
+            served += 1;
+            assert!(served < 2_000, "it is tried all the time");
+        }
+    }
+    assert!(w.b.nexus.rebuild().is_some());
+    w.b.connect(2);
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    assert!(w.disks[0].bad.is_empty());
+    w.assert_alike();
+}
