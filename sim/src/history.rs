@@ -251,6 +251,8 @@ impl History {
             block.since = now;
             // Where a write that failed was written over, what was there before that is not known.
             let unknown = !block.writes.iter().any(|w| w.durable && !w.maybe);
+            // Nor what a write that failed left of itself.
+            block.torn |= self.tears && block.tainted_at.is_some();
             if block.writes.len() < 2 && !unknown {
                 continue;
             }
