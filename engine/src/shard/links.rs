@@ -58,6 +58,8 @@ pub(super) struct Link {
     session: Option<Session>,
     queues: [LinkQueue; 2],
     backoff_ms: u64,
+    /// Since when the session is up.
+    ready_ms: Option<u64>,
     retry_at_ms: u64,
     /// Requests for which the queue has no free slot.
     waiting: VecDeque<(Ticket, IoRequest)>,
@@ -99,6 +101,7 @@ impl Link {
             session: None,
             queues: [LinkQueue::default(); 2],
             backoff_ms: BACKOFF_MIN_MS,
+            ready_ms: None,
             retry_at_ms: now,
             waiting: VecDeque::with_capacity(64),
             pages: Vec::new(),
@@ -312,6 +315,10 @@ impl<D: Driver> Shard<D> {
         let link = &mut self.links[at];
         link.stage = Stage::Idle;
         link.queues = [LinkQueue::default(); 2];
+        // One that goes as soon as it has come, as to a pool that is offline, is not tried all the time.
+        if link.ready_ms.take().is_some_and(|at| now >= at + BACKOFF_MAX_MS) {
+            link.backoff_ms = BACKOFF_MIN_MS;
+        }
         link.retry_at_ms = now + link.backoff_ms;
         link.backoff_ms = (link.backoff_ms * 2).min(BACKOFF_MAX_MS);
         if link.retired {
@@ -508,7 +515,7 @@ impl<D: Driver> Shard<D> {
             return;
         }
         link.stage = Stage::Ready;
-        link.backoff_ms = BACKOFF_MIN_MS;
+        link.ready_ms = Some(now);
         if !link.last_error.is_empty() {
             tracing::info!(replica = %link.replica, peer = %link.peer, "replica link up again");
             link.last_error.clear();
