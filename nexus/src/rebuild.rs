@@ -297,7 +297,9 @@ impl Nexus {
         }
         if r.list_at >= extents {
             if on(Mutant::RebuildSkipsLast) {
-                (0..extents).rev().find(|at| r.needed.has(*at)).map(|at| r.needed.remove(at));
+                if let Some(last) = (0..extents).rev().find(|&at| r.needed.has(at)) {
+                    r.needed.remove(last);
+                }
             }
             r.extents_total = r.needed.len() as u64;
             r.stage = Stage::Copy;
