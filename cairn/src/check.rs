@@ -1,6 +1,7 @@
 //! `cairn up --check`: the demo cluster, checked byte by byte with a replica killed half-way.
 
 mod keep;
+mod members;
 mod sectors;
 mod snapshots;
 
@@ -35,8 +36,9 @@ pub(crate) async fn run() -> Result<ExitCode> {
     let started = Instant::now();
     let folder = Scratch::new()?;
     say!("checking in {}", folder.path.display());
-    let mut cluster =
-        Cluster::start(&folder.path, None, VOLUME_SIZE, |text| say!("  {text}")).await?;
+    let settings = members::settings(&folder.path)?;
+    let tell = |text: &str| say!("  {text}");
+    let mut cluster = Cluster::start_with(&folder.path, None, VOLUME_SIZE, settings, tell).await?;
     let checked = check(&mut cluster, &folder.path).await;
     if let Err(error) = checked {
         let kept = folder.keep();
@@ -99,14 +101,31 @@ async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
         if at == VICTIM {
             continue;
         }
-        let target: Target = replica.uri.parse().map_err(anyhow::Error::msg)?;
-        let mut host = Host::connect(&target, &HostConfig::default())?;
-        host.join_epoch()?;
         let bar = progress(&format!("reading back from replica r{}", at + 1));
-        transfer(&mut host, 0..units, seed, false, &bar)?;
+        read_replica(&replica.uri, 0..units, seed, &bar)?;
         bar.finish();
     }
-    Ok(())
+    members::run(cluster, folder, VICTIM, async |cluster| {
+        let rebuilt = cluster.replicas.get(VICTIM).context("a replica")?.uri.clone();
+        let bar = progress(&format!("reading back from replica r{}", VICTIM + 1));
+        read_replica(&rebuilt, 0..units, seed, &bar)?;
+        bar.finish();
+        Ok(())
+    })
+    .await
+}
+
+/// Reads units of the pattern from one replica, beside its nexus.
+fn read_replica(
+    uri: &str,
+    units: std::ops::Range<u64>,
+    seed: u64,
+    bar: &ProgressBar,
+) -> Result<()> {
+    let target: Target = uri.parse().map_err(anyhow::Error::msg)?;
+    let mut host = Host::connect(&target, &HostConfig::default())?;
+    host.join_epoch()?;
+    transfer(&mut host, units, seed, false, bar)
 }
 
 fn progress(what: &str) -> ProgressBar {

@@ -1,5 +1,7 @@
 //! `cairn pool|replica|volume`: manage a running process over its API socket.
 
+mod members;
+
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -13,6 +15,9 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use crate::cli::{Global, Output, parse_size};
 use crate::output;
 use crate::output::say;
+
+/// Size of a witness: one block.
+pub(crate) const WITNESS_BYTES: u64 = 4096;
 
 /// `cairn pool`.
 #[derive(Debug, Subcommand)]
@@ -199,21 +204,25 @@ pub(crate) enum ReplicaCommand {
     List,
     /// Make a replica in a pool.
     #[command(after_help = "\
-Example:
-  cairn replica create --pool fast --volume $(uuidgen) --size 10GiB")]
+Examples:
+  cairn replica create --pool fast --volume $(uuidgen) --size 10GiB
+  cairn replica create --witness --pool small --volume UUID    # 4 KiB: votes, holds no data")]
     Create {
         /// The pool.
         #[arg(long)]
         pool: String,
         /// The volume that it is of: a UUID that all its replicas share. Default: a new one.
-        #[arg(long, value_name = "UUID", default_value = "")]
-        volume: String,
+        #[arg(long, visible_alias = "volume-id", value_name = "UUID")]
+        volume: Option<String>,
         /// Size of the volume.
-        #[arg(long, value_parser = parse_size)]
-        size: ByteSize,
-        /// A name for people.
-        #[arg(long, default_value = "")]
-        name: String,
+        #[arg(long, value_parser = parse_size, required_unless_present = "witness")]
+        size: Option<ByteSize>,
+        /// Make a witness: a replica of one block, which votes and holds no data.
+        #[arg(long, conflicts_with_all = ["size", "thick"], requires = "volume")]
+        witness: bool,
+        /// A name for people. Of a witness by default: witness.
+        #[arg(long)]
+        name: Option<String>,
         /// Its own id. Default: a new one.
         #[arg(long, value_name = "UUID", default_value = "")]
         id: String,
@@ -243,6 +252,7 @@ Examples:
       --replica nvme+tcp://192.0.2.11:4420/nqn.2026-11.io.cairn:replica:UUID \\
       --replica nvme+tcp://192.0.2.12:4420/nqn.2026-11.io.cairn:replica:UUID \\
       --replica local:fast/UUID
+  cairn volume create two --size 10GiB --replica URI1 --replica URI2 --witness URI3
   cairn volume create scratch --size 1GiB --pool fast   # one replica, made in this process
   cairn volume create safe --size 1GiB --pool fast --encrypt --key-file /etc/cairn/safe.key")]
     Create {
@@ -257,6 +267,10 @@ Examples:
         /// A replica, as `cairn replica list` names it. Once for each.
         #[arg(long, value_name = "URI")]
         replica: Vec<String>,
+        /// A witness: it votes and holds no data, so that two replicas survive the loss of one. It is named as a
+        /// replica is; `cairn replica create --witness` makes one.
+        #[arg(long, value_name = "URI")]
+        witness: Vec<String>,
         /// Make a replica in this pool of the process and use it.
         #[arg(long, value_name = "POOL")]
         pool: Vec<String>,
@@ -326,6 +340,87 @@ Examples:
         compare: bool,
         /// MiB of the volume a second: of the one that starts, or of the one that runs.
         #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
+    },
+    /// Make a replica a member of a volume, while it is used. It is rebuilt after that, by itself.
+    #[command(after_help = "\
+Examples:
+  cairn replica create --pool fast --volume VOLUME-ID --size 10GiB       # where it is to be
+  cairn volume add-replica db nvme+tcp://192.0.2.14:4420/nqn.2026-11.io.cairn:replica:UUID
+  cairn volume add-replica db local:small/UUID --witness
+  cairn volume rebuild db                                                # how far it is")]
+    AddReplica {
+        /// The volume's name.
+        volume: String,
+        /// The replica, as `cairn replica list` names it. It is empty, or was of this volume before.
+        uri: String,
+        /// It is to vote and to hold no data.
+        #[arg(long)]
+        witness: bool,
+    },
+    /// Make a replica no member of its volume any more. Its data stays in its pool.
+    #[command(after_help = "\
+Example:
+  cairn volume remove-replica db 3f2c1a60-5d1c-4b6e-9f0a-2b7f6f1f9a10
+  cairn replica delete 3f2c1a60-5d1c-4b6e-9f0a-2b7f6f1f9a10 --yes     # where it is")]
+    RemoveReplica {
+        /// The volume's name.
+        volume: String,
+        /// The replica's id.
+        replica: String,
+    },
+    /// Add a replica, wait until it is rebuilt, and remove another.
+    ///
+    /// It goes on by itself once it has begun, also after a restart of the process; the same command shows how
+    /// far it is. To give it up: `cairn volume remove-replica VOLUME NEW-ID`.
+    #[command(after_help = "\
+Examples:
+  cairn volume replace-replica db OLD-ID nvme+tcp://192.0.2.14:4420/nqn.2026-11.io.cairn:replica:UUID
+  cairn volume replace-replica db OLD-ID URI --now      # the old one is gone for good")]
+    ReplaceReplica {
+        /// The volume's name.
+        volume: String,
+        /// The id of the replica that goes.
+        old: String,
+        /// The replica that comes, as `cairn replica list` names it.
+        new: String,
+        /// Remove the old one as soon as the new one is a member: where it is gone for good.
+        #[arg(long)]
+        now: bool,
+        /// Only begin it.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Serve a volume from one replica, whatever the others hold. Acked writes may be lost.
+    ///
+    /// For when the replicas that hold all writes, or a majority, are gone for good. Without the flag it tells
+    /// what is known of the replicas, and changes nothing.
+    #[command(after_help = "\
+Examples:
+  cairn volume force-start db --replica ID                       # tells what would be lost
+  cairn volume force-start db --replica ID --yes-i-lose-writes
+  cairn volume add-replica db URI                                # the others again: they get a copy")]
+    ForceStart {
+        /// The volume's name.
+        volume: String,
+        /// The replica that it is taken from.
+        #[arg(long, value_name = "ID")]
+        replica: String,
+        /// Yes: acked writes that the replica lacks are lost.
+        #[arg(long)]
+        yes_i_lose_writes: bool,
+    },
+    /// Tell how far a rebuild is, and of those that ended; set how fast they copy.
+    #[command(after_help = "\
+Examples:
+  cairn volume rebuild db              # the one that runs, and the last 32
+  cairn volume rebuild db --rate 100   # MiB a second at most, until the process ends
+  cairn volume rebuild db --rate 0     # as fast as it can beside the hosts")]
+    Rebuild {
+        /// The volume's name.
+        volume: String,
+        /// MiB a second at most; 0: as fast as it can.
+        #[arg(long, value_name = "MIB")]
         rate: Option<u32>,
     },
     /// Stop serving a volume. Its replicas and their data stay.
@@ -456,12 +551,13 @@ pub(crate) fn replica(global: &Global, command: ReplicaCommand) -> Result<ExitCo
                     client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
                 output::list(global.output, &reply.into_inner().replicas)?;
             }
-            ReplicaCommand::Create { pool, volume, size, name, id, thick } => {
+            ReplicaCommand::Create { pool, volume, size, witness, name, id, thick } => {
+                let default = if witness { "witness" } else { "" };
                 let request = v1::CreateReplicaRequest {
                     pool,
-                    volume_id: volume,
-                    name,
-                    size_bytes: size.as_u64(),
+                    volume_id: volume.unwrap_or_default(),
+                    name: name.unwrap_or_else(|| default.to_owned()),
+                    size_bytes: size.map_or(WITNESS_BYTES, |size| size.as_u64()),
                     id,
                     thick,
                 };
@@ -492,6 +588,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                 size,
                 block_size,
                 replica,
+                witness,
                 pool,
                 id,
                 allow_host,
@@ -523,6 +620,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                     name,
                     size_bytes: size.as_u64(),
                     replicas,
+                    witnesses: witness,
                     id,
                     allowed_hosts: allow_host,
                     child_deadline_ms,
@@ -534,13 +632,7 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
             VolumeCommand::Status { name } => {
                 let all = volumes(&mut client).await?;
                 match name {
-                    Some(name) => {
-                        let found = all.iter().find(|v| v.name == name);
-                        let volume = found.with_context(|| {
-                            format!("there is no volume `{name}` in this process")
-                        })?;
-                        show_volume(global.output, volume)?;
-                    }
+                    Some(name) => show_volume(global.output, &named(all, &name)?)?,
                     None if global.output == Output::Json => output::list(global.output, &all)?,
                     None => {
                         let texts: Vec<String> = all.iter().map(output::volume_status).collect();
@@ -586,6 +678,28 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                     Output::Json => output::one(global.output, &scrub)?,
                 }
             }
+            VolumeCommand::AddReplica { volume, uri, witness } => {
+                members::add(global, &mut client, volume, uri, witness).await?;
+            }
+            VolumeCommand::RemoveReplica { volume, replica } => {
+                members::remove(global, &mut client, volume, replica).await?;
+            }
+            VolumeCommand::ReplaceReplica { volume, old, new, now, no_wait } => {
+                let request =
+                    v1::ReplaceReplicaRequest { name: volume, replica_id: old, uri: new, now };
+                members::replace(global, &mut client, request, no_wait).await?;
+            }
+            VolumeCommand::ForceStart { volume, replica, yes_i_lose_writes } => {
+                let request = v1::ForceStartVolumeRequest {
+                    name: volume,
+                    replica_id: replica,
+                    lose_writes: yes_i_lose_writes,
+                };
+                members::force_start(global, &mut client, request).await?;
+            }
+            VolumeCommand::Rebuild { volume, rate } => {
+                members::rebuild(global, &mut client, volume, rate).await?;
+            }
             VolumeCommand::Delete { name } => {
                 let request = v1::DeleteVolumeRequest { name };
                 client.delete_volume(request).await.map_err(|s| said(&s))?;
@@ -598,6 +712,12 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
 pub(crate) async fn volumes(client: &mut CairnClient<Channel>) -> Result<Vec<v1::Volume>> {
     let reply = client.list_volumes(v1::ListVolumesRequest {}).await.map_err(|s| said(&s))?;
     Ok(reply.into_inner().volumes)
+}
+
+/// The volume of this name.
+fn named(volumes: Vec<v1::Volume>, name: &str) -> Result<v1::Volume> {
+    let found = volumes.into_iter().find(|v| v.name == name);
+    found.with_context(|| format!("there is no volume `{name}` in this process"))
 }
 
 pub(crate) fn show_volume(output: Output, volume: &v1::Volume) -> Result<()> {

@@ -26,6 +26,8 @@ pub(crate) struct Config {
     pub(crate) engine: Engine,
     #[serde(default)]
     pub(crate) nexus: Nexus,
+    #[serde(default)]
+    pub(crate) metrics: Metrics,
     /// How many times its size may be promised of a pool to the replicas in it; 0: any.
     #[serde(default = "overcommit")]
     pub(crate) overcommit: u32,
@@ -115,6 +117,66 @@ pub(crate) struct Nexus {
     pub(crate) scrub_interval: Interval,
     /// How much of a volume is scrubbed in a second.
     pub(crate) scrub_rate: ByteSize,
+    /// A replica that is out of sync and cannot be reached for so long is replaced by one in a spare pool; 0: never.
+    pub(crate) replace_after: Interval,
+    /// Pools that such replicas are made in.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) spares: Vec<Spare>,
+}
+
+/// A pool that replicas are made in when others are gone; written `local:POOL` or `unix:SOCKET:POOL`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct Spare {
+    /// The API socket of the process that has it; nothing: this one.
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) pool: String,
+}
+
+impl TryFrom<String> for Spare {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || {
+            format!("`{text}` is no spare; write \"local:POOL\" or \"unix:/PATH/api.sock:POOL\"")
+        };
+        let (socket, pool) = if let Some(pool) = text.strip_prefix("local:") {
+            (None, pool)
+        } else {
+            let rest = text.strip_prefix("unix:").ok_or_else(wrong)?;
+            let (socket, pool) = rest.rsplit_once(':').ok_or_else(wrong)?;
+            (Some(PathBuf::from(socket)), pool)
+        };
+        let relative = socket.as_ref().is_some_and(|s| !s.is_absolute());
+        if pool.is_empty() || pool.contains('/') || relative {
+            return Err(wrong());
+        }
+        Ok(Self { socket, pool: pool.to_owned() })
+    }
+}
+
+impl From<Spare> for String {
+    fn from(spare: Spare) -> Self {
+        spare.to_string()
+    }
+}
+
+impl std::fmt::Display for Spare {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.socket {
+            None => write!(f, "local:{}", self.pool),
+            Some(socket) => write!(f, "unix:{}:{}", socket.display(), self.pool),
+        }
+    }
+}
+
+/// What the process counts, for Prometheus.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Metrics {
+    /// Where it is told over HTTP; port 0: one that is free. Default: nowhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) listen: Option<SocketAddr>,
 }
 
 impl Nexus {
@@ -180,6 +242,8 @@ impl Default for Nexus {
             rebuild_rate: ByteSize(0),
             scrub_interval: Interval(7 * 86_400),
             scrub_rate: ByteSize::mib(64),
+            replace_after: Interval(0),
+            spares: Vec::new(),
         }
     }
 }
@@ -320,6 +384,9 @@ impl Config {
         if !(100..=60_000).contains(&self.nexus.lease_ms) {
             bail!("lease_ms = {}: from 100 to 60000", self.nexus.lease_ms);
         }
+        if self.nexus.replace_after.0 > 0 && self.nexus.spares.is_empty() {
+            bail!("replace_after is set, and there are no spares: name the pools that may be used");
+        }
         for (i, pool) in self.pools.iter().enumerate() {
             if pool.name.is_empty() || !pool.name.chars().all(plain) {
                 bail!("pool name \"{}\": use letters, digits, '-', '_' and '.'", pool.name);
@@ -382,6 +449,21 @@ mod tests {
         assert_eq!((nexus.scrub_interval, nexus.scrub_rate_mib_s()), (Interval(30 * 86_400), 8));
         let wrong = toml::from_str::<Config>(&seldom.replace("30d", "often")).unwrap_err();
         assert!(wrong.to_string().contains("often"), "{wrong}");
+
+        let spare = format!(
+            "{text}[nexus]\nreplace_after = \"10m\"\nspares = [\"local:p\", \"unix:/run/b/api.sock:q\"]\n"
+        );
+        let config: Config = toml::from_str(&spare).unwrap();
+        config.check().unwrap();
+        let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again.nexus.spares, config.nexus.spares);
+        assert_eq!(again.nexus.spares[1].to_string(), "unix:/run/b/api.sock:q");
+        for wrong in ["http://x:p", "unix:run/api.sock:p", "unix:/run/api.sock", "local:"] {
+            let error = toml::from_str::<Config>(&spare.replace("local:p", wrong)).unwrap_err();
+            assert!(error.to_string().contains("is no spare"), "{wrong}: {error}");
+        }
+        let none = toml::from_str::<Config>(&format!("{text}[nexus]\nreplace_after = \"1m\"\n"));
+        assert!(none.unwrap().check().unwrap_err().to_string().contains("no spares"));
 
         let twice = format!("{text}[[pool]]\nname = \"p\"\npath = \"x\"\n");
         let error = toml::from_str::<Config>(&twice).unwrap().check().unwrap_err();

@@ -1,5 +1,7 @@
 //! Results as tables for people and as JSON for programs.
 
+pub(crate) mod rebuilds;
+
 use anyhow::Result;
 use bytesize::ByteSize;
 use cairn_api::v1;
@@ -96,7 +98,7 @@ impl Show for v1::Pool {
             "checksum_mismatches": self.checksum_mismatches,
             "devices": self.devices.iter().map(device_json).collect::<Vec<_>>(),
             "reserved_bytes": self.reserved_bytes, "provisioned_bytes": self.provisioned_bytes,
-            "warning": self.warning,
+            "warning": self.warning, "open_extents": self.open_extents,
         })
     }
 }
@@ -256,13 +258,13 @@ impl Show for v1::Volume {
     ];
 
     fn row(&self) -> Vec<String> {
-        let in_sync = self.children.iter().filter(|c| c.in_sync).count();
+        let (in_sync, of) = in_sync(self);
         vec![
             self.name.clone(),
             self.state.clone(),
             size(self.size_bytes),
             encryption_text(self.encryption.as_ref()),
-            format!("{in_sync}/{}", self.children.len()),
+            format!("{in_sync}/{of}"),
             self.hosts.len().to_string(),
             self.mends.unwrap_or_default().healed_blocks.to_string(),
             self.mends.unwrap_or_default().unrecoverable_blocks.to_string(),
@@ -279,6 +281,7 @@ impl Show for v1::Volume {
                 json!({
                     "replica_id": c.replica_id, "uri": c.uri, "state": c.state,
                     "reason": c.reason, "in_sync": c.in_sync, "load": c.load,
+                    "witness": c.witness, "connected": c.connected,
                 })
             })
             .collect();
@@ -297,18 +300,18 @@ impl Show for v1::Volume {
             }),
             "addresses": self.addresses, "mends": mends(self.mends.as_ref()),
             "scrub": self.scrub.as_ref().map(Show::json),
-            "rebuild": self.rebuild.as_ref().map(|r| json!({
-                "replica_id": r.replica_id, "stage": r.stage, "bytes_total": r.bytes_total,
-                "bytes_done": r.bytes_done, "bytes_per_s": r.bytes_per_s, "running_ms": r.running_ms,
-                "seconds_left": seconds_left(r),
-            })),
-            "rebuilt": self.rebuilt.iter().map(|r| json!({
-                "replica_id": r.replica_id, "why": r.why, "failed": r.failed,
-                "ended_unix_s": r.ended_unix_s, "took_ms": r.took_ms, "bytes": r.bytes,
-            })).collect::<Vec<_>>(),
+            "rebuild": self.rebuild.as_ref().map(rebuilds::running_json),
+            "rebuilt": self.rebuilt.iter().map(Show::json).collect::<Vec<_>>(),
+            "replacement": self.replacement.as_ref().map(rebuilds::replacement_json),
             "unreconciled_mib": self.unreconciled_mib, "reconcile_mib": self.reconcile_mib,
         })
     }
+}
+
+/// Replicas that hold every acked write, of how many that hold data.
+fn in_sync(volume: &v1::Volume) -> (usize, usize) {
+    let data = volume.children.iter().filter(|c| !c.witness && c.state != "idle");
+    (data.clone().filter(|c| c.in_sync).count(), data.count())
 }
 
 fn encryption_text(encryption: Option<&v1::Encryption>) -> String {
@@ -355,56 +358,29 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
         ));
     }
     if let Some(rebuild) = &volume.rebuild {
-        text.push_str(&format!("rebuild   {}\n", rebuild_line(rebuild)));
+        text.push_str(&format!("rebuild   {}\n", rebuilds::running_line(rebuild)));
     } else if let Some(last) = volume.rebuilt.last() {
-        text.push_str(&format!("rebuilt   {}\n", rebuilt_line(last)));
+        text.push_str(&format!("rebuilt   {}\n", rebuilds::ended_line(last)));
+    }
+    if let Some(replacement) = &volume.replacement {
+        text.push_str(&format!("replacing {}\n", rebuilds::replacement_line(replacement)));
     }
     let rows = volume.children.iter().map(|c| {
         vec![
             c.replica_id.clone(),
             c.state.clone(),
-            if c.in_sync { "yes" } else { "no" }.to_owned(),
+            match (c.witness, c.in_sync) {
+                (true, _) => "-",
+                (_, true) => "yes",
+                (_, false) => "no",
+            }
+            .to_owned(),
             c.uri.clone(),
             c.reason.clone(),
         ]
     });
     text.push_str(&table(&["REPLICA", "STATE", "IN SYNC", "URI", "REASON"], rows).to_string());
     text
-}
-
-/// How long a rebuild will still take at the rate that it has.
-fn seconds_left(rebuild: &v1::Rebuild) -> Option<u64> {
-    rebuild.bytes_total.saturating_sub(rebuild.bytes_done).checked_div(rebuild.bytes_per_s)
-}
-
-/// A rebuild in one line.
-fn rebuild_line(rebuild: &v1::Rebuild) -> String {
-    let left = seconds_left(rebuild).map_or_else(String::new, |s| format!(", about {s} s left"));
-    format!(
-        "{} replica {}: {} of {} at {}/s{left}",
-        rebuild.stage,
-        rebuild.replica_id,
-        size(rebuild.bytes_done),
-        size(rebuild.bytes_total),
-        size(rebuild.bytes_per_s),
-    )
-}
-
-/// A rebuild that ended, in one line.
-fn rebuilt_line(record: &v1::RebuildRecord) -> String {
-    let end = if record.failed.is_empty() {
-        "done".to_owned()
-    } else {
-        format!("given up: {}", record.failed)
-    };
-    format!(
-        "replica {} at {} after {:.1} s, {} copied, {end}; it was out because {}",
-        record.replica_id,
-        time(record.ended_unix_s),
-        record.took_ms as f64 / 1000.0,
-        size(record.bytes),
-        record.why,
-    )
 }
 
 /// A scrub in one line.

@@ -103,7 +103,8 @@ impl SavedScrub {
             lba: f.lba.0,
             replica: volume
                 .children
-                .get(usize::from(f.child.0))
+                .iter()
+                .find(|c| c.number == f.child.0)
                 .map_or_else(String::new, |c| c.replica.to_string()),
             outcome: f.found.word().to_owned(),
         };
@@ -125,11 +126,11 @@ impl SavedScrub {
     /// What the engine is to go on from.
     fn report(&self, volume: &VolumeReport) -> ScrubReport {
         let finding = |f: &SavedFinding| {
-            let child = volume.children.iter().position(|c| c.replica.to_string() == f.replica)?;
+            let child = volume.children.iter().find(|c| c.replica.to_string() == f.replica)?;
             let found = [Found::Healed, Found::NotHealed, Found::Unrecoverable, Found::Differed]
                 .into_iter()
                 .find(|found| found.word() == f.outcome)?;
-            Some(Finding { lba: Lba(f.lba), child: ChildId(u8::try_from(child).ok()?), found })
+            Some(Finding { lba: Lba(f.lba), child: ChildId(child.number), found })
         };
         ScrubReport {
             state: ScrubState::Stopped,

@@ -185,6 +185,9 @@ async fn serve(
         .with_context(|| format!("cannot serve the API on {}", socket.display()))?;
     restrict(&socket)?;
     tracing::info!(socket = %socket.display(), "serving the API");
+    if let Some(wanted) = config.metrics.listen {
+        crate::metrics::run(Arc::clone(&service), wanted).await?;
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = async move {
@@ -199,6 +202,8 @@ async fn serve(
     tokio::spawn(async move { settling.settle_keys().await });
     let restoring = Arc::clone(&service);
     tokio::spawn(async move { restoring.finish_restores().await });
+    let members = Arc::clone(&service);
+    tokio::spawn(async move { members.look_after_members().await });
     let api = cairn_api::v1::cairn_server::CairnServer::from_arc(service);
     let served = tonic::transport::Server::builder()
         .add_service(api)

@@ -1,9 +1,15 @@
 //! The gRPC service: turns calls into commands for the engine, and remembers the volumes.
 
+mod force;
 mod grow;
 mod keys;
+mod members;
+mod messages;
+mod replace;
 mod restore;
 mod snapshots;
+mod spares;
+mod uri;
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -13,18 +19,22 @@ use cairn_api::v1::{self, cairn_server::Cairn};
 use cairn_engine::block::{BlockSize, PoolDeviceId, ReplicaId, VolumeId};
 use cairn_engine::control::{Command, Reply};
 use cairn_engine::nexus::Purpose;
-use cairn_engine::nvmf::target::MAX_NQN_LEN;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
-    ChildAddress, DeviceReport, EncryptionSpec, EngineError, EngineHandle, ExportCounters,
-    PoolReport, RebuildEnded, ReplicaReport, ScrubAction, VolumeReport, VolumeSpec,
+    EncryptionSpec, EngineError, EngineHandle, PoolReport, ScrubAction, VolumeReplica,
+    VolumeReport, VolumeSpec,
 };
 use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
+use self::members::Members;
 use self::restore::Restores;
+use self::uri::parse_replica_uri;
+pub(crate) use self::uri::resolve;
 use crate::config::{self, Config, Io, Paths};
+use crate::metrics::Told;
 use crate::pools;
+use crate::rebuilds::Rebuilds;
 use crate::scrub::Scrubs;
 use crate::state::{SavedPool, SavedVolume, State};
 
@@ -46,53 +56,15 @@ pub(crate) struct Service {
     child_deadline_ms: u64,
     state: Mutex<State>,
     scrubs: Scrubs,
+    rebuilds: Rebuilds,
     restores: Restores,
+    members: Members,
+    metrics: Mutex<Option<SocketAddr>>,
 }
 
 /// The subsystem that hosts of a volume connect to.
 pub(crate) fn volume_nqn(name: &str) -> String {
     format!("nqn.2026-11.io.cairn:{name}")
-}
-
-/// What a replica URI names.
-fn parse_replica_uri(uri: &str) -> Result<(ReplicaId, ChildAddress), String> {
-    let wrong = || {
-        format!(
-            "`{uri}` names no replica; write nvme+tcp://HOST:PORT/NQN (from `cairn replica list`) or \
-             local:POOL/REPLICA-ID"
-        )
-    };
-    let id = |text: &str| text.parse::<ReplicaId>().map_err(|_| wrong());
-    if let Some(rest) = uri.strip_prefix("local:") {
-        let (pool, replica) = rest.split_once('/').ok_or_else(wrong)?;
-        return Ok((id(replica)?, ChildAddress::Local { pool: pool.to_owned() }));
-    }
-    let rest = uri.strip_prefix("nvme+tcp://").ok_or_else(wrong)?;
-    let (peer, nqn) = rest.split_once('/').ok_or_else(wrong)?;
-    let (_, replica) = nqn.rsplit_once("replica:").ok_or_else(wrong)?;
-    if !is_nqn(nqn) {
-        return Err(wrong());
-    }
-    let peer = resolve(peer).ok_or_else(wrong)?;
-    Ok((id(replica)?, ChildAddress::Remote { peer, nqn: nqn.to_owned() }))
-}
-
-/// Whether it can be said in a Connect: `nqn.` and at most 223 bytes.
-fn is_nqn(text: &str) -> bool {
-    text.starts_with("nqn.") && text.len() <= MAX_NQN_LEN && !text.contains('\0')
-}
-
-/// An address as it is written, or what its name resolves to now.
-pub(crate) fn resolve(peer: &str) -> Option<SocketAddr> {
-    use std::net::ToSocketAddrs as _;
-    peer.parse().ok().or_else(|| peer.to_socket_addrs().ok()?.next())
-}
-
-fn replica_uri(replica: ReplicaId, address: &ChildAddress) -> String {
-    match address {
-        ChildAddress::Local { pool } => format!("local:{pool}/{replica}"),
-        ChildAddress::Remote { peer, nqn } => format!("nvme+tcp://{peer}/{nqn}"),
-    }
 }
 
 impl Service {
@@ -109,7 +81,10 @@ impl Service {
             child_deadline_ms: config.nexus.child_deadline_ms,
             state: Mutex::new(state),
             scrubs: Scrubs::new(&config.state_dir, &config.nexus),
+            rebuilds: Rebuilds::new(&config.state_dir),
             restores: Restores::default(),
+            members: Members::new(config),
+            metrics: Mutex::new(None),
         }
     }
 
@@ -134,8 +109,24 @@ impl Service {
         volume: &SavedVolume,
         encryption: Option<EncryptionSpec>,
     ) -> Result<VolumeSpec, String> {
-        let children: Result<Vec<_>, String> =
-            volume.replicas.iter().map(|uri| parse_replica_uri(uri).map(Into::into)).collect();
+        let mut children = Vec::new();
+        for (uris, witness) in [(&volume.replicas, false), (&volume.witnesses, true)] {
+            for uri in uris {
+                let (id, address) = parse_replica_uri(uri)?;
+                children.push(VolumeReplica { id, address, witness });
+            }
+        }
+        let purpose = match &volume.forced {
+            Some(forced) => Purpose::ForceStart {
+                source: forced
+                    .replica
+                    .parse()
+                    .map_err(|_| "the replica that it is started from")?,
+                random: forced.random,
+            },
+            None if volume.created => Purpose::Assemble,
+            None => Purpose::Create,
+        };
         let deadline = match volume.child_deadline_ms {
             0 => self.child_deadline_ms,
             ms => ms,
@@ -147,9 +138,9 @@ impl Service {
             blocks: volume.size_bytes / BLOCK,
             block_size: volume.block_size()?,
             held: volume.restoring.is_some(),
-            children: children?,
+            children,
             encryption,
-            purpose: if volume.created { Purpose::Assemble } else { Purpose::Create },
+            purpose,
             child_deadline_ms: deadline,
             allowed_hosts: match volume.allowed_hosts.as_slice() {
                 [] => None,
@@ -171,9 +162,25 @@ impl Service {
         rx.await.unwrap_or(Err(EngineError::Stopped)).map_err(|e| status_of(&e))
     }
 
+    /// The process serves its metrics there.
+    pub(crate) fn note_metrics(&self, address: SocketAddr) {
+        *self.metrics.lock() = Some(address);
+    }
+
     /// What is known of scrubs.
     pub(crate) fn scrubs(&self) -> &Scrubs {
         &self.scrubs
+    }
+
+    /// What metrics tell of.
+    pub(crate) async fn told(&self) -> Result<Told> {
+        let said = |status: Status| anyhow::anyhow!("{}", status.message());
+        let volumes = self.volume_reports().await.map_err(said)?;
+        let pools = self.ask(|reply| Command::ListPools { reply }).await.map_err(said)?;
+        Ok(Told {
+            volumes: volumes.into_iter().map(|v| self.volume_message(v)).collect(),
+            pools: pools.into_iter().map(Self::pool_message).collect(),
+        })
     }
 
     pub(crate) async fn volume_reports(&self) -> Result<Vec<VolumeReport>, Status> {
@@ -182,7 +189,11 @@ impl Service {
 
     /// Waits until the volume is served.
     async fn await_serving(&self, name: &str) -> Result<VolumeReport, Status> {
-        let until = Instant::now() + CREATE_TIMEOUT;
+        self.await_serving_for(name, CREATE_TIMEOUT).await
+    }
+
+    async fn await_serving_for(&self, name: &str, limit: Duration) -> Result<VolumeReport, Status> {
+        let until = Instant::now() + limit;
         loop {
             let report = self.volume_reports().await?.into_iter().find(|v| v.name == name);
             let Some(report) = report else {
@@ -283,138 +294,6 @@ impl Service {
             }
         }
     }
-
-    fn pool_message(report: PoolReport) -> v1::Pool {
-        let extent = u64::from(report.usage.extent_bytes);
-        let paths: Vec<&str> =
-            report.devices.iter().map(|d| d.path.as_str()).filter(|p| !p.is_empty()).collect();
-        v1::Pool {
-            path: paths.join(" "),
-            name: report.name,
-            id: report.id.to_string(),
-            state: report.state,
-            capacity_bytes: report.usage.extents_total * extent,
-            free_bytes: report.usage.extents_free * extent,
-            extent_bytes: report.usage.extent_bytes,
-            dirty_extents: report.dirty_extents,
-            checksum_mismatches: report.checksum_mismatches,
-            devices: report.devices.into_iter().map(device_message).collect(),
-            reserved_bytes: report.usage.extents_reserved * extent,
-            provisioned_bytes: report.usage.extents_provisioned * extent,
-            warning: report.warning,
-        }
-    }
-
-    fn replica_message(&self, report: ReplicaReport) -> v1::Replica {
-        let uri = self
-            .addresses
-            .first()
-            .map_or_else(String::new, |address| format!("nvme+tcp://{address}/{}", report.nqn));
-        v1::Replica {
-            id: report.id.to_string(),
-            volume_id: report.volume.to_string(),
-            name: report.name,
-            pool: report.pool,
-            state: report.state,
-            size_bytes: report.blocks * u64::from(report.block_size.bytes()),
-            block_size: report.block_size.bytes(),
-            allocated_bytes: report.allocated_bytes,
-            nqn: report.nqn,
-            uri,
-            counters: Some(counters_message(report.counters)),
-        }
-    }
-
-    fn volume_message(&self, report: VolumeReport) -> v1::Volume {
-        let scrub = self.scrubs.message(&report);
-        let children = report.children.into_iter().map(|child| v1::Child {
-            replica_id: child.replica.to_string(),
-            uri: replica_uri(child.replica, &child.address),
-            state: child.state,
-            reason: child.reason,
-            in_sync: child.in_sync,
-            load: child.load,
-        });
-        let hosts = report.hosts.into_iter().map(|host| v1::Host {
-            nqn: host.nqn,
-            controller: u32::from(host.controller),
-            io_queues: u32::from(host.io_queues),
-        });
-        v1::Volume {
-            id: report.id.to_string(),
-            name: report.name,
-            nqn: report.nqn,
-            size_bytes: report.blocks * BLOCK,
-            block_size: report.block_size.bytes(),
-            state: report.state,
-            detail: report.detail,
-            epoch: report.epoch,
-            children: children.collect(),
-            hosts: hosts.collect(),
-            counters: Some(counters_message(report.counters)),
-            in_flight: report.in_flight as u64,
-            addresses: self.addresses.iter().map(ToString::to_string).collect(),
-            serving: report.serving,
-            encryption: report.encryption.map(|e| v1::Encryption {
-                cipher: e.cipher.to_owned(),
-                key_id: e.key_id.to_string(),
-            }),
-            mends: Some(v1::Mends {
-                attempted: report.mends.heals,
-                healed_blocks: report.mends.healed,
-                unrecoverable_blocks: report.mends.unrecoverable,
-                converged_writes: report.mends.converged,
-            }),
-            scrub: Some(scrub),
-            rebuild: report.rebuild.map(|r| v1::Rebuild {
-                replica_id: r.replica.to_string(),
-                stage: r.stage.to_owned(),
-                bytes_total: r.bytes_total,
-                bytes_done: r.bytes_done,
-                bytes_per_s: r.bytes_per_s,
-                running_ms: r.running_ms,
-            }),
-            rebuilt: report.rebuilt.into_iter().map(rebuilt_message).collect(),
-            unreconciled_mib: report.unreconciled.0 as u64,
-            reconcile_mib: report.unreconciled.1 as u64,
-        }
-    }
-}
-
-fn rebuilt_message(record: RebuildEnded) -> v1::RebuildRecord {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    v1::RebuildRecord {
-        replica_id: record.replica.to_string(),
-        why: record.why,
-        failed: record.failed,
-        ended_unix_s: now.map_or(0, |now| now.as_secs()).saturating_sub(record.ago_ms / 1000),
-        took_ms: record.took_ms,
-        bytes: record.bytes,
-    }
-}
-
-fn device_message(report: DeviceReport) -> v1::Device {
-    v1::Device {
-        id: report.id.to_string(),
-        path: report.path,
-        state: report.state,
-        reason: report.reason,
-        size_bytes: report.size_bytes,
-        free_bytes: report.free_bytes,
-        extents_left: report.extents_left,
-    }
-}
-
-fn counters_message(counters: ExportCounters) -> v1::IoCounters {
-    v1::IoCounters {
-        reads: counters.reads,
-        writes: counters.writes,
-        flushes: counters.flushes,
-        discards: counters.discards,
-        read_bytes: counters.read_bytes,
-        written_bytes: counters.written_bytes,
-        errors: counters.errors,
-    }
 }
 
 fn child_reasons(report: &VolumeReport) -> String {
@@ -488,6 +367,7 @@ impl Cairn for Service {
                 .filter(|(on, _)| *on)
                 .map(|(_, name)| (*name).to_owned())
                 .collect(),
+            metrics: self.metrics.lock().map_or_else(String::new, |a| a.to_string()),
         }))
     }
 
@@ -669,6 +549,9 @@ impl Cairn for Service {
                 request.name
             )));
         }
+        let uris = request.replicas.iter().chain(&request.witnesses);
+        let replicas: Vec<_> = uris.filter_map(|uri| members::id_of(uri)).collect();
+        self.not_of_another(&request.name, &replicas).await?;
         let encryption = keys::for_new(request.encryption).await?;
         let saved = SavedVolume {
             id: VolumeId(id_or_new(&request.id)?).to_string(),
@@ -676,11 +559,11 @@ impl Cairn for Service {
             size_bytes: request.size_bytes,
             block_size: request.block_size,
             replicas: request.replicas,
+            witnesses: request.witnesses,
             allowed_hosts: request.allowed_hosts,
             child_deadline_ms: request.child_deadline_ms,
             encryption,
-            restoring: None,
-            created: false,
+            ..SavedVolume::default()
         };
         self.serve_new(saved).await.map(Response::new)
     }
@@ -754,6 +637,34 @@ impl Cairn for Service {
         Ok(Response::new(self.volume_message(report)))
     }
 
+    async fn add_replica(
+        &self,
+        request: Request<v1::AddReplicaRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.add_member(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn remove_replica(
+        &self,
+        request: Request<v1::RemoveReplicaRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.remove_member(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn replace_replica(
+        &self,
+        request: Request<v1::ReplaceReplicaRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.replace(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn force_start_volume(
+        &self,
+        request: Request<v1::ForceStartVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.force_start(request.into_inner()).await.map(Response::new)
+    }
+
     async fn create_snapshot(
         &self,
         request: Request<v1::CreateSnapshotRequest>,
@@ -805,30 +716,5 @@ impl Cairn for Service {
         }
         self.forget(&name)?;
         Ok(Response::new(v1::DeleteVolumeResponse {}))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn replica_uris_are_read_as_they_are_written() {
-        let id = "3f2c1a60-5d1c-4b6e-9f0a-2b7f6f1f9a10";
-        for uri in [
-            format!("nvme+tcp://127.0.0.1:4421/nqn.2026-11.io.cairn:replica:{id}"),
-            format!("nvme+tcp://[::1]:4421/nqn.2026-11.io.cairn:replica:{id}"),
-            format!("local:p1/{id}"),
-        ] {
-            let (replica, address) = parse_replica_uri(&uri).unwrap();
-            assert_eq!(replica.to_string(), id);
-            assert_eq!(replica_uri(replica, &address), uri);
-        }
-        // So long an NQN is a panic further down.
-        let long = format!("nvme+tcp://127.0.0.1:1/nqn.{}:replica:{id}", "x".repeat(200));
-        for uri in [&long, "", "local:p1", "nvme+tcp://127.0.0.1/x", "http://127.0.0.1:1/replica:1"]
-        {
-            assert!(parse_replica_uri(uri).is_err(), "{uri}");
-        }
     }
 }

@@ -31,8 +31,34 @@ pub(crate) struct SavedPool {
     pub(crate) buffered: bool,
 }
 
-/// A volume to be served.
+/// A start by force.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedForce {
+    /// From which replica.
+    pub(crate) replica: String,
+    /// Tells the lineage that it begins from others.
+    pub(crate) random: u32,
+}
+
+/// A replica that is being replaced by another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedReplacement {
+    /// The one that goes.
+    pub(crate) old: String,
+    /// The one that comes.
+    pub(crate) new: String,
+    /// Where that is; empty until it is made.
+    pub(crate) uri: String,
+    /// Whether the old one goes as soon as the new one is a member.
+    #[serde(default)]
+    pub(crate) now: bool,
+    /// Where the new one is made, as the configuration names it; empty where somebody made it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) spare: String,
+}
+
+/// A volume to be served.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedVolume {
     pub(crate) id: String,
     pub(crate) name: String,
@@ -40,8 +66,19 @@ pub(crate) struct SavedVolume {
     /// Bytes of the blocks that hosts see; 0: 4096.
     #[serde(default)]
     pub(crate) block_size: u32,
-    /// As in the API: `nvme+tcp://...` or `local:POOL/ID`.
+    /// As in the API: `nvme+tcp://...` or `local:POOL/ID`. All that the configuration which its replicas
+    /// store may name, and sometimes more: one that is added is here before it is a member, and one that
+    /// is removed until it is none.
     pub(crate) replicas: Vec<String>,
+    /// Likewise, those that hold no data.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) witnesses: Vec<String>,
+    /// It is to be started by force, until it serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) forced: Option<SavedForce>,
+    /// A replica is being replaced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) replacement: Option<SavedReplacement>,
     #[serde(default)]
     pub(crate) allowed_hosts: Vec<String>,
     #[serde(default)]

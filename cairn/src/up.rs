@@ -47,8 +47,9 @@ pub(crate) struct UpArgs {
     #[arg(long, default_value_t = 4420)]
     port: u16,
 
-    /// Check volumes in a temporary folder, on free ports, byte by byte: an encrypted one that grows, and
-    /// one that loses a replica half-way and is read back from the nexus and from each replica left.
+    /// Check volumes in a temporary folder, on free ports, byte by byte: an encrypted one that grows, one
+    /// that loses a replica half-way and has it rebuilt, and one of two replicas and a witness whose
+    /// replicas are replaced, by itself and on demand, and which is started by force.
     #[arg(long, conflicts_with_all = ["data", "size", "port"])]
     check: bool,
 
@@ -160,10 +161,18 @@ pub(crate) struct Cluster {
     pub(crate) processes: Vec<Process>,
     pub(crate) client: CairnClient<Channel>,
     pub(crate) replicas: Vec<v1::Replica>,
+    nexus: NexusSettings,
+}
+
+/// What the nexus' process is told beyond the usual.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct NexusSettings {
+    pub(crate) nexus: config::Nexus,
+    pub(crate) metrics: config::Metrics,
 }
 
 /// The API socket of a process of the cluster. A socket's path is at most 107 bytes.
-fn socket_path(data: &Path, name: &str) -> PathBuf {
+pub(crate) fn socket_path(data: &Path, name: &str) -> PathBuf {
     data.join(name).join("api.sock")
 }
 
@@ -173,6 +182,17 @@ impl Cluster {
         data: &Path,
         port: Option<u16>,
         size_bytes: u64,
+        tell: impl FnMut(&str),
+    ) -> Result<Self> {
+        Self::start_with(data, port, size_bytes, NexusSettings::default(), tell).await
+    }
+
+    /// The same, with settings for the nexus.
+    pub(crate) async fn start_with(
+        data: &Path,
+        port: Option<u16>,
+        size_bytes: u64,
+        nexus: NexusSettings,
         mut tell: impl FnMut(&str),
     ) -> Result<Self> {
         if socket_path(data, "nexus").as_os_str().len() > 100 {
@@ -200,14 +220,16 @@ impl Cluster {
             let path = dir.join("pool.img");
             let size = (!path.exists()).then_some(pool_size);
             let pool = config::Pool::new("pool", path.display().to_string(), size, true);
-            let (process, mut client) = start_process(data, &name, port_of(i), vec![pool]).await?;
+            let (process, mut client) =
+                start_process(data, &name, port_of(i), vec![pool], None).await?;
             tell(&format!("started {name} on {}", process.address));
             processes.push(process);
             let held =
                 client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
             replicas.push(held.into_inner().replicas);
         }
-        let (process, mut client) = start_process(data, "nexus", port_of(0), Vec::new()).await?;
+        let (process, mut client) =
+            start_process(data, "nexus", port_of(0), Vec::new(), Some(&nexus)).await?;
         tell(&format!("started nexus on {}", process.address));
         processes.push(process);
         let new = volumes(&mut client).await?.is_empty();
@@ -231,7 +253,7 @@ impl Cluster {
         } else {
             chosen.extend(replicas.into_iter().flatten());
         }
-        Ok(Self { data: data.to_owned(), processes, client, replicas: chosen })
+        Ok(Self { data: data.to_owned(), processes, client, replicas: chosen, nexus })
     }
 
     /// The demo volume: made the first time, waited for afterwards.
@@ -243,9 +265,7 @@ impl Cluster {
                 size_bytes,
                 replicas: self.replicas.iter().map(|r| r.uri.clone()).collect(),
                 id: self.replicas.first().map_or_else(String::new, |r| r.volume_id.clone()),
-                allowed_hosts: Vec::new(),
-                child_deadline_ms: 0,
-                encryption: None,
+                ..v1::CreateVolumeRequest::default()
             };
             let made = self.client.create_volume(request).await.map_err(|s| said(&s))?;
             return Ok(made.into_inner());
@@ -289,7 +309,8 @@ impl Cluster {
 
     /// Starts the nexus that was killed.
     pub(crate) async fn start_nexus(&mut self) -> Result<()> {
-        let (process, client) = start_process(&self.data, "nexus", 0, Vec::new()).await?;
+        let (process, client) =
+            start_process(&self.data, "nexus", 0, Vec::new(), Some(&self.nexus)).await?;
         self.processes[REPLICAS] = process;
         self.client = client;
         Ok(())
@@ -301,7 +322,7 @@ impl Cluster {
         let port = address.parse::<SocketAddr>().context("its address")?.port();
         let path = self.data.join(&name).join("pool.img");
         let pool = config::Pool::new("pool", path.display().to_string(), None, true);
-        let (process, _) = start_process(&self.data, &name, port, vec![pool]).await?;
+        let (process, _) = start_process(&self.data, &name, port, vec![pool], None).await?;
         self.processes[at] = process;
         Ok(())
     }
@@ -375,10 +396,12 @@ async fn start_process(
     name: &str,
     port: u16,
     pools: Vec<config::Pool>,
+    settings: Option<&NexusSettings>,
 ) -> Result<(Process, CairnClient<Channel>)> {
     let dir = data.join(name);
     std::fs::create_dir_all(&dir)
         .with_context(|| format!("cannot make the folder {}", dir.display()))?;
+    let settings = settings.cloned().unwrap_or_default();
     let config = Config {
         name: name.to_owned(),
         state_dir: dir.clone(),
@@ -389,7 +412,8 @@ async fn start_process(
             ..config::Nvmf::default()
         },
         engine: config::Engine::default(),
-        nexus: config::Nexus::default(),
+        nexus: settings.nexus,
+        metrics: settings.metrics,
         pools,
     };
     let file = dir.join("config.toml");

@@ -182,6 +182,8 @@ pub struct PoolReport {
     pub warning: String,
     /// Extents that a crash now would make the next start read and hash.
     pub dirty_extents: u64,
+    /// Extents that were written and are not settled among their volume's replicas.
+    pub open_extents: u64,
     /// Reads that did not verify since the pool was opened.
     pub checksum_mismatches: u64,
     /// `online`, `degraded` where a device failed or is missing, or why it is neither.
@@ -252,6 +254,8 @@ pub struct ReplicaReport {
 /// A child, as told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChildReport {
+    /// Its number in the volume's nexus; those of children that have gone are not told.
+    pub number: u8,
     /// Which replica.
     pub replica: ReplicaId,
     /// Whether it votes and holds no data.
@@ -264,6 +268,8 @@ pub struct ChildReport {
     pub reason: String,
     /// Whether it holds every acked write.
     pub in_sync: bool,
+    /// Whether it can be reached: its session is up, or its pool in this process works.
+    pub connected: bool,
     /// Requests that it has not answered.
     pub load: u32,
 }
@@ -352,6 +358,8 @@ pub struct RebuildEnded {
     pub took_ms: u64,
     /// How long ago it ended.
     pub ago_ms: u64,
+    /// When it ended, as the shard counts time: tells it from the others of its volume.
+    pub ended_ms: u64,
     /// Bytes copied.
     pub bytes: u64,
 }

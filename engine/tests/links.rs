@@ -325,6 +325,9 @@ fn replicas_are_added_to_a_volume_and_removed() {
     remove(2).unwrap();
     let volume = first.volume();
     assert_eq!((volume.state.as_str(), volume.children.len()), ("online", 2), "{volume:#?}");
+    // Findings of scrubs name children by their number, which stays.
+    assert_eq!(volume.children.iter().map(|c| c.number).collect::<Vec<_>>(), [0, 2]);
+    assert!(volume.children.iter().all(|c| c.connected), "{volume:#?}");
     let refused = remove(1).unwrap_err();
     assert!(refused.to_string().contains("the only one"), "{refused}");
     add(remote(4, peers[2]), false).unwrap();
@@ -339,6 +342,26 @@ fn replicas_are_added_to_a_volume_and_removed() {
     add(remote(4, peers[2]), false).unwrap();
     let volume = first.wait("assembled", |v| v.serving && v.children[1].state == "idle");
     assert!(volume.children[1].reason.contains("not a member"), "{volume:#?}");
+}
+
+/// A volume with a replica in a pool of the process was not served at all once that pool was gone, though
+/// the others had all of it.
+#[test]
+fn a_volume_comes_up_without_a_local_pool_that_is_gone() {
+    let first = Engine::with_replica(1);
+    let others: Vec<Engine> = (2..=3).map(Engine::with_replica).collect();
+    let remotes = || others.iter().zip(2..).map(|(engine, id)| remote(id, engine.listen()));
+    let local = || (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() });
+    first.add_volume(Purpose::Create, std::iter::once(local()).chain(remotes()).collect());
+    first.wait("created", |v| v.serving);
+    first.remove_volume();
+
+    let again = Engine::start();
+    again.add_volume(Purpose::Assemble, std::iter::once(local()).chain(remotes()).collect());
+    let volume = again.wait("up", |v| v.serving);
+    let gone = &volume.children[0];
+    assert_eq!((volume.state.as_str(), gone.connected), ("degraded", false), "{volume:#?}");
+    assert!(gone.reason.contains("have pool `p` opened"), "{volume:#?}");
 }
 
 /// What a person types as a replica's address went to the initiator as it was; a name too long for

@@ -972,7 +972,13 @@ impl Nexus {
                 self.renew_for_held(now_ms);
                 self.store_lives();
             }
-            Ok(_) => self.resume_commit(child),
+            Ok(held) => {
+                // It is on its way out of the in-sync set: once it is, it is rebuilt in this session.
+                let c = self.child(child);
+                c.incarnation = held.incarnation;
+                (c.bound, c.written, c.flushed) = (true, 0, 0);
+                self.resume_commit(child);
+            }
             // One that is no voter may have promised an epoch that came to nothing.
             Err(IoStatus::Fenced) if !self.voters.has(child) => self.voter_refused(child),
             Err(IoStatus::Fenced) => self.fence(),

@@ -27,6 +27,8 @@ const MAX_HISTORY: usize = 32;
 const HEAL_AGAIN_MS: u64 = 1_000;
 /// A rate is averaged over about so long.
 const RATE_MS: u64 = 2_000;
+/// Before an extent that could not be read is copied again.
+const HEAL_PAUSE_MS: u64 = 20;
 
 /// What a rebuild is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +105,8 @@ pub(crate) struct Rebuild {
     list_at: u32,
     source: ChildId,
     pages: [Option<Vec<u8>>; 2],
-    /// After an answer of no use nobody is asked before then.
+    /// After an answer of no use nobody is asked before then: a source that fails at once would be asked for
+    /// ever in one turn.
     again_ms: u64,
     needed: Bits,
     /// An extent of which pieces are still to be begun, and the next block.
@@ -297,9 +300,8 @@ impl Nexus {
         }
         if r.list_at >= extents {
             if on(Mutant::RebuildSkipsLast) {
-                if let Some(last) = (0..extents).rev().find(|&at| r.needed.has(at)) {
-                    r.needed.remove(last);
-                }
+                let last = (0..extents).rev().find(|at| r.needed.has(*at));
+                r.needed.remove(last.unwrap_or(extents));
             }
             r.extents_total = r.needed.len() as u64;
             r.stage = Stage::Copy;
@@ -446,9 +448,10 @@ impl Nexus {
         if self.rebuild.is_none() {
             return;
         }
-        let begun = self.begin_heal(range);
+        let (begun, now_ms) = (self.begin_heal(range), self.now_ms);
         let Some(r) = self.rebuild.as_mut() else { return };
         r.healing = begun;
+        r.again_ms = now_ms + HEAL_PAUSE_MS;
         let (first, end) = span(range);
         for extent in first..end {
             r.needed.insert(extent);

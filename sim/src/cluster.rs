@@ -735,11 +735,11 @@ impl Cluster {
             "pool {at} as it is started: {:?}",
             report.findings
         );
-        let before = self.image(at, disk.clone());
+        let before = self.image(at, &disk);
         Pool::open(&mut disk).expect("a pool opens");
         let mut rng = self.world().rng.clone();
         disk.lose_power(&mut rng);
-        let after = self.image(at, disk);
+        let after = self.image(at, &disk);
         check!(
             Check::RecoveryIsStable,
             before == after,
@@ -908,6 +908,12 @@ impl Cluster {
     pub fn take_snapshot(&mut self, volume: usize, id: u128) {
         let id = SnapshotId(id);
         let history = self.history(volume);
+        // It may be the first that is heard of this epoch.
+        let wanted = VolumeId(volume as u128 + 1);
+        let report = self.reports().into_iter().find(|r| r.id == wanted && r.serving);
+        if let Some(report) = report {
+            history.borrow_mut().epoch_serves(report.epoch);
+        }
         let invoked = history.borrow_mut().tick();
         let blocks = history.borrow().blocks() as u64;
         let differing = (0..blocks).filter(|&lba| history.borrow().may_differ(lba)).collect();

@@ -47,6 +47,9 @@ struct Block {
     writes: Vec<Write>,
     reads: Vec<Read>,
     tainted_at: Option<u64>,
+    /// What a read has shown not to be there, and no flush has seen off: the next loss of power may bring it
+    /// back, since what took its place may not have been flushed.
+    ghosts: Vec<Write>,
     /// It may hold parts of several writes.
     torn: bool,
     /// Reads that began earlier are not judged.
@@ -172,8 +175,11 @@ impl History {
 
     /// A flush that began at `invoked` was acked.
     pub fn flush_acked(&mut self, invoked: u64) {
-        for write in self.blocks.iter_mut().flat_map(|block| &mut block.writes) {
-            write.durable |= write.ended < invoked && !write.maybe;
+        for block in &mut self.blocks {
+            for write in &mut block.writes {
+                write.durable |= write.ended < invoked && !write.maybe;
+            }
+            block.ghosts.retain(|g| g.ended >= invoked);
         }
     }
 
@@ -236,8 +242,11 @@ impl History {
                 let over = |d: &Write| d.durable && !d.maybe && d.invoked > w.ended;
                 !block.writes.iter().any(over)
             };
-            let candidates: Vec<Write> = block.writes.iter().copied().filter(kept).collect();
+            let all = block.ghosts.iter().chain(&block.writes);
+            let mut candidates: Vec<Write> = all.copied().filter(kept).collect();
+            candidates.sort_by_key(|w| w.invoked);
             block.writes = candidates;
+            block.ghosts.clear();
             block.reads.clear();
             block.since = now;
             // Where a write that failed was written over, what was there before that is not known.
@@ -331,7 +340,9 @@ impl History {
         let now = self.tick();
         for (lba, bytes) in (lba..).zip(bytes.chunks(PAGE)) {
             let at = usize::try_from(lba).expect("a small volume");
-            if self.blocks[at].torn || unknown(lba) {
+            // A read that was asked for while it was torn may have seen that.
+            let was_torn = self.tears && invoked < self.blocks[at].since;
+            if self.blocks[at].torn || was_torn || unknown(lba) {
                 continue;
             }
             let value = self.decode(lba, bytes);
@@ -358,9 +369,10 @@ impl History {
             // was read after it had ended.
             let before = block.writes.iter().filter(|w| w.value == value).map(|w| w.ended).max();
             let older = before.unwrap_or(OPEN);
-            block.writes.retain(|w| {
-                !(w.maybe && w.value != value && older < w.invoked && w.ended < invoked)
-            });
+            let ghosts = &mut block.ghosts;
+            let gone =
+                |w: &Write| w.maybe && w.value != value && older < w.invoked && w.ended < invoked;
+            ghosts.extend(block.writes.extract_if(.., |w| gone(w)).filter(|w| !w.durable));
             // Which zeros a read saw cannot be told, where there are several.
             let same = block.writes.iter().filter(|w| w.value == value).count();
             let mut won = 0;
@@ -368,7 +380,8 @@ impl History {
                 write.maybe = false;
                 won = std::mem::take(&mut write.lottery);
             }
-            block.writes.retain(|w| won == 0 || w.lottery != won);
+            let lost = |w: &Write| won != 0 && w.lottery == won;
+            ghosts.extend(block.writes.extract_if(.., |w| lost(w)));
             self.judged += 1;
         }
     }

@@ -103,7 +103,7 @@ fn watch() {
 }
 
 fn print_failure(seed: u64, why: &str) {
-    let why: String = why.chars().take(600).collect();
+    let why: String = why.chars().take(2500).collect();
     let commit = std::env::var("CAIRN_COMMIT").unwrap_or_else(|_| "unknown".to_owned());
     println!(
         "seed {seed} of commit {commit} FAILED: {why}\n  see it with: cargo xtask sim --seed {seed} --trace"

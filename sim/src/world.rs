@@ -235,8 +235,8 @@ impl World {
         if let Some(at) = deadline
             && target.timer_at.is_none_or(|timer| at < timer)
         {
-            target.timer_at = Some(at);
             let at = at.max(self.now);
+            self.nodes[node.0].timer_at = Some(at);
             self.at(at, Event::Timer(node));
         }
     }
@@ -265,7 +265,8 @@ impl World {
             check!(
                 Check::Liveness,
                 self.steps < MAX_STEPS,
-                "{MAX_STEPS} events happened and it is not over"
+                "{MAX_STEPS} events happened by {} ms and it is not over",
+                self.now / 1_000_000
             );
             let node = match event {
                 Event::Wake(node) => {
@@ -273,6 +274,10 @@ impl World {
                     node
                 }
                 Event::Timer(node) => {
+                    // One that an earlier one took the place of has nothing more to say.
+                    if self.nodes[node.0].timer_at != Some(self.now) {
+                        continue;
+                    }
                     self.nodes[node.0].timer_at = None;
                     let deadline = self.nodes[node.0].deadline;
                     if deadline.is_some_and(|at| at > self.now) {

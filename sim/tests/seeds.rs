@@ -140,3 +140,15 @@ fn a_scrub_does_not_give_way_to_requests_that_were_answered() {
 fn a_member_that_does_not_join_in_time_is_given_up() {
     check([502_176].into_iter(), |seed| run(seed, None));
 }
+
+/// What was judged wrongly: a snapshot was the first that was heard of an epoch; a read was under way while a
+/// torn block was written anew; a write that a full pool refused came back with a loss of power, since
+/// what took its place had not been flushed. And runs that hung: a pool that had failed was asked for ever what is
+/// open, a member that came back while its removal was being stored was never rebuilt, a copy asked a source whose
+/// link was closing for ever, and timers that others took the place of piled up.
+#[test]
+fn judged_wrongly_or_hung_for_ever() {
+    check([1_000_114, 1_000_409, 1_001_267, 475, 401, 55, 115, 173].into_iter(), |seed| {
+        run(seed, None)
+    });
+}

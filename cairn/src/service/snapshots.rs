@@ -10,7 +10,8 @@ use cairn_engine::snapshot::{SnapshotCall, clone_id};
 use cairn_engine::{ChildAddress, VolumeReport};
 use tonic::Status;
 
-use super::{BLOCK, Service, check_name, id_or_new, replica_uri};
+use super::uri::replica_uri;
+use super::{BLOCK, Service, check_name, id_or_new};
 use crate::state::SavedVolume;
 
 /// Bytes of a snapshot's name.
@@ -121,10 +122,8 @@ impl Service {
             block_size: origin.block_size.bytes(),
             replicas: replicas_of(&origin, id),
             allowed_hosts: request.allowed_hosts,
-            child_deadline_ms: 0,
             encryption,
-            restoring: None,
-            created: false,
+            ..SavedVolume::default()
         };
         // Remembered first: a crash now leaves a volume that is seen, and goes on, or can be deleted.
         self.remember(saved.clone())?;

@@ -12,8 +12,8 @@ use super::pools::Waiter;
 use super::volumes::{Route, Volume};
 use super::{Shard, Subject, token};
 use crate::control::{
-    ChildReport, Command, EngineError, HostReport, PoolReport, RebuildEnded, RebuildStatus,
-    ReplicaReport, Reply, ScrubAction, VolumeReport,
+    ChildAddress, ChildReport, Command, EngineError, HostReport, PoolReport, RebuildEnded,
+    RebuildStatus, ReplicaReport, Reply, ScrubAction, VolumeReport,
 };
 
 impl<D: Driver> Shard<D> {
@@ -170,8 +170,9 @@ impl<D: Driver> Shard<D> {
         });
         if let Some((_, volume)) = user {
             reply.send(Err(EngineError::Busy(format!(
-                "replica {id} belongs to volume `{}`, which is served here; remove the volume first",
-                volume.spec.name
+                "replica {id} belongs to volume `{name}`, which is served here; make it no member first: cairn \
+                 volume remove-replica {name} {id}, or delete the volume",
+                name = volume.spec.name
             ))));
             return;
         }
@@ -193,6 +194,7 @@ impl<D: Driver> Shard<D> {
                 usage: local.pool.usage(),
                 warning: super::space::warning(&local.pool.usage()),
                 dirty_extents: local.pool.dirty_extents(),
+                open_extents: local.pool.open_extents(),
                 checksum_mismatches: local.pool.checksum_mismatches(),
                 slots: local.pool.slot_count(),
                 devices: local.device_reports(),
@@ -252,16 +254,30 @@ impl<D: Driver> Shard<D> {
     fn volume_report(&self, volume: &Volume, now: u64) -> VolumeReport {
         let Status { state, epoch, children, requests, .. } = volume.nexus.status();
         let mut unreachable = String::new();
-        let children = children
-            .into_iter()
+        let children = (0u8..)
+            .zip(children)
             .zip(&volume.spec.children)
             .zip(&volume.routes)
-            .filter(|((child, _), _)| child.state != ChildState::Removed)
-            .map(|((child, replica), route)| {
+            .filter(|(((_, child), _), _)| child.state != ChildState::Removed)
+            .map(|(((number, child), replica), route)| {
                 let (word, mut reason) = describe(child.state);
                 if child.failures > 1 {
                     let join = if reason.is_empty() { "" } else { "; " };
                     reason = format!("{reason}{join}it went out {} times lately", child.failures);
+                }
+                let connected = match route {
+                    Route::Remote { link } => self.link_report(*link).0 == "up",
+                    Route::Local(local) => {
+                        let pool = &self.pools[usize::from(local.pool)].pool;
+                        !local.leaving && !matches!(pool.state(), PoolState::Failed(_))
+                    }
+                    Route::Gone => false,
+                };
+                if let (Route::Gone, ChildAddress::Local { pool }) = (route, &replica.address) {
+                    let join = if reason.is_empty() { "" } else { "; " };
+                    reason = format!(
+                        "{reason}{join}it is not in this process: have pool `{pool}` opened at its start"
+                    );
                 }
                 if let Route::Remote { link } = route {
                     let (_, error) = self.link_report(*link);
@@ -272,12 +288,14 @@ impl<D: Driver> Shard<D> {
                     }
                 }
                 ChildReport {
+                    number,
                     replica: replica.id,
                     witness: child.witness,
                     address: replica.address.clone(),
                     state: word.to_owned(),
                     reason,
                     in_sync: child.in_sync,
+                    connected,
                     load: child.load,
                 }
             })
@@ -342,6 +360,7 @@ fn rebuilt(record: &RebuildRecord, now: u64) -> RebuildEnded {
         },
         took_ms: record.ended_ms.saturating_sub(record.started_ms),
         ago_ms: now.saturating_sub(record.ended_ms),
+        ended_ms: record.ended_ms,
         bytes: record.bytes,
     }
 }

@@ -58,9 +58,9 @@ pub(super) struct Link {
     session: Option<Session>,
     queues: [LinkQueue; 2],
     backoff_ms: u64,
-    /// Since when the session is up.
-    ready_ms: Option<u64>,
     retry_at_ms: u64,
+    /// Since when the nexus uses the session.
+    ready_ms: Option<u64>,
     /// Requests for which the queue has no free slot.
     waiting: VecDeque<(Ticket, IoRequest)>,
     /// Pages of register commands in flight.
@@ -101,8 +101,8 @@ impl Link {
             session: None,
             queues: [LinkQueue::default(); 2],
             backoff_ms: BACKOFF_MIN_MS,
-            ready_ms: None,
             retry_at_ms: now,
+            ready_ms: None,
             waiting: VecDeque::with_capacity(64),
             pages: Vec::new(),
             upkeep: Upkeep::default(),
@@ -315,8 +315,8 @@ impl<D: Driver> Shard<D> {
         let link = &mut self.links[at];
         link.stage = Stage::Idle;
         link.queues = [LinkQueue::default(); 2];
-        // One that goes as soon as it has come, as to a pool that is offline, is not tried all the time.
-        if link.ready_ms.take().is_some_and(|at| now >= at + BACKOFF_MAX_MS) {
+        // One that comes up and is given up at once is not tried again and again: its pool is offline, say.
+        if link.ready_ms.take().is_some_and(|since| now >= since + BACKOFF_MAX_MS) {
             link.backoff_ms = BACKOFF_MIN_MS;
         }
         link.retry_at_ms = now + link.backoff_ms;

@@ -180,8 +180,16 @@ impl<D: Driver> Shard<D> {
 
     /// The members stay as they were.
     pub(super) fn voters_unchanged(&mut self, at: u32, child: ChildId, why: &str, now: u64) {
-        let volume = &mut self.volumes[at];
+        let volume = &self.volumes[at];
         let replica = volume.spec.children[usize::from(child.0)].id;
+        let why = match volume.routes[usize::from(child.0)] {
+            Route::Remote { link } => match self.link_report(link).1 {
+                error if error.is_empty() => why.to_owned(),
+                error => format!("{why} ({error})"),
+            },
+            Route::Local(_) | Route::Gone => why.to_owned(),
+        };
+        let volume = &mut self.volumes[at];
         tracing::warn!(volume = %volume.spec.name, %replica, why, "the members stay as they were");
         let text = format!("replica {replica}: {why}; the volume's members stay as they were");
         volume.member_changed(Err(EngineError::Storage(text)));

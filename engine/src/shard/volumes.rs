@@ -139,7 +139,11 @@ impl<D: Driver> Shard<D> {
                     spec.name
                 )));
             }
-            self.check_child(replica, &spec)?;
+            match self.check_child(replica, &spec) {
+                // Its pool is gone: the volume comes up without it, as without any that is away.
+                Err(EngineError::NotFound { .. }) if spec.purpose != Purpose::Create => {}
+                checked => checked?,
+            }
             children.push(ChildSpec { replica: id, local, witness });
         }
         let key = keys::new_key(&spec)?;

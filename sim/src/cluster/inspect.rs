@@ -216,7 +216,7 @@ impl Cluster {
     pub(super) fn image(
         &self,
         at: usize,
-        disk: SimDisk,
+        disk: &SimDisk,
     ) -> Vec<(Option<Register>, Option<Vec<u8>>)> {
         (0..self.config.volumes)
             .map(|volume| {
