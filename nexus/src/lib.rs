@@ -36,6 +36,7 @@ mod reconfigure;
 mod scrub;
 mod settle;
 mod slots;
+mod standing;
 mod types;
 mod upkeep;
 mod voters;

@@ -253,7 +253,7 @@ impl<D: Driver> Shard<D> {
             register
         });
         let generation = self.hosts[at].generation;
-        let asked = super::pools::Origin::Host { conn: at, generation, slot };
+        let asked = super::registers::Origin::Host { conn: at, generation, slot };
         self.register_command(asked, namespace, sqe, page.flatten());
     }
 }

@@ -11,6 +11,7 @@ mod leases;
 mod links;
 mod members;
 mod pools;
+mod registers;
 mod resize;
 mod sectors;
 mod snapshots;
@@ -148,7 +149,7 @@ pub struct Shard<D: Driver> {
     /// Host requests that wait for a buffer.
     waiting_ios: VecDeque<u32>,
     /// Promises that wait for earlier requests to end.
-    drains: Vec<pools::Drain>,
+    drains: Vec<registers::Drain>,
     /// Snapshots being taken, and lists of them being put together.
     snapshots: Vec<snapshots::SnapshotWork>,
     lists: Vec<snapshots::ListWork>,

@@ -17,7 +17,8 @@ use cairn_replica::ReplicaSlot;
 use super::Shard;
 use super::io::Export;
 use super::keys;
-use super::pools::{Origin, Owner, RegisterKind, serial_of};
+use super::pools::{Owner, serial_of};
+use super::registers::{Origin, RegisterKind};
 use super::sectors;
 use super::snapshots::SnapshotOrigin;
 use crate::control::{

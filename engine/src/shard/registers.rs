@@ -1,0 +1,374 @@
+//! The registers of local replicas: one operation at a time each, promises drained before they are answered.
+
+use cairn_block::mutants::{Mutant, on};
+use cairn_block::{Epoch, IoStatus, Memory};
+use cairn_nexus::{ChildId, ChildReply, Register, Ticket};
+use cairn_nvmf::sqe::Sqe;
+use cairn_nvmf::status::Status;
+use cairn_nvmf::target::{NamespaceHandle, SlotId, status_of};
+use cairn_reactor::Driver;
+use cairn_replica::ReplicaSlot;
+
+use super::Shard;
+use super::io::Export;
+use super::leases::MAX_LEASE_MS;
+use super::pools::Owner;
+use crate::register;
+
+/// Who asked for a register operation.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Origin {
+    Host { conn: u32, generation: u32, slot: SlotId },
+    Volume { volume: u32, generation: u32, child: ChildId, ticket: Ticket },
+}
+
+#[derive(Debug)]
+pub(super) enum RegisterKind {
+    Read,
+    Promise { epoch: Epoch, again: bool },
+    Accept(Register),
+    Renew { epoch: Epoch, lease_ms: u64 },
+    Resize { epoch: Epoch, blocks: u64 },
+}
+
+/// A promise that is stored, but not answered before what the replica had in hand for earlier
+/// sessions is over: none of it may land after the first write of the new one.
+#[derive(Debug)]
+pub(super) struct Drain {
+    origin: Origin,
+    epoch: Epoch,
+    answer: Register,
+    /// Requests to wait for.
+    ios: Vec<u32>,
+    /// On this replica.
+    replica: (u16, ReplicaSlot),
+}
+
+#[derive(Debug)]
+pub(super) struct RegisterOp {
+    origin: Origin,
+    slot: ReplicaSlot,
+    kind: RegisterKind,
+}
+
+impl<D: Driver> Shard<D> {
+    /// A register command from a connection.
+    pub(super) fn register_command(
+        &mut self,
+        origin: Origin,
+        namespace: NamespaceHandle,
+        sqe: &Sqe,
+        page: Option<Register>,
+    ) {
+        let Some(&mut Export::Replica { pool, slot, .. }) = self.export(namespace) else {
+            self.answer_register(origin, Err(IoStatus::Unsupported));
+            return;
+        };
+        let kind = match (sqe.opcode(), page) {
+            (register::OPCODE_READ, _) => RegisterKind::Read,
+            (register::OPCODE_PROMISE, _) => {
+                let (low, high) = (sqe.cdw(10), sqe.cdw(11));
+                let epoch = (u64::from(high & !register::AGAIN) << 32) | u64::from(low);
+                let again = high & register::AGAIN != 0;
+                RegisterKind::Promise { epoch: Epoch(epoch), again }
+            }
+            (register::OPCODE_ACCEPT, Some(page)) => RegisterKind::Accept(page),
+            (register::OPCODE_RENEW, Some(page)) => {
+                RegisterKind::Renew { epoch: page.accepted_epoch, lease_ms: page.lease_ms }
+            }
+            (register::OPCODE_RESIZE, Some(page)) => {
+                RegisterKind::Resize { epoch: page.accepted_epoch, blocks: page.blocks }
+            }
+            (register::OPCODE_ACCEPT | register::OPCODE_RESIZE | register::OPCODE_RENEW, None) => {
+                self.answer_register(origin, Err(IoStatus::InvalidField));
+                return;
+            }
+            _ => {
+                self.answer_register(origin, Err(IoStatus::Unsupported));
+                return;
+            }
+        };
+        self.register_op(origin, pool, slot, kind);
+    }
+
+    pub(super) fn register_op(
+        &mut self,
+        origin: Origin,
+        pool: u16,
+        slot: ReplicaSlot,
+        kind: RegisterKind,
+    ) {
+        let local = &mut self.pools[usize::from(pool)];
+        local.registers.push_back(RegisterOp { origin, slot, kind });
+        local.busy = true;
+    }
+
+    /// Starts the register operations that can be answered, up to one that must be stored.
+    pub(super) fn next_register_op(&mut self, pool: u16) {
+        let life = self.config.incarnation;
+        loop {
+            let local = &mut self.pools[usize::from(pool)];
+            if local.register_busy {
+                return;
+            }
+            let Some(op) = local.registers.front() else { return };
+            let (origin, slot) = (op.origin, op.slot);
+            let renewal = match op.kind {
+                RegisterKind::Renew { epoch, lease_ms } => Some((epoch, lease_ms)),
+                _ => None,
+            };
+            // Whoever asked is gone, and with it perhaps the replica: the slot may be another's now.
+            if let Origin::Host { conn, generation, .. } = origin
+                && self.host_queue(conn, generation).is_none()
+            {
+                self.pools[usize::from(pool)].registers.pop_front();
+                continue;
+            }
+            if let Some((epoch, lease_ms)) = renewal {
+                let answer = self.renew((pool, slot), epoch, lease_ms);
+                self.pools[usize::from(pool)].registers.pop_front();
+                self.answer_register(origin, answer);
+                continue;
+            }
+            let blocks = self.replica_blocks(pool, slot);
+            let local = &mut self.pools[usize::from(pool)];
+            let Some(op) = local.registers.front() else { return };
+            let Some(held) = local.pool.register(slot).map(|r| to_nexus(r, life, blocks)) else {
+                local.registers.pop_front();
+                self.answer_register(origin, Err(IoStatus::NotReady));
+                continue;
+            };
+            let stored = match &op.kind {
+                // Renewals are answered above.
+                RegisterKind::Read | RegisterKind::Renew { .. } => Some(Ok(held)),
+                RegisterKind::Promise { epoch, again: true } if *epoch == held.promised_epoch => {
+                    Some(Ok(held))
+                }
+                // A majority has promised an epoch that is taken up again, so it is its nexus's
+                // alone: a replica that was away then promises it now.
+                RegisterKind::Promise { epoch, .. } => {
+                    if *epoch > held.promised_epoch {
+                        let promised = Register { promised_epoch: *epoch, ..held };
+                        let stores = !on(Mutant::PromiseNotStored);
+                        let answer = (!stores).then(|| Ok(promised.clone()));
+                        if stores {
+                            self.store_register(pool, slot, promised);
+                        }
+                        answer
+                    } else {
+                        Some(Err(IoStatus::Fenced))
+                    }
+                }
+                RegisterKind::Resize { epoch, .. } if *epoch < held.promised_epoch => {
+                    Some(Err(IoStatus::Fenced))
+                }
+                RegisterKind::Resize { blocks, .. } if *blocks <= held.blocks => Some(Ok(held)),
+                RegisterKind::Resize { blocks, .. } => {
+                    local.register_busy = true;
+                    local.busy = true;
+                    let tag = Owner::Register.tag();
+                    local.pool.resize_replica(tag, slot, *blocks, self.driver.memory());
+                    None
+                }
+                RegisterKind::Accept(new) => {
+                    let current = (held.accepted_epoch, held.seq);
+                    let admitted = new.accepted_epoch >= held.promised_epoch;
+                    if (admitted || on(Mutant::AcceptOldEpoch))
+                        && (new.accepted_epoch, new.seq) >= current
+                    {
+                        // The promise never goes back, whatever the page says of it.
+                        let promised = new.promised_epoch.max(new.accepted_epoch);
+                        let new = Register { promised_epoch: promised, ..new.clone() };
+                        self.store_register(pool, slot, new);
+                        None
+                    } else {
+                        Some(Err(IoStatus::Fenced))
+                    }
+                }
+            };
+            let Some(answer) = stored else { return };
+            let local = &mut self.pools[usize::from(pool)];
+            let Some(op) = local.registers.pop_front() else { return };
+            self.finish_register_op(pool, &op, answer);
+        }
+    }
+
+    /// Grants a lease, or takes one back.
+    fn renew(
+        &mut self,
+        (pool, slot): (u16, ReplicaSlot),
+        epoch: Epoch,
+        lease_ms: u64,
+    ) -> ChildReply {
+        let now = self.now_ms();
+        let local = &mut self.pools[usize::from(pool)];
+        let promised = local.pool.register(slot).ok_or(IoStatus::NotReady)?.promised_epoch;
+        if epoch < promised {
+            return Err(IoStatus::Fenced);
+        }
+        // Nobody is made to wait for ever; and a lease is of an epoch that was promised.
+        if epoch > promised || lease_ms > MAX_LEASE_MS {
+            return Err(IoStatus::InvalidField);
+        }
+        local.leases.grant(slot, epoch, now + lease_ms);
+        Ok(Register::default())
+    }
+
+    fn store_register(&mut self, pool: u16, slot: ReplicaSlot, register: Register) {
+        let local = &mut self.pools[usize::from(pool)];
+        local.register_busy = true;
+        let stored = cairn_replica::Register {
+            promised_epoch: register.promised_epoch,
+            accepted_epoch: register.accepted_epoch,
+            seq: register.seq,
+            config: register.config,
+        };
+        local.pool.write_register(Owner::Register.tag(), slot, stored, self.driver.memory());
+        local.busy = true;
+    }
+
+    pub(super) fn register_stored(&mut self, pool: u16, status: IoStatus, _now: u64) {
+        let life = self.config.incarnation;
+        let local = &mut self.pools[usize::from(pool)];
+        local.register_busy = false;
+        local.busy = true;
+        let Some(op) = local.registers.pop_front() else { return };
+        match (&op.kind, status) {
+            (RegisterKind::Resize { .. }, IoStatus::Ok) => self.replica_resized(pool, op.slot),
+            // An accepted configuration is a promise of its epoch, too.
+            (RegisterKind::Accept(new), IoStatus::Ok) => {
+                self.fence_routes((pool, op.slot), new.accepted_epoch, None);
+            }
+            _ => {}
+        }
+        let blocks = self.replica_blocks(pool, op.slot);
+        let local = &self.pools[usize::from(pool)];
+        let held = local.pool.register(op.slot).map(|r| to_nexus(r, life, blocks));
+        let answer = match (status, held) {
+            (IoStatus::Ok, Some(held)) => Ok(held),
+            (IoStatus::Ok, None) => Err(IoStatus::NotReady),
+            (status, _) => Err(status),
+        };
+        self.finish_register_op(pool, &op, answer);
+    }
+
+    /// Answers; a promise only once nothing is in hand for the sessions before it.
+    fn finish_register_op(
+        &mut self,
+        pool: u16,
+        op: &RegisterOp,
+        answer: Result<Register, IoStatus>,
+    ) {
+        let (RegisterKind::Promise { epoch, .. }, Ok(answer)) = (&op.kind, &answer) else {
+            self.answer_register(op.origin, answer);
+            return;
+        };
+        // From here on, what comes on an earlier session of this host is refused.
+        self.bind_epoch(op.origin, *epoch);
+        self.fence_routes((pool, op.slot), *epoch, Some(op.origin));
+        let ios = if on(Mutant::NoDrain) { Vec::new() } else { self.ios_on(pool, op.slot) };
+        let replica = (pool, op.slot);
+        let now = self.now_ms();
+        let lease_ms = self.pools[usize::from(pool)].leases.left(op.slot, *epoch, now);
+        let answer = Register { lease_ms, ..answer.clone() };
+        let drain = Drain { origin: op.origin, epoch: *epoch, answer, ios, replica };
+        self.drains.push(drain);
+        self.finish_drains();
+    }
+
+    /// A host's request is over.
+    pub(super) fn drained(&mut self, io: u32) {
+        if self.drains.is_empty() {
+            return;
+        }
+        for drain in &mut self.drains {
+            drain.ios.retain(|&other| other != io);
+        }
+        self.finish_drains();
+    }
+
+    pub(super) fn finish_drains(&mut self) {
+        while let Some(at) = self.drains.iter().position(|drain| {
+            // Only what was in hand before the promise is counted: its nexus sends nothing before
+            // the answer, and any other's is refused.
+            drain.ios.is_empty()
+                && !self.has_snapshot_call(drain.replica.0, drain.replica.1)
+                && !self.has_local_io(drain.replica)
+        }) {
+            let Drain { origin, epoch, answer, .. } = self.drains.swap_remove(at);
+            tracing::debug!(%epoch, "promised, and drained");
+            self.answer_register(origin, Ok(answer));
+        }
+    }
+
+    fn answer_register(&mut self, origin: Origin, answer: Result<Register, IoStatus>) {
+        match origin {
+            Origin::Volume { volume, generation, child, ticket } => {
+                if let Some(v) = self.volumes.get_mut(volume).filter(|v| v.generation == generation)
+                {
+                    v.register_replies.push_back((child, ticket, answer));
+                    self.touch_volume(volume);
+                }
+            }
+            Origin::Host { conn, generation, slot } => {
+                if self.host_queue(conn, generation).is_none() {
+                    return;
+                }
+                let memory = self.driver.memory();
+                let queue = &mut self.hosts[conn].queue;
+                match answer {
+                    Err(status) => queue.complete(slot, status_of(status), 0, memory),
+                    Ok(_) if queue.data_len(slot) == 0 => {
+                        queue.complete(slot, Status::SUCCESS, 0, memory);
+                    }
+                    Ok(register) => match memory.alloc(register::PAGE) {
+                        Some(page) => {
+                            register::encode(&register, memory.bytes_mut(page.slice()));
+                            queue.complete_with_data(slot, page, memory);
+                        }
+                        None => queue.complete(slot, status_of(IoStatus::NotReady), 0, memory),
+                    },
+                }
+                self.touch_host(conn);
+            }
+        }
+    }
+
+    /// From now on the controller of this connection speaks for `epoch`.
+    fn bind_epoch(&mut self, origin: Origin, epoch: Epoch) {
+        if let Origin::Host { conn, generation, .. } = origin
+            && self.host_queue(conn, generation).is_some()
+        {
+            self.target.set_mark(&self.hosts[conn].queue, epoch.0);
+        }
+    }
+
+    /// Whether a connection speaks for an older epoch than the replica has promised.
+    pub(super) fn is_fenced(
+        &self,
+        conn: u32,
+        generation: u32,
+        pool: u16,
+        slot: ReplicaSlot,
+    ) -> bool {
+        let promised = self.pools[usize::from(pool)]
+            .pool
+            .register(slot)
+            .map_or(0, |register| register.promised_epoch.0);
+        let host = self.hosts.get(conn).filter(|host| host.generation == generation);
+        let speaks_for = host.map_or(0, |host| self.target.mark(&host.queue));
+        promised > speaks_for && !on(Mutant::NoFence)
+    }
+}
+
+fn to_nexus(register: &cairn_replica::Register, incarnation: u128, blocks: u64) -> Register {
+    Register {
+        promised_epoch: register.promised_epoch,
+        accepted_epoch: register.accepted_epoch,
+        seq: register.seq,
+        config: register.config.clone(),
+        incarnation,
+        blocks,
+        lease_ms: 0,
+    }
+}
