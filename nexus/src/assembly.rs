@@ -18,6 +18,9 @@ use crate::types::{ChildId, ChildOp, ChildReply, Event, Purpose, VolumeState};
 /// How long to wait before asking again after somebody else took a newer epoch.
 const RETRY_MS: u64 = 200;
 
+/// Why a volume cannot be made of replicas that are in use.
+const TAKEN: &str = "a replica belongs to a volume already; create the volume from empty replicas";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     /// Registers are being read.
@@ -280,6 +283,18 @@ impl Nexus {
                 return;
             }
         }
+        // Nor does a mistake in a volume's list of replicas take another volume from its nexus.
+        let foreign = self.foreign();
+        if found.is_none() && !foreign.is_empty() {
+            let why = match self.config.purpose {
+                Purpose::Create => TAKEN.to_owned(),
+                _ => self.why_nothing(),
+            };
+            return self.refuse(&why);
+        }
+        for child in foreign.iter() {
+            self.assembling().registers[usize::from(child.0)] = None;
+        }
         // Those stay as they are until the volume serves, or they could not be told from others.
         let forced = matches!(self.config.purpose, Purpose::ForceStart { .. });
         let blank = found.filter(|_| !forced).map_or(ChildSet::EMPTY, |found| {
@@ -346,9 +361,7 @@ impl Nexus {
             return;
         }
         if self.has_foreign() {
-            return self.refuse(
-                "a replica belongs to a volume already; create the volume from empty replicas",
-            );
+            return self.refuse(TAKEN);
         }
         if let Some(small) = self.first_too_small() {
             self.refuse(&small);

@@ -103,6 +103,8 @@ pub(crate) struct Child {
     pub(crate) bound: bool,
     /// The question that binds it, where it is asked.
     pub(crate) rejoining: Option<u32>,
+    /// Its register was read in this session, and is not another volume's.
+    pub(crate) looked: bool,
     /// How far its rebuild is, where the next configuration is to say so.
     pub(crate) cursor: Option<u32>,
     /// The life of its machine as the configuration had it that was found.
@@ -144,6 +146,7 @@ impl Child {
             joining_ms: None,
             bound: false,
             rejoining: None,
+            looked: false,
             cursor: None,
             found_life: 0,
             load: 0,

@@ -281,7 +281,7 @@ impl Nexus {
             return;
         }
         c.connected = false;
-        (c.bound, c.rejoining) = (false, None);
+        (c.bound, c.looked, c.rejoining) = (false, false, None);
         if self.mirror() == Some(child) {
             self.fail_child(child, FaultReason::Unreachable);
         }

@@ -6,6 +6,7 @@ use cairn_block::mutants::{Mutant, on};
 
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
+use crate::config::Register;
 use crate::nexus::Nexus;
 use crate::slots::{ChildSet, Phase};
 use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
@@ -43,7 +44,24 @@ impl Nexus {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
         self.child(child).rejoining = Some(round);
-        self.ask(child, round, ChildOp::Promise { epoch, again: true });
+        // A promise would take another volume from its nexus, where this is a replica of that.
+        let known = self.voters.has(child) || self.child(child).looked;
+        let op =
+            if known { ChildOp::Promise { epoch, again: true } } else { ChildOp::ReadRegister };
+        self.ask(child, round, op);
+    }
+
+    /// The register of a child that is no voter is read: it is bound to the epoch, unless it is another
+    /// volume's.
+    fn looked_at(&mut self, child: ChildId, held: &Register, now_ms: u64) {
+        self.note_why_idle(child, held);
+        if self.child(child).idle == FaultReason::Foreign {
+            self.child(child).state = ChildState::Idle(FaultReason::Foreign);
+            self.voter_is_bound(child, held, now_ms);
+            return;
+        }
+        self.child(child).looked = true;
+        self.rejoin(child);
     }
 
     pub(crate) fn handle_rejoin_reply(
@@ -60,6 +78,9 @@ impl Nexus {
         }
         self.child(child).rejoining = None;
         match reply {
+            Ok(held) if asked && !self.voters.has(child) && !self.child(child).looked => {
+                self.looked_at(child, held, now_ms);
+            }
             Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
             Ok(held) if self.grows_first(child, held.blocks) => {}
             // Also one that is on its way out, and whose new session is up before that is stored.

@@ -90,6 +90,14 @@ impl Nexus {
         found.fold(ChildSet::EMPTY, |set, (child, _)| set.with(child))
     }
 
+    /// Children that hold a configuration of another volume.
+    pub(super) fn foreign(&self) -> ChildSet {
+        let other =
+            |r: &Register| Config::decode(&r.config).is_ok_and(|c| c.volume != self.config.volume);
+        let found = self.registers().filter(|(_, r)| other(r));
+        found.fold(ChildSet::EMPTY, |set, (child, _)| set.with(child))
+    }
+
     pub(super) fn has_foreign(&self) -> bool {
         self.registers().any(|(_, r)| !r.config.is_empty())
     }

@@ -226,10 +226,17 @@ fn a_replica_of_another_volume_is_not_added() {
         members: vec![Member { replica: id(1), in_sync: true, ..Member::default() }],
     };
     b.registers[1].config = other.encode();
+    b.registers[1].promised_epoch = Epoch(1);
     b.connect(1);
     b.nexus.add_voter(second, b.now).unwrap();
     b.pump();
     assert!(b.unchanged().unwrap().contains("belongs to volume"), "{:?}", b.unchanged());
+    assert_eq!(b.registers[1].promised_epoch, Epoch(1), "its own nexus goes on");
+    // Nor by a new volume that is to be made of it.
+    let mut new = Bench::new(2, Purpose::Create, vec![Register::default(), b.registers[1].clone()]);
+    (0..2).for_each(|i| new.connect(i));
+    assert!(matches!(new.nexus.state(), VolumeState::Refused(_)));
+    assert_eq!(new.registers[1].promised_epoch, Epoch(1));
     // One that has promised a newer epoch to somebody does not fence the volume.
     let third = b.add(2, false);
     b.registers[2].promised_epoch = Epoch(99);
