@@ -81,7 +81,12 @@ impl Nexus {
             Ok(held) if asked && !self.voters.has(child) && !self.child(child).looked => {
                 self.looked_at(child, held, now_ms);
             }
-            Ok(_) if self.child(child).growing.is_some() => self.resume_commit(child),
+            Ok(_) if self.child(child).growing.is_some() => {
+                // It is bound once it has grown.
+                let c = self.child(child);
+                c.growing = c.growing.map(|(round, _)| (round, true));
+                self.resume_commit(child);
+            }
             Ok(held) if self.grows_first(child, held.blocks) => {}
             // Also one that is on its way out, and whose new session is up before that is stored.
             Ok(held)

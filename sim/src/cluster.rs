@@ -588,6 +588,10 @@ impl Cluster {
 
     /// Whether each volume is served with a member in sync in another pool.
     fn others_in_sync(&mut self, at: usize) -> bool {
+        if self.config.replicas == 2 {
+            // The other may be cut off before it is known that this one lost something.
+            return false;
+        }
         let reports = self.reports();
         reports.iter().all(|report| {
             let mut children = report.children.iter().enumerate();

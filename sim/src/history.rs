@@ -160,7 +160,8 @@ impl History {
                 continue;
             };
             // A later epoch served before its answer came: it was done by then.
-            write.maybe = false;
+            // What was on its way when everybody lost power may have been done before, and be lost.
+            write.maybe = write.ended == OPEN && write.lottery != 0 && !write.fua;
             write.ended = write.ended.min(now);
             write.durable |= write.fua;
             if block.tainted_at.is_some_and(|at| at < invoked) {
@@ -262,9 +263,12 @@ impl History {
                 continue;
             }
             // One that is still on its way is done by a nexus that lives, or is closed with its epoch.
-            for write in block.writes.iter_mut().filter(|w| w.ended != OPEN) {
-                (write.maybe, write.lottery) = (true, lottery);
-                write.ended = write.ended.min(now);
+            for write in &mut block.writes {
+                write.lottery = lottery;
+                if write.ended != OPEN {
+                    write.maybe = true;
+                    write.ended = write.ended.min(now);
+                }
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod faults;
 
+use cairn_engine::ChildReport;
 use cairn_engine::nexus::Found;
 
 use crate::checks::{Check, check};
@@ -415,7 +416,11 @@ impl Run {
         loop {
             let now = self.cluster.world().now_ns();
             let state = self.cluster.volumes().expect("the nexus runs");
-            let all = state.iter().all(|v| v.serving && v.children.iter().all(|c| c.in_sync));
+            // A pool may be full: volumes grow, and snapshots that it was not there to delete stay.
+            let is_full = |c: &ChildReport| c.reason.contains("NoSpace");
+            let all = state
+                .iter()
+                .all(|v| v.serving && v.children.iter().all(|c| c.in_sync || is_full(c)));
             // One that was taken from this machine is taken up again first.
             if all && state.len() == self.cluster.volume_count() {
                 return;
