@@ -180,6 +180,8 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         1 | 2 => 5,
         _ => replicas,
     };
+    // What cannot be read of the only replica is not read of another.
+    let faults = Faults { slips: faults.slips && replicas > 1, ..faults };
     let config = ClusterConfig {
         volumes: 1 + rng.index(2),
         blocks: 1024,
