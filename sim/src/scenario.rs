@@ -180,8 +180,9 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         1 | 2 => 5,
         _ => replicas,
     };
-    // What cannot be read of the only replica is not read of another.
-    let faults = Faults { slips: faults.slips && replicas > 1, ..faults };
+    // What cannot be read of the only replica, or of the only one that was not late, is read of no other.
+    let slips = faults.slips && replicas > 1 && !faults.everywhere;
+    let faults = Faults { slips, ..faults };
     let config = ClusterConfig {
         volumes: 1 + rng.index(2),
         blocks: 1024,

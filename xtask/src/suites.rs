@@ -114,7 +114,7 @@ struct Bench<'a> {
 }
 
 /// How long the simulator begins new seeds.
-const SIM_SECONDS: u64 = 220;
+const SIM_SECONDS: u64 = 120;
 const BUILD_LIMIT: Duration = Duration::from_secs(1_800);
 
 impl Bench<'_> {
