@@ -601,5 +601,5 @@ impl Pool {
 
 /// Whether a block is all zeros. The first word tells, nearly always.
 fn is_zeros(bytes: &[u8]) -> bool {
-    bytes[..8] == [0; 8] && bytes.iter().all(|&b| b == 0)
+    bytes[..8] == [0; 8] && bytes.chunks(64).all(|c| c.iter().fold(0, |all, b| all | b) == 0)
 }

@@ -66,7 +66,7 @@ enum Receiving {
 struct SendInFlight {
     token: Token,
     windows: Vec<BufSlice>,
-    sum: u64,
+    sum: u32,
 }
 
 #[derive(Debug)]
@@ -320,7 +320,7 @@ impl World {
         &mut self,
         node: NodeId,
         id: SocketId,
-    ) -> Option<(Vec<BufSlice>, u64)> {
+    ) -> Option<(Vec<BufSlice>, u32)> {
         let (conn, side) = self.net.find(node, id)?;
         let send = self.net.conns[conn].sides[side].send.take()?;
         Some((send.windows, send.sum))
@@ -688,15 +688,8 @@ impl World {
 }
 
 /// A sum that changes when a byte does.
-pub(crate) fn checksum(sum: u64, bytes: &[u8]) -> u64 {
-    let mut sum = sum;
-    let mut words = bytes.chunks_exact(8);
-    for word in &mut words {
-        let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
-        sum = (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
-    }
-    for &byte in words.remainder() {
-        sum = (sum ^ u64::from(byte)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
-    }
-    sum
+pub(crate) fn checksum(sum: u32, bytes: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new_with_initial(sum);
+    hasher.update(bytes);
+    hasher.finalize()
 }
