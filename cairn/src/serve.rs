@@ -200,8 +200,6 @@ async fn serve(
     };
     let settling = Arc::clone(&service);
     tokio::spawn(async move { settling.settle_keys().await });
-    let restoring = Arc::clone(&service);
-    tokio::spawn(async move { restoring.finish_restores().await });
     let members = Arc::clone(&service);
     tokio::spawn(async move { members.look_after_members().await });
     let api = cairn_api::v1::cairn_server::CairnServer::from_arc(service);

@@ -6,7 +6,6 @@ mod keys;
 mod members;
 mod messages;
 mod replace;
-mod restore;
 mod snapshots;
 mod spares;
 mod uri;
@@ -28,7 +27,6 @@ use parking_lot::Mutex;
 use tonic::{Request, Response, Status};
 
 use self::members::Members;
-use self::restore::Restores;
 use self::uri::parse_replica_uri;
 pub(crate) use self::uri::resolve;
 use crate::config::{self, Config, Io, Paths};
@@ -57,7 +55,6 @@ pub(crate) struct Service {
     state: Mutex<State>,
     scrubs: Scrubs,
     rebuilds: Rebuilds,
-    restores: Restores,
     members: Members,
     metrics: Mutex<Option<SocketAddr>>,
 }
@@ -82,7 +79,6 @@ impl Service {
             state: Mutex::new(state),
             scrubs: Scrubs::new(&config.state_dir, &config.nexus),
             rebuilds: Rebuilds::new(&config.state_dir),
-            restores: Restores::default(),
             members: Members::new(config),
             metrics: Mutex::new(None),
         }
@@ -137,7 +133,6 @@ impl Service {
             nqn: volume_nqn(&volume.name),
             blocks: volume.size_bytes / BLOCK,
             block_size: volume.block_size()?,
-            held: volume.restoring.is_some(),
             children,
             encryption,
             purpose,

@@ -86,9 +86,6 @@ pub(crate) struct SavedVolume {
     /// Where its key comes from, where it is encrypted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) encryption: Option<SavedEncryption>,
-    /// The snapshot that it is being taken back to, until every replica has been.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) restoring: Option<String>,
     /// Whether its first configuration was stored on the replicas.
     pub(crate) created: bool,
 }

@@ -146,8 +146,6 @@ pub struct VolumeSpec {
     pub child_deadline_ms: u64,
     /// Host NQNs that may connect; `None`: any.
     pub allowed_hosts: Option<Vec<String>>,
-    /// Hosts are not served before [`Command::ReleaseVolume`]: something is to be finished first.
-    pub held: bool,
 }
 
 /// I/O counted since the start of the process.
@@ -529,9 +527,9 @@ pub enum Command<L, D> {
         /// The answer, once a majority has stored it.
         reply: Reply<()>,
     },
-    /// Take, delete, restore or clone a snapshot; take one of several volumes at one instant. A volume that
-    /// is restored is held from then on, whatever comes of it, until it is released: whoever asks notes
-    /// first that it is done, lest it is done once more over what hosts write.
+    /// Take, delete, restore or clone a snapshot; take one of several volumes at one instant. Hosts of a
+    /// volume that is restored wait until every in-sync replica has gone back, also where another process
+    /// serves it by then.
     Snapshot {
         /// Of which volumes; more than one only where snapshots are taken.
         volumes: Vec<String>,
@@ -542,13 +540,6 @@ pub enum Command<L, D> {
         /// Restore though hosts are connected.
         force: bool,
         /// The answer: every in-sync replica has done it.
-        reply: Reply<()>,
-    },
-    /// Serve hosts of a volume that was held: by its spec, or because it was taken back to a snapshot.
-    ReleaseVolume {
-        /// By name.
-        name: String,
-        /// The answer.
         reply: Reply<()>,
     },
     /// Tell of a volume's snapshots.

@@ -462,7 +462,8 @@ impl Nexus {
         (self.lineage, self.generation, self.seq) = (config.lineage, config.generation, 0);
         let (blocks, encryption) = (config.blocks, config.encryption.clone());
         self.voters = voters;
-        self.wanted = Wanted { blocks, encryption, voters };
+        self.restoring = config.restoring;
+        self.wanted = Wanted { blocks, encryption, voters, restoring: config.restoring };
         self.in_sync = ChildSet::EMPTY;
         let old = self.of_older_lineage(config.lineage);
         for at in 0..self.children.len() {
@@ -519,7 +520,9 @@ impl Nexus {
         }
         let found = self.configs();
         let generation = found.iter().map(|f| f.config.generation).max().unwrap_or_default();
-        self.take_config(&highest.config, ChildSet::of(source));
+        // Whether it went back to a snapshot is for the source to say.
+        let restoring = own.config.restoring;
+        self.take_config(&Config { restoring, ..highest.config.clone() }, ChildSet::of(source));
         self.child(source).witness = false;
         self.generation = generation;
         self.lineage = ((highest.config.lineage >> 32) + 1) << 32 | u64::from(random);
@@ -590,6 +593,9 @@ impl Nexus {
             }
         }
         self.begin_reconcile(self.now_ms);
+        if let Some(snapshot) = self.restoring {
+            self.push_event(Event::Restoring(Some(snapshot)));
+        }
         // Those that came while others were promising are not bound to the epoch yet.
         for child in self.connected().without(promised).without(small).iter() {
             self.rejoin(child);

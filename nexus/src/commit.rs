@@ -1,13 +1,13 @@
 //! Storing a configuration on a majority of the voters.
 
+use cairn_block::IoStatus;
 use cairn_block::mutants::{Mutant, on};
-use cairn_block::{IoOp, IoStatus, SnapshotVerb};
 
 use crate::children::ChildState;
 use crate::config::{Config, Member, Register};
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
-use crate::slots::{ChildSet, Phase, Slot};
+use crate::slots::ChildSet;
 use crate::types::{ChildId, ChildOp, ChildReply, Event};
 
 /// A configuration on its way to the voters.
@@ -71,6 +71,7 @@ impl Nexus {
             generation: self.generation,
             encryption: self.wanted.encryption.clone(),
             holder: self.config.holder,
+            restoring: self.wanted.restoring,
             members: members.clone(),
         };
         let register = Register {
@@ -107,10 +108,7 @@ impl Nexus {
     /// what is open when that is stored, and all that is settled from then on.
     fn members_with(&self, target: ChildSet) -> Vec<Member> {
         // What was settled long ago is changed by going back to a snapshot, and has its old stamps.
-        let restores = |s: &Slot| {
-            s.request.op == IoOp::Snapshot(SnapshotVerb::Restore) && s.phase == Phase::Running
-        };
-        let restores = self.slots.iter().any(|(_, slot)| restores(slot));
+        let restores = self.restoring.is_some();
         // Until the members are alike it counts who lost power before: another nexus may have to do it.
         let alike = self.assembly.is_none() && self.reconcile.is_none();
         self.wanted

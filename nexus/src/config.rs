@@ -1,6 +1,6 @@
 //! A volume's configuration and the register that each voter stores it in.
 
-use cairn_block::{Epoch, ReplicaId, VolumeId};
+use cairn_block::{Epoch, ReplicaId, SnapshotId, VolumeId};
 
 use crate::MAX_CHILDREN;
 
@@ -21,6 +21,8 @@ const SECTION: usize = 8;
 const SECTION_ENCRYPTION: u16 = 1;
 /// A section: who stored the configuration.
 const SECTION_HOLDER: u16 = 2;
+/// A section: to which snapshot the volume is being taken back.
+const SECTION_RESTORING: u16 = 3;
 
 /// What one voter holds of the volume's register. `accepted_epoch` and `seq` order configurations.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -80,6 +82,9 @@ pub struct Config {
     pub encryption: Vec<u8>,
     /// Who stored it: see [`NexusConfig::holder`](crate::NexusConfig::holder). 0: not told.
     pub holder: u128,
+    /// The snapshot that the volume is being taken back to. Some replicas may have done it and others not:
+    /// all do it before hosts are served.
+    pub restoring: Option<SnapshotId>,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -126,7 +131,8 @@ impl Config {
     /// version 2, after the members, sections: kind u16, zero u16, bytes u32, and so many bytes
     /// ```
     ///
-    /// Section 1: encryption. Section 2: the holder (16 bytes), where it is told.
+    /// Section 1: encryption. Section 2: the holder (16 bytes), where it is told. Section 3: the snapshot that
+    /// the volume is being taken back to (16 bytes), where it is.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -153,6 +159,9 @@ impl Config {
         if self.holder != 0 {
             push_section(&mut out, SECTION_HOLDER, &self.holder.to_le_bytes());
         }
+        if let Some(id) = self.restoring {
+            push_section(&mut out, SECTION_RESTORING, &id.to_bytes());
+        }
         out
     }
 
@@ -177,7 +186,7 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let (encryption, holder) = decode_sections(sections, expected)?;
+        let Sections { encryption, holder, restoring } = decode_sections(sections, expected)?;
         let mut members = Vec::with_capacity(count);
         for m in head[HEADER..].chunks_exact(MEMBER) {
             if m[16] & !(IN_SYNC | WITNESS) != 0 {
@@ -200,6 +209,7 @@ impl Config {
             generation: u64::from_le_bytes(bytes_at(header, 40)),
             encryption,
             holder,
+            restoring,
             members,
         })
     }
@@ -224,11 +234,18 @@ fn push_section(out: &mut Vec<u8>, kind: u16, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
-/// What the sections say of encryption, and of the holder. They begin `at` bytes into the configuration.
-fn decode_sections(mut rest: &[u8], at: usize) -> Result<(Vec<u8>, u128), ConfigError> {
+/// What is told after the members.
+#[derive(Default)]
+struct Sections {
+    encryption: Vec<u8>,
+    holder: u128,
+    restoring: Option<SnapshotId>,
+}
+
+/// What the sections say. They begin `at` bytes into the configuration.
+fn decode_sections(mut rest: &[u8], at: usize) -> Result<Sections, ConfigError> {
     let whole = rest.len();
-    let mut encryption = Vec::new();
-    let mut holder = 0;
+    let mut found = Sections::default();
     while !rest.is_empty() {
         let done = at + whole - rest.len();
         let short = |expected| ConfigError::Length { found: at + whole, expected };
@@ -239,15 +256,18 @@ fn decode_sections(mut rest: &[u8], at: usize) -> Result<(Vec<u8>, u128), Config
         let end = end.unwrap_or(usize::MAX);
         let bytes = rest.get(SECTION..end).ok_or(short(done.saturating_add(end)))?;
         match (kind, <[u8; 16]>::try_from(bytes)) {
-            (SECTION_ENCRYPTION, _) if !bytes.is_empty() && encryption.is_empty() => {
-                encryption = bytes.to_vec();
+            (SECTION_ENCRYPTION, _) if !bytes.is_empty() && found.encryption.is_empty() => {
+                found.encryption = bytes.to_vec();
             }
-            (SECTION_HOLDER, Ok(id)) if holder == 0 => holder = u128::from_le_bytes(id),
+            (SECTION_HOLDER, Ok(id)) if found.holder == 0 => found.holder = u128::from_le_bytes(id),
+            (SECTION_RESTORING, Ok(id)) if found.restoring.is_none() => {
+                found.restoring = Some(SnapshotId::from_bytes(id));
+            }
             _ => return Err(ConfigError::Section(kind)),
         }
         rest = &rest[end..];
     }
-    Ok((encryption, holder))
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -262,6 +282,7 @@ mod tests {
             lineage: 3,
             encryption: Vec::new(),
             holder: 0,
+            restoring: None,
             generation: 41,
             members: vec![
                 Member {
@@ -309,7 +330,9 @@ mod tests {
             assert_eq!(Config::decode(&unknown), Err(ConfigError::Section(kind)));
         }
         let held = Config { holder: 5, ..Config::decode(&bytes).unwrap() };
-        assert_eq!(Config::decode(&held.encode()), Ok(held));
+        assert_eq!(Config::decode(&held.encode()), Ok(held.clone()));
+        let restoring = Config { restoring: Some(SnapshotId(6)), ..held };
+        assert_eq!(Config::decode(&restoring.encode()), Ok(restoring));
         let mut long = bytes.clone();
         long[end + 4..end + 8].fill(0xff);
         assert!(Config::decode(&long).is_err());

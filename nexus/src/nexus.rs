@@ -51,6 +51,8 @@ pub struct Nexus {
     /// A change of the voters that is under way.
     pub(crate) changing: Option<Changing>,
     pub(crate) growing: Option<Growing>,
+    /// By the configuration committed last: see [`Config::restoring`](crate::Config::restoring).
+    pub(crate) restoring: Option<cairn_block::SnapshotId>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
@@ -116,9 +118,11 @@ impl Nexus {
                 blocks: config.blocks,
                 encryption: encryption.clone(),
                 voters: ChildSet::EMPTY,
+                restoring: None,
             },
             changing: None,
             encryption,
+            restoring: None,
             growing: None,
             round: 0,
             commit: None,

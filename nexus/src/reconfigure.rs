@@ -1,10 +1,11 @@
-//! What a configuration says besides who is in sync: the volume's size and its wrapped key.
+//! What a configuration says besides who is in sync: the volume's size, its wrapped key, and the snapshot
+//! that it is being taken back to.
 //!
-//! Both change by a commit like any other. A larger size is committed only once every replica that is
+//! All change by a commit like any other. A larger size is committed only once every replica that is
 //! there has grown to it; one that is not there grows when it comes back, before it is used. So the
 //! size in the configuration is never more than what a child that takes I/O has.
 
-use cairn_block::{IoStatus, ReplicaId};
+use cairn_block::{IoStatus, ReplicaId, SnapshotId};
 
 use crate::children::{ChildState, FaultReason};
 use crate::nexus::Nexus;
@@ -18,6 +19,7 @@ pub(crate) struct Wanted {
     pub(crate) encryption: Vec<u8>,
     /// While these are not those that vote, a majority of each has to store what is committed.
     pub(crate) voters: ChildSet,
+    pub(crate) restoring: Option<SnapshotId>,
 }
 
 /// A size that replicas are growing to.
@@ -41,6 +43,9 @@ pub enum ChangeError {
     /// An earlier one has not ended.
     #[error("an earlier change of the volume is being stored; try again when it is")]
     Busy,
+    /// The replicas go back one by one, and nothing else is done meanwhile.
+    #[error("the volume is being taken back to snapshot {0}; try again when it is")]
+    Restoring(SnapshotId),
     /// It would be smaller.
     #[error(
         "the volume has {has} blocks and cannot shrink to {asked}: to have a smaller one, make a new \
@@ -142,6 +147,13 @@ impl Nexus {
     }
 
     pub(crate) fn check_change(&self) -> Result<(), ChangeError> {
+        match self.restoring() {
+            Some(id) => Err(ChangeError::Restoring(id)),
+            None => self.check_current(),
+        }
+    }
+
+    fn check_current(&self) -> Result<(), ChangeError> {
         let there = self.voters.has_majority_in(self.connected());
         let online = self.in_sync.iter().any(|c| self.is_usable(c));
         if !self.state.is_serving() || !there || !online {
@@ -150,6 +162,7 @@ impl Nexus {
         let current = self.wanted.blocks == self.config.blocks
             && self.wanted.encryption == self.encryption
             && self.wanted.voters == self.voters
+            && self.wanted.restoring == self.restoring
             && self.changing.is_none()
             && self.growing.is_none();
         if current { Ok(()) } else { Err(ChangeError::Busy) }
@@ -161,6 +174,36 @@ impl Nexus {
         if !target.is_empty() {
             self.commit_target(target);
         }
+    }
+
+    // ---- going back to a snapshot
+
+    /// The snapshot that the volume is being taken back to: replicas may differ, and no request of a host
+    /// may be submitted.
+    #[must_use]
+    pub fn restoring(&self) -> Option<SnapshotId> {
+        self.restoring.or(self.wanted.restoring)
+    }
+
+    /// Stores that the volume is being taken back to a snapshot, before any replica is asked to; or that
+    /// all have been. [`Event::Restoring`] tells that it is stored; it comes after assembly too, where a
+    /// nexus before this one did not finish.
+    ///
+    /// # Errors
+    /// [`ChangeError`] where it cannot be now; then nothing was begun.
+    pub fn set_restoring(
+        &mut self,
+        snapshot: Option<SnapshotId>,
+        now_ms: u64,
+    ) -> Result<(), ChangeError> {
+        match snapshot {
+            Some(_) => self.check_change()?,
+            None => self.check_current()?,
+        }
+        self.wanted.restoring = snapshot;
+        self.commit_wanted();
+        self.settle(now_ms);
+        Ok(())
     }
 
     // ---- the size
@@ -280,13 +323,17 @@ impl Nexus {
         self.commit_wanted();
     }
 
-    /// A configuration with this size and key is stored by a majority.
+    /// A configuration that says this is stored by a majority.
     pub(crate) fn take_up(&mut self, stored: Wanted) {
         if stored.blocks != self.config.blocks {
             self.config.blocks = stored.blocks;
             self.push_event(Event::Resized(stored.blocks));
         }
         self.take_up_voters(stored.voters);
+        if stored.restoring != self.restoring {
+            self.restoring = stored.restoring;
+            self.push_event(Event::Restoring(stored.restoring));
+        }
         if stored.encryption != self.encryption {
             self.encryption = stored.encryption;
             self.push_event(Event::KeyChanged);

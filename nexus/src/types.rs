@@ -1,6 +1,6 @@
 //! What goes into a nexus and what comes out of it.
 
-use cairn_block::{BufSlice, Epoch, IoRequest, IoStatus, Lba, ReplicaId, VolumeId};
+use cairn_block::{BufSlice, Epoch, IoRequest, IoStatus, Lba, ReplicaId, SnapshotId, VolumeId};
 
 use crate::children::{ChildState, FaultReason};
 use crate::config::Register;
@@ -305,6 +305,10 @@ pub enum Event {
     ResizeFailed(Option<ChildId>, IoStatus),
     /// Another wrapping of the volume's key is stored.
     KeyChanged,
+    /// It is stored that the volume is being taken back to this snapshot: every in-sync member is to be asked
+    /// to, and then [`Nexus::set_restoring`](crate::Nexus::set_restoring) to be called with none. With none:
+    /// it is over, and requests of hosts may be submitted.
+    Restoring(Option<SnapshotId>),
     /// The child is a voter now.
     VoterAdded(ChildId),
     /// The child is no voter any more: its session is to be ended for good, and then

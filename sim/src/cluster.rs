@@ -515,7 +515,6 @@ impl Cluster {
             nqn: volume_nqn(volume),
             blocks: self.config.blocks,
             block_size: BlockSize::B4096,
-            held: false,
             children: children.collect(),
             purpose,
             child_deadline_ms: self.config.child_deadline_ms,

@@ -96,7 +96,7 @@ pub(super) async fn run(cluster: &mut Cluster, folder: &std::path::Path) -> Resu
     fill(cluster, NAMES[0], FIRST, false).await.context("restored")?;
     fill(cluster, NAMES[1], SECOND, false).await.context("not restored")?;
     fill(cluster, CLONE, SECOND, false).await.context("a clone whose origin was restored")?;
-    cut_off(cluster, folder).await?;
+    cut_off(cluster).await?;
     for name in NAMES {
         let request =
             v1::DeleteSnapshotRequest { volume: name.to_owned(), snapshot: "first".to_owned() };
@@ -120,22 +120,32 @@ pub(super) async fn run(cluster: &mut Cluster, folder: &std::path::Path) -> Resu
 
 /// A restore that the nexus's process did not outlive: some replicas may be back, others not. It is done
 /// before hosts are served, and then never again.
-async fn cut_off(cluster: &mut Cluster, folder: &std::path::Path) -> Result<()> {
-    let snapshots = list(cluster, NAMES[0]).await?;
-    let id = &snapshots.first().context("the snapshot is gone")?.id;
-    fill(cluster, NAMES[0], SECOND, true).await?;
-    cluster.kill_nexus()?;
-    let file = folder.join("nexus").join("volumes.json");
-    let mut state: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
-    let volumes = state["volumes"].as_array_mut().context("the state file has no volumes")?;
-    let volume = volumes.iter_mut().find(|v| v["name"] == NAMES[0]).context("it is not there")?;
-    volume["restoring"] = serde_json::Value::from(id.as_str());
-    std::fs::write(&file, serde_json::to_vec(&state)?)?;
-    cluster.start_nexus().await?;
-    fill(cluster, NAMES[0], FIRST, false).await.context("a restore that was cut off")?;
-    fill(cluster, NAMES[0], SECOND, true).await?;
-    cluster.restart_nexus().await?;
-    fill(cluster, NAMES[0], SECOND, false).await.context("a restore that was done again")?;
+async fn cut_off(cluster: &mut Cluster) -> Result<()> {
+    for delay_ms in [0, 1, 3, 10] {
+        fill(cluster, NAMES[0], SECOND, true).await?;
+        let mut client = connect(&cluster.socket("nexus")).await?;
+        let request = v1::RestoreSnapshotRequest {
+            volume: NAMES[0].to_owned(),
+            snapshot: "first".to_owned(),
+            force: true,
+        };
+        let asked = tokio::spawn(async move { client.restore_snapshot(request).await });
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        cluster.kill_nexus()?;
+        let answer = asked.await?;
+        cluster.start_nexus().await?;
+        let back = fill(cluster, NAMES[0], FIRST, false).await;
+        if answer.is_ok() {
+            back.context("a restore that was acked, and then the nexus was killed")?;
+        } else if back.is_err() {
+            fill(cluster, NAMES[0], SECOND, false)
+                .await
+                .context("neither restored nor as it was")?;
+        }
+        fill(cluster, NAMES[0], SECOND, true).await?;
+        cluster.restart_nexus().await?;
+        fill(cluster, NAMES[0], SECOND, false).await.context("a restore that was done again")?;
+    }
     restore(cluster, NAMES[0], "first").await
 }
 

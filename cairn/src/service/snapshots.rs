@@ -95,6 +95,25 @@ impl Service {
         Ok(v1::DeleteSnapshotResponse {})
     }
 
+    /// Takes a volume back to a snapshot.
+    pub(super) async fn restore(
+        &self,
+        request: v1::RestoreSnapshotRequest,
+    ) -> Result<v1::Volume, Status> {
+        let name = request.volume;
+        let found = self.find(&name, &request.snapshot).await?;
+        if found.replicas < found.of_replicas {
+            return Err(Status::failed_precondition(format!(
+                "snapshot `{}` is on {} of {} replicas: those without it would be lost",
+                found.name, found.replicas, found.of_replicas
+            )));
+        }
+        let volumes = vec![name.clone()];
+        let verb = SnapshotVerb::Restore;
+        self.snapshot(volumes, verb, call(found.id, ""), request.force).await?;
+        Ok(self.volume_message(self.known(&name).await?))
+    }
+
     /// Makes a volume of a snapshot: a replica in each pool that has one of the snapshot.
     pub(super) async fn clone_volume(
         &self,

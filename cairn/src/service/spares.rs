@@ -193,7 +193,7 @@ impl Service {
                 continue;
             };
             let Some(of) = saved.iter().find(|v| v.id == volume) else { continue };
-            let busy = of.replacement.is_some() || of.forced.is_some() || of.restoring.is_some();
+            let busy = of.replacement.is_some() || of.forced.is_some();
             if busy || report.state != "degraded" {
                 continue;
             }

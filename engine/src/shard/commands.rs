@@ -22,7 +22,6 @@ impl<D: Driver> Shard<D> {
         match command {
             Command::ListPools { reply } => reply.send(Ok(self.pool_reports())),
             Command::ListReplicas { reply } => reply.send(Ok(self.replica_reports())),
-            Command::ReleaseVolume { name, reply } => reply.send(self.release_volume(name)),
             Command::ListSnapshots { volume, reply } => self.list_snapshots(&volume, reply),
             Command::Snapshot { reply, .. } if stopping => reply.send(Err(EngineError::Stopped)),
             Command::Snapshot { volumes, verb, call, force, reply } => {
@@ -304,6 +303,9 @@ impl<D: Driver> Shard<D> {
         if !matches!(state, VolumeState::Assembling(_)) {
             unreachable.clear();
         }
+        let back = volume.nexus.restoring().map_or_else(String::new, |snapshot| {
+            format!("being taken back to snapshot {snapshot}; hosts wait")
+        });
         let hosts = volume.export.map_or_else(Vec::new, |(subsystem, _)| {
             self.target
                 .controllers(subsystem)
@@ -321,8 +323,8 @@ impl<D: Driver> Shard<D> {
             nqn: volume.spec.nqn.clone(),
             blocks: volume.nexus.blocks(),
             state: state.word().to_owned(),
-            detail: format!("{}{unreachable}", state.detail()),
-            serving: state.is_serving() && volume.export.is_some(),
+            detail: format!("{}{unreachable}{back}", state.detail()),
+            serving: state.is_serving() && volume.export.is_some() && back.is_empty(),
             epoch: epoch.0,
             children,
             hosts,

@@ -13,6 +13,7 @@ mod members;
 mod pools;
 mod registers;
 mod resize;
+mod restore;
 mod sectors;
 mod snapshots;
 mod space;
@@ -368,6 +369,7 @@ impl<D: Driver> Shard<D> {
             volume.nexus.handle_timeout(now);
             let next = volume.nexus.poll_timeout(now);
             self.wants_timeout(next);
+            self.retry_restore(at, now);
             self.touch_volume(at);
         }
         let mut from = 0;

@@ -53,7 +53,23 @@ pub(super) struct SnapshotWork {
     /// Number, generation, and what the volume said.
     volumes: Vec<(u32, u32, Answer)>,
     deadline_ms: u64,
-    reply: Option<Reply<()>>,
+    told: Option<Told>,
+}
+
+/// Who hears what came of a call.
+pub(super) enum Told {
+    Caller(Reply<()>),
+    /// The volume that goes back to a snapshot.
+    Restore,
+}
+
+impl SnapshotWork {
+    /// A call on volumes, by number and generation, whose page is written.
+    pub(super) fn new(verb: SnapshotVerb, page: Buf, volumes: &[(u32, u32)], told: Told) -> Self {
+        let volumes = volumes.iter().map(|&(at, generation)| (at, generation, Answer::No));
+        let volumes = volumes.collect();
+        Self { id: 0, verb, page: Some(page), volumes, deadline_ms: 0, told: Some(told) }
+    }
 }
 
 /// A list being put together.
@@ -80,35 +96,29 @@ impl<D: Driver> Shard<D> {
             Ok(volumes) => volumes,
             Err(error) => return reply.send(Err(error)),
         };
+        if let (SnapshotVerb::Restore, &[(at, _)]) = (verb, volumes.as_slice()) {
+            return self.begin_restore(at, call.spec.id, reply, now);
+        }
         let memory = self.driver.memory();
         let Some(page) = memory.alloc(snapshot::PAGE) else {
             let busy = "there is no buffer free for the call; try again".to_owned();
             return reply.send(Err(EngineError::Busy(busy)));
         };
         snapshot::encode(call, memory.bytes_mut(page.slice()));
-        self.next_snapshot += 1;
-        self.snapshots.push(SnapshotWork {
-            id: self.next_snapshot,
-            verb,
-            page: Some(page),
-            volumes,
-            deadline_ms: now + FREEZE_MS,
-            reply: Some(reply),
-        });
-        let (work, several) = (self.snapshots.len() - 1, names.len() > 1);
-        if verb == SnapshotVerb::Restore {
-            for (at, ..) in &self.snapshots[work].volumes {
-                self.volumes[*at].held = true;
-            }
-        }
-        if several {
-            for i in 0..names.len() {
-                let (at, ..) = self.snapshots[work].volumes[i];
+        if names.len() > 1 {
+            for &(at, _) in &volumes {
                 self.volumes[at].frozen = true;
                 self.touch_volume(at);
             }
-            self.wants_timeout(Some(now + FREEZE_MS));
         }
+        self.push_snapshot(SnapshotWork::new(verb, page, &volumes, Told::Caller(reply)), now);
+    }
+
+    pub(super) fn push_snapshot(&mut self, work: SnapshotWork, now: u64) {
+        self.next_snapshot += 1;
+        let (id, deadline_ms) = (self.next_snapshot, now + FREEZE_MS);
+        self.snapshots.push(SnapshotWork { id, deadline_ms, ..work });
+        self.wants_timeout(Some(deadline_ms));
         self.advance_snapshots(now);
     }
 
@@ -117,20 +127,29 @@ impl<D: Driver> Shard<D> {
         names: &[String],
         verb: SnapshotVerb,
         force: bool,
-    ) -> Result<Vec<(u32, u32, Answer)>, EngineError> {
+    ) -> Result<Vec<(u32, u32)>, EngineError> {
         if names.len() > MAX_VOLUMES {
             return Err(EngineError::Invalid(format!(
                 "a snapshot is taken of at most {MAX_VOLUMES} volumes together, not of {}",
                 names.len()
             )));
         }
-        let mut volumes: Vec<(u32, u32, Answer)> = Vec::new();
+        if verb == SnapshotVerb::Restore && names.len() != 1 {
+            let one = "volumes are taken back to a snapshot one at a time".to_owned();
+            return Err(EngineError::Invalid(one));
+        }
+        let mut volumes: Vec<(u32, u32)> = Vec::new();
         for name in names {
             let missing = || EngineError::NotFound { kind: "volume", name: name.clone() };
             let at = self.find_volume(name).ok_or_else(missing)?;
             let volume = &self.volumes[at];
             if !volume.nexus.status().state.is_serving() || volume.removing() {
                 return Err(EngineError::Busy(format!("volume `{name}` is not being served")));
+            }
+            if let Some(snapshot) = volume.nexus.restoring() {
+                return Err(EngineError::Busy(format!(
+                    "volume `{name}` is being taken back to snapshot {snapshot}; try again when it is"
+                )));
             }
             if volume.frozen || volumes.iter().any(|(other, ..)| *other == at) {
                 return Err(EngineError::Busy(format!(
@@ -144,7 +163,7 @@ impl<D: Driver> Shard<D> {
                      have in memory; disconnect them first, or use force"
                 )));
             }
-            volumes.push((at, volume.generation, Answer::No));
+            volumes.push((at, volume.generation));
         }
         Ok(volumes)
     }
@@ -157,7 +176,7 @@ impl<D: Driver> Shard<D> {
             let work = &self.snapshots[i];
             let waits = |a: &Answer| matches!(a, Answer::No | Answer::Asked);
             if !work.volumes.iter().any(|(.., a)| waits(a)) {
-                self.answer_snapshot(i);
+                self.answer_snapshot(i, now);
             }
             let used = |a: &Answer| !matches!(a, Answer::Released(_));
             if self.snapshots[i].volumes.iter().any(|(.., a)| used(a)) {
@@ -223,8 +242,8 @@ impl<D: Driver> Shard<D> {
         };
     }
 
-    fn answer_snapshot(&mut self, i: usize) {
-        let Some(reply) = self.snapshots[i].reply.take() else { return };
+    fn answer_snapshot(&mut self, i: usize, now: u64) {
+        let Some(told) = self.snapshots[i].told.take() else { return };
         let work = &self.snapshots[i];
         let verb = work.verb;
         let status = work.volumes.iter().find_map(|(.., a)| match a {
@@ -237,14 +256,18 @@ impl<D: Driver> Shard<D> {
                 several.push(at);
             }
         }
-        for at in several {
+        for &at in &several {
             self.volumes[at].frozen = false;
             self.touch_volume(at);
         }
-        reply.send(match status {
-            None => Ok(()),
-            Some(status) => Err(refusal(verb, status)),
-        });
+        match (told, several.as_slice(), status) {
+            (Told::Caller(reply), _, None) => reply.send(Ok(())),
+            (Told::Caller(reply), _, Some(status)) => reply.send(Err(refusal(verb, status))),
+            (Told::Restore, &[at], status) => {
+                self.restore_answered(at, status.unwrap_or(IoStatus::Ok), now);
+            }
+            (Told::Restore, ..) => {}
+        }
     }
 
     // ---- at the replica
@@ -580,7 +603,7 @@ fn entries_of(pool: &MultiPool, slot: ReplicaSlot) -> Vec<SnapshotEntry> {
         .collect()
 }
 
-fn refusal(verb: SnapshotVerb, status: IoStatus) -> EngineError {
+pub(super) fn refusal(verb: SnapshotVerb, status: IoStatus) -> EngineError {
     let what = match verb {
         SnapshotVerb::Create => "the snapshot was not taken",
         SnapshotVerb::Delete => "the snapshot was not deleted",

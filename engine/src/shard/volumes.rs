@@ -19,6 +19,7 @@ use super::io::Export;
 use super::keys;
 use super::pools::{Owner, serial_of};
 use super::registers::{Origin, RegisterKind};
+use super::restore::Restore;
 use super::sectors;
 use super::snapshots::SnapshotOrigin;
 use crate::control::{
@@ -83,15 +84,15 @@ pub(super) struct Volume {
     pub(super) key: Option<Box<VolumeKey>>,
     /// Requests wait: a snapshot of several volumes is being taken.
     pub(super) frozen: bool,
-    /// Requests wait, and hosts cannot connect yet, until the volume is released.
-    pub(super) held: bool,
+    /// It is being taken back to a snapshot.
+    pub(super) restore: Option<Restore>,
     pub(super) busy: bool,
 }
 
 impl Volume {
     /// Whether requests of hosts go to the nexus.
     fn admits(&self) -> bool {
-        !self.frozen && !self.held
+        !self.frozen && self.nexus.restoring().is_none()
     }
 
     pub(super) fn removing(&self) -> bool {
@@ -176,7 +177,6 @@ impl<D: Driver> Shard<D> {
             self.has_mend_reserve = self.mend_reserve.is_some();
         }
         self.next_generation = self.next_generation.wrapping_add(1);
-        let held = spec.held;
         let routes = vec![Route::Gone; spec.children.len()];
         let at = self.volumes.insert(Volume {
             spec,
@@ -192,7 +192,7 @@ impl<D: Driver> Shard<D> {
             change: None,
             key,
             frozen: false,
-            held,
+            restore: None,
             busy: false,
         });
         for child in 0..self.volumes[at].routes.len() {
@@ -390,8 +390,10 @@ impl<D: Driver> Shard<D> {
     }
 
     fn drop_volume(&mut self, at: u32) {
+        let gone = "the volume was removed meanwhile";
+        self.forget_restore(at, gone);
         let Some(mut volume) = self.volumes.remove(at) else { return };
-        volume.fail_change("the volume was removed meanwhile");
+        volume.fail_change(gone);
         self.detach_links(at);
         if let Some(reply) = volume.removing {
             reply.send(Ok(()));
@@ -545,7 +547,9 @@ impl<D: Driver> Shard<D> {
                     _ => tracing::warn!(volume = %name, state = word, detail, "volume state"),
                 }
                 if matches!(state, VolumeState::Fenced | VolumeState::Refused(_)) {
-                    volume.fail_change(&format!("the volume is {word}: {detail}"));
+                    let why = format!("the volume is {word}: {detail}");
+                    volume.fail_change(&why);
+                    self.forget_restore(at, &why);
                 }
                 self.export_if_due(at);
             }
@@ -564,6 +568,7 @@ impl<D: Driver> Shard<D> {
             }
             Event::Locked if volume.removing.is_none() => self.volume_locked(at, now),
             Event::Locked => {}
+            Event::Restoring(snapshot) => self.restoring_changed(at, snapshot, now),
             Event::VoterAdded(c) => self.voter_added(at, c),
             Event::VoterRemoved(c) => self.voter_removed(at, c, now),
             Event::VotersUnchanged(c, why) => self.voters_unchanged(at, c, &why, now),
@@ -608,20 +613,9 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    /// Lets hosts of a volume go on that was held.
-    pub(super) fn release_volume(&mut self, name: String) -> Result<(), EngineError> {
-        let Some(at) = self.find_volume(&name) else {
-            return Err(EngineError::NotFound { kind: "volume", name });
-        };
-        self.volumes[at].held = false;
-        self.export_if_due(at);
-        self.touch_volume(at);
-        Ok(())
-    }
-
-    fn export_if_due(&mut self, at: u32) {
+    pub(super) fn export_if_due(&mut self, at: u32) {
         let volume = &self.volumes[at];
-        let due = volume.nexus.status().state.is_serving() && !volume.held;
+        let due = volume.nexus.status().state.is_serving() && volume.nexus.restoring().is_none();
         if due && volume.export.is_none() && volume.removing.is_none() {
             self.export_volume(at);
         }

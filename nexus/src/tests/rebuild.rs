@@ -478,6 +478,9 @@ fn who_misses_a_restore_gets_everything() {
     fill(&mut w, 1, 900, 3);
     w.run();
     rest(&mut w);
+    let now = w.b.now;
+    w.b.nexus.set_restoring(Some(cairn_block::SnapshotId(9)), now).unwrap();
+    w.run();
     w.submit(2, IoOp::Snapshot(cairn_block::SnapshotVerb::Restore), 0, 1000, 0);
     for child in [0, 2] {
         w.b.answer(child, IoStatus::Ok);

@@ -321,3 +321,38 @@ fn a_key_that_changes_while_the_volume_is_taken_over_is_looked_for_again() {
     taken.pump();
     assert_eq!(*taken.nexus.state(), VolumeState::Online);
 }
+
+#[test]
+fn a_nexus_finds_stored_that_the_volume_is_being_taken_back() {
+    let snapshot = cairn_block::SnapshotId(7);
+    let mut b = sized(3);
+    b.hold_registers = true;
+    b.nexus.set_restoring(Some(snapshot), b.now).unwrap();
+    b.pump();
+    // From the first moment: a host's write could come before a replica goes back, and be lost there.
+    assert_eq!(b.nexus.restoring(), Some(snapshot));
+    assert!(b.events.iter().all(|e| !matches!(e, Event::Restoring(_))));
+    b.answer_registers();
+    b.hold_registers = false;
+    assert!(b.events.contains(&Event::Restoring(Some(snapshot))));
+    assert_eq!(stored(&b, 0).restoring, Some(snapshot));
+    assert_eq!(resize(&mut b, 2000), Err(ChangeError::Restoring(snapshot)));
+    // One that goes out now may have gone back or not.
+    b.disconnect(2);
+    b.write(1, 0, 1);
+    (0..2).for_each(|i| b.answer(i, IoStatus::Ok));
+    assert_eq!((stored(&b, 0).members[2].in_sync, stored(&b, 0).members[2].since), (false, 0));
+
+    let mut b = b.restarted();
+    (0..3).for_each(|i| b.connect(i));
+    assert_eq!(b.nexus.restoring(), Some(snapshot));
+    assert!(b.events.contains(&Event::Restoring(Some(snapshot))));
+    b.nexus.set_restoring(None, b.now).unwrap();
+    b.pump();
+    assert!(b.events.contains(&Event::Restoring(None)));
+    assert_eq!((b.nexus.restoring(), stored(&b, 0).restoring), (None, None));
+
+    let mut b = b.restarted();
+    (0..3).for_each(|i| b.connect(i));
+    assert!(b.events.iter().all(|e| !matches!(e, Event::Restoring(_))));
+}
