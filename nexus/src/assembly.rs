@@ -8,10 +8,11 @@ use cairn_block::{Epoch, IoStatus};
 
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
-use crate::config::{Config, Member, Register};
+use crate::config::{Config, Member};
 use crate::lease::clock_margin;
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
+use crate::register::Register;
 use crate::slots::ChildSet;
 use crate::types::{ChildId, ChildOp, ChildReply, Event, Purpose, VolumeState};
 

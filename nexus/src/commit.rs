@@ -4,9 +4,10 @@ use cairn_block::IoStatus;
 use cairn_block::mutants::{Mutant, on};
 
 use crate::children::ChildState;
-use crate::config::{Config, Member, Register};
+use crate::config::{Config, Member};
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
+use crate::register::Register;
 use crate::slots::ChildSet;
 use crate::types::{ChildId, ChildOp, ChildReply, Event};
 

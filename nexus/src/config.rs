@@ -1,6 +1,6 @@
-//! A volume's configuration and the register that each voter stores it in.
+//! A volume's configuration: what its register holds.
 
-use cairn_block::{Epoch, ReplicaId, SnapshotId, VolumeId};
+use cairn_block::{ReplicaId, SnapshotId, VolumeId};
 
 use crate::MAX_CHILDREN;
 
@@ -23,27 +23,6 @@ const SECTION_ENCRYPTION: u16 = 1;
 const SECTION_HOLDER: u16 = 2;
 /// A section: to which snapshot the volume is being taken back.
 const SECTION_RESTORING: u16 = 3;
-
-/// What one voter holds of the volume's register. `accepted_epoch` and `seq` order configurations.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Register {
-    /// No configuration of an older epoch is accepted any more.
-    pub promised_epoch: Epoch,
-    /// The epoch of the accepted configuration; 0 where there is none yet.
-    pub accepted_epoch: Epoch,
-    /// Counts the configurations within an epoch.
-    pub seq: u64,
-    /// The accepted configuration, encoded; empty where there is none yet.
-    pub config: Vec<u8>,
-    /// Told with every answer and stored nowhere: which life of the replica's machine this is. A
-    /// machine that lost power has another one, and its disks' volatile caches are empty.
-    pub incarnation: u128,
-    /// Told and stored likewise: the replica's size in blocks; 0 where it is not told.
-    pub blocks: u64,
-    /// Told likewise, where an epoch is promised: for how many milliseconds a lease lasts that was granted to
-    /// an older one.
-    pub lease_ms: u64,
-}
 
 /// A voter of the volume, as its configuration has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -33,6 +33,7 @@ mod ranges;
 mod rebuild;
 mod reconcile;
 mod reconfigure;
+mod register;
 mod scrub;
 mod settle;
 mod slots;
@@ -42,7 +43,7 @@ mod upkeep;
 mod voters;
 
 pub use children::{ChildState, FaultReason};
-pub use config::{Config, ConfigError, Member, Register};
+pub use config::{Config, ConfigError, Member};
 pub use mend::{MEND_RESERVE, MendCounters};
 pub use nexus::Nexus;
 pub use rebuild::{RebuildEnd, RebuildRecord, RebuildReport, RebuildStage};
@@ -53,6 +54,7 @@ pub use types::{
 };
 
 pub use reconfigure::ChangeError;
+pub use register::{MAX_LEASE_MS, Register, RegisterOp, Verdict, consider};
 pub use upkeep::EXTENT_BLOCKS;
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use cairn_block::mutants::{Mutant, on};
 
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
-use crate::config::Register;
 use crate::nexus::Nexus;
+use crate::register::Register;
 use crate::slots::{ChildSet, Phase};
 use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
 

@@ -191,32 +191,22 @@ impl Bench {
     fn obey(&mut self, io: &ChildIo) -> ChildReply {
         let at = usize::from(io.child.0);
         let broken = self.broken[at];
-        let register = &mut self.registers[at];
-        match &io.op {
-            _ if !self.up[at] => Err(IoStatus::PathError),
-            ChildOp::ReadRegister => Ok(register.clone()),
-            ChildOp::Promise { epoch, again: true } if *epoch == register.promised_epoch => {
-                Ok(register.clone())
-            }
-            _ if broken => Err(IoStatus::MediaError),
-            ChildOp::Promise { epoch, .. } if *epoch > register.promised_epoch => {
-                register.promised_epoch = *epoch;
-                Ok(register.clone())
-            }
-            ChildOp::Accept(new) if new.accepted_epoch >= register.promised_epoch => {
-                let (blocks, incarnation) = (register.blocks, register.incarnation);
-                *register = Register { blocks, incarnation, ..new.clone() };
-                Ok(new.clone())
-            }
-            ChildOp::Renew { epoch, .. } if *epoch == register.promised_epoch => {
-                Ok(Register::default())
-            }
-            ChildOp::Resize { epoch, blocks } if *epoch >= register.promised_epoch => {
-                register.blocks = register.blocks.max(*blocks);
-                Ok(register.clone())
-            }
-            _ => Err(IoStatus::Fenced),
+        if !self.up[at] {
+            return Err(IoStatus::PathError);
         }
+        let held = self.registers[at].clone();
+        let op = RegisterOp::of(io.op.clone()).expect("an operation on the register");
+        let changed = match consider(held.clone(), &op) {
+            Verdict::Answer(answer) => return answer,
+            _ if broken => return Err(IoStatus::MediaError),
+            Verdict::Grant { .. } => return Ok(Register::default()),
+            Verdict::Grow(blocks) => Register { blocks, ..held },
+            Verdict::Store(new) => {
+                Register { blocks: held.blocks, incarnation: held.incarnation, ..new }
+            }
+        };
+        self.registers[at] = changed.clone();
+        Ok(changed)
     }
 
     /// Answers the register operations that were held, by the rules, and those that come of it.

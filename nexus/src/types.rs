@@ -3,7 +3,7 @@
 use cairn_block::{BufSlice, Epoch, IoRequest, IoStatus, Lba, ReplicaId, SnapshotId, VolumeId};
 
 use crate::children::{ChildState, FaultReason};
-use crate::config::Register;
+use crate::register::Register;
 use crate::scrub::Found;
 
 /// Replicas of a volume at most.

@@ -18,9 +18,10 @@
 use cairn_block::ReplicaId;
 
 use crate::children::{Child, ChildState, FaultReason};
-use crate::config::{Config, Member, Register};
+use crate::config::{Config, Member};
 use crate::nexus::Nexus;
 use crate::reconfigure::ChangeError;
+use crate::register::Register;
 use crate::slots::ChildSet;
 use crate::types::{ChildId, ChildSpec, Event, MAX_CHILDREN};
 

@@ -3,9 +3,6 @@
 use cairn_block::Epoch;
 use cairn_replica::{MultiPool, ReplicaSlot};
 
-/// A longer lease is not granted.
-pub(super) const MAX_LEASE_MS: u64 = 60_000;
-
 /// What each replica of a pool has granted, in this process's memory alone: one that has just been opened
 /// takes it that it had granted a lease at the last moment.
 #[derive(Debug, Default)]

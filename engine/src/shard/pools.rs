@@ -14,7 +14,7 @@ use cairn_replica::{
 
 use super::io::Export;
 use super::leases::Leases;
-use super::registers::RegisterOp;
+use super::registers::Asked;
 use super::snapshots::SnapshotOrigin;
 use super::{Shard, Subject, token};
 use crate::control::{DeviceReport, EngineError, PoolMember, ReplicaReport, Reply};
@@ -31,7 +31,7 @@ pub(super) struct LocalPool {
     /// Devices of which it was logged that they failed, a bit for each number.
     failed_devices: u64,
     /// Register operations, one at a time: each sees what the one before it stored.
-    pub(super) registers: VecDeque<RegisterOp>,
+    pub(super) registers: VecDeque<Asked>,
     pub(super) register_busy: bool,
     pub(super) leases: Leases,
     control: Vec<(u32, Waiter)>,

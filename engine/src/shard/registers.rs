@@ -2,7 +2,7 @@
 
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus, Memory};
-use cairn_nexus::{ChildId, ChildReply, Register, Ticket};
+use cairn_nexus::{ChildId, ChildReply, Register, RegisterOp, Ticket, Verdict, consider};
 use cairn_nvmf::sqe::Sqe;
 use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{NamespaceHandle, SlotId, status_of};
@@ -11,7 +11,6 @@ use cairn_replica::ReplicaSlot;
 
 use super::Shard;
 use super::io::Export;
-use super::leases::MAX_LEASE_MS;
 use super::pools::Owner;
 use crate::register;
 
@@ -20,15 +19,6 @@ use crate::register;
 pub(super) enum Origin {
     Host { conn: u32, generation: u32, slot: SlotId },
     Volume { volume: u32, generation: u32, child: ChildId, ticket: Ticket },
-}
-
-#[derive(Debug)]
-pub(super) enum RegisterKind {
-    Read,
-    Promise { epoch: Epoch, again: bool },
-    Accept(Register),
-    Renew { epoch: Epoch, lease_ms: u64 },
-    Resize { epoch: Epoch, blocks: u64 },
 }
 
 /// A promise that is stored, but not answered before what the replica had in hand for earlier
@@ -45,10 +35,10 @@ pub(super) struct Drain {
 }
 
 #[derive(Debug)]
-pub(super) struct RegisterOp {
+pub(super) struct Asked {
     origin: Origin,
     slot: ReplicaSlot,
-    kind: RegisterKind,
+    op: RegisterOp,
 }
 
 impl<D: Driver> Shard<D> {
@@ -64,20 +54,20 @@ impl<D: Driver> Shard<D> {
             self.answer_register(origin, Err(IoStatus::Unsupported));
             return;
         };
-        let kind = match (sqe.opcode(), page) {
-            (register::OPCODE_READ, _) => RegisterKind::Read,
+        let op = match (sqe.opcode(), page) {
+            (register::OPCODE_READ, _) => RegisterOp::Read,
             (register::OPCODE_PROMISE, _) => {
                 let (low, high) = (sqe.cdw(10), sqe.cdw(11));
                 let epoch = (u64::from(high & !register::AGAIN) << 32) | u64::from(low);
                 let again = high & register::AGAIN != 0;
-                RegisterKind::Promise { epoch: Epoch(epoch), again }
+                RegisterOp::Promise { epoch: Epoch(epoch), again }
             }
-            (register::OPCODE_ACCEPT, Some(page)) => RegisterKind::Accept(page),
+            (register::OPCODE_ACCEPT, Some(page)) => RegisterOp::Accept(page),
             (register::OPCODE_RENEW, Some(page)) => {
-                RegisterKind::Renew { epoch: page.accepted_epoch, lease_ms: page.lease_ms }
+                RegisterOp::Renew { epoch: page.accepted_epoch, lease_ms: page.lease_ms }
             }
             (register::OPCODE_RESIZE, Some(page)) => {
-                RegisterKind::Resize { epoch: page.accepted_epoch, blocks: page.blocks }
+                RegisterOp::Resize { epoch: page.accepted_epoch, blocks: page.blocks }
             }
             (register::OPCODE_ACCEPT | register::OPCODE_RESIZE | register::OPCODE_RENEW, None) => {
                 self.answer_register(origin, Err(IoStatus::InvalidField));
@@ -88,7 +78,7 @@ impl<D: Driver> Shard<D> {
                 return;
             }
         };
-        self.register_op(origin, pool, slot, kind);
+        self.register_op(origin, pool, slot, op);
     }
 
     pub(super) fn register_op(
@@ -96,10 +86,10 @@ impl<D: Driver> Shard<D> {
         origin: Origin,
         pool: u16,
         slot: ReplicaSlot,
-        kind: RegisterKind,
+        op: RegisterOp,
     ) {
         let local = &mut self.pools[usize::from(pool)];
-        local.registers.push_back(RegisterOp { origin, slot, kind });
+        local.registers.push_back(Asked { origin, slot, op });
         local.busy = true;
     }
 
@@ -111,12 +101,7 @@ impl<D: Driver> Shard<D> {
             if local.register_busy {
                 return;
             }
-            let Some(op) = local.registers.front() else { return };
-            let (origin, slot) = (op.origin, op.slot);
-            let renewal = match op.kind {
-                RegisterKind::Renew { epoch, lease_ms } => Some((epoch, lease_ms)),
-                _ => None,
-            };
+            let Some(&Asked { origin, slot, .. }) = local.registers.front() else { return };
             // Whoever asked is gone, and with it perhaps the replica: the slot may be another's now.
             if let Origin::Host { conn, generation, .. } = origin
                 && self.host_queue(conn, generation).is_none()
@@ -124,94 +109,31 @@ impl<D: Driver> Shard<D> {
                 self.pools[usize::from(pool)].registers.pop_front();
                 continue;
             }
-            if let Some((epoch, lease_ms)) = renewal {
-                let answer = self.renew((pool, slot), epoch, lease_ms);
-                self.pools[usize::from(pool)].registers.pop_front();
-                self.answer_register(origin, answer);
-                continue;
-            }
-            let blocks = self.replica_blocks(pool, slot);
+            let (blocks, now) = (self.replica_blocks(pool, slot), self.now_ms());
             let local = &mut self.pools[usize::from(pool)];
-            let Some(op) = local.registers.front() else { return };
-            let Some(held) = local.pool.register(slot).map(|r| to_nexus(r, life, blocks)) else {
-                local.registers.pop_front();
-                self.answer_register(origin, Err(IoStatus::NotReady));
-                continue;
+            let Some(asked) = local.registers.front() else { return };
+            let held = local.pool.register(slot).map(|r| to_nexus(r, life, blocks));
+            let verdict = match held {
+                Some(held) => consider(held, &asked.op),
+                None => Verdict::Answer(Err(IoStatus::NotReady)),
             };
-            let stored = match &op.kind {
-                // Renewals are answered above.
-                RegisterKind::Read | RegisterKind::Renew { .. } => Some(Ok(held)),
-                RegisterKind::Promise { epoch, again: true } if *epoch == held.promised_epoch => {
-                    Some(Ok(held))
+            let answer = match verdict {
+                Verdict::Answer(answer) => answer,
+                Verdict::Grant { epoch, lease_ms } => {
+                    local.leases.grant(slot, epoch, now + lease_ms);
+                    Ok(Register::default())
                 }
-                // A majority has promised an epoch that is taken up again, so it is its nexus's
-                // alone: a replica that was away then promises it now.
-                RegisterKind::Promise { epoch, .. } => {
-                    if *epoch > held.promised_epoch {
-                        let promised = Register { promised_epoch: *epoch, ..held };
-                        let stores = !on(Mutant::PromiseNotStored);
-                        let answer = (!stores).then(|| Ok(promised.clone()));
-                        if stores {
-                            self.store_register(pool, slot, promised);
-                        }
-                        answer
-                    } else {
-                        Some(Err(IoStatus::Fenced))
-                    }
-                }
-                RegisterKind::Resize { epoch, .. } if *epoch < held.promised_epoch => {
-                    Some(Err(IoStatus::Fenced))
-                }
-                RegisterKind::Resize { blocks, .. } if *blocks <= held.blocks => Some(Ok(held)),
-                RegisterKind::Resize { blocks, .. } => {
+                Verdict::Store(register) => return self.store_register(pool, slot, register),
+                Verdict::Grow(blocks) => {
                     local.register_busy = true;
                     local.busy = true;
                     let tag = Owner::Register.tag();
-                    local.pool.resize_replica(tag, slot, *blocks, self.driver.memory());
-                    None
-                }
-                RegisterKind::Accept(new) => {
-                    let current = (held.accepted_epoch, held.seq);
-                    let admitted = new.accepted_epoch >= held.promised_epoch;
-                    if (admitted || on(Mutant::AcceptOldEpoch))
-                        && (new.accepted_epoch, new.seq) >= current
-                    {
-                        // The promise never goes back, whatever the page says of it.
-                        let promised = new.promised_epoch.max(new.accepted_epoch);
-                        let new = Register { promised_epoch: promised, ..new.clone() };
-                        self.store_register(pool, slot, new);
-                        None
-                    } else {
-                        Some(Err(IoStatus::Fenced))
-                    }
+                    return local.pool.resize_replica(tag, slot, blocks, self.driver.memory());
                 }
             };
-            let Some(answer) = stored else { return };
-            let local = &mut self.pools[usize::from(pool)];
-            let Some(op) = local.registers.pop_front() else { return };
-            self.finish_register_op(pool, &op, answer);
+            let Some(asked) = local.registers.pop_front() else { return };
+            self.finish_register_op(pool, &asked, answer);
         }
-    }
-
-    /// Grants a lease, or takes one back.
-    fn renew(
-        &mut self,
-        (pool, slot): (u16, ReplicaSlot),
-        epoch: Epoch,
-        lease_ms: u64,
-    ) -> ChildReply {
-        let now = self.now_ms();
-        let local = &mut self.pools[usize::from(pool)];
-        let promised = local.pool.register(slot).ok_or(IoStatus::NotReady)?.promised_epoch;
-        if epoch < promised {
-            return Err(IoStatus::Fenced);
-        }
-        // Nobody is made to wait for ever; and a lease is of an epoch that was promised.
-        if epoch > promised || lease_ms > MAX_LEASE_MS {
-            return Err(IoStatus::InvalidField);
-        }
-        local.leases.grant(slot, epoch, now + lease_ms);
-        Ok(Register::default())
     }
 
     fn store_register(&mut self, pool: u16, slot: ReplicaSlot, register: Register) {
@@ -232,46 +154,42 @@ impl<D: Driver> Shard<D> {
         let local = &mut self.pools[usize::from(pool)];
         local.register_busy = false;
         local.busy = true;
-        let Some(op) = local.registers.pop_front() else { return };
-        match (&op.kind, status) {
-            (RegisterKind::Resize { .. }, IoStatus::Ok) => self.replica_resized(pool, op.slot),
+        let Some(asked) = local.registers.pop_front() else { return };
+        match (&asked.op, status) {
+            (RegisterOp::Resize { .. }, IoStatus::Ok) => self.replica_resized(pool, asked.slot),
             // An accepted configuration is a promise of its epoch, too.
-            (RegisterKind::Accept(new), IoStatus::Ok) => {
-                self.fence_routes((pool, op.slot), new.accepted_epoch, None);
+            (RegisterOp::Accept(new), IoStatus::Ok) => {
+                self.fence_routes((pool, asked.slot), new.accepted_epoch, None);
             }
             _ => {}
         }
-        let blocks = self.replica_blocks(pool, op.slot);
+        let blocks = self.replica_blocks(pool, asked.slot);
         let local = &self.pools[usize::from(pool)];
-        let held = local.pool.register(op.slot).map(|r| to_nexus(r, life, blocks));
+        let held = local.pool.register(asked.slot).map(|r| to_nexus(r, life, blocks));
         let answer = match (status, held) {
             (IoStatus::Ok, Some(held)) => Ok(held),
             (IoStatus::Ok, None) => Err(IoStatus::NotReady),
             (status, _) => Err(status),
         };
-        self.finish_register_op(pool, &op, answer);
+        self.finish_register_op(pool, &asked, answer);
     }
 
     /// Answers; a promise only once nothing is in hand for the sessions before it.
-    fn finish_register_op(
-        &mut self,
-        pool: u16,
-        op: &RegisterOp,
-        answer: Result<Register, IoStatus>,
-    ) {
-        let (RegisterKind::Promise { epoch, .. }, Ok(answer)) = (&op.kind, &answer) else {
-            self.answer_register(op.origin, answer);
+    fn finish_register_op(&mut self, pool: u16, asked: &Asked, answer: ChildReply) {
+        let &Asked { origin, slot, ref op } = asked;
+        let (RegisterOp::Promise { epoch, .. }, Ok(answer)) = (op, &answer) else {
+            self.answer_register(origin, answer);
             return;
         };
         // From here on, what comes on an earlier session of this host is refused.
-        self.bind_epoch(op.origin, *epoch);
-        self.fence_routes((pool, op.slot), *epoch, Some(op.origin));
-        let ios = if on(Mutant::NoDrain) { Vec::new() } else { self.ios_on(pool, op.slot) };
-        let replica = (pool, op.slot);
+        self.bind_epoch(origin, *epoch);
+        self.fence_routes((pool, slot), *epoch, Some(origin));
+        let ios = if on(Mutant::NoDrain) { Vec::new() } else { self.ios_on(pool, slot) };
+        let replica = (pool, slot);
         let now = self.now_ms();
-        let lease_ms = self.pools[usize::from(pool)].leases.left(op.slot, *epoch, now);
+        let lease_ms = self.pools[usize::from(pool)].leases.left(slot, *epoch, now);
         let answer = Register { lease_ms, ..answer.clone() };
-        let drain = Drain { origin: op.origin, epoch: *epoch, answer, ios, replica };
+        let drain = Drain { origin, epoch: *epoch, answer, ios, replica };
         self.drains.push(drain);
         self.finish_drains();
     }

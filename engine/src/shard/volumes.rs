@@ -6,7 +6,7 @@ use cairn_block::{BlockSize, Epoch, IoOp, IoRequest, IoStatus, Memory};
 use cairn_crypt::VolumeKey;
 use cairn_nexus::{
     ChildId, ChildOp, ChildReply, ChildSpec, Event, MEND_RESERVE, Nexus, NexusConfig, Purpose,
-    Ticket, VolumeState,
+    RegisterOp, Ticket, VolumeState,
 };
 use cairn_nvmf::target::{
     MAX_NQN_LEN, NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId,
@@ -18,7 +18,7 @@ use super::Shard;
 use super::io::Export;
 use super::keys;
 use super::pools::{Owner, serial_of};
-use super::registers::{Origin, RegisterKind};
+use super::registers::Origin;
 use super::restore::Restore;
 use super::sectors;
 use super::snapshots::SnapshotOrigin;
@@ -435,20 +435,10 @@ impl<D: Driver> Shard<D> {
                 let generation = self.volumes[at].generation;
                 let (child, ticket) = (io.child, io.ticket);
                 let origin = Origin::Volume { volume: at, generation, child, ticket };
-                let kind = match op {
-                    ChildOp::Promise { epoch, again } => RegisterKind::Promise { epoch, again },
-                    ChildOp::Accept(register) => RegisterKind::Accept(register),
-                    ChildOp::Renew { epoch, lease_ms } => RegisterKind::Renew { epoch, lease_ms },
-                    ChildOp::Resize { epoch, blocks } => RegisterKind::Resize { epoch, blocks },
-                    ChildOp::Changes { .. }
-                    | ChildOp::SettleBegin { .. }
-                    | ChildOp::SettleEnd { .. } => {
-                        let nexus = (at, child, ticket);
-                        return self.upkeep_on_local((pool, slot), nexus, &op, now);
-                    }
-                    ChildOp::ReadRegister | ChildOp::Io(_) => RegisterKind::Read,
-                };
-                self.register_op(origin, pool, slot, kind);
+                match RegisterOp::of(op.clone()) {
+                    Some(op) => self.register_op(origin, pool, slot, op),
+                    None => self.upkeep_on_local((pool, slot), (at, child, ticket), &op, now),
+                }
             }
             (Route::Remote { link }, op) => self.send_remote(link, io.ticket, op, now),
             (Route::Gone, _) => self.refuse_remote(at, io.child, io.ticket, now),

@@ -3,8 +3,9 @@
 use cairn_block::{Epoch, ReplicaId};
 
 use crate::children::ChildState;
-use crate::config::{Config, Register};
+use crate::config::Config;
 use crate::nexus::Nexus;
+use crate::register::Register;
 use crate::slots::ChildSet;
 use crate::types::{ChildId, VolumeState};
 
