@@ -46,6 +46,7 @@ fn target() -> Target {
         allowed_hosts: None,
         vendor_commands: true,
         discoverable: true,
+        ana: None,
     };
     if let Ok(id) = target.add_subsystem(subsystem) {
         let namespace = NamespaceConfig {
@@ -327,6 +328,7 @@ fn identify_namespace_page() -> Vec<u8> {
         blocks: 1024,
         block_size: Some(cairn_block::BlockSize::B4096),
         metadata_len: 0,
+        ana_group: 1,
         nguid: 1,
     };
     let mut page = vec![0; IDENTIFY_LEN];

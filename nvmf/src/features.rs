@@ -23,11 +23,15 @@ pub const HOST_IDENTIFIER: u8 = 0x81;
 
 /// Asynchronous Event Configuration, and OAES: Namespace Attribute Notices.
 pub const AEN_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
+/// Asynchronous Event Configuration, and OAES: Asymmetric Namespace Access Change Notices.
+pub const AEN_ANA_CHANGE: u32 = 1 << 11;
 /// Asynchronous Event Configuration, and OAES: Discovery Log Page Change Notices.
 pub const AEN_DISCOVERY_CHANGE: u32 = 1 << 31;
 
 /// DW0 of an Asynchronous Event Request: Namespace Attribute Changed, log page 04h.
 pub const EVENT_NAMESPACE_CHANGED: u32 = 0x0004_0002;
+/// DW0 of an Asynchronous Event Request: Asymmetric Namespace Access Change, log page 0Ch.
+pub const EVENT_ANA_CHANGED: u32 = 0x000c_0302;
 /// DW0 of an Asynchronous Event Request: Discovery Log Page Change, log page 70h.
 pub const EVENT_DISCOVERY_CHANGED: u32 = 0x0070_f002;
 

@@ -67,6 +67,14 @@ pub struct IdentifyController {
     pub elpe: u8,
     /// KAS: 100 ms units.
     pub kas: u16,
+    /// ANATT, in seconds.
+    pub anatt: u8,
+    /// ANACAP.
+    pub anacap: u8,
+    /// ANAGRPMAX.
+    pub anagrpmax: u32,
+    /// NANAGRPID.
+    pub nanagrpid: u32,
     /// SQES.
     pub sqes: u8,
     /// CQES.
@@ -122,6 +130,10 @@ impl IdentifyController {
         out[261] = self.lpa;
         out[262] = self.elpe;
         put(out, 320, &self.kas.to_le_bytes());
+        out[342] = self.anatt;
+        out[343] = self.anacap;
+        put(out, 344, &self.anagrpmax.to_le_bytes());
+        put(out, 348, &self.nanagrpid.to_le_bytes());
         out[512] = self.sqes;
         out[513] = self.cqes;
         put(out, 514, &self.maxcmd.to_le_bytes());
@@ -158,6 +170,10 @@ impl IdentifyController {
             acl: bytes[258],
             elpe: bytes[262],
             kas: u16_at(bytes, 320),
+            anatt: bytes[342],
+            anacap: bytes[343],
+            anagrpmax: u32_at(bytes, 344),
+            nanagrpid: u32_at(bytes, 348),
             sqes: bytes[512],
             cqes: bytes[513],
             maxcmd: u16_at(bytes, 514),
@@ -201,6 +217,8 @@ pub struct IdentifyNamespace {
     pub block_size: Option<BlockSize>,
     /// Metadata bytes of a block.
     pub metadata_len: u16,
+    /// ANAGRPID; 0 where ANA is not reported.
+    pub ana_group: u32,
     /// NGUID, its first byte the most significant.
     pub nguid: u128,
 }
@@ -242,6 +260,7 @@ impl IdentifyNamespace {
             put(out, at, &atomic);
         }
         put(out, 72, &(blocks_of(OPTIMAL_WRITE_LEN) - 1).to_le_bytes());
+        put(out, 92, &self.ana_group.to_le_bytes());
         put(out, 104, &self.nguid.to_be_bytes());
         put(out, 128, &self.metadata_len.to_le_bytes());
         out[130] = block_size.shift();
@@ -259,6 +278,7 @@ impl IdentifyNamespace {
                 .checked_shl(u32::from(bytes[lbaf + 2]))
                 .and_then(BlockSize::from_bytes),
             metadata_len: u16_at(bytes, lbaf),
+            ana_group: u32_at(bytes, 92),
             nguid: u128_be_at(bytes, 104),
         })
     }
@@ -313,12 +333,13 @@ pub fn descriptor_id(bytes: &[u8]) -> Option<u128> {
 }
 
 /// Writes the I/O Command Set Independent Identify Namespace structure.
-pub fn encode_independent(volatile_write_cache: bool, out: &mut [u8]) {
+pub fn encode_independent(volatile_write_cache: bool, ana_group: u32, out: &mut [u8]) {
     let out = &mut out[..IDENTIFY_LEN];
     out.fill(0);
     // NSFEAT b5: no volatile write cache here, whatever the controller's VWC says.
     out[0] = if volatile_write_cache { 0 } else { 1 << 5 };
     out[1] = 1;
+    put(out, 4, &ana_group.to_le_bytes());
     // NSTAT: ready.
     out[14] = 1;
 }
@@ -357,6 +378,8 @@ mod tests {
                 sgls: numbers[4],
                 mnan: numbers[5],
                 ioccsz: numbers[6],
+                nanagrpid: numbers[7],
+                anacap: small[7],
                 iorcsz: numbers[7],
                 ..IdentifyController::default()
             };
@@ -366,9 +389,14 @@ mod tests {
         }
 
         #[test]
-        fn namespaces_survive_the_wire(blocks in any::<u64>(), nguid in any::<u128>(), big in any::<bool>()) {
+        fn namespaces_survive_the_wire(
+            blocks in any::<u64>(),
+            nguid in any::<u128>(),
+            big in any::<bool>(),
+            ana_group in any::<u32>(),
+        ) {
             let block_size = Some(if big { BlockSize::B4096 } else { BlockSize::B512 });
-            let made = IdentifyNamespace { blocks, block_size, metadata_len: 0, nguid };
+            let made = IdentifyNamespace { blocks, block_size, metadata_len: 0, nguid, ana_group };
             let mut bytes = [0xff; IDENTIFY_LEN];
             made.encode(&mut bytes);
             prop_assert_eq!(IdentifyNamespace::decode(&bytes), Some(made));
@@ -390,7 +418,8 @@ mod tests {
     fn a_512_byte_namespace_states_4_kib_atomicity() {
         let mut bytes = [0; IDENTIFY_LEN];
         let block_size = Some(BlockSize::B512);
-        IdentifyNamespace { blocks: 1, block_size, metadata_len: 0, nguid: 0 }.encode(&mut bytes);
+        IdentifyNamespace { blocks: 1, block_size, ..IdentifyNamespace::default() }
+            .encode(&mut bytes);
         assert_eq!((u16_at(&bytes, 36), u16_at(&bytes, 64), u16_at(&bytes, 46)), (7, 7, 2048));
         assert_eq!(bytes[33], 0x09);
     }

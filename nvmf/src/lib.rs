@@ -7,6 +7,7 @@
 //!
 //! Sources: NVM Express Base, NVMe/TCP Transport and NVM Command Set specifications.
 
+pub mod ana;
 pub mod features;
 pub mod identify;
 pub mod initiator;

@@ -58,6 +58,7 @@ pub(crate) fn subsystem() -> SubsystemConfig {
         allowed_hosts: None,
         vendor_commands: true,
         discoverable: true,
+        ana: None,
     }
 }
 

@@ -23,6 +23,7 @@ pub(crate) use self::fabrics::{
 pub use self::io::dsm_range;
 pub(crate) use self::io::encode_dsm_range;
 pub use self::queue::{ADMIN_IN_CAPSULE_LEN, CloseReason, Command, Queue, QueueConfig, SlotId};
+use crate::ana::AnaState;
 use crate::features;
 use crate::sqe::{Sqe, opcode};
 pub use crate::status::{Status, status_of};
@@ -105,6 +106,9 @@ pub struct SubsystemConfig {
     pub vendor_commands: bool,
     /// Whether the discovery log lists it.
     pub discoverable: bool,
+    /// The state of its namespaces at this target, where there are other paths to them; nothing where
+    /// there are none, and hosts are told nothing of states.
+    pub ana: Option<AnaState>,
 }
 
 /// A namespace.
@@ -279,6 +283,10 @@ struct Subsystem {
     /// Ascending by NSID.
     namespaces: Vec<NamespaceConfig>,
     next_cntlid: u16,
+    /// Changes of the ANA state.
+    ana_changes: u64,
+    /// Where else hosts reach it, at other targets.
+    elsewhere: Vec<Port>,
 }
 
 impl Subsystem {
@@ -350,7 +358,13 @@ impl Target {
         }
         let id = SubsystemId(crate::wire::len32(self.subsystems.len()));
         let discoverable = config.discoverable;
-        self.subsystems.push(Some(Subsystem { config, namespaces: Vec::new(), next_cntlid: min }));
+        self.subsystems.push(Some(Subsystem {
+            config,
+            namespaces: Vec::new(),
+            next_cntlid: min,
+            ana_changes: 1,
+            elsewhere: Vec::new(),
+        }));
         if discoverable {
             self.discovery_changed();
         }
@@ -436,6 +450,38 @@ impl Target {
             Err(_) => return Err(TargetError::UnknownNamespace { nsid }),
         }
         self.namespace_changed(id, nsid);
+        Ok(())
+    }
+
+    /// Changes the state of a subsystem's namespaces at this target, and tells the hosts. Commands that were
+    /// handed out are the caller's to end.
+    ///
+    /// # Errors
+    /// An unknown subsystem.
+    pub fn set_ana(&mut self, id: SubsystemId, state: AnaState) -> Result<(), TargetError> {
+        let subsystem = self.subsystem_mut(id)?;
+        if subsystem.config.ana.replace(state) == Some(state) {
+            return Ok(());
+        }
+        subsystem.ana_changes += 1;
+        for controller in self.controllers.iter_mut().flatten().filter(|c| c.kind == Kind::Nvm(id))
+        {
+            let event = features::EVENT_ANA_CHANGED;
+            self.deferred.extend(controller.raise(features::AEN_ANA_CHANGE, event));
+        }
+        Ok(())
+    }
+
+    /// Sets where else hosts reach a subsystem, at other targets: the discovery log tells of those too.
+    ///
+    /// # Errors
+    /// An unknown subsystem.
+    pub fn set_elsewhere(&mut self, id: SubsystemId, ports: Vec<Port>) -> Result<(), TargetError> {
+        let subsystem = self.subsystem_mut(id)?;
+        if subsystem.elsewhere != ports {
+            subsystem.elsewhere = ports;
+            self.discovery_changed();
+        }
         Ok(())
     }
 

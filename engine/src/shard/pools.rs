@@ -311,6 +311,7 @@ impl<D: Driver> Shard<D> {
                 allowed_hosts: None,
                 vendor_commands: true,
                 discoverable: false,
+                ana: None,
             })
             .map_err(|e| EngineError::Invalid(e.to_string()))?;
         let handle = self.export_handle(Export::Replica {

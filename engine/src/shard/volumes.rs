@@ -640,6 +640,7 @@ impl<D: Driver> Shard<D> {
             allowed_hosts: spec.allowed_hosts.clone(),
             vendor_commands: false,
             discoverable: true,
+            ana: None,
         });
         let subsystem = match added {
             Ok(subsystem) => subsystem,

@@ -6,6 +6,7 @@ use super::controller::{Held, KEEP_ALIVE_GRANULARITY_MS, Kind};
 use super::fabrics::VERSION;
 use super::io::{IO_OPCODES, MUTATING_OPCODES};
 use super::{Command, MAX_AERS, MAX_NSID, Outcome, Queue, Status, Target, answer, refuse};
+use crate::ana::{self, AnaLog};
 use crate::features;
 use crate::identify::{
     self, CNTRLTYPE_DISCOVERY, CNTRLTYPE_IO, IDENTIFY_LEN, IdentifyController, IdentifyNamespace,
@@ -169,8 +170,15 @@ impl Target {
                 if let Some(ns) = subsystem.namespace(nsid) {
                     let block_size = Some(ns.block_size);
                     let blocks = ns.blocks;
-                    IdentifyNamespace { blocks, block_size, metadata_len: 0, nguid: ns.id }
-                        .encode(page);
+                    let ana_group = if subsystem.config.ana.is_some() { ana::GROUP } else { 0 };
+                    IdentifyNamespace {
+                        blocks,
+                        block_size,
+                        metadata_len: 0,
+                        nguid: ns.id,
+                        ana_group,
+                    }
+                    .encode(page);
                 }
             }
             cns::NAMESPACE_DESCRIPTORS => {
@@ -182,7 +190,8 @@ impl Target {
             }
             cns::NAMESPACE_INDEPENDENT => {
                 if let Some(ns) = subsystem.namespace(nsid) {
-                    identify::encode_independent(ns.volatile_write_cache, page);
+                    let group = if subsystem.config.ana.is_some() { ana::GROUP } else { 0 };
+                    identify::encode_independent(ns.volatile_write_cache, group, page);
                 }
             }
             _ => return Err(invalid_field),
@@ -221,6 +230,14 @@ impl Target {
                 identity.oaes = features::AEN_NAMESPACE_ATTRIBUTE;
                 // CMIC b1: the subsystem may have more controllers.
                 identity.cmic = 1 << 1;
+                if subsystem.config.ana.is_some() {
+                    identity.cmic |= ana::CMIC;
+                    identity.oaes |= features::AEN_ANA_CHANGE;
+                    identity.anatt = ana::TRANSITION_TIME_S;
+                    identity.anacap = ana::CAPABILITIES;
+                    identity.anagrpmax = 1;
+                    identity.nanagrpid = 1;
+                }
                 identity.acl = 3;
                 identity.elpe = 127;
                 identity.sqes = 0x66;
@@ -254,7 +271,7 @@ impl Target {
         let dwords = u64::from(u32::from_le_bytes([numdl0, numdl1, numdu0, numdu1])) + 1;
         let offset = u64::from(sqe.cdw(12)) | u64::from(sqe.cdw(13)) << 32;
         let wanted = u64::from(queue.data_len(cmd.slot)).min(4 * dwords);
-        let page = match self.log_page(index, lid) {
+        let page = match self.log_page(index, lid, lsp) {
             Ok(page) => page,
             Err(status) => return refuse(queue, cmd, status, mem),
         };
@@ -277,13 +294,14 @@ impl Target {
             match lid {
                 log::CHANGED_NAMESPACES => controller.forget_changed_namespaces(),
                 log::DISCOVERY => controller.unmask(features::AEN_DISCOVERY_CHANGE),
+                ana::LOG => controller.unmask(features::AEN_ANA_CHANGE),
                 _ => {}
             }
         }
         outcome
     }
 
-    fn log_page(&self, index: usize, lid: u8) -> Result<Vec<u8>, Status> {
+    fn log_page(&self, index: usize, lid: u8, lsp: u8) -> Result<Vec<u8>, Status> {
         let invalid = Status::INVALID_LOG_PAGE.with_dnr();
         let controller = self.controllers[index].as_ref().ok_or(invalid)?;
         if controller.kind == Kind::Discovery {
@@ -292,6 +310,20 @@ impl Target {
                 log::DISCOVERY => Ok(self.discovery_log(&controller.hostnqn)),
                 _ => Err(invalid),
             };
+        }
+        let (_, subsystem) = self.subsystem_of(index).ok_or(invalid)?;
+        match (lid, subsystem.config.ana) {
+            (log::SUPPORTED, Some(_)) => {
+                let mut pages = LOG_PAGES.to_vec();
+                pages.push(ana::LOG);
+                return Ok(log::supported(&pages));
+            }
+            (ana::LOG, Some(state)) => {
+                let nsids = subsystem.namespaces.iter().map(|ns| ns.nsid).collect();
+                let log = AnaLog { changes: subsystem.ana_changes, state, nsids };
+                return Ok(log.encode(lsp & 1 != 0));
+            }
+            _ => {}
         }
         match lid {
             log::SUPPORTED => Ok(log::supported(&LOG_PAGES)),
@@ -344,6 +376,7 @@ impl Target {
 
     fn set_features(&mut self, index: usize, sqe: &Sqe) -> Answer {
         let invalid = Status::INVALID_FIELD.with_dnr();
+        let reports_ana = self.subsystem_of(index).is_some_and(|(_, s)| s.config.ana.is_some());
         let controller = self.controllers[index].as_mut().ok_or(invalid)?;
         let [fid, .., save] = sqe.cdw(10).to_le_bytes();
         if save & 0x80 != 0 {
@@ -357,7 +390,8 @@ impl Target {
                     features::AEN_DISCOVERY_CHANGE
                 } else {
                     // The low byte is of SMART warnings, which never come.
-                    features::AEN_NAMESPACE_ATTRIBUTE | 0xff
+                    let ana = if reports_ana { features::AEN_ANA_CHANGE } else { 0 };
+                    features::AEN_NAMESPACE_ATTRIBUTE | ana | 0xff
                 };
                 if value & !supported != 0 {
                     return Err(invalid);

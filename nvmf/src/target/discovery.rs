@@ -1,14 +1,14 @@
 //! The discovery log.
 
-use super::Target;
+use super::{Port, Target};
 use crate::log::{DISCOVERY_NQN, DiscoveryEntry, DiscoveryHeader, Subtype, TRTYPE_TCP};
 
 impl Target {
     /// The discovery log page as `hostnqn` may see it.
     pub(super) fn discovery_log(&self, hostnqn: &str) -> Vec<u8> {
         let mut entries = Vec::new();
-        let mut list = |subtype, subnqn: &str| {
-            for (i, port) in self.ports.iter().enumerate() {
+        let mut list = |subtype, subnqn: &str, elsewhere: &[Port]| {
+            for (i, port) in self.ports.iter().chain(elsewhere).enumerate() {
                 let entry = DiscoveryEntry {
                     trtype: TRTYPE_TCP,
                     subtype,
@@ -20,10 +20,10 @@ impl Target {
                 entries.push(entry.encode());
             }
         };
-        list(Subtype::Current, DISCOVERY_NQN);
+        list(Subtype::Current, DISCOVERY_NQN, &[]);
         for subsystem in self.subsystems.iter().flatten() {
             if subsystem.config.discoverable && subsystem.allows(hostnqn) {
-                list(Subtype::Nvm, &subsystem.config.nqn);
+                list(Subtype::Nvm, &subsystem.config.nqn, &subsystem.elsewhere);
             }
         }
         let header = DiscoveryHeader { genctr: self.genctr, numrec: entries.len() as u64 };

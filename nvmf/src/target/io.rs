@@ -3,6 +3,7 @@
 use cairn_block::{BlockSize, Lba, LbaRange, Memory};
 
 use super::{Command, Io, IoCommand, NamespaceConfig, Outcome, Queue, Status, Target, refuse};
+use crate::ana::AnaState;
 use crate::identify::{PAGE_LEN, VSL};
 use crate::sqe::{Sqe, opcode};
 use crate::wire::{u32_at, u64_at};
@@ -59,10 +60,13 @@ impl Target {
         if !IO_OPCODES.contains(&cmd.sqe.opcode()) {
             return refuse(queue, cmd, Status::INVALID_OPCODE.with_dnr(), mem);
         }
-        let namespace =
-            self.subsystem_of(index).and_then(|(_, s)| s.namespace(cmd.sqe.nsid())).copied();
-        let Some(namespace) = namespace else {
-            return refuse(queue, cmd, Status::INVALID_NAMESPACE.with_dnr(), mem);
+        let found = self.subsystem_of(index).and_then(|(_, s)| {
+            Some((*s.namespace(cmd.sqe.nsid())?, s.config.ana.and_then(AnaState::refusal)))
+        });
+        let namespace = match found {
+            None => return refuse(queue, cmd, Status::INVALID_NAMESPACE.with_dnr(), mem),
+            Some((_, Some(status))) => return refuse(queue, cmd, status, mem),
+            Some((namespace, None)) => namespace,
         };
         let slot = cmd.slot;
         match decode_io(&namespace, queue, cmd, mem) {

@@ -2,8 +2,9 @@ use cairn_block::Memory;
 use proptest::prelude::*;
 
 use super::*;
+use crate::ana::AnaLog;
 use crate::identify::{IdentifyController, IdentifyNamespace, active_namespaces, descriptor_id};
-use crate::log::{CHANGED_NAMESPACES, DISCOVERY, DISCOVERY_NQN};
+use crate::log::{CHANGED_NAMESPACES, DISCOVERY, DISCOVERY_NQN, DiscoveryEntry};
 use crate::loopback::{Conn, HOST, ID, NQN, World, namespace, session_config, subsystem};
 use crate::pdu::{Body, Digests, FLAG_SUCCESS, Header};
 use crate::sqe::{Cqe, SGL_IN_CAPSULE, SGL_TRANSPORT, Sgl};
@@ -27,6 +28,16 @@ impl Host {
             session.close(&mut world.mem);
         }
         Self { world }
+    }
+
+    /// As [`Host::new`], with another subsystem.
+    fn with(config: SubsystemConfig) -> Self {
+        let mut host = Self::new();
+        let target = &mut host.world.target;
+        target.remove_subsystem(host.world.subsystem);
+        host.world.subsystem = target.add_subsystem(config).unwrap();
+        target.add_namespace(host.world.subsystem, namespace()).unwrap();
+        host
     }
 
     /// Opens a connection, up to ICResp.
@@ -422,6 +433,64 @@ fn commands_that_make_no_sense_end_alone() {
     assert_eq!(fifth.cqe.status(), dnr(Status::AER_LIMIT_EXCEEDED));
     let queue = host.world.conns[admin].queue.as_ref().unwrap();
     assert_eq!(queue.outstanding(), 0, "held requests do not keep a connection open");
+    host.world.close();
+}
+
+#[test]
+fn a_path_that_cannot_be_used_says_so_and_when_it_can() {
+    let mut host = Host::with(SubsystemConfig { ana: Some(AnaState::Inaccessible), ..subsystem() });
+    let (admin, cntlid) = host.enabled(NQN);
+    let page = host.ok(admin, identify(0x01, 0), &[]).data;
+    let controller = IdentifyController::decode(&page).unwrap();
+    assert_eq!((controller.cmic, controller.oaes), (0b1010, 1 << 8 | 1 << 11));
+    assert_eq!((controller.anatt, controller.anagrpmax, controller.nanagrpid), (10, 1, 1));
+    let page = host.ok(admin, identify(0x00, 1), &[]).data;
+    assert_eq!(IdentifyNamespace::decode(&page).unwrap().ana_group, 1);
+    // What Linux reads: 16 + 32 * NANAGRPID + 4 * MNAN.
+    let log = |host: &mut Host| {
+        AnaLog::decode(&host.ok(admin, log_page(0x0c, 16 + 32 + 4096), &[]).data).unwrap()
+    };
+    let first = AnaLog { changes: 1, state: AnaState::Inaccessible, nsids: vec![1] };
+    assert_eq!(log(&mut host), first);
+    host.ok(admin, Sqe::new(0x09).with_cdw(10, 0x0b).with_cdw(11, 0x900), &[]);
+    host.capsule(admin, Sqe::new(0x0c).with_cid(5), &[]);
+
+    let (io, _) = host.connect(1, cntlid, NQN);
+    let read = reading(Sqe::new(0x02).with_nsid(1).with_slba(3), 4096);
+    let status = |host: &mut Host| host.command(io, read, &[]).cqe.status();
+    assert_eq!(status(&mut host), Status::ANA_INACCESSIBLE);
+    let subsystem = host.world.subsystem;
+    for (state, expected, changes) in
+        [(AnaState::Change, Status::ANA_TRANSITION, 2), (AnaState::Optimized, Status::SUCCESS, 3)]
+    {
+        host.world.target.set_ana(subsystem, state).unwrap();
+        host.world.target.set_ana(subsystem, state).unwrap();
+        host.world.run();
+        assert_eq!(host.answers(admin).remove(0).cqe.result(), 0x0c_0302);
+        assert_eq!(log(&mut host), AnaLog { changes, state, nsids: vec![1] });
+        assert_eq!(status(&mut host), expected);
+        host.capsule(admin, Sqe::new(0x0c).with_cid(5), &[]);
+    }
+    host.world.close();
+}
+
+#[test]
+fn discovery_tells_of_paths_elsewhere() {
+    let mut host = Host::new();
+    let port = |traddr: &str| Port { traddr: traddr.to_owned(), trsvcid: 4420 };
+    let subsystem = host.world.subsystem;
+    host.world.target.set_ports(vec![port("192.0.2.1")]);
+    host.world.target.set_elsewhere(subsystem, vec![port("192.0.2.2")]).unwrap();
+    let (admin, _) = host.enabled(DISCOVERY_NQN);
+    let page = host.ok(admin, log_page(DISCOVERY, 4096), &[]).data;
+    let entries = page.chunks(1024).skip(1).map(|bytes| DiscoveryEntry::decode(bytes).unwrap());
+    let found: Vec<_> = entries.map(|e| (e.subnqn, e.traddr, e.portid)).collect();
+    let expected = [
+        (DISCOVERY_NQN.to_owned(), "192.0.2.1".to_owned(), 1),
+        (NQN.to_owned(), "192.0.2.1".to_owned(), 1),
+        (NQN.to_owned(), "192.0.2.2".to_owned(), 2),
+    ];
+    assert_eq!(found, expected);
     host.world.close();
 }
 
