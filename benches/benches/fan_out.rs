@@ -18,6 +18,7 @@ fn online() -> Nexus {
         child_deadline_ms: 5_000,
         child_deadline_min_ms: 1_000,
         lease_ms: u64::MAX / 2,
+        shared: false,
         holder: 0,
         assembly_wait_ms: 0,
         pace: cairn_nexus::Pace::default(),

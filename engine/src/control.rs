@@ -146,6 +146,18 @@ pub struct VolumeSpec {
     pub child_deadline_ms: u64,
     /// Host NQNs that may connect; `None`: any.
     pub allowed_hosts: Option<Vec<String>>,
+    /// Other processes may serve it in this one's place.
+    pub sharing: Option<Sharing>,
+}
+
+/// How a volume is shared with other processes, of which one serves it at a time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sharing {
+    /// While this one stands by it takes over by itself once nobody serves the volume, but not before it has
+    /// stood by for so long; `None`: it does not.
+    pub auto_after_ms: Option<u64>,
+    /// Where hosts reach the others: discovery tells of these.
+    pub elsewhere: Vec<SocketAddr>,
 }
 
 /// I/O counted since the start of the process.
@@ -540,6 +552,29 @@ pub enum Command<L, D> {
         /// Restore though hosts are connected.
         force: bool,
         /// The answer: every in-sync replica has done it.
+        reply: Reply<()>,
+    },
+    /// Change how a volume is shared.
+    ShareVolume {
+        /// By name.
+        name: String,
+        /// From now on.
+        sharing: Sharing,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Stop serving a volume that is shared, without an error at its hosts, and stand by for it.
+    StandBy {
+        /// By name.
+        name: String,
+        /// The answer, once another process may take over.
+        reply: Reply<()>,
+    },
+    /// Serve a volume that this process stands by for, whoever serves it now.
+    TakeOver {
+        /// By name.
+        name: String,
+        /// The answer, once hosts are served.
         reply: Reply<()>,
     },
     /// Tell of a volume's snapshots.

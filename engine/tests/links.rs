@@ -101,6 +101,7 @@ impl Engine {
             purpose,
             child_deadline_ms: 2_000,
             allowed_hosts: None,
+            sharing: None,
             encryption: None,
         };
         self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
@@ -379,6 +380,7 @@ fn children_that_cannot_be_are_refused() {
         purpose: Purpose::Create,
         child_deadline_ms: 2_000,
         allowed_hosts: None,
+        sharing: None,
         encryption: None,
     };
     let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));

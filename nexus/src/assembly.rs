@@ -2,10 +2,12 @@
 //! with members of that configuration's in-sync set.
 
 mod found;
+mod standby;
 
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus};
 
+pub(crate) use self::standby::Watch;
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::config::{Config, Member};
@@ -24,6 +26,8 @@ const TAKEN: &str = "a replica belongs to a volume already; create the volume fr
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// It stands by.
+    Watch,
     /// Registers are being read.
     Gather,
     /// A new epoch is being promised.
@@ -92,6 +96,7 @@ impl Nexus {
     pub(crate) fn assembly_child_up(&mut self, child: ChildId) {
         let (stage, round) = (self.assembling().stage, self.assembling().round);
         match stage {
+            Stage::Watch => self.watch_child(child),
             // Those that were heard are not asked again, or one that comes and goes would hold
             // the others up for ever.
             Stage::Gather if round > 0 => {
@@ -170,6 +175,7 @@ impl Nexus {
             return;
         }
         match (self.assembling().stage, reply) {
+            (Stage::Watch, reply) => self.watched(child, reply),
             (Stage::Gather, Ok(register)) => {
                 self.assembling().registers[usize::from(child.0)] = Some(register);
                 self.try_promise(now_ms);
@@ -207,6 +213,7 @@ impl Nexus {
         }
         assembly.deadline_ms = None;
         match assembly.stage {
+            Stage::Watch => self.watch_timeout(now_ms),
             // One that was needed may have gone meanwhile.
             Stage::Gather => {
                 if self.may_promise() {
@@ -234,7 +241,9 @@ impl Nexus {
             }
             // Nobody holds anything: that is said once it is sure.
             (Purpose::Create, None) => false,
-            (Purpose::Assemble, None) => self.everybody().has_majority_in(heard),
+            (Purpose::Assemble | Purpose::StandBy { .. }, None) => {
+                self.everybody().has_majority_in(heard)
+            }
         }
     }
 
@@ -343,10 +352,12 @@ impl Nexus {
                 self.force_start(source, random, found, now_ms);
             }
             (Purpose::Create, None) => self.decide_new(now_ms),
-            (Purpose::Assemble, None) if self.assembling().promised.is_empty() => {
+            (Purpose::Assemble | Purpose::StandBy { .. }, None)
+                if self.assembling().promised.is_empty() =>
+            {
                 self.stuck(now_ms);
             }
-            (Purpose::Assemble, None) => self.refuse(&self.why_nothing()),
+            (Purpose::Assemble | Purpose::StandBy { .. }, None) => self.refuse(&self.why_nothing()),
             (_, Some(found)) => match self.two_lineages() {
                 Some(why) => self.refuse(&why),
                 None => self.adopt(&found.config, now_ms),

@@ -13,7 +13,8 @@
 //! member is asked.
 //!
 //! The data is read at once and only the answer waits, so a read costs a compare where there is a lease.
-//! Renewals are sent while there are reads, once half of the lease is over: an idle volume sends none.
+//! Renewals are sent while there are reads, once half of the lease is over: an idle volume sends none, unless
+//! another nexus stands by for it.
 //!
 //! That nothing is stored before the wait is over has a use: who has stored the configuration that is
 //! found, has waited. Where that was an earlier process of the same node, which is known to be dead, nobody
@@ -116,6 +117,23 @@ impl Nexus {
         if self.lease.holds_reads() {
             self.renew_if_due(now_ms);
         }
+    }
+
+    /// Keeps the lease, where others look at it.
+    pub(crate) fn keep_lease(&mut self, now_ms: u64) {
+        if self.keeps_lease() {
+            self.renew_if_due(now_ms);
+        }
+    }
+
+    fn keeps_lease(&self) -> bool {
+        self.config.shared && self.assembly.is_none() && self.state.is_serving()
+    }
+
+    /// When the lease is to be kept next.
+    pub(crate) fn lease_timeout(&self, now_ms: u64) -> Option<u64> {
+        let keeps = self.keeps_lease() && !self.lease.released;
+        keeps.then(|| self.lease.renew_at_ms.max(now_ms + 1))
     }
 
     pub(crate) fn handle_renew_reply(&mut self, child: ChildId, reply: &ChildReply, now_ms: u64) {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, VolumeId};
 
-use crate::assembly::Assembly;
+use crate::assembly::{Assembly, Watch};
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::copy::{COPY_KEY, Copies};
@@ -78,6 +78,7 @@ pub struct Nexus {
     /// The time when something happened last.
     pub(crate) now_ms: u64,
     pub(crate) lease: Lease,
+    pub(crate) watch: Watch,
     /// Slots to look at again before control goes back to the caller.
     pub(crate) ready: VecDeque<u16>,
     /// Requests that wait for a child which is joining, or for any to come back.
@@ -103,7 +104,7 @@ impl Nexus {
         let queue = usize::from(config.max_requests);
         // What a hung child has in hand when it is given up keeps its slots for as long as it hangs.
         let slots = u16::try_from(queue * (n + 1)).unwrap_or(u16::MAX).min(COPY_KEY);
-        Self {
+        let mut nexus = Self {
             state: VolumeState::Assembling("waiting for its replicas".to_owned()),
             children,
             in_sync: ChildSet::EMPTY,
@@ -143,6 +144,7 @@ impl Nexus {
             order: 0,
             now_ms: 0,
             lease: Lease::new(queue),
+            watch: Watch::default(),
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
             child_ios: VecDeque::with_capacity(queue * n),
@@ -150,7 +152,9 @@ impl Nexus {
             released: VecDeque::with_capacity(queue),
             events: VecDeque::with_capacity(16),
             config,
-        }
+        };
+        nexus.begin_watch();
+        nexus
     }
 
     /// The volume.
@@ -210,7 +214,8 @@ impl Nexus {
     /// # Panics
     /// Where [`Nexus::has_room`] is false.
     pub fn submit(&mut self, tag: u64, request: IoRequest, now_ms: u64) {
-        let refused = if self.state == VolumeState::Fenced {
+        let elsewhere = matches!(self.state, VolumeState::Fenced | VolumeState::StandBy(_));
+        let refused = if elsewhere {
             Some(IoStatus::PathError)
         } else if !self.state.is_serving() {
             Some(IoStatus::NotReady)
@@ -425,6 +430,7 @@ impl Nexus {
         self.growth_timeout(now_ms);
         self.voters_timeout(now_ms);
         self.renew_for_held(now_ms);
+        self.keep_lease(now_ms);
         self.unpark();
         if self.assembly.is_some() {
             self.assembly_timeout(now_ms);
@@ -442,7 +448,8 @@ impl Nexus {
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
         let upkeep = [self.settle_timeout(now_ms), self.rebuild_timeout(now_ms)];
         let learning = self.learns().then_some(now_ms + tick);
-        let all = [assembly, scrub, learning, busy.then_some(now_ms + tick)];
+        let lease = self.lease_timeout(now_ms);
+        let all = [assembly, scrub, learning, lease, busy.then_some(now_ms + tick)];
         all.into_iter().chain(upkeep).flatten().min()
     }
 
@@ -452,6 +459,19 @@ impl Nexus {
         self.release_lease();
         self.set_state(VolumeState::Refused("it is being removed".to_owned()));
         self.answer_all(IoStatus::NotReady);
+    }
+
+    /// Serves no more, and another nexus may at once: what is in flight is answered as an error of the path,
+    /// which has hosts try another one.
+    pub fn hand_over(&mut self) {
+        self.release_lease();
+        self.set_state(VolumeState::StandBy("handing the volume over".to_owned()));
+        self.answer_all(IoStatus::PathError);
+    }
+
+    /// Whether others stand by for the volume.
+    pub fn set_shared(&mut self, shared: bool) {
+        self.config.shared = shared;
     }
 
     /// The next operation for a child.

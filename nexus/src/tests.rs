@@ -14,6 +14,7 @@ mod lease;
 mod mend;
 mod rebuild;
 mod reconfigure;
+mod standby;
 mod voters;
 
 const DEADLINE: u64 = 1000;
@@ -61,6 +62,7 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
         child_deadline_ms: DEADLINE,
         child_deadline_min_ms: DEADLINE,
         lease_ms: LEASE,
+        shared: false,
         holder: 0,
         assembly_wait_ms: WAIT,
         max_requests: 16,

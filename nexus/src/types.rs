@@ -32,6 +32,12 @@ pub enum Purpose {
     Create,
     /// The volume exists: its configuration is learnt from its replicas.
     Assemble,
+    /// The volume exists, and another nexus serves it: this one takes its place when it is told to.
+    StandBy {
+        /// It takes over by itself once nobody serves the volume, but not before it has stood by for so long;
+        /// nothing: it does not.
+        auto_after_ms: Option<u64>,
+    },
     /// The volume exists, and is to be had from this replica alone, whatever the others hold: acked writes
     /// may be lost. It begins a new lineage; the other replicas are to be added anew.
     ForceStart {
@@ -63,6 +69,9 @@ pub struct NexusConfig {
     /// Reads are answered for so long after a majority of the voters was asked for a lease. All nodes are to
     /// have the same.
     pub lease_ms: u64,
+    /// Others stand by for the volume: the lease is kept while there are no reads, so that they see that it
+    /// is served.
+    pub shared: bool,
     /// Tells the nexuses of one node from those of others, where no two processes can have the same at
     /// once; 0 where that is not sure.
     pub holder: u128,
@@ -349,6 +358,8 @@ pub enum Event {
 /// Where the volume stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VolumeState {
+    /// Another nexus is to serve it; the text says whether one does.
+    StandBy(String),
     /// Its configuration is being learnt; the text says what is missing.
     Assembling(String),
     /// Serving, every replica in sync.
@@ -375,6 +386,7 @@ impl VolumeState {
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {
+            Self::StandBy(_) => "standby",
             Self::Assembling(_) => "assembling",
             Self::Online => "online",
             Self::Degraded => "degraded",
@@ -388,7 +400,7 @@ impl VolumeState {
     #[must_use]
     pub fn detail(&self) -> &str {
         match self {
-            Self::Assembling(text) | Self::Refused(text) => text,
+            Self::StandBy(text) | Self::Assembling(text) | Self::Refused(text) => text,
             Self::Online => "every replica is in sync",
             Self::Degraded => "serving with fewer replicas than configured",
             Self::Suspended => {

@@ -519,6 +519,7 @@ impl Cluster {
             purpose,
             child_deadline_ms: self.config.child_deadline_ms,
             allowed_hosts: None,
+            sharing: None,
             encryption: self.config.encrypted.then(|| encryption(volume, purpose)),
         };
         self.command(node, |reply| Command::AddVolume { spec, reply })

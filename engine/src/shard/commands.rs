@@ -22,6 +22,11 @@ impl<D: Driver> Shard<D> {
         match command {
             Command::ListPools { reply } => reply.send(Ok(self.pool_reports())),
             Command::ListReplicas { reply } => reply.send(Ok(self.replica_reports())),
+            Command::ShareVolume { name, sharing, reply } => {
+                reply.send(self.share_volume(&name, sharing));
+            }
+            Command::StandBy { name, reply } => self.stand_by(&name, reply, now),
+            Command::TakeOver { name, reply } => self.take_over(&name, reply, now),
             Command::ListSnapshots { volume, reply } => self.list_snapshots(&volume, reply),
             Command::Snapshot { reply, .. } if stopping => reply.send(Err(EngineError::Stopped)),
             Command::Snapshot { volumes, verb, call, force, reply } => {

@@ -17,6 +17,7 @@ mod restore;
 mod sectors;
 mod snapshots;
 mod space;
+mod standby;
 mod table;
 mod upkeep;
 mod volumes;

@@ -117,7 +117,12 @@ impl<D: Driver> Shard<D> {
                 Some(held) => consider(held, &asked.op),
                 None => Verdict::Answer(Err(IoStatus::NotReady)),
             };
+            let reads = matches!(asked.op, RegisterOp::Read);
             let answer = match verdict {
+                // Whoever stands by looks whether anybody has a lease.
+                Verdict::Answer(Ok(held)) if reads => {
+                    Ok(Register { lease_ms: local.leases.left(slot, Epoch(0), now), ..held })
+                }
                 Verdict::Answer(answer) => answer,
                 Verdict::Grant { epoch, lease_ms } => {
                     local.leases.grant(slot, epoch, now + lease_ms);

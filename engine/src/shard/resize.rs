@@ -47,6 +47,8 @@ impl<D: Driver> Shard<D> {
         {
             reply.send(Ok(()));
         }
+        // One that stands by has learnt it.
+        self.export_if_due(at);
     }
 
     pub(super) fn resize_failed(&mut self, at: u32, child: Option<ChildId>, status: IoStatus) {

@@ -63,6 +63,7 @@ impl<D: Driver> Shard<D> {
                     result,
                     retry_ms: None,
                 });
+                self.update_ana(at);
                 self.ask_restore(at, now);
             }
             None => {
@@ -72,6 +73,7 @@ impl<D: Driver> Shard<D> {
                     reply.send(result);
                 }
                 self.export_if_due(at);
+                self.update_ana(at);
                 self.touch_volume(at);
             }
         }

@@ -328,13 +328,13 @@ impl<D: Driver> Shard<D> {
     }
 
     /// The volume is going: what waits and has not begun is answered.
-    pub(super) fn drop_sectors(&mut self, volume: u32, now: u64) {
+    pub(super) fn drop_sectors(&mut self, volume: u32, status: IoStatus, now: u64) {
         while let Some(id) = self.volumes[volume].sectors.pop_front() {
             if let Some(one) = self.sectors.remove(id) {
                 if let Some(bounce) = one.bounce {
                     self.give_back(bounce, one.reserve);
                 }
-                self.host_io_done(one.io, IoStatus::NotReady, now);
+                self.host_io_done(one.io, status, now);
                 self.host_io_released(one.io, now);
             }
         }

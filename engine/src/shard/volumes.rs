@@ -2,12 +2,13 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, Epoch, IoOp, IoRequest, IoStatus, Memory};
+use cairn_block::{BlockSize, Epoch, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
 use cairn_crypt::VolumeKey;
 use cairn_nexus::{
-    ChildId, ChildOp, ChildReply, ChildSpec, Event, MEND_RESERVE, Nexus, NexusConfig, Purpose,
-    RegisterOp, Ticket, VolumeState,
+    ChildId, ChildOp, ChildReply, Event, MEND_RESERVE, Nexus, Purpose, RegisterOp, Ticket,
+    VolumeState,
 };
+use cairn_nvmf::ana::AnaState;
 use cairn_nvmf::target::{
     MAX_NQN_LEN, NamespaceConfig, NamespaceHandle, SubsystemConfig, SubsystemId,
 };
@@ -22,6 +23,7 @@ use super::registers::Origin;
 use super::restore::Restore;
 use super::sectors;
 use super::snapshots::SnapshotOrigin;
+use super::standby::HandOver;
 use crate::control::{
     ChildAddress, EncryptionSpec, EngineError, ExportCounters, Reply, VolumeReplica, VolumeSpec,
 };
@@ -86,6 +88,10 @@ pub(super) struct Volume {
     pub(super) frozen: bool,
     /// It is being taken back to a snapshot.
     pub(super) restore: Option<Restore>,
+    /// It is being handed over to another process.
+    pub(super) hand_over: Option<HandOver>,
+    /// Who waits for it to be taken over.
+    pub(super) activation: Option<Reply<()>>,
     pub(super) busy: bool,
 }
 
@@ -131,11 +137,10 @@ impl<D: Driver> Shard<D> {
                 cairn_nexus::MAX_CHILDREN
             )));
         }
-        let mut children = Vec::new();
+        let mut children: Vec<ReplicaId> = Vec::new();
         for replica in &spec.children {
-            let VolumeReplica { id, witness, .. } = *replica;
-            let local = matches!(replica.address, ChildAddress::Local { .. });
-            if children.iter().any(|c: &ChildSpec| c.replica == id) {
+            let id = replica.id;
+            if children.contains(&id) {
                 return Err(EngineError::Invalid(format!(
                     "volume `{}` names replica {id} twice",
                     spec.name
@@ -146,7 +151,7 @@ impl<D: Driver> Shard<D> {
                 Err(EngineError::NotFound { .. }) if spec.purpose != Purpose::Create => {}
                 checked => checked?,
             }
-            children.push(ChildSpec { replica: id, local, witness });
+            children.push(id);
         }
         let key = keys::new_key(&spec)?;
         let section =
@@ -158,20 +163,8 @@ impl<D: Driver> Shard<D> {
                 spec.name
             )));
         }
-        let nexus = Nexus::new(NexusConfig {
-            volume: spec.id,
-            blocks: spec.blocks,
-            encryption: spec.encryption.as_ref().map(section),
-            children,
-            purpose: spec.purpose,
-            child_deadline_ms: spec.child_deadline_ms,
-            child_deadline_min_ms: self.config.child_deadline_min_ms,
-            lease_ms: self.config.lease_ms,
-            holder: self.config.holder,
-            assembly_wait_ms: self.config.assembly_wait_ms,
-            max_requests: self.config.volume_requests,
-            pace: self.config.pace,
-        });
+        let encryption = spec.encryption.as_ref().map(section);
+        let nexus = self.new_nexus(&spec, spec.purpose, encryption);
         if !self.has_mend_reserve {
             self.mend_reserve = self.driver.memory().alloc(MEND_RESERVE);
             self.has_mend_reserve = self.mend_reserve.is_some();
@@ -193,6 +186,8 @@ impl<D: Driver> Shard<D> {
             key,
             frozen: false,
             restore: None,
+            hand_over: None,
+            activation: None,
             busy: false,
         });
         for child in 0..self.volumes[at].routes.len() {
@@ -267,7 +262,7 @@ impl<D: Driver> Shard<D> {
             }
             self.exports[handle.0 as usize] = None;
         }
-        self.drop_sectors(at, now);
+        self.drop_sectors(at, IoStatus::NotReady, now);
         self.volumes[at].nexus.close();
         self.send_children(at, now);
         self.flush_links();
@@ -369,6 +364,7 @@ impl<D: Driver> Shard<D> {
         if !self.snapshots.is_empty() {
             self.advance_snapshots(now);
         }
+        self.advance_hand_over(at, now);
         let volume = &mut self.volumes[at];
         if volume.nexus.waits_for_memory() && !self.short_volumes.contains(&at) {
             self.short_volumes.push(at);
@@ -394,6 +390,9 @@ impl<D: Driver> Shard<D> {
         self.forget_restore(at, gone);
         let Some(mut volume) = self.volumes.remove(at) else { return };
         volume.fail_change(gone);
+        if let Some(reply) = volume.activation.take() {
+            reply.send(Err(EngineError::Storage(gone.to_owned())));
+        }
         self.detach_links(at);
         if let Some(reply) = volume.removing {
             reply.send(Ok(()));
@@ -446,7 +445,7 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Sends what the nexus has for its children.
-    fn send_children(&mut self, at: u32, now: u64) {
+    pub(super) fn send_children(&mut self, at: u32, now: u64) {
         while let Some(io) = self.volumes[at].nexus.poll_child() {
             let route = self.volumes[at].routes[usize::from(io.child.0)];
             self.send_child(at, route, io, now);
@@ -542,6 +541,9 @@ impl<D: Driver> Shard<D> {
                     self.forget_restore(at, &why);
                 }
                 self.export_if_due(at);
+                self.update_ana(at);
+                self.tell_activation(at);
+                self.stand_by_if_fenced(at, now);
             }
             Event::ChildFailing(c, reason) => {
                 tracing::warn!(volume = %name, replica = %child(c), %reason, "replica failed");
@@ -605,7 +607,9 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn export_if_due(&mut self, at: u32) {
         let volume = &self.volumes[at];
-        let due = volume.nexus.status().state.is_serving() && volume.nexus.restoring().is_none();
+        let nexus = &volume.nexus;
+        let stands_by = matches!(nexus.state(), VolumeState::StandBy(_)) && nexus.blocks() > 0;
+        let due = stands_by || nexus.state().is_serving() && nexus.restoring().is_none();
         if due && volume.export.is_none() && volume.removing.is_none() {
             self.export_volume(at);
         }
@@ -621,13 +625,15 @@ impl<D: Driver> Shard<D> {
     /// Lets hosts connect.
     fn export_volume(&mut self, at: u32) {
         let volume = &mut self.volumes[at];
-        assert_eq!(
-            volume.key.is_some(),
-            !volume.nexus.encryption().is_empty(),
+        let serves = volume.nexus.state().is_serving();
+        assert!(
+            !serves || volume.key.is_some() != volume.nexus.encryption().is_empty(),
             "a volume is served as its configuration says"
         );
-        // The keys that opened it are not needed any more.
-        if let Some(encryption) = volume.spec.encryption.as_mut() {
+        // The keys that opened it are not needed any more, unless it may have to be opened again.
+        if let Some(encryption) = volume.spec.encryption.as_mut()
+            && volume.spec.sharing.is_none()
+        {
             encryption.keks.clear();
         }
         let spec = &self.volumes[at].spec;
@@ -640,7 +646,7 @@ impl<D: Driver> Shard<D> {
             allowed_hosts: spec.allowed_hosts.clone(),
             vendor_commands: false,
             discoverable: true,
-            ana: None,
+            ana: Some(AnaState::Inaccessible),
         });
         let subsystem = match added {
             Ok(subsystem) => subsystem,
@@ -662,6 +668,8 @@ impl<D: Driver> Shard<D> {
             tracing::error!(volume = %name, %error, "the volume cannot be exported");
         }
         self.volumes[at].export = Some((subsystem, handle));
+        self.update_ana(at);
+        self.tell_paths(at);
     }
 }
 
