@@ -245,6 +245,7 @@ impl Nexus {
             fault: IoStatus::PathError,
             refused: false,
             unsure: false,
+            alone: false,
             started_ms: now_ms,
             order: u64::MAX,
         };
@@ -684,13 +685,39 @@ impl Nexus {
             let child = &self.children[usize::from(c.0)];
             (!child.local, child.load)
         });
+        if best.is_none() {
+            self.read_ended(at);
+        }
         match best {
-            Some(child) => self.emit(child, at, request),
+            Some(child) => {
+                self.ranges.begin_read(request.range, at);
+                self.emit(child, at, request);
+            }
             // Who is away may come back with it, or leave the in-sync set.
             None if !refused || self.in_sync.iter().any(|c| !self.is_usable(c)) => {
                 self.park(at);
             }
             None => self.answer(at, fault),
+        }
+    }
+
+    /// A member has answered a read, or will not. Returns whether a mutation has overtaken it.
+    fn read_ended(&mut self, at: u16) -> bool {
+        if core::mem::take(&mut self.slots.slot(at).alone) {
+            self.ranges.leave(at);
+        }
+        self.ranges.end_read(at) && !on(Mutant::ReadOvertaken)
+    }
+
+    /// What was read may be of a mutation that began meanwhile, and that may come to nothing: it is read
+    /// once more, and nothing may overtake that.
+    fn read_again(&mut self, at: u16, now_ms: u64) {
+        let slot = self.slots.slot(at);
+        (slot.phase, slot.alone) = (Phase::Waiting, true);
+        (slot.ok, slot.failed, slot.bad) = (ChildSet::EMPTY, ChildSet::EMPTY, ChildSet::EMPTY);
+        let range = slot.request.range;
+        if self.ranges.enter(range, at, true) {
+            self.start(at, now_ms);
         }
     }
 
@@ -702,11 +729,18 @@ impl Nexus {
         }
         let (ok, failed, fault, outstanding) = (slot.ok, slot.failed, slot.fault, slot.outstanding);
         if slot.request.op == IoOp::Read {
-            if !ok.is_empty() {
+            if ok.is_empty() && !outstanding.is_empty() {
+                return;
+            }
+            let bad = !slot.bad.is_empty();
+            let overtaken = self.read_ended(at);
+            if !ok.is_empty() && overtaken {
+                self.read_again(at, now_ms);
+            } else if !ok.is_empty() {
                 self.answer_read(at, now_ms);
-            } else if outstanding.is_empty() && !slot.bad.is_empty() {
+            } else if bad {
                 self.begin_mend(Task::Read(at));
-            } else if outstanding.is_empty() {
+            } else {
                 self.read(at, now_ms);
             }
             return;
@@ -829,6 +863,9 @@ impl Nexus {
         }
         self.lingering += 1;
         self.parked.retain(|&parked| parked != at);
+        if op == IoOp::Read {
+            self.read_ended(at);
+        }
         self.done.push_back(Done { tag, status });
         self.leave_if_over(at);
         self.release_if_free(at);

@@ -1,15 +1,28 @@
-//! Which mutations are in flight, by range, and who waits for them.
+//! Which mutations and reads are in flight, by range, and who waits for them.
 
 use std::collections::VecDeque;
 
 use cairn_block::LbaRange;
 use cairn_block::mutants::{Mutant, on};
 
+use crate::copy::COPY_KEY;
+use crate::mend::FIRST_KEY;
+
 /// Ranges of the mutations in flight, and the requests that wait, in the order of their arrival.
 #[derive(Debug)]
 pub(crate) struct Ranges {
     active: Vec<(LbaRange, u16)>,
     waiting: VecDeque<Waiting>,
+    /// Reads that a member is asked for.
+    reads: Vec<Reading>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    range: LbaRange,
+    slot: u16,
+    /// A mutation that it overlaps has begun since: it may see what is taken back again.
+    overtaken: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -21,7 +34,11 @@ struct Waiting {
 
 impl Ranges {
     pub(crate) fn new(capacity: usize) -> Self {
-        Self { active: Vec::with_capacity(capacity), waiting: VecDeque::with_capacity(capacity) }
+        Self {
+            active: Vec::with_capacity(capacity),
+            waiting: VecDeque::with_capacity(capacity),
+            reads: Vec::with_capacity(capacity),
+        }
     }
 
     /// Whether the request may run now. Otherwise it waits until [`Ranges::poll_ready`] names it.
@@ -32,15 +49,37 @@ impl Ranges {
             || self.waiting.iter().any(|w| w.mutation && w.range.overlaps(range));
         let blocked = blocked && !(mutation && on(Mutant::NoOrder));
         let blocked = blocked && (mutation || !on(Mutant::ReadOvertakes));
-        let blocked = blocked && !(slot >= crate::mend::FIRST_KEY && on(Mutant::NoLock));
+        let blocked = blocked && !(slot >= FIRST_KEY && on(Mutant::NoLock));
         if blocked {
             self.waiting.push_back(Waiting { range, slot, mutation });
             return false;
         }
         if mutation {
-            self.active.push((range, slot));
+            self.activate(range, slot);
         }
         true
+    }
+
+    fn activate(&mut self, range: LbaRange, slot: u16) {
+        self.active.push((range, slot));
+        // What a rebuild copies changes no member that is read.
+        if !(COPY_KEY..FIRST_KEY).contains(&slot) {
+            for read in self.reads.iter_mut().filter(|read| read.range.overlaps(range)) {
+                read.overtaken = true;
+            }
+        }
+    }
+
+    /// A member is asked for what the read in `slot` wants.
+    pub(crate) fn begin_read(&mut self, range: LbaRange, slot: u16) {
+        self.end_read(slot);
+        self.reads.push(Reading { range, slot, overtaken: false });
+    }
+
+    /// It has answered, or is not waited for any more. Returns whether a mutation has overtaken the read.
+    pub(crate) fn end_read(&mut self, slot: u16) -> bool {
+        let at = self.reads.iter().position(|read| read.slot == slot);
+        at.is_some_and(|at| self.reads.swap_remove(at).overtaken)
     }
 
     /// The mutation in `slot` is over.
@@ -63,7 +102,7 @@ impl Ranges {
         })?;
         let ready = self.waiting.remove(at)?;
         if ready.mutation {
-            self.active.push((ready.range, ready.slot));
+            self.activate(ready.range, ready.slot);
         }
         Some(ready.slot)
     }
@@ -71,6 +110,7 @@ impl Ranges {
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.active.clear();
+        self.reads.clear();
         self.waiting.clear();
     }
 
@@ -108,6 +148,26 @@ mod tests {
         assert_eq!(ranges.poll_ready(), None);
         ranges.leave(2);
         assert_eq!(ranges.poll_ready(), Some(3));
+    }
+
+    #[test]
+    fn a_read_that_a_mutation_overtakes_hears_of_it() {
+        let mut ranges = Ranges::new(8);
+        ranges.begin_read(r(0, 8), 1);
+        ranges.begin_read(r(8, 8), 2);
+        assert!(ranges.enter(r(7, 1), 3, true));
+        assert!(!ranges.enter(r(7, 2), 4, true));
+        assert!(ranges.enter(r(100, 8), COPY_KEY, true));
+        ranges.begin_read(r(100, 8), 5);
+        ranges.leave(3);
+        assert!(ranges.end_read(1));
+        assert!(!ranges.end_read(1), "once");
+        // The one that waited begins.
+        assert_eq!(ranges.poll_ready(), Some(4));
+        assert!(ranges.end_read(2));
+        assert!(!ranges.end_read(5));
+        ranges.begin_read(r(8, 8), 2);
+        assert!(!ranges.end_read(2), "another try");
     }
 
     #[test]

@@ -97,6 +97,8 @@ pub(crate) struct Slot {
     pub(crate) refused: bool,
     /// A child may have done it, or a part of it, and has not said so.
     pub(crate) unsure: bool,
+    /// A read that nothing may overtake: it has its range for itself.
+    pub(crate) alone: bool,
     pub(crate) started_ms: u64,
     /// Its place among all changes, from the time when children were asked.
     pub(crate) order: u64,

@@ -772,3 +772,55 @@ fn a_closed_nexus_lets_go_of_what_it_held() {
     b.pump();
     assert_eq!((b.nexus.in_flight(), b.released.len()), (0, 2));
 }
+
+/// What it saw may be taken back, and it must not be the only one that ever saw it.
+#[test]
+fn a_read_that_a_write_overtakes_is_done_again_after_it() {
+    let mut b = Bench::online(2);
+    b.submit(1, IoOp::Read, 10, 4);
+    let asked = b.io.front().unwrap().child.0;
+    b.write(2, 12, 1);
+    b.answer(asked, IoStatus::Ok);
+    assert_eq!(b.status_of(1), None, "it waits for the write");
+    // And another write waits for it.
+    b.write(3, 12, 1);
+    b.answer(0, IoStatus::Ok);
+    b.answer(1, IoStatus::Ok);
+    assert_eq!(b.status_of(2), Some(IoStatus::Ok));
+    assert_eq!(b.io.len(), 1);
+    let again = b.io.front().unwrap().clone();
+    assert!(matches!(again.op, ChildOp::Io(IoRequest { op: IoOp::Read, .. })));
+    b.answer(again.child.0, IoStatus::Ok);
+    assert_eq!(b.status_of(1), Some(IoStatus::Ok));
+    b.answer(0, IoStatus::Ok);
+    b.answer(1, IoStatus::Ok);
+    assert_eq!(b.status_of(3), Some(IoStatus::Ok));
+    // One that does not overlap overtakes nothing.
+    b.submit(4, IoOp::Read, 10, 4);
+    b.write(5, 14, 1);
+    let asked = b.io.front().unwrap().child.0;
+    b.answer(asked, IoStatus::Ok);
+    assert_eq!(b.status_of(4), Some(IoStatus::Ok));
+}
+
+#[test]
+fn a_read_that_has_its_range_for_itself_gives_it_back_where_nobody_can_answer() {
+    let mut b = Bench::online(2);
+    b.submit(1, IoOp::Read, 10, 4);
+    let asked = b.io.front().unwrap().child.0;
+    b.write(2, 12, 1);
+    b.answer(asked, IoStatus::Ok);
+    b.answer(0, IoStatus::Ok);
+    b.answer(1, IoStatus::Ok);
+    b.disconnect(0);
+    b.disconnect(1);
+    assert_eq!(b.status_of(1), None);
+    b.write(3, 12, 1);
+    b.connect(0);
+    b.connect(1);
+    while let Some(io) = b.io.front() {
+        let child = io.child.0;
+        b.answer(child, IoStatus::Ok);
+    }
+    assert_eq!((b.status_of(1), b.status_of(3)), (Some(IoStatus::Ok), Some(IoStatus::Ok)));
+}

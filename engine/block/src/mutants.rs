@@ -35,6 +35,8 @@ mutants! {
     NoOrder,
     /// A read overtakes writes that it overlaps.
     ReadOvertakes,
+    /// A read that a write has overtaken is answered with what it saw.
+    ReadOvertaken,
     /// Mends and copies do not wait for the range that they change.
     NoLock,
     /// The nexus answers a flush without asking anybody.
