@@ -104,6 +104,8 @@ pub(crate) struct Rebuild {
     stage: Stage,
     list_at: u32,
     source: ChildId,
+    /// It was asked for lists: those of an earlier rebuild may still be on their way.
+    listing: bool,
     pages: [Option<Vec<u8>>; 2],
     /// After an answer of no use nobody is asked before then: a source that fails at once would be asked for
     /// ever in one turn.
@@ -263,6 +265,7 @@ impl Nexus {
             stage: Stage::Drain(before),
             list_at: 0,
             source: child,
+            listing: false,
             pages: [None, None],
             again_ms: 0,
             needed: Bits::with_len(extents),
@@ -308,7 +311,7 @@ impl Nexus {
             return true;
         }
         let Some(source) = source.filter(|_| now_ms >= r.again_ms) else { return false };
-        r.source = source;
+        (r.source, r.listing) = (source, true);
         let (child, first) = (r.child, r.list_at);
         let [has_source, has_target] = [r.pages[0].is_some(), r.pages[1].is_some()];
         let member = self.child(child).member;
@@ -328,7 +331,8 @@ impl Nexus {
     pub(crate) fn list_answered<M: Memory>(&mut self, answer: &Answered, mem: &mut M) {
         let (extents, now_ms) = (self.extents(), self.now_ms);
         let Some(r) = self.rebuild.as_mut() else { return };
-        if r.stage != Stage::List {
+        // One that was given up may have been answered late.
+        if r.stage != Stage::List || !r.listing {
             return;
         }
         let is_target = answer.child == r.child;

@@ -8,6 +8,7 @@ use cairn_block::{
 };
 
 use super::*;
+use crate::slots::ChildSet;
 
 mod force;
 mod lease;
@@ -44,6 +45,10 @@ struct Bench {
     extents: Vec<Vec<u8>>,
     stamps: Vec<Vec<u64>>,
     asked: Vec<ChildIo>,
+    /// Children whose lists of extents are late, and one that cannot tell of its own.
+    late_lists: ChildSet,
+    late: Vec<ChildIo>,
+    no_list: Option<u8>,
 }
 
 fn config(n: u8, purpose: Purpose) -> NexusConfig {
@@ -89,6 +94,9 @@ impl Bench {
             extents: vec![Vec::new(); usize::from(n)],
             stamps: vec![Vec::new(); usize::from(n)],
             asked: Vec::new(),
+            late_lists: ChildSet::EMPTY,
+            late: Vec::new(),
+            no_list: None,
         }
     }
 
@@ -128,6 +136,13 @@ impl Bench {
     fn answer_upkeep(&mut self, io: &ChildIo) {
         let child = usize::from(io.child.0);
         let status = if self.up[child] { IoStatus::Ok } else { IoStatus::PathError };
+        let lists = matches!(io.op, ChildOp::Changes { .. });
+        if lists && self.late_lists.has(io.child) {
+            self.late.push(io.clone());
+            return;
+        }
+        let fails = lists && self.no_list == Some(io.child.0);
+        let status = if fails { IoStatus::MediaError } else { status };
         let children = self.up.len().max(self.extents.len());
         self.extents.resize(children, Vec::new());
         self.stamps.resize(children, Vec::new());

@@ -376,7 +376,7 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
         nqn: nqn.clone(),
         blocks: BLOCKS,
         block_size: BlockSize::B4096,
-        held: false,
+        sharing: None,
         children: replicas
             .into_iter()
             .map(|(id, peer)| (id, ChildAddress::Remote { peer, nqn: replica_nqn(id) }).into())

@@ -669,3 +669,39 @@ fn what_only_a_member_that_is_away_can_read_is_tried_again_after_a_while() {
     assert!(w.disks[0].bad.is_empty());
     w.assert_alike();
 }
+
+#[test]
+fn the_list_of_a_rebuild_that_was_given_up_is_not_taken_for_the_next_ones() {
+    let mut w = world(3);
+    rest(&mut w);
+    w.b.disconnect(1);
+    w.b.disconnect(2);
+    fill(&mut w, 1, 300, 7);
+    w.run();
+    rest(&mut w);
+    // The first to come back is late with its list, and the source cannot tell of its own.
+    w.b.late_lists = ChildSet::of(ChildId(1));
+    w.b.no_list = Some(0);
+    w.b.connect(1);
+    w.b.connect(2);
+    for _ in 0..400 {
+        w.b.pass(100);
+        w.run();
+        if w.b.nexus.rebuild().is_some_and(|r| r.child == ChildId(2)) {
+            break;
+        }
+    }
+    assert_eq!(w.b.late.len(), 1);
+    w.b.late_lists = ChildSet::EMPTY;
+    w.b.no_list = None;
+    let late = w.b.late.remove(0);
+    // It has nothing: taken for the source's, nobody would need anything.
+    w.b.extents[1].fill(0);
+    w.b.answer_upkeep(&late);
+    w.b.pump();
+    for _ in 0..10 {
+        rest(&mut w);
+    }
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    w.assert_alike();
+}
