@@ -504,6 +504,9 @@ impl Run {
         // What the verification left behind settles.
         let quiet = self.cluster.world().now_ns() + 5_000 * MS;
         self.cluster.run_until(quiet);
+        // What a nexus that was told to go had asked of a replica may have come late, and fenced the other.
+        self.come_to_rest();
+        self.await_rebuilds();
         self.scrub();
         for volume in 0..self.cluster.volume_count() {
             self.cluster.history(volume).borrow_mut().judge_all();

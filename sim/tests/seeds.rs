@@ -51,6 +51,14 @@ fn nothing_fails_where_nothing_goes_wrong() {
     }
 }
 
+/// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild.
+#[test]
+fn seeds_that_found_bugs_of_reads_and_rebuilds() {
+    check([1_000_046, 1_007_273, 1_009_320, 1_011_825, 1_015_370].into_iter(), |seed| {
+        run(seed, None)
+    });
+}
+
 /// Blocks of one replica rot under load: every read is right, no host sees an error, and what no read
 /// met the scrub at the end heals.
 #[test]
