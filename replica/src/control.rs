@@ -351,7 +351,10 @@ impl Pool {
                 Stage::Second => true,
                 _ => continue,
             };
-            let Some(buf) = mem.alloc(BLOCK_BYTES) else { return };
+            let Some(buf) = mem.alloc(BLOCK_BYTES) else {
+                self.short = true;
+                return;
+            };
             if second {
                 job.stage = Stage::SecondWrite;
             } else {

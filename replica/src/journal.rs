@@ -105,7 +105,10 @@ impl Pool {
         {
             return;
         }
-        let Some(buf) = mem.alloc(BLOCK_BYTES) else { return };
+        let Some(buf) = mem.alloc(BLOCK_BYTES) else {
+            self.short = true;
+            return;
+        };
         let sequence = self.journal.head;
         let address = self.superblock.journal_address(sequence);
         self.journal.records.clear();

@@ -273,7 +273,10 @@ impl Pool {
         while next < count && in_flight < MAX_PAGES {
             let page = self.extents.pages[next as usize];
             if page.dirty {
-                let Some(buf) = mem.alloc(BLOCK_BYTES) else { break };
+                let Some(buf) = mem.alloc(BLOCK_BYTES) else {
+                    self.short = true;
+                    break;
+                };
                 let base = if page.checkpoint <= self.superblock.checkpoint {
                     page.sequence
                 } else {
@@ -317,7 +320,10 @@ impl Pool {
     fn pump_new_pages<M: Memory>(&mut self, segment: &Segment, mem: &mut M) {
         let Stage::Pages { mut next, mut in_flight } = self.maintenance.stage else { return };
         while next < segment.pages() && in_flight < MAX_PAGES {
-            let Some(buf) = mem.alloc(BLOCK_BYTES) else { break };
+            let Some(buf) = mem.alloc(BLOCK_BYTES) else {
+                self.short = true;
+                break;
+            };
             let head = TablePage {
                 sequence: FIRST_PAGE_SEQUENCE,
                 index: next,
@@ -350,7 +356,10 @@ impl Pool {
     }
 
     fn write_superblock<M: Memory>(&mut self, copy: u64, mem: &mut M) -> bool {
-        let Some(buf) = mem.alloc(BLOCK_BYTES) else { return false };
+        let Some(buf) = mem.alloc(BLOCK_BYTES) else {
+            self.short = true;
+            return false;
+        };
         self.maintenance.staged.encode(copy, mem.bytes_mut(buf.slice()));
         self.issue_page(copy, buf);
         true

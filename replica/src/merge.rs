@@ -202,7 +202,10 @@ impl Pool {
     }
 
     fn merge_read<M: Memory>(&mut self, id: u32, first: u32, blocks: u32, mem: &mut M) {
-        let Some(buf) = mem.alloc(blocks << 12) else { return };
+        let Some(buf) = mem.alloc(blocks << 12) else {
+            self.short = true;
+            return;
+        };
         let lower = self.merges.get(id).lower;
         let version = self.sum_version(self.extents.get(lower).sum);
         let start = extent_offset(&self.superblock.segments, lower);

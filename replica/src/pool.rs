@@ -339,6 +339,8 @@ pub struct Pool {
     pub(crate) maintenance: Maintenance,
     pub(crate) sums: Sums,
     pub(crate) settle: Settle,
+    /// Something waits for memory.
+    pub(crate) short: bool,
     pub(crate) verifier: Verifier,
     pub(crate) jobs: VecDeque<Job>,
     /// Tags of allocations and arrivals that were asked for by themselves.
@@ -407,6 +409,7 @@ impl Pool {
             maintenance,
             sums: Sums::new(stale),
             settle: Settle::new(),
+            short: false,
             verifier: Verifier::default(),
             jobs: VecDeque::new(),
             moves: Vec::new(),
@@ -633,7 +636,19 @@ impl Pool {
     }
 
     /// Moves on everything that can move. Called at the end of every event.
+    /// Whether something waits for memory that requests which hold memory may wait for.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.short
+    }
+
+    /// Whether [`Pool::poll_disk`] has something.
+    pub(crate) fn has_disk_io(&self) -> bool {
+        !self.out.is_empty()
+    }
+
     pub(crate) fn pump<M: Memory>(&mut self, mem: &mut M) {
+        self.short = false;
         if self.state != PoolState::Online {
             return;
         }

@@ -51,7 +51,8 @@ fn nothing_fails_where_nothing_goes_wrong() {
     }
 }
 
-/// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild.
+/// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild, reads
+/// that held the memory which they waited for.
 #[test]
 fn seeds_that_found_bugs_of_reads_and_rebuilds() {
     check([1_000_046, 1_007_273, 1_009_320, 1_011_825, 1_015_370].into_iter(), |seed| {

@@ -551,6 +551,22 @@ impl MultiPool {
         }
     }
 
+    /// Goes on with what waits for memory: the pool's own work, that requests which hold memory may wait
+    /// for. Returns whether it could.
+    pub fn retry_short<M: Memory>(&mut self, mem: &mut M) -> bool {
+        if !self.is_short() {
+            return false;
+        }
+        self.retry(mem);
+        !self.is_short() || self.members.iter().flatten().any(|m| m.pool.has_disk_io())
+    }
+
+    /// Whether something waits for memory.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.members.iter().flatten().any(|m| m.pool.is_short())
+    }
+
     /// The next device that left the pool: nothing is in flight to it, and nothing will be.
     pub fn poll_gone(&mut self) -> Option<u8> {
         self.gone.pop_front()

@@ -27,7 +27,10 @@ impl Pool {
             } else {
                 (sums_address(&self.superblock.segments, extent) * BLOCK, 2 * BLOCK_BYTES)
             };
-            let Some(buf) = mem.alloc(len) else { break };
+            let Some(buf) = mem.alloc(len) else {
+                self.short = true;
+                break;
+            };
             self.sums.to_load.pop_front();
             self.sums.hashing += u32::from(hashing);
             let op = DiskOp::Read { offset: ByteOffset(offset), buf: buf.slice() };

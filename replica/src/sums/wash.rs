@@ -118,7 +118,10 @@ impl Pool {
         let birth = self.extents.get(extent).birth;
         let Some(sum) = self.sum_of(extent) else { return true };
         assert!(!sum.in_wash, "the two copies of a page are written one after the other");
-        let Some(buf) = mem.alloc(BLOCK_BYTES) else { return false };
+        let Some(buf) = mem.alloc(BLOCK_BYTES) else {
+            self.short = true;
+            return false;
+        };
         let of = PageOf { extent, birth, sequence: sum.page + 1 };
         let address = address + (of.sequence & 1);
         let mut sums = sum.sums;
