@@ -3,6 +3,7 @@
 mod keep;
 mod members;
 mod sectors;
+mod share;
 mod snapshots;
 
 use std::path::{Path, PathBuf};
@@ -59,6 +60,7 @@ async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     keep::run(cluster, folder).await?;
     snapshots::run(cluster, folder).await?;
     sectors::run(cluster, folder).await?;
+    share::run(cluster).await?;
     let volume = cluster.volume(VOLUME_SIZE).await?;
     let address = volume.addresses.first().context("the nexus exports nothing")?;
     let front =

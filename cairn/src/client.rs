@@ -1,8 +1,9 @@
 //! `cairn pool|replica|volume`: manage a running process over its API socket.
 
 mod members;
+pub(crate) mod share;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -410,6 +411,38 @@ Examples:
         #[arg(long)]
         yes_i_lose_writes: bool,
     },
+    /// Let other processes stand by for a volume that this one serves, or change how.
+    #[command(after_help = "\
+Example:
+  cairn volume share db --elsewhere 192.0.2.12:4420       # then, there: cairn volume standby db ...")]
+    Share {
+        /// The volume's name.
+        name: String,
+        #[command(flatten)]
+        sharing: share::SharingArgs,
+    },
+    /// Stand by for a volume that another process serves: hosts connect, and use this path once this
+    /// process takes over.
+    #[command(after_help = "\
+Examples:
+  cairn volume standby db --from /run/cairn/other.sock --auto
+  cairn volume standby db --id VOLUME-ID --replica URI1 --replica URI2 --replica URI3 \\
+      --elsewhere 192.0.2.11:4420
+  cairn volume takeover db                                # serve it here from now on")]
+    Standby(share::StandByArgs),
+    /// Serve a volume here that this process stands by for, whoever serves it now; with --to, hand it over
+    /// to another process, which serves it at once.
+    #[command(after_help = "\
+Examples:
+  cairn volume takeover db                                # here, also where the other one is dead
+  cairn volume takeover db --to /run/cairn/other.sock     # from here to there; no host sees an error")]
+    Takeover {
+        /// The volume's name.
+        name: String,
+        /// The API socket of the process that is to serve it.
+        #[arg(long, value_name = "PATH")]
+        to: Option<PathBuf>,
+    },
     /// Tell how far a rebuild is, and of those that ended; set how fast they copy.
     #[command(after_help = "\
 Examples:
@@ -578,6 +611,10 @@ pub(crate) fn replica(global: &Global, command: ReplicaCommand) -> Result<ExitCo
 
 pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode> {
     block_on(async {
+        if let VolumeCommand::Takeover { name, to } = command {
+            share::take_over(global, name, to).await?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let mut client = connect(&global.socket).await?;
         match command {
             VolumeCommand::List => {
@@ -640,6 +677,11 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                     }
                 }
             }
+            VolumeCommand::Share { name, sharing } => {
+                share::share(global, &mut client, name, sharing).await?;
+            }
+            VolumeCommand::Standby(args) => share::stand_by(global, &mut client, args).await?,
+            VolumeCommand::Takeover { .. } => unreachable!("may have no process here"),
             VolumeCommand::Resize { name, size } => {
                 let request = v1::ResizeVolumeRequest { name, size_bytes: size.as_u64() };
                 let volume = client.resize_volume(request).await.map_err(|s| said(&s))?;

@@ -138,8 +138,8 @@ fn data(volume: &v1::Volume) -> impl Iterator<Item = &v1::Child> {
     volume.children.iter().filter(|c| !c.witness && c.state != "idle")
 }
 
-const VOLUME_STATES: [&str; 6] =
-    ["assembling", "online", "degraded", "suspended", "fenced", "refused"];
+const VOLUME_STATES: [&str; 7] =
+    ["standby", "assembling", "online", "degraded", "suspended", "fenced", "refused"];
 const REPLICA_STATES: [&str; 8] = [
     "online",
     "disconnected",

@@ -6,6 +6,7 @@ mod keys;
 mod members;
 mod messages;
 mod replace;
+mod share;
 mod snapshots;
 mod spares;
 mod uri;
@@ -34,7 +35,7 @@ use crate::metrics::Told;
 use crate::pools;
 use crate::rebuilds::Rebuilds;
 use crate::scrub::Scrubs;
-use crate::state::{SavedPool, SavedVolume, State};
+use crate::state::{SavedPool, SavedSharing, SavedVolume, State};
 
 /// A new volume must be served within this time, or the call fails and says what is missing.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -112,6 +113,7 @@ impl Service {
                 children.push(VolumeReplica { id, address, witness });
             }
         }
+        let sharing = volume.shared.as_ref().map(SavedSharing::sharing).transpose()?;
         let purpose = match &volume.forced {
             Some(forced) => Purpose::ForceStart {
                 source: forced
@@ -120,8 +122,11 @@ impl Service {
                     .map_err(|_| "the replica that it is started from")?,
                 random: forced.random,
             },
-            None if volume.created => Purpose::Assemble,
-            None => Purpose::Create,
+            None => match (&volume.shared, &sharing) {
+                (Some(saved), Some(sharing)) if volume.created => saved.purpose(sharing),
+                _ if volume.created => Purpose::Assemble,
+                _ => Purpose::Create,
+            },
         };
         let deadline = match volume.child_deadline_ms {
             0 => self.child_deadline_ms,
@@ -141,6 +146,7 @@ impl Service {
                 [] => None,
                 hosts => Some(hosts.to_vec()),
             },
+            sharing,
         })
     }
 
@@ -658,6 +664,34 @@ impl Cairn for Service {
         request: Request<v1::ForceStartVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         self.force_start(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn share_volume(
+        &self,
+        request: Request<v1::ShareVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.share(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn stand_by_volume(
+        &self,
+        request: Request<v1::StandByVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.stand_by(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn take_over_volume(
+        &self,
+        request: Request<v1::TakeOverVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.take_over(request.into_inner().name).await.map(Response::new)
+    }
+
+    async fn hand_over_volume(
+        &self,
+        request: Request<v1::HandOverVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.hand_over(request.into_inner().name).await.map(Response::new)
     }
 
     async fn create_snapshot(

@@ -57,6 +57,22 @@ pub(crate) struct SavedReplacement {
     pub(crate) spare: String,
 }
 
+/// How a volume is shared with other processes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedSharing {
+    /// It was another's to serve when that was known last.
+    pub(crate) standby: bool,
+    /// Takes over by itself.
+    #[serde(default)]
+    pub(crate) auto: bool,
+    /// After so long.
+    #[serde(default)]
+    pub(crate) auto_after_ms: u64,
+    /// Where hosts reach the others.
+    #[serde(default)]
+    pub(crate) elsewhere: Vec<String>,
+}
+
 /// A volume to be served.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SavedVolume {
@@ -86,6 +102,9 @@ pub(crate) struct SavedVolume {
     /// Where its key comes from, where it is encrypted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) encryption: Option<SavedEncryption>,
+    /// Other processes may serve it in this one's place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) shared: Option<SavedSharing>,
     /// Whether its first configuration was stored on the replicas.
     pub(crate) created: bool,
 }

@@ -24,7 +24,8 @@ pub use cairn_replica as replica;
 pub use control::{
     ChildAddress, ChildReport, Command, DeviceReport, EncryptionReport, EncryptionSpec,
     EngineError, ExportCounters, HostReport, PoolMember, PoolReport, RebuildEnded, RebuildStatus,
-    ReplicaReport, Reply, ScrubAction, SnapshotReport, VolumeReplica, VolumeReport, VolumeSpec,
+    ReplicaReport, Reply, ScrubAction, Sharing, SnapshotReport, VolumeReplica, VolumeReport,
+    VolumeSpec,
 };
 pub use shard::{Shard, ShardConfig, WatchedRegister, WatchedVolume};
 pub use thread::{EngineHandle, start};

@@ -53,6 +53,8 @@ impl Service {
         let scrub = self.scrubs.message(&report);
         let (rebuilt, totals) = self.rebuilds.message(&report);
         let replacement = self.replacement_message(&report);
+        let saved = self.saved(&report.name).ok().and_then(|volume| volume.shared);
+        let sharing = saved.map(|shared| shared.message());
         let children = report.children.into_iter().map(|child| v1::Child {
             replica_id: child.replica.to_string(),
             uri: replica_uri(child.replica, &child.address),
@@ -69,6 +71,7 @@ impl Service {
             io_queues: u32::from(host.io_queues),
         });
         v1::Volume {
+            sharing,
             id: report.id.to_string(),
             name: report.name,
             nqn: report.nqn,

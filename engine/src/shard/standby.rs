@@ -214,6 +214,8 @@ impl<D: Driver> Shard<D> {
 
     /// The old nexus is over: another looks on in its place.
     fn watch_from_now(&mut self, at: u32, now: u64) {
+        // What the old one's links still answer is for nobody.
+        self.detach_links(at);
         self.next_generation = self.next_generation.wrapping_add(1);
         let generation = self.next_generation;
         let volume = &self.volumes[at];

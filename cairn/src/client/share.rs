@@ -1,0 +1,163 @@
+//! `cairn volume share|standby|takeover`.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use cairn_api::v1::{self, cairn_client::CairnClient};
+use clap::Args;
+use tonic::transport::Channel;
+
+use super::{KeyArgs, connect, named, said, show_volume, volumes};
+use crate::cli::{Global, Output};
+use crate::output::say;
+
+/// How a volume is shared.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct SharingArgs {
+    /// While this process stands by, take over by itself once nobody serves the volume.
+    #[arg(long)]
+    pub(crate) auto: bool,
+    /// But not before it has stood by for so long.
+    #[arg(long, value_name = "MS", default_value_t = 10_000, requires = "auto")]
+    pub(crate) auto_after_ms: u64,
+    /// Where hosts reach another process that shares the volume: discovery tells of it. Once for each.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) elsewhere: Vec<String>,
+}
+
+impl SharingArgs {
+    fn message(self) -> v1::Sharing {
+        let Self { auto, auto_after_ms, elsewhere } = self;
+        v1::Sharing { auto, auto_after_ms: if auto { auto_after_ms } else { 0 }, elsewhere }
+    }
+}
+
+/// Which volume to stand by for.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct StandByArgs {
+    /// The volume's name.
+    name: String,
+    /// The API socket of the process that serves it: all else is asked there, and it is told to share the
+    /// volume.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["id", "replica", "witness", "block_size"])]
+    from: Option<PathBuf>,
+    /// The volume's id.
+    #[arg(long, value_name = "UUID", required_unless_present = "from")]
+    id: Option<String>,
+    /// A member of the volume, as this process reaches it. Once for each.
+    #[arg(long, value_name = "URI")]
+    replica: Vec<String>,
+    /// A witness of the volume.
+    #[arg(long, value_name = "URI")]
+    witness: Vec<String>,
+    /// Bytes of the blocks that hosts see.
+    #[arg(long, value_name = "BYTES", default_value_t = 4096)]
+    block_size: u32,
+    /// A host that may connect. Default: any.
+    #[arg(long, value_name = "NQN")]
+    allow_host: Vec<String>,
+    #[command(flatten)]
+    key: KeyArgs,
+    #[command(flatten)]
+    sharing: SharingArgs,
+}
+
+pub(super) async fn share(
+    global: &Global,
+    client: &mut CairnClient<Channel>,
+    name: String,
+    sharing: SharingArgs,
+) -> Result<()> {
+    let request = v1::ShareVolumeRequest { name, sharing: Some(sharing.message()) };
+    let volume = client.share_volume(request).await.map_err(|s| said(&s))?;
+    show_volume(global.output, &volume.into_inner())
+}
+
+pub(super) async fn stand_by(
+    global: &Global,
+    client: &mut CairnClient<Channel>,
+    args: StandByArgs,
+) -> Result<()> {
+    let mut request = v1::StandByVolumeRequest {
+        name: args.name.clone(),
+        id: args.id.unwrap_or_default(),
+        replicas: args.replica,
+        witnesses: args.witness,
+        block_size: args.block_size,
+        allowed_hosts: args.allow_host,
+        child_deadline_ms: 0,
+        encryption: args.key.source()?,
+        sharing: Some(args.sharing.clone().message()),
+    };
+    if let Some(socket) = &args.from {
+        let mut serving = connect(socket).await?;
+        learn(client, &mut serving, &mut request, args.sharing).await?;
+    }
+    let volume = client.stand_by_volume(request).await.map_err(|s| said(&s))?;
+    show_volume(global.output, &volume.into_inner())
+}
+
+/// Asks the process that serves the volume what it is, and has it share it.
+pub(crate) async fn learn(
+    client: &mut CairnClient<Channel>,
+    serving: &mut CairnClient<Channel>,
+    request: &mut v1::StandByVolumeRequest,
+    sharing: SharingArgs,
+) -> Result<()> {
+    let volume = named(volumes(serving).await?, &request.name)?;
+    let there = serving.get_info(v1::GetInfoRequest {}).await.map_err(|s| said(&s))?.into_inner();
+    let here = client.get_info(v1::GetInfoRequest {}).await.map_err(|s| said(&s))?.into_inner();
+    let Some(address) = there.nvmf.first() else {
+        bail!("process `{}` listens nowhere", there.name);
+    };
+    let own = client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
+    let own = own.into_inner().replicas;
+    request.id.clone_from(&volume.id);
+    request.block_size = volume.block_size;
+    for child in volume.children {
+        let local = own.iter().find(|r| r.id == child.replica_id);
+        let uri = match (local, child.uri.starts_with("local:")) {
+            (Some(local), _) => format!("local:{}/{}", local.pool, local.id),
+            (None, true) => {
+                format!("nvme+tcp://{address}/nqn.2026-11.io.cairn:replica:{}", child.replica_id)
+            }
+            (None, false) => child.uri,
+        };
+        let list = if child.witness { &mut request.witnesses } else { &mut request.replicas };
+        list.push(uri);
+    }
+    let message = sharing.message();
+    let others = volume.sharing.map(|s| s.elsewhere).unwrap_or_default();
+    let mut shared = v1::Sharing { elsewhere: others, ..message.clone() };
+    for address in here.nvmf {
+        if !shared.elsewhere.contains(&address) {
+            shared.elsewhere.push(address);
+        }
+    }
+    let call = v1::ShareVolumeRequest { name: request.name.clone(), sharing: Some(shared) };
+    serving.share_volume(call).await.map_err(|s| said(&s))?;
+    let mut elsewhere = message.elsewhere.clone();
+    elsewhere.extend(there.nvmf);
+    request.sharing = Some(v1::Sharing { elsewhere, ..message });
+    Ok(())
+}
+
+pub(super) async fn take_over(global: &Global, name: String, to: Option<PathBuf>) -> Result<()> {
+    let target = to.as_ref().unwrap_or(&global.socket);
+    let mut taker = connect(target).await?;
+    if to.is_some() {
+        let handed = match connect(&global.socket).await {
+            Ok(mut serving) => {
+                let request = v1::HandOverVolumeRequest { name: name.clone() };
+                serving.hand_over_volume(request).await.map(drop).map_err(|s| said(&s))
+            }
+            Err(error) => Err(error),
+        };
+        if let (Err(error), Output::Table) = (handed, global.output) {
+            say!("not handed over, it is taken from whoever serves it: {error:#}");
+        }
+    }
+    let request = v1::TakeOverVolumeRequest { name };
+    let volume = taker.take_over_volume(request).await.map_err(|s| said(&s))?;
+    show_volume(global.output, &volume.into_inner())
+}
