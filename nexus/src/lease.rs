@@ -26,7 +26,7 @@ use cairn_block::mutants::{Mutant, on};
 use crate::children::ChildState;
 use crate::nexus::Nexus;
 use crate::slots::{ChildSet, Phase};
-use crate::types::{ChildId, ChildOp, ChildReply, MAX_CHILDREN};
+use crate::types::{ChildId, ChildOp, ChildReply, MAX_CHILDREN, VolumeState};
 
 /// Where nobody answers, renewals are sent again after this part of the lease.
 const AGAIN: u64 = 8;
@@ -127,7 +127,10 @@ impl Nexus {
     }
 
     fn keeps_lease(&self) -> bool {
-        self.config.shared && self.assembly.is_none() && self.state.is_serving()
+        let over = |s: &VolumeState| {
+            matches!(s, VolumeState::Fenced | VolumeState::Refused(_) | VolumeState::StandBy(_))
+        };
+        self.config.shared && self.assembly.is_none() && !over(&self.state)
     }
 
     /// When the lease is to be kept next.
@@ -190,6 +193,13 @@ impl Nexus {
     /// Whether reads wait, and too few voters are there to let them go on.
     pub(crate) fn lacks_lease(&self) -> bool {
         self.lease.holds_reads() && !self.voters.has_majority_in(self.connected())
+    }
+
+    /// Whether every voter that is there knows that the lease was given back.
+    #[must_use]
+    pub fn lease_is_back(&self) -> bool {
+        let asked = |c: ChildId| self.lease.asked[usize::from(c.0)].is_some();
+        self.lease.released && !self.voters.and(self.connected()).iter().any(asked)
     }
 
     /// Answers no more reads, and has the voters know: whoever takes the volume over need not wait.

@@ -465,7 +465,6 @@ impl Nexus {
     /// Serves no more, and another nexus may at once: what is in flight is answered as an error of the path,
     /// which has hosts try another one.
     pub fn hand_over(&mut self) {
-        self.release_lease();
         self.set_state(VolumeState::StandBy("handing the volume over".to_owned()));
         self.answer_all(IoStatus::PathError);
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use cairn_api::v1::{self, cairn_client::CairnClient};
 use indicatif::ProgressBar;
+use parking_lot::Mutex;
 use tonic::transport::Channel;
 
 use super::{keep, transfer};
@@ -26,9 +27,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// What is waited for happens within this time.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Where the paths lead: a process that is started again has another port.
+type Targets = Arc<Mutex<[Target; 2]>>;
+
 /// A host with two paths to one volume.
 struct Paths {
-    targets: [Target; 2],
+    targets: Targets,
     at: usize,
     host: Option<Host>,
 }
@@ -40,7 +44,10 @@ impl Paths {
         loop {
             let host = match self.host.take() {
                 Some(host) => Ok(host),
-                None => Host::connect(&self.targets[self.at], &HostConfig::default()),
+                None => {
+                    let target = self.targets.lock()[self.at].clone();
+                    Host::connect(&target, &HostConfig::default())
+                }
             };
             let done = host.and_then(|mut host| {
                 transfer(&mut host, unit..unit + 1, seed, write, &ProgressBar::hidden())?;
@@ -73,7 +80,7 @@ impl Worst {
 }
 
 /// Writes all units again and again, each time something else, and reads them back.
-fn work(targets: [Target; 2], stop: &AtomicBool, worst: &Worst) -> Result<u64> {
+fn work(targets: Targets, stop: &AtomicBool, worst: &Worst) -> Result<u64> {
     let mut paths = Paths { targets, at: 0, host: None };
     let mut rounds = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -130,11 +137,12 @@ pub(super) async fn run(cluster: &mut Cluster) -> Result<()> {
     };
     let here = until_state(&mut cluster.client, "online").await?;
     let there = until_state(&mut other, "standby").await?;
-    let targets = [target(here)?, target(there)?];
+    let targets = Arc::new(Mutex::new([target(here)?, target(there)?]));
+    let known = Arc::clone(&targets);
 
     let (stop, worst) = (Arc::new(AtomicBool::new(false)), Arc::new(Worst(AtomicU64::new(0))));
     let (stopped, seen) = (Arc::clone(&stop), Arc::clone(&worst));
-    let worker = tokio::task::spawn_blocking(move || work(targets, &stopped, &seen));
+    let worker = tokio::task::spawn_blocking(move || work(known, &stopped, &seen));
     let settle = || tokio::time::sleep(Duration::from_millis(300));
 
     settle().await;
@@ -152,7 +160,7 @@ pub(super) async fn run(cluster: &mut Cluster) -> Result<()> {
 
     // It does not take back what it lost.
     cluster.start_nexus().await?;
-    until_state(&mut cluster.client, "standby").await?;
+    targets.lock()[0] = target(until_state(&mut cluster.client, "standby").await?)?;
     hand_over(&mut other, &mut cluster.client).await?;
     until_state(&mut other, "standby").await?;
     tokio::time::sleep(Duration::from_secs(3)).await;

@@ -17,12 +17,21 @@ use crate::control::{EngineError, Reply, Sharing, VolumeSpec};
 /// What is in hand has so long to end before it is answered as an error of the path.
 const QUIESCE_MS: u64 = 2_000;
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// What is in hand ends.
+    Quiesce,
+    /// The lease is given back.
+    Release,
+    /// The nexus serves no more, and its sessions end.
+    Closed,
+}
+
 /// A volume on its way to standing by.
 pub(super) struct HandOver {
     reply: Option<Reply<()>>,
     deadline_ms: u64,
-    /// The nexus serves no more.
-    closed: bool,
+    stage: Stage,
 }
 
 impl<D: Driver> Shard<D> {
@@ -169,7 +178,7 @@ impl<D: Driver> Shard<D> {
 
     fn begin_hand_over(&mut self, at: u32, reply: Option<Reply<()>>, now: u64) {
         let deadline_ms = now + QUIESCE_MS;
-        self.volumes[at].hand_over = Some(HandOver { reply, deadline_ms, closed: false });
+        self.volumes[at].hand_over = Some(HandOver { reply, deadline_ms, stage: Stage::Quiesce });
         self.forget_restore(at, "the volume is handed over; whoever serves it goes on with it");
         self.update_ana(at);
         self.wants_timeout(Some(deadline_ms));
@@ -182,12 +191,24 @@ impl<D: Driver> Shard<D> {
         let quiet = volume.nexus.in_flight() == 0;
         let serves = volume.nexus.state().is_serving();
         let Some(hand_over) = volume.hand_over.as_mut() else { return };
-        if !hand_over.closed {
-            if serves && !(quiet && volume.sectors.is_empty()) && now < hand_over.deadline_ms {
-                let deadline_ms = hand_over.deadline_ms;
+        let deadline_ms = hand_over.deadline_ms;
+        let waits = serves && now < deadline_ms;
+        if hand_over.stage == Stage::Quiesce {
+            if waits && !(quiet && volume.sectors.is_empty()) {
                 return self.wants_timeout(Some(deadline_ms));
             }
-            hand_over.closed = true;
+            hand_over.stage = Stage::Release;
+            // Whoever takes the volume over need not wait for it then.
+            volume.nexus.release_lease();
+            self.touch_volume(at);
+        }
+        let volume = &mut self.volumes[at];
+        let Some(hand_over) = volume.hand_over.as_mut() else { return };
+        if hand_over.stage == Stage::Release {
+            if waits && !volume.nexus.lease_is_back() {
+                return self.wants_timeout(Some(deadline_ms));
+            }
+            hand_over.stage = Stage::Closed;
             self.close_nexus(at, now);
         }
         if self.volumes[at].nexus.in_flight() == 0 {
@@ -247,7 +268,7 @@ impl<D: Driver> Shard<D> {
 fn ana_state(volume: &Volume) -> AnaState {
     let serves = volume.nexus.state().is_serving() && volume.nexus.restoring().is_none();
     match &volume.hand_over {
-        Some(HandOver { closed: false, .. }) if serves => AnaState::Change,
+        Some(HandOver { stage: Stage::Quiesce | Stage::Release, .. }) if serves => AnaState::Change,
         None if serves => AnaState::Optimized,
         _ => AnaState::Inaccessible,
     }

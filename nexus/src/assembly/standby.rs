@@ -7,6 +7,8 @@
 //! lease is over; and what follows is an assembly like any other, in which one epoch fences another. Two that
 //! take over at once cost time and nothing else.
 
+use cairn_block::Epoch;
+
 use super::Stage;
 use crate::nexus::Nexus;
 use crate::slots::ChildSet;
@@ -19,8 +21,21 @@ pub(crate) struct Watch {
     heard: ChildSet,
     /// Since when it stands by.
     since_ms: Option<u64>,
-    /// Since when nobody was seen to serve.
-    idle_since_ms: Option<u64>,
+    /// It takes over by itself, from now on.
+    auto: bool,
+    /// The highest epoch that was promised, when it was seen first that nobody serves.
+    idle: Option<Epoch>,
+}
+
+/// What a look told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// A nexus serves, and its lease lasts for so long unless it is renewed.
+    Served { left_ms: u64 },
+    /// None does. What was promised last may be another's, which is about to.
+    Idle(Epoch),
+    /// Too few were heard to tell.
+    Unknown,
 }
 
 impl Nexus {
@@ -37,8 +52,14 @@ impl Nexus {
     }
 
     /// How long between two looks.
-    fn watch_ms(&self) -> u64 {
-        (self.config.lease_ms / 2).max(10)
+    fn watch_ms(&self, seen: Seen) -> u64 {
+        let lease_ms = self.config.lease_ms;
+        let often = (lease_ms / 2).max(10);
+        match seen {
+            Seen::Served { left_ms } => often.min(left_ms + 1),
+            Seen::Idle(_) if self.watch.auto => (lease_ms / 8).max(10),
+            Seen::Idle(_) | Seen::Unknown => often,
+        }
     }
 
     /// One more child can be looked at.
@@ -67,26 +88,24 @@ impl Nexus {
     /// A round is over: what it told, and the next.
     pub(crate) fn watch_timeout(&mut self, now_ms: u64) {
         let since_ms = *self.watch.since_ms.get_or_insert(now_ms);
-        let served = self.is_served();
-        match served {
-            Some(false) => {
-                self.watch.idle_since_ms.get_or_insert(now_ms);
-            }
-            Some(true) | None => self.watch.idle_since_ms = None,
-        }
-        let auto = match self.config.purpose {
+        let auto_after_ms = match self.config.purpose {
             Purpose::StandBy { auto_after_ms } => auto_after_ms,
             Purpose::Create | Purpose::Assemble | Purpose::ForceStart { .. } => None,
         };
-        // Twice, lest the first lease of a nexus that has just come up be on its way.
-        let idle = self.watch.idle_since_ms.is_some_and(|since| now_ms >= since + self.watch_ms());
-        if idle && auto.is_some_and(|after| now_ms >= since_ms + after) {
-            self.activate(now_ms);
-            return;
+        self.watch.auto = auto_after_ms.is_some_and(|after| now_ms >= since_ms + after);
+        let seen = self.seen();
+        let before = self.watch.idle.take();
+        if let Seen::Idle(epoch) = seen {
+            // Twice, and nobody has begun to come up meanwhile: its first lease may be on its way.
+            if self.watch.auto && before == Some(epoch) {
+                self.activate(now_ms);
+                return;
+            }
+            self.watch.idle = Some(epoch);
         }
-        self.tell_who_serves(served, auto.is_some());
+        self.tell_who_serves(seen, auto_after_ms.is_some());
         self.round += 1;
-        let (round, watch_ms) = (self.round, self.watch_ms());
+        let (round, watch_ms) = (self.round, self.watch_ms(seen));
         let assembly = self.assembling();
         assembly.round = round;
         assembly.deadline_ms = Some(now_ms + watch_ms);
@@ -96,31 +115,33 @@ impl Nexus {
         }
     }
 
-    /// Whether a nexus serves the volume; nothing where too few were heard to tell.
-    fn is_served(&self) -> Option<bool> {
-        let found = self.highest()?;
+    fn seen(&self) -> Seen {
+        let Some(found) = self.highest() else { return Seen::Unknown };
         let (voters, unknown) = self.voters_of(&found.config);
         let heard = voters.and(self.watch.heard);
         let registers = self.assembly.as_ref().map_or(&[][..], |a| &a.registers);
-        let leased = heard
-            .iter()
-            .any(|c| registers[usize::from(c.0)].as_ref().is_some_and(|r| r.lease_ms > 0));
-        if leased {
-            return Some(true);
+        let of = |c: ChildId| registers[usize::from(c.0)].as_ref();
+        let left_ms = heard.iter().filter_map(of).map(|r| r.lease_ms).max().unwrap_or(0);
+        if left_ms > 0 {
+            return Seen::Served { left_ms };
         }
-        (heard.len() > (voters.len() + unknown.len()) / 2).then_some(false)
+        if heard.len() <= (voters.len() + unknown.len()) / 2 {
+            return Seen::Unknown;
+        }
+        let promised = heard.iter().filter_map(of).map(|r| r.promised_epoch).max();
+        Seen::Idle(promised.unwrap_or_default())
     }
 
-    fn tell_who_serves(&mut self, served: Option<bool>, auto: bool) {
-        let text = match (served, auto) {
-            (Some(true), _) => "another nexus serves the volume".to_owned(),
-            (Some(false), true) => {
+    fn tell_who_serves(&mut self, seen: Seen, auto: bool) {
+        let text = match (seen, auto) {
+            (Seen::Served { .. }, _) => "another nexus serves the volume".to_owned(),
+            (Seen::Idle(_), true) => {
                 "no nexus serves the volume; this one takes over in a moment".to_owned()
             }
-            (Some(false), false) => {
+            (Seen::Idle(_), false) => {
                 "no nexus serves the volume; `cairn volume takeover` has this one do it".to_owned()
             }
-            (None, _) => {
+            (Seen::Unknown, _) => {
                 let missing = self.everybody().without(self.watch.heard);
                 format!("too few replicas answer; waiting for {}", self.names(missing, ", "))
             }

@@ -97,6 +97,24 @@ fn it_gives_a_nexus_that_has_just_stopped_time_to_be_followed_by_another() {
 }
 
 #[test]
+fn it_does_not_cross_one_that_comes_up() {
+    let mut b = standing_by(Bench::online(3), AUTO);
+    lease(&mut b, 500);
+    look(&mut b, 50);
+    lease(&mut b, 0);
+    b.pass(LEASE / 2);
+    for _ in 0..10 {
+        // Somebody takes an epoch each time that it looks.
+        b.registers[1].promised_epoch.0 += 1;
+        b.pass(LEASE / 8);
+        stands_by(&b);
+    }
+    b.pass(LEASE / 8);
+    b.pass(LEASE / 8);
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+}
+
+#[test]
 fn it_learns_that_the_volume_has_grown() {
     let mut b = Bench::online(3);
     b.nexus.resize(1500, b.now).unwrap();
