@@ -59,8 +59,24 @@ pub(crate) struct Nvmf {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) advertise: Option<std::net::IpAddr>,
     /// First and last controller id that this process gives; processes that serve one subsystem
-    /// must not overlap.
-    pub(crate) controller_ids: [u16; 2],
+    /// must not overlap. Not given: 250 of them, which the process's state folder chooses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) controller_ids: Option<[u16; 2]>,
+}
+
+/// Controller ids of a process that was given none.
+const CONTROLLER_IDS: u16 = 250;
+
+impl Nvmf {
+    /// First and last controller id. `node` tells this process's state folder from others.
+    pub(crate) fn controller_ids(&self, node: u128) -> [u16; 2] {
+        self.controller_ids.unwrap_or_else(|| {
+            let ranges = u128::from(0xffef / CONTROLLER_IDS);
+            let range = u16::try_from(node % ranges).expect("fewer ranges than ids");
+            let first = range * CONTROLLER_IDS + 1;
+            [first, first + CONTROLLER_IDS - 1]
+        })
+    }
 }
 
 impl Default for Nvmf {
@@ -68,7 +84,7 @@ impl Default for Nvmf {
         Self {
             listen: vec![SocketAddr::from(([127, 0, 0, 1], 4420))],
             advertise: None,
-            controller_ids: [1, 0xffef],
+            controller_ids: None,
         }
     }
 }
@@ -373,7 +389,7 @@ impl Config {
         if self.name.is_empty() || self.name.len() > 64 || !self.name.chars().all(plain) {
             bail!("name = \"{}\": use 1 to 64 letters, digits, '-', '_' and '.'", self.name);
         }
-        let [low, high] = self.nvmf.controller_ids;
+        let [low, high] = self.nvmf.controller_ids.unwrap_or([1, 0xffef]);
         if low == 0 || low > high || high > 0xffef {
             bail!("controller_ids = [{low}, {high}]: two numbers from 1 to 65519, in order");
         }

@@ -42,7 +42,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     raise_descriptor_limit();
     // Held for as long as the engine lives.
     let holder = crate::holder::take(&config.state_dir, boot_id());
-    let shard = ShardConfig { holder: holder.id, ..shard_config(&config) };
+    let shard = ShardConfig { holder: holder.id, ..shard_config(&config, holder.id) };
     let (engine, thread) = cairn_engine::start(driver_config(&config), shard)
         .context("the data engine cannot start")?;
     tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
@@ -93,16 +93,18 @@ fn driver_config(config: &Config) -> DriverConfig {
     }
 }
 
-fn shard_config(config: &Config) -> ShardConfig {
+fn shard_config(config: &Config, holder: u128) -> ShardConfig {
     let node = uuid::Uuid::new_v4();
+    let [cntlid_min, cntlid_max] =
+        config.nvmf.controller_ids(if holder == 0 { node.as_u128() } else { holder });
     ShardConfig {
         node_nqn: format!("nqn.2026-11.io.cairn:node:{}", config.name),
         node_id: node.as_u128(),
         lease_ms: config.nexus.lease_ms,
         pace: config.nexus.pace(),
         incarnation: boot_id().unwrap_or(node.as_u128()),
-        cntlid_min: config.nvmf.controller_ids[0],
-        cntlid_max: config.nvmf.controller_ids[1],
+        cntlid_min,
+        cntlid_max,
         replica_header_digest: config.nexus.header_digest,
         replica_data_digest: config.nexus.data_digest,
         child_deadline_min_ms: config.nexus.child_deadline_min_ms,
