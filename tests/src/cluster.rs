@@ -21,6 +21,8 @@ const NEXUS_PORT: u16 = 4420;
 const REPLICAS: [(&str, u16); 3] = [("r1", 4421), ("r2", 4422), ("r3", 4423)];
 /// The one that `HOST-DO kill-replica` kills.
 const VICTIM: &str = "r2";
+/// The one that stands by for the volume, where it is shared: the one after the nexus by its port.
+const STANDBY: &str = "r1";
 const VOLUME: &str = "guest";
 const VOLUME_SIZE: &str = "1GiB";
 const POOL_SIZE: &str = "2GiB";
@@ -166,6 +168,19 @@ impl<'a> Cluster<'a> {
         serde_json::from_str(&said).with_context(|| format!("not JSON: {said}"))
     }
 
+    /// One of the others stands by for the volume, and takes over by itself.
+    fn share(&self) -> Result<String> {
+        let from = self.socket(NEXUS).display().to_string();
+        let args = ["volume", "standby", VOLUME, "--from", &from];
+        let auto = ["--auto", "--auto-after-ms", "1000"];
+        Ok(self.call(STANDBY, &[&args[..], &auto].concat())?.to_string())
+    }
+
+    fn move_volume(&self, from: &str, to: &str) -> Result<String> {
+        let to = self.socket(to).display().to_string();
+        Ok(self.call(from, &["volume", "takeover", VOLUME, "--to", &to])?.to_string())
+    }
+
     fn await_state(&self, wanted: &str) -> Result<String> {
         let mut last = String::new();
         let waited = wait_for(&format!("volume state '{wanted}'"), STATE, || {
@@ -221,6 +236,10 @@ impl Peer for Cluster<'_> {
             "expect-degraded" => self.await_state("degraded"),
             "kill-nexus" => self.kill(NEXUS).map(|()| "killed the nexus".to_owned()),
             "start-nexus" => self.launch(NEXUS).map(|()| "the nexus runs".to_owned()),
+            "share" => self.share(),
+            "hand-over" => self.move_volume(NEXUS, STANDBY),
+            "hand-back" => self.move_volume(STANDBY, NEXUS),
+            "expect-standby" => self.await_state("standby"),
             _ if verb.starts_with("grow ") => {
                 let size = &verb["grow ".len()..];
                 let grown = self.call(NEXUS, &["volume", "resize", VOLUME, "--size", size])?;

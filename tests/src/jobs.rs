@@ -35,10 +35,10 @@ pub(crate) const SMOKE: Job = Job {
     limit: Duration::from_secs(120),
 };
 
-/// The jobs whose volume grows, or is copied: the kernel's target is not asked to.
-pub(crate) const OURS: [&str; 2] = ["grow", "snapshot"];
+/// The jobs whose volume grows, is copied, or moves: the kernel's target is not asked to.
+pub(crate) const OURS: [&str; 3] = ["grow", "snapshot", "takeover"];
 
-pub(crate) const JOBS: [Job; 5] = [
+pub(crate) const JOBS: [Job; 6] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -87,6 +87,14 @@ pub(crate) const JOBS: [Job; 5] = [
         reconnects: false,
         encrypted: false,
         limit: Duration::from_secs(240),
+    },
+    Job {
+        name: OURS[2],
+        script: include_str!("../guest/takeover.sh"),
+        cases: &["hand-over", "take-over"],
+        reconnects: true,
+        encrypted: false,
+        limit: Duration::from_secs(300),
     },
 ];
 
@@ -214,6 +222,7 @@ impl Run<'_> {
         let env = vec![
             ("ADDR", endpoint.address),
             ("PORT", endpoint.port.to_string()),
+            ("OTHER_PORT", (endpoint.port + 1).to_string()),
             ("NQN", endpoint.nqn),
             ("ONLY", cases.join(" ")),
         ];
