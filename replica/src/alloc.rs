@@ -27,6 +27,13 @@ pub(crate) struct Alloc {
     pub(crate) import: Option<Import>,
 }
 
+impl Alloc {
+    /// Whether it is for a copy of what another device holds, and has its reserve there.
+    fn is_copy(&self) -> bool {
+        self.import.is_some_and(|import| import.incoming)
+    }
+}
+
 impl Pool {
     pub(crate) fn start_alloc(&mut self, layer: u16, logical: u32) -> u32 {
         let id = self.new_alloc(layer, logical, NIL, None);
@@ -55,7 +62,12 @@ impl Pool {
     /// Hands free extents to the allocations that wait for one.
     pub(crate) fn pump_allocs<M: Memory>(&mut self, mem: &mut M) {
         while let Some(&id) = self.need_extent.front() {
-            let may = self.may_allocate(self.allocs.get(id).layer);
+            let alloc = self.allocs.get(id);
+            let may = if alloc.is_copy() {
+                u64::from(self.extents.free()) > self.reserved
+            } else {
+                self.may_allocate(alloc.layer)
+            };
             let taken = if may { self.extents.take_free() } else { None };
             let Some((extent, zeroed)) = taken else {
                 if self.extents_are_returning() {
@@ -168,7 +180,9 @@ impl Pool {
         layer.map_to(alloc.logical, alloc.extent);
         layer.allocs -= 1;
         layer.allocated += 1;
-        self.use_reserve(alloc.layer);
+        if !alloc.is_copy() {
+            self.use_reserve(alloc.layer);
+        }
         if let Some(import) = alloc.import {
             if import.incoming {
                 self.extents.incoming.push(alloc.extent);

@@ -216,22 +216,27 @@ impl Pool {
         self.pump(mem);
     }
 
-    /// Gives a free slot the page of a replica or a snapshot of which this device holds nothing. What
-    /// is beneath an empty layer does not matter, for that is empty too.
+    /// Gives a free slot the page of a replica or a snapshot of which this device holds nothing, on top of
+    /// the layer of another slot.
     pub(crate) fn adopt_page<M: Memory>(
         &mut self,
         tag: u64,
         slot: u16,
         page: &CatalogPage,
+        parent: Option<u16>,
         mem: &mut M,
     ) {
         if let Err(error) = self.free_slot_for_create(Some(slot)) {
             return self.refuse_command(tag, error);
         }
         self.slots[usize::from(slot)].creating = true;
+        let parent = parent.map(|parent| self.layer_of(parent));
+        if let Some(parent) = parent {
+            self.layer_mut(parent).children += 1;
+        }
         let page = CatalogPage {
             layer: self.layer_of(slot),
-            parent: None,
+            parent,
             promised_epoch: Epoch(0),
             accepted_epoch: Epoch(0),
             register_seq: 0,
@@ -402,6 +407,12 @@ impl Pool {
             Change::Create => {
                 slot.creating = false;
                 let (layer, parent) = (slot.layer, slot.page.parent);
+                if slot.page.state == CatalogState::Deleting {
+                    // A device that joins gets what others wait to delete, too.
+                    slot.deleting = true;
+                    slot.deletion = Deletion::Extents(0);
+                    self.deleting += 1;
+                }
                 self.layer_mut(layer).parent = parent;
                 self.count_reserve();
             }

@@ -26,7 +26,9 @@ pub(crate) enum Owner {
     /// The mark is taken back: this copy of the checksum page is current.
     Unmark { extent: u32, copy: bool },
     /// A copy is finished: its extent belongs to its replica.
-    Arrived { extent: u32, tag: u64 },
+    Arrived { extent: u32, tag: Option<u64> },
+    /// Not a record: so many records that follow are in one block.
+    Together(usize),
     /// Not a record: this request waits for those before it.
     Request(u32),
 }
@@ -62,6 +64,12 @@ impl Journal {
             self.frees += 1;
         }
         self.pending.push_back(owner);
+    }
+
+    /// The next records, so many, go into one block: a crash leaves all of them or none.
+    pub(crate) fn push_together(&mut self, records: usize) {
+        assert!(records <= RECORDS_PER_BLOCK, "a block has so many records at most");
+        self.pending.push_back(Owner::Together(records));
     }
 
     pub(crate) fn push_waiter(&mut self, request: u32) {
@@ -111,6 +119,13 @@ impl Pool {
         self.journal.records.clear();
         while self.journal.records.len() < RECORDS_PER_BLOCK {
             let Some(owner) = self.journal.pending.pop_front() else { break };
+            if let Owner::Together(records) = owner {
+                if self.journal.records.len() + records > RECORDS_PER_BLOCK {
+                    self.journal.pending.push_front(owner);
+                    break;
+                }
+                continue;
+            }
             self.journal.batch.push(owner);
             if matches!(owner, Owner::Mark(_)) && on(Mutant::NoDirtyMark) {
                 continue;
@@ -169,7 +184,7 @@ impl Pool {
             Owner::Arrived { extent, .. } => {
                 (extent, Entry { incoming: false, ..earlier(extent)? })
             }
-            Owner::Request(_) => return None,
+            Owner::Request(_) | Owner::Together(_) => return None,
         };
         Some(Record { extent, entry })
     }
@@ -185,6 +200,7 @@ impl Pool {
                 Owner::Free { extent, request } => {
                     self.journal.frees -= 1;
                     self.free_durable(extent);
+                    self.released(extent);
                     if request != NIL {
                         self.part_done(request, IoStatus::Ok, mem);
                     }
@@ -197,6 +213,7 @@ impl Pool {
                 Owner::Unmark { extent, copy } => self.unmark_durable(extent, copy, mem),
                 Owner::Arrived { extent, tag } => self.arrived(extent, tag),
                 Owner::Request(request) => self.flusher.next.push(Waiter::Request(request)),
+                Owner::Together(_) => {}
             }
         }
         self.journal.batch = batch;

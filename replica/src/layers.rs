@@ -79,13 +79,18 @@ impl Pool {
 
     /// Takes an extent out of its layer's map. The caller says so in the journal, or the catalog does.
     pub(crate) fn unmap(&mut self, layer: u16, logical: u32) {
+        self.take_out(layer, logical);
+        self.reserve_again(layer);
+    }
+
+    /// The same where another device of the pool has it instead.
+    pub(crate) fn take_out(&mut self, layer: u16, logical: u32) {
         let at = self.layer_mut(layer);
         at.map_to(logical, HOLE);
         at.allocated -= 1;
         at.returning += 1;
         self.extents.allocated -= 1;
         self.extents.returning += 1;
-        self.reserve_again(layer);
     }
 
     /// A child of `layer` is gone. Where the layer was kept only for its children, its deletion goes on.

@@ -1,19 +1,17 @@
 //! What a pool is asked for where it is one device of several: see [`crate::MultiPool`].
 
-use cairn_block::{IoStatus, Memory, PoolDeviceId};
+use cairn_block::PoolDeviceId;
 
-use crate::alloc::Alloc;
-use crate::disk::{BLOCK, BLOCK_LEN, CatalogPage, CatalogState, FLAG_SNAPSHOT, Membership};
+use crate::disk::{BLOCK, BLOCK_LEN, CatalogPage, CatalogState, Membership};
 use crate::extents::ExtentState;
-use crate::journal::Owner;
-use crate::pool::{Deletion, Done, Mapping, Pool, PoolState, ReplicaSlot};
-use crate::{ControlError, Device, PoolError};
+use crate::pool::{Deletion, Mapping, Pool, ReplicaSlot};
+use crate::{Device, PoolError};
 
 /// An allocation that is asked for by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Import {
     pub(crate) tag: u64,
-    /// The extent is to be a copy: it is its replica's only once [`Pool::arrive`] says so.
+    /// The extent is to be a copy: it is its layer's only once [`Pool::arrive`] says so.
     pub(crate) incoming: bool,
 }
 
@@ -54,15 +52,6 @@ impl Pool {
             let layer = self.layer(slot.layer);
             u64::from(layer.allocated) + u64::from(layer.allocs)
         })
-    }
-
-    /// Whether there are snapshots or clones, or what is left of some.
-    pub(crate) fn has_layers(&self) -> bool {
-        let snapshot = |page: &CatalogPage| {
-            page.state != CatalogState::Free && page.flags & FLAG_SNAPSHOT != 0
-        };
-        self.slots.iter().any(|s| snapshot(&s.page))
-            || self.layers.iter().any(|layer| layer.parent.is_some())
     }
 
     /// Whether a thick replica is here.
@@ -124,57 +113,6 @@ impl Pool {
         &self.superblock.membership
     }
 
-    /// Allocates an extent that reads as zeros for a logical extent that has none. With `incoming` it is
-    /// freed at the next open, unless [`Pool::arrive`] was answered before.
-    pub(crate) fn import<M: Memory>(
-        &mut self,
-        tag: u64,
-        slot: u16,
-        logical: u32,
-        incoming: bool,
-        mem: &mut M,
-    ) {
-        if let PoolState::Failed(reason) = self.state {
-            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
-        }
-        if !self.slots[usize::from(slot)].is_live() || self.maps(ReplicaSlot(slot), logical) {
-            let error = ControlError::NoSuchReplica(slot);
-            return self.refuse(tag, IoStatus::PathError, error);
-        }
-        let alloc = self.start_alloc(self.layer_of(slot), logical);
-        let alloc: &mut Alloc = self.allocs.get_mut(alloc);
-        alloc.import = Some(Import { tag, incoming });
-        self.moves.push(tag);
-        self.pump(mem);
-    }
-
-    /// A copy is whole and durable: it is its replica's from now on.
-    pub(crate) fn arrive<M: Memory>(&mut self, tag: u64, slot: u16, logical: u32, mem: &mut M) {
-        if let PoolState::Failed(reason) = self.state {
-            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
-        }
-        let Mapping::Extent(extent) = self.layer(self.layer_of(slot)).mapping(logical) else {
-            return self.refuse(tag, IoStatus::PathError, ControlError::NoSuchReplica(slot));
-        };
-        self.moves.push(tag);
-        self.journal.push(Owner::Arrived { extent, tag });
-        self.pump(mem);
-    }
-
-    pub(crate) fn import_done(&mut self, tag: u64, status: IoStatus) {
-        self.moves.retain(|&t| t != tag);
-        self.done.push_back(Done { tag, status, error: None });
-    }
-
-    /// The record that an extent is no copy any more is durable.
-    pub(crate) fn arrived(&mut self, extent: u32, tag: u64) {
-        if self.extents.get(extent).state == ExtentState::Allocated {
-            self.extents.incoming.retain(|&i| i != extent);
-            self.dirty_page(extent);
-        }
-        self.import_done(tag, IoStatus::Ok);
-    }
-
     // ---- at open
 
     /// Replaces a catalog page, durably, before the pool serves.
@@ -201,6 +139,24 @@ impl Pool {
         }
         slot.page = page;
         self.count_reserve();
+        Ok(())
+    }
+
+    /// Has a slot's layer read through to another slot's, durably, before the pool serves.
+    pub(crate) fn put_on_top_of<D: Device>(
+        &mut self,
+        dev: &mut D,
+        index: u16,
+        parent: u16,
+    ) -> Result<(), PoolError> {
+        let (layer, beneath) = (self.layer_of(index), self.layer_of(parent));
+        if self.layer(layer).parent.is_some() || self.chain(beneath).any(|at| at == layer) {
+            return Ok(());
+        }
+        let page = CatalogPage { parent: Some(beneath), ..self.page(index).clone() };
+        self.rewrite_page(dev, index, page)?;
+        self.layer_mut(layer).parent = Some(beneath);
+        self.layer_mut(beneath).children += 1;
         Ok(())
     }
 

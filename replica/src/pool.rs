@@ -343,6 +343,8 @@ pub struct Pool {
     pub(crate) jobs: VecDeque<Job>,
     /// Tags of allocations and arrivals that were asked for by themselves.
     pub(crate) moves: Vec<u64>,
+    /// Who is told when the record is durable that an extent is free.
+    pub(crate) releases: Vec<(u32, u64)>,
     pub(crate) out: VecDeque<u32>,
     pub(crate) done: VecDeque<Done>,
 }
@@ -410,6 +412,7 @@ impl Pool {
             verifier: Verifier::default(),
             jobs: VecDeque::new(),
             moves: Vec::new(),
+            releases: Vec::new(),
             out: VecDeque::with_capacity(WARM),
             done: VecDeque::with_capacity(WARM),
         };
@@ -697,6 +700,7 @@ impl Pool {
         self.need_extent.clear();
         self.to_clean.clear();
         self.journal.clear();
+        self.releases.clear();
         self.sums.clear();
         self.verifier.clear();
         self.flusher.clear();

@@ -99,10 +99,6 @@ pub(super) enum Then {
 /// Why a device is not taken in.
 pub(super) const THICK_JOINS: &str = "the pool has thick replicas, whose reserve lies on its only \
     device: delete them, or make them anew as thin ones, and then add the device";
-/// Why a device is not removed.
-pub(super) const LAYERS_DRAIN: &str = "a device cannot be removed while the pool has snapshots or \
-    clones, whose shared extents cannot move: delete the snapshots and the clones first, and wait until \
-    the snapshots are gone";
 
 impl Kind {
     pub(super) fn members(change: Change, then: Then) -> Self {
@@ -436,11 +432,6 @@ impl MultiPool {
             Kind::Join { .. } if self.serving().any(|(_, m)| m.pool.has_thick()) => {
                 return Err(ControlError::Device(THICK_JOINS.to_owned()));
             }
-            Kind::Members { then: Then::Drains(_), .. }
-                if self.serving().any(|(_, m)| m.pool.has_layers()) =>
-            {
-                return Err(ControlError::Device(LAYERS_DRAIN.to_owned()));
-            }
             Kind::Register(slot, register) => {
                 live(*slot)?;
                 let len = register.config.len();
@@ -472,9 +463,6 @@ impl MultiPool {
         }
         if self.find(spec.id).is_some() {
             return Err(ControlError::Exists(spec.id));
-        }
-        if spec.source.is_some() && self.present().any(|m| m.role == MemberState::Draining) {
-            return Err(ControlError::Device(LAYERS_DRAIN.to_owned()));
         }
         let slot = self.free_slot()?;
         for (_, member) in self.serving() {
@@ -511,7 +499,8 @@ impl MultiPool {
         for slot in 0..self.slots {
             let Some(lead) = self.lead() else { break };
             let mut page = lead.page(slot).clone();
-            if self.snapshot_blocks(slot).is_some() && !registers {
+            let kept = self.snapshot_blocks(slot).is_some() || lead.is_kept_for_others(slot);
+            if kept && !registers {
                 pages.push((slot, page, Register::default()));
             } else if let Some(blocks) = self.live_blocks(slot) {
                 page.blocks = blocks;
@@ -524,12 +513,15 @@ impl MultiPool {
         }
         job.waiting = u32::try_from(pages.len()).expect("at most 4096 slots");
         let tag = JOB | u64::from(job.id);
+        let lead = self.lead();
+        let parents: Vec<Option<u16>> =
+            pages.iter().map(|(slot, ..)| lead.and_then(|lead| lead.parent_slot(*slot))).collect();
         let pool = &mut self.member_mut(at).pool;
-        for (slot, page, register) in pages {
+        for ((slot, page, register), parent) in pages.into_iter().zip(parents) {
             if registers {
                 pool.write_register(tag, ReplicaSlot(slot), register, mem);
             } else {
-                pool.adopt_page(tag, slot, &page, mem);
+                pool.adopt_page(tag, slot, &page, parent, mem);
             }
         }
         if job.waiting == 0 {

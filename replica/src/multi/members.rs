@@ -2,7 +2,7 @@
 
 use cairn_block::{IoStatus, Memory, PoolDeviceId};
 
-use super::control::{Change, Kind, LAYERS_DRAIN, THICK_JOINS, Then};
+use super::control::{Change, Kind, THICK_JOINS, Then};
 use super::{INTERNAL, MAX_DEVICES, Member, MultiPool};
 use crate::ControlError;
 use crate::disk::MemberState;
@@ -223,9 +223,6 @@ impl MultiPool {
                  device of at least {} MiB first, or delete replicas",
                 needed - free
             ));
-        }
-        if self.serving().any(|(_, m)| m.pool.has_layers()) {
-            return Err(LAYERS_DRAIN.to_owned());
         }
         self.member_mut(at).role = MemberState::Draining;
         let change = Change::Set(id, MemberState::Draining);

@@ -9,7 +9,8 @@
 //! - a replica that went back to a snapshot on some devices does so on the others;
 //! - a size: the largest is right, for replicas only grow;
 //! - a register: the highest promise, and the highest of what was accepted, are right;
-//! - an extent on two devices: the copy on the device that is being removed is freed;
+//! - an extent on two devices, with all that moves with it: the device that is being removed frees it;
+//! - a layer that is on top of another one on some devices only: it is on the others too;
 //! - an unfinished copy: the device's own open frees it.
 
 use cairn_block::{PoolDeviceId, PoolId, SnapshotId};
@@ -207,6 +208,7 @@ impl MultiPool {
             next.advance();
         }
         let reverts = settle_catalogs(devs, &used, &mut pools)?;
+        settle_layers(devs, &used, &mut pools)?;
         for (pool, &index) in pools.iter_mut().zip(&used) {
             if *pool.membership() != next {
                 pool.rewrite_membership(&mut devs[index], &next)?;
@@ -259,9 +261,7 @@ impl MultiPool {
                             ));
                         }
                     };
-                    if let Some(blocks) = self.live_blocks(slot) {
-                        self.resume_copy(source, target, slot, logical, blocks);
-                    }
+                    self.resume_copy(source, target, slot, logical);
                 }
             }
         }
@@ -379,6 +379,28 @@ fn settle_catalogs<D: Device>(
         }
     }
     Ok(reverts)
+}
+
+/// Has layers read through to each other on each device as they do on the others: one that joined when they
+/// were there already, and holds nothing of them, may not know.
+fn settle_layers<D: Device>(
+    devs: &mut [D],
+    used: &[usize],
+    pools: &mut [Pool],
+) -> Result<(), PoolError> {
+    for slot in 0..pools.iter().map(Pool::slot_count).min().unwrap_or(0) {
+        if !pools.iter().all(|pool| pool.is_used(slot)) {
+            continue;
+        }
+        let Some(parent) = pools.iter().find_map(|pool| pool.parent_slot(slot)) else { continue };
+        if !pools.iter().all(|pool| pool.snapshot_blocks(parent).is_some()) {
+            continue;
+        }
+        for (pool, &index) in pools.iter_mut().zip(used) {
+            pool.put_on_top_of(&mut devs[index], slot, parent)?;
+        }
+    }
+    Ok(())
 }
 
 /// What the pages of one replica say together.

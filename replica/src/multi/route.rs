@@ -208,7 +208,7 @@ impl MultiPool {
     fn run_part<M: Memory>(&mut self, mut part: Part, mem: &mut M) -> Result<bool, IoStatus> {
         let lost = self.lost.is_lost(part.slot);
         let holder = match self.copy_of(part.slot, part.logical) {
-            Some(at) if part.is_mutation() => {
+            Some(at) if part.is_mutation() && self.is_closed(at, part.slot, part.logical) => {
                 self.copies[at].park(part);
                 return Ok(true);
             }
@@ -216,6 +216,15 @@ impl MultiPool {
             None => self.holder(part.slot, part.logical),
         };
         if let Some(member) = holder {
+            if part.is_mutation() && self.adds_to_drain(member, &part) {
+                if let Some(at) = self.move_first(member, part.slot, part.logical) {
+                    self.copies[at].park(part);
+                    return Ok(true);
+                }
+                if !self.has_room_to_drain() {
+                    return Err(IoStatus::NoSpace);
+                }
+            }
             part.member = member;
             if lost && part.whole {
                 part.op = kept(part.op);
@@ -246,11 +255,19 @@ impl MultiPool {
                 self.note_change(&part);
                 let id = self.parts.insert(part);
                 let pool = &mut self.member_mut(part.member).pool;
-                pool.import(PART | u64::from(id), part.slot, part.logical, false, mem);
+                pool.import(PART | u64::from(id), part.slot, part.logical, mem);
                 Ok(true)
             }
             IoOp::WriteZeroes { .. } => Ok(false),
         }
+    }
+
+    /// Whether a change needs a new extent on a device that is being removed.
+    fn adds_to_drain(&self, member: usize, part: &Part) -> bool {
+        let on = self.member(member);
+        on.role == MemberState::Draining
+            && on.is_online()
+            && !on.pool.has_own(part.slot, part.logical)
     }
 
     fn note_change(&mut self, part: &Part) {
@@ -319,7 +336,6 @@ impl MultiPool {
             }
         } else if part.is_mutation() {
             self.note_change(&part);
-            self.writer_done(part.slot, part.logical);
             let slot = ReplicaSlot(part.slot);
             if status == IoStatus::NoSpace
                 && !self.member(part.member).pool.maps(slot, part.logical)
@@ -372,13 +388,6 @@ impl MultiPool {
     /// The size of a replica's blocks.
     pub(super) fn block_size(&self, slot: u16) -> BlockSize {
         self.lead().map_or(BlockSize::B4096, |lead| lead.page(slot).block_size)
-    }
-
-    /// Changes under way in an extent, those that wait for a copy of it not among them.
-    pub(super) fn writers(&self, slot: u16, logical: u32) -> u32 {
-        let here = |p: &Part| p.is_mutation() && p.slot == slot && p.logical == logical;
-        let count = self.parts.iter().filter(|(_, p)| here(p)).count();
-        u32::try_from(count).expect("fewer than 2^32 parts")
     }
 }
 

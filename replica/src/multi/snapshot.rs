@@ -13,7 +13,7 @@ use cairn_block::{IoStatus, Memory, SnapshotId};
 
 use super::control::{Job, Kind};
 use super::{JOB, MultiPool};
-use crate::disk::{FLAG_REVERTED, FLAG_REVERTING, MemberState};
+use crate::disk::{FLAG_REVERTED, FLAG_REVERTING};
 use crate::pool::{PoolState, ReplicaSlot};
 use crate::{ControlError, SnapshotSpec};
 
@@ -96,11 +96,6 @@ impl MultiPool {
         slot: u16,
         spec: &SnapshotSpec,
     ) -> Result<u16, ControlError> {
-        if self.present().any(|m| m.role == MemberState::Draining) {
-            let why = "a device is being removed from the pool, and what snapshots share cannot \
-                       move meanwhile: take the snapshot when the device has left";
-            return Err(ControlError::Device(why.to_owned()));
-        }
         let with = self.free_slot()?;
         for (_, member) in self.serving() {
             member.pool.check_snapshot(ReplicaSlot(slot), spec, Some(with))?;

@@ -163,31 +163,172 @@ fn a_device_that_joins_gets_the_snapshots_and_the_clones() {
     holds(&mut set, other, 8, 4);
 }
 
+/// Whether each device that is left maps a logical extent for all of these, or for none.
+fn together(set: &Set, slots: &[ReplicaSlot], extents: u32) {
+    for disk in set.disks.iter().flatten() {
+        let pool = Pool::open(&mut disk.now.clone()).unwrap();
+        for logical in 0..extents {
+            let first = pool.maps(slots[0], logical);
+            assert!(slots.iter().all(|&slot| pool.maps(slot, logical) == first), "extent {logical}");
+        }
+    }
+}
+
 #[test]
-fn no_device_is_removed_beneath_snapshots_and_none_is_taken_above_a_removal() {
-    let mut set = Set::formatted(&[DISK, DISK], 3);
+fn a_device_leaves_beneath_snapshots_and_clones() {
+    let mut set = Set::formatted(&[DISK, DISK, 2 * DISK], 3);
+    let slot = set.create(1, 6);
+    fill(&mut set, slot, 6, 1);
+    let first = taken(&mut set, slot, 1, 100);
+    // Zeros over what the snapshot has, and a hole that only the snapshot fills.
+    for extent in 0..5 {
+        assert_eq!(set.write(slot, extent * EXTENT_BLOCKS, 1, 0), IoStatus::Ok);
+        assert_eq!(set.write(slot, extent * EXTENT_BLOCKS + 1, 1, 2), IoStatus::Ok);
+    }
+    let second = taken(&mut set, slot, 1, 101);
+    fill(&mut set, slot, 2, 3);
+    let copy = clone(&mut set, 1, 100, 2, 6 * EXTENT_BLOCKS);
+    let other = clone(&mut set, 1, 101, 3, 6 * EXTENT_BLOCKS);
+    fill(&mut set, copy, 4, 4);
+    // It is kept for its clone.
+    delete_snapshot(&mut set, first);
+    set.settle();
+    let before = set.pool.usage().extents_allocated;
+    for gone in [1, 2] {
+        let tag = set.remove(gone);
+        assert_eq!(set.wait(tag).error, None);
+        set.settle();
+        assert_eq!(set.state(gone), None);
+        together(&set, &[slot, second, copy, other], 6);
+        holds(&mut set, slot, 2, 3);
+        holds(&mut set, copy, 4, 4);
+        for of in [second, other] {
+            holds(&mut set, of, 5, 0);
+            assert_eq!(set.read(of, 5 * EXTENT_BLOCKS), Ok(1));
+            assert_eq!(set.read(of, EXTENT_BLOCKS + 1), Ok(2));
+        }
+        assert_eq!(set.read(copy, 4 * EXTENT_BLOCKS), Ok(1));
+        assert_eq!(set.read(slot, 4 * EXTENT_BLOCKS), Ok(0));
+        assert_eq!(set.pool.usage().extents_allocated, before);
+    }
+    assert_eq!(set.seen.drained, 2);
+    let disks = set.stop();
+    let mut set = Set::open(disks, 5, &[]).unwrap();
+    holds(&mut set, slot, 2, 3);
+    holds(&mut set, copy, 4, 4);
+    assert_eq!(set.read(other, 5 * EXTENT_BLOCKS), Ok(1));
+    assert_eq!(revert(&mut set, slot, 101).error, None);
+    holds(&mut set, slot, 5, 0);
+    delete_snapshot(&mut set, second);
+    for slot in [slot, copy, other] {
+        let tag = set.tag();
+        set.pool.delete_replica(tag, slot, &mut set.mem);
+        assert_eq!(set.wait(tag).error, None);
+    }
+    set.settle();
+    let usage = set.pool.usage();
+    assert_eq!((usage.extents_allocated, usage.extents_free), (0, usage.extents_total));
+}
+
+/// What is asked for while a device leaves works, and needs nothing of that device.
+#[test]
+fn snapshots_and_clones_are_made_while_a_device_leaves() {
+    for seed in 0..40 {
+        let mut set = Set::formatted(&[DISK, DISK], seed);
+        let slot = set.create(1, 8);
+        fill(&mut set, slot, 8, 1);
+        let first = taken(&mut set, slot, 1, 100);
+        fill(&mut set, slot, 4, 2);
+        let tag = set.remove(1);
+        let mut answered = false;
+        for _ in 0..1000 {
+            answered |= std::iter::from_fn(|| set.pool.poll_done()).any(|done| done.tag == tag);
+            if answered {
+                break;
+            }
+            set.step();
+        }
+        for _ in 0..seed * 4 {
+            set.step();
+        }
+        let second = taken_soon(&mut set, slot, 1, 101);
+        let leaves = |set: &Set| {
+            let members = set.pool.members();
+            let of = members.iter().find(|m| m.id == PoolDeviceId(1));
+            of.and_then(|m| m.usage).map_or(0, |usage| usage.extents_allocated)
+        };
+        let left = leaves(&set);
+        // First writes over what the snapshot has, some of it on the device that leaves.
+        for extent in 0..8 {
+            write_soon(&mut set, slot, extent * EXTENT_BLOCKS, 3);
+            assert!(leaves(&set) <= left, "the device that leaves got an extent");
+        }
+        set.settle();
+        assert_eq!(set.state(1), None);
+        holds(&mut set, first, 8, 1);
+        holds(&mut set, second, 4, 2);
+        holds(&mut set, slot, 8, 3);
+    }
+}
+
+/// Until the snapshot is answered, and no further.
+fn taken_soon(set: &mut Set, slot: ReplicaSlot, of: u128, id: u128) -> ReplicaSlot {
+    let tag = set.tag();
+    let spec = SnapshotSpec { id: SnapshotId(id), name: String::new(), created: 1 };
+    set.pool.create_snapshot(tag, slot, spec, &mut set.mem);
+    until(set, tag);
+    set.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).unwrap()
+}
+
+fn write_soon(set: &mut Set, slot: ReplicaSlot, lba: u64, byte: u8) {
+    let tag = set.tag();
+    let buf = set.mem.alloc(4096).unwrap();
+    set.mem.bytes_mut(buf.slice()).fill(byte);
+    let range = LbaRange::new(Lba(lba), 1).unwrap();
+    let request = IoRequest { op: IoOp::Write { fua: false }, range, buf: buf.slice() };
+    set.pool.submit(tag, slot, request, &mut set.mem);
+    until(set, tag);
+    set.mem.release(buf);
+}
+
+fn until(set: &mut Set, tag: u64) {
+    for _ in 0..100_000 {
+        if let Some(done) = set.pool.poll_done() {
+            assert_eq!((done.status, &done.error), (IoStatus::Ok, &None));
+            if done.tag == tag {
+                return;
+            }
+        } else if !set.step() {
+            set.pool.retry(&mut set.mem);
+        }
+    }
+    panic!("never answered");
+}
+
+/// A device that joins when a snapshot is deleted already, and kept for its clones.
+#[test]
+fn what_is_kept_for_clones_moves_to_a_device_that_joined_later() {
+    let mut set = Set::formatted(&[DISK], 3);
     let slot = set.create(1, 4);
     fill(&mut set, slot, 4, 1);
     let first = taken(&mut set, slot, 1, 100);
-    fill(&mut set, slot, 4, 2);
-    let tag = set.remove(1);
-    let done = set.wait(tag);
-    let text = why(&done);
-    assert!(text.contains("delete the snapshots"), "{text}");
-    assert_eq!(set.state(1), Some(MemberState::Live));
+    let copies = [2, 3].map(|id| clone(&mut set, 1, 100, id, 4 * EXTENT_BLOCKS));
     delete_snapshot(&mut set, first);
     set.settle();
+    let tag = set.add(9, DISK);
+    assert_eq!(set.wait(tag).error, None);
+    fill(&mut set, copies[0], 2, 5);
     let tag = set.remove(1);
-    let snapshot = set.tag();
-    let spec = SnapshotSpec { id: SnapshotId(101), name: String::new(), created: 1 };
-    set.pool.create_snapshot(snapshot, slot, spec, &mut set.mem);
-    let done = set.settle();
-    assert_eq!(done.iter().find(|d| d.tag == tag).unwrap().error, None);
-    let text = why(done.iter().find(|d| d.tag == snapshot).unwrap());
-    assert!(text.contains("when the device has left"), "{text}");
-    assert_eq!(set.seen.drained, 1);
-    holds(&mut set, slot, 4, 2);
-    taken(&mut set, slot, 1, 102);
+    assert_eq!(set.wait(tag).error, None);
+    set.settle();
+    assert_eq!(set.state(1), None);
+    for extent in 0..4 {
+        let byte = if extent < 2 { 5 } else { 1 };
+        assert_eq!(set.read(copies[0], extent * EXTENT_BLOCKS), Ok(byte));
+        assert_eq!(set.read(copies[1], extent * EXTENT_BLOCKS), Ok(1));
+        assert_eq!(set.read(slot, extent * EXTENT_BLOCKS), Ok(1));
+    }
+    assert_eq!(set.pool.usage().extents_allocated, 6);
 }
 
 #[test]
