@@ -293,6 +293,34 @@ impl World {
         }
     }
 
+    /// Begins to remove a device, is at work meanwhile, and is cut off soon.
+    pub(crate) fn drain_some(&mut self) {
+        let members = self.set.pool.members();
+        let live: Vec<_> =
+            members.iter().filter(|m| m.state == MemberState::Live && m.number.is_some()).collect();
+        if live.len() < 2 || self.set.pool.state() != PoolState::Online {
+            return;
+        }
+        let id = live[self.set.rng.index(live.len())].id;
+        self.drained = true;
+        let tag = self.set.remove(id.0);
+        self.asked.insert(tag, Asked::Remove);
+        // Now and then it is cut off between two steps of a move that follow each other closely.
+        let aims = self.layers && self.set.rng.chance(15);
+        for step in 0..self.set.rng.below(600) {
+            self.set.step();
+            self.collect();
+            if aims && step % 4 == 0 && doubles(&self.set).1 > 0 {
+                return;
+            }
+            match self.set.rng.below(60) {
+                0 if self.layers => self.snapshot_work(),
+                1..4 => self.io(),
+                _ => {}
+            }
+        }
+    }
+
     fn in_use(&self, of: u128) -> bool {
         self.asked.values().any(|asked| match asked {
             Asked::Change { id, .. } | Asked::Read { id, .. } => *id == of,
@@ -670,7 +698,9 @@ impl World {
         // `flush` at open makes the survivors durable; a second cut in between is the next round's.
         let mut set = Set::open(disks, seed, &[]).unwrap();
         set.rng = Rng(seed);
-        set.seen.doubles += doubles(&set);
+        let (doubles, families) = doubles(&set);
+        set.seen.doubles += doubles;
+        set.seen.families += families;
         let mut world = Self { set, asked: BTreeMap::new(), ..self };
         let creating: Vec<u128> =
             world.replicas.iter().filter(|(_, r)| r.slot.is_none()).map(|(id, _)| *id).collect();
@@ -874,23 +904,22 @@ fn no_room(done: &Done) -> bool {
     )
 }
 
-/// Extents that a crash left on two devices.
-fn doubles(set: &Set) -> u64 {
+/// Extents that a crash left on two devices, of replicas and of snapshots.
+fn doubles(set: &Set) -> (u64, u64) {
     if !set.pool.members().iter().any(|m| m.drain.is_some()) {
-        return 0;
+        return (0, 0);
     }
     let pools: Vec<Pool> = set
         .disks
         .iter()
         .flatten()
-        .map(|disk| Pool::open(&mut Disk::new(disk.now.clone())).unwrap())
+        // One that is being added, or has left, is not to be opened.
+        .filter_map(|disk| Pool::open(&mut Disk::new(disk.now.clone())).ok())
         .collect();
-    let mut doubles = 0;
-    for replica in set.pool.replicas() {
-        for logical in 0..8 {
-            let held = pools.iter().filter(|p| p.maps(replica.slot, logical)).count();
-            doubles += u64::from(held > 1);
-        }
-    }
-    doubles
+    let count = |slot: ReplicaSlot| -> u64 {
+        let held = |logical| pools.iter().filter(|p| p.maps(slot, logical)).count();
+        (0..8).map(|logical| u64::from(held(logical) > 1)).sum()
+    };
+    let doubles = set.pool.replicas().map(|r| count(r.slot)).sum();
+    (doubles, set.pool.snapshots().map(|s| count(s.slot)).sum())
 }
