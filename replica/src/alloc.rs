@@ -66,7 +66,7 @@ impl Pool {
             let may = if alloc.is_copy() {
                 u64::from(self.extents.free()) > self.reserved
             } else {
-                self.may_allocate(alloc.layer)
+                self.may_allocate(alloc.layer, self.covered(alloc.layer, alloc.logical))
             };
             let taken = if may { self.extents.take_free() } else { None };
             let Some((extent, zeroed)) = taken else {
@@ -181,7 +181,8 @@ impl Pool {
         layer.allocs -= 1;
         layer.allocated += 1;
         if !alloc.is_copy() {
-            self.use_reserve(alloc.layer);
+            let bound = alloc.from.is_some() || self.covered(alloc.layer, alloc.logical);
+            self.use_reserve(alloc.layer, bound);
         }
         if let Some(import) = alloc.import {
             if import.incoming {

@@ -125,7 +125,7 @@ impl Pool {
             return Err(ControlError::Exists(spec.id));
         }
         let needed = spec.block_size.bytes_of(spec.blocks).div_ceil(EXTENT);
-        if spec.thick && needed > self.unreserved() {
+        if spec.thick && !self.shared && needed > self.unreserved() {
             return Err(ControlError::NoRoom { needed, free: self.unreserved() });
         }
         let parent = match spec.source {
@@ -304,7 +304,7 @@ impl Pool {
         let slot = &self.slots[usize::from(slot)];
         let grown = slot.page.block_size.bytes_of(blocks).div_ceil(EXTENT);
         let needed = grown.saturating_sub(slot.extents());
-        if slot.is_thick() && needed > self.unreserved() {
+        if slot.is_thick() && !self.shared && needed > self.unreserved() {
             return Err(ControlError::NoRoom { needed, free: self.unreserved() });
         }
         Ok(())

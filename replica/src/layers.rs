@@ -117,9 +117,17 @@ impl Pool {
         slot.is_live() && slot.is_thick() && slot.layer == layer
     }
 
-    /// An extent of the layer was allocated: it needs no reserve any more.
-    pub(crate) fn use_reserve(&mut self, layer: u16) {
-        if self.is_reserving(layer) {
+    /// An extent of the layer was allocated: it needs no reserve any more. `bound` says that it could be nowhere
+    /// but here.
+    pub(crate) fn use_reserve(&mut self, layer: u16, bound: bool) {
+        if !self.is_reserving(layer) {
+            return;
+        }
+        if bound && self.bound > 0 {
+            self.bound -= 1;
+            self.reserved -= 1;
+        } else if self.reserved > self.bound {
+            // Otherwise the reserve for it lies on another device.
             self.reserved -= 1;
         }
     }
@@ -133,13 +141,61 @@ impl Pool {
     /// Counts the reserve and what is promised anew, after a command that changes which replicas there are,
     /// how large, or which are thick.
     pub(crate) fn count_reserve(&mut self) {
-        self.reserved = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
         self.provisioned = self.slots.iter().filter(|s| s.is_live()).map(Slot::extents).sum();
+        if !self.shared {
+            self.reserved = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+            self.bound = 0;
+        }
     }
 
-    /// Whether the layer may take a free extent: the last ones are kept for thick replicas.
-    pub(crate) fn may_allocate(&self, layer: u16) -> bool {
-        u64::from(self.extents.free()) > self.reserved || self.is_reserving(layer)
+    /// Extents that a thick replica may still write where a layer beneath its own has one here: they can be
+    /// nowhere else.
+    pub(crate) fn bound_by(&self, slot: u16) -> u64 {
+        let of = &self.slots[usize::from(slot)];
+        if !of.is_live() || !of.is_thick() {
+            return 0;
+        }
+        self.bound_above(self.layer(of.layer).parent, of.layer)
+    }
+
+    /// Logical extents that the layers from `top` on hold, and that `own` does not.
+    fn bound_above(&self, top: Option<u16>, own: u16) -> u64 {
+        let Some(top) = top else { return 0 };
+        let own = self.layer(own);
+        let end = self.mapped_end_of(top);
+        let there = |l: &u32| self.chain(top).any(|at| self.layer(at).mapping(*l) != Mapping::Hole);
+        let lacks = |l: &u32| !matches!(own.mapping(*l), Mapping::Extent(_));
+        (0..end).filter(lacks).filter(there).count() as u64
+    }
+
+    /// What a clone of a snapshot would have here beneath it.
+    pub(crate) fn bound_on_top_of(&self, snapshot: u16) -> u64 {
+        let top = self.layer_of(snapshot);
+        let end = self.mapped_end_of(top);
+        let there = |l: &u32| self.chain(top).any(|at| self.layer(at).mapping(*l) != Mapping::Hole);
+        (0..end).filter(there).count() as u64
+    }
+
+    fn mapped_end_of(&self, layer: u16) -> u32 {
+        u32::try_from(self.mapped_len(layer)).expect("a map has at most 2^31 entries")
+    }
+
+    /// Whether the layer may take a free extent: the last ones are kept for thick replicas, and of those some
+    /// for what cannot be on another device.
+    pub(crate) fn may_allocate(&self, layer: u16, bound: bool) -> bool {
+        let free = u64::from(self.extents.free());
+        match (self.is_reserving(layer), bound) {
+            (false, _) => free > self.reserved,
+            (true, false) => free > self.bound,
+            (true, true) => free > 0,
+        }
+    }
+
+    /// Free extents that an extent of a slot that may be on any device may have.
+    pub(crate) fn extents_for(&self, slot: u16) -> u64 {
+        let of = &self.slots[usize::from(slot)];
+        let kept = if of.is_live() && of.is_thick() { self.bound } else { self.reserved };
+        u64::from(self.extents.free()).saturating_sub(kept)
     }
 
     /// Extents that nobody holds and that are reserved for nobody.

@@ -54,9 +54,53 @@ impl Pool {
         })
     }
 
-    /// Whether a thick replica is here.
-    pub(crate) fn has_thick(&self) -> bool {
-        self.slots.iter().any(|s| s.is_live() && s.is_thick())
+    /// A thick replica's size in extents, and how many of them are here.
+    pub(crate) fn thick(&self, slot: u16) -> Option<(u64, u64)> {
+        let of = self.slots.get(usize::from(slot)).filter(|s| s.is_live() && s.is_thick())?;
+        Some((of.extents(), u64::from(self.layer(of.layer).allocated)))
+    }
+
+    /// What is to be kept free here for thick replicas: as one device of several.
+    pub(crate) fn keep_free(&mut self, bound: u64, more: u64) {
+        self.shared = true;
+        self.bound = bound;
+        self.reserved = bound + more;
+    }
+
+    /// It is the only device, and keeps free itself what is to be.
+    pub(crate) fn keep_alone(&mut self) {
+        self.shared = false;
+        self.count_reserve();
+    }
+
+    /// A thick replica's extent came here from another device, where it could be written over: from here on
+    /// that is so here.
+    pub(crate) fn bind_reserve(&mut self) {
+        self.reserved += u64::from(self.reserved == self.bound);
+        self.bound += 1;
+    }
+
+    /// What it could be written over has gone to another device.
+    pub(crate) fn unbind_reserve(&mut self) {
+        if self.bound > 0 {
+            self.bound -= 1;
+            self.reserved -= 1;
+        }
+    }
+
+    /// Free extents that are kept for nobody.
+    pub(crate) fn extents_unreserved(&self) -> u64 {
+        u64::from(self.extents.free()).saturating_sub(self.reserved)
+    }
+
+    /// What is kept free here, and could be on another device.
+    pub(crate) fn loose(&self) -> u64 {
+        self.reserved - self.bound
+    }
+
+    /// Free extents, and those that are about to be.
+    pub(crate) fn extents_available(&self) -> u64 {
+        u64::from(self.extents.free()) + u64::from(self.extents.returning)
     }
 
     /// Whether a slot holds a replica or a snapshot that is not being deleted.
@@ -69,10 +113,6 @@ impl Pool {
         self.slots.get(usize::from(slot)).filter(|s| s.is_snapshot()).map(|s| s.page.blocks)
     }
 
-    /// Extents that can be allocated now.
-    pub(crate) fn extents_free(&self) -> u64 {
-        u64::from(self.extents.free())
-    }
 
     /// Extents that have to leave before the device can.
     pub(crate) fn extents_left(&self) -> u64 {

@@ -318,6 +318,10 @@ pub struct Pool {
     pub(crate) layers: Vec<Layer>,
     /// Free extents that are kept for thick replicas.
     pub(crate) reserved: u64,
+    /// Those of them that must be here: for what a thick replica may write over a snapshot's extents.
+    pub(crate) bound: u64,
+    /// It is one device of several, and what it keeps free is said by [`crate::MultiPool`].
+    pub(crate) shared: bool,
     /// Extents that the live replicas would take if they were full.
     pub(crate) provisioned: u64,
     pub(crate) swaps: Vec<Swap>,
@@ -394,6 +398,8 @@ impl Pool {
             slots,
             layers,
             reserved: 0,
+            bound: 0,
+            shared: false,
             provisioned: 0,
             swaps: Vec::new(),
             held: VecDeque::new(),

@@ -164,7 +164,7 @@ impl Pool {
             return Err(ControlError::TooManySnapshots(MAX_DEPTH));
         }
         let again = u64::from(self.layer(layer).allocated);
-        if of.is_thick() && self.unreserved() < again {
+        if of.is_thick() && !self.shared && self.unreserved() < again {
             return Err(ControlError::NoRoom { needed: again, free: self.unreserved() });
         }
         Ok((self.free_slot_for_create(wanted)?, layer))

@@ -96,10 +96,6 @@ pub(super) enum Then {
     Excluded,
 }
 
-/// Why a device is not taken in.
-pub(super) const THICK_JOINS: &str = "the pool has thick replicas, whose reserve lies on its only \
-    device: delete them, or make them anew as thin ones, and then add the device";
-
 impl Kind {
     pub(super) fn members(change: Change, then: Then) -> Self {
         Self::Members { change, next: Membership::default(), joins: None, then }
@@ -219,6 +215,7 @@ impl MultiPool {
         if !found {
             return;
         }
+        self.recount_reserve();
         if self.lead().is_none() {
             let reason = self
                 .present()
@@ -313,7 +310,8 @@ impl MultiPool {
             let error = ControlError::PoolFailed(reason);
             return self.finish(job.tag, IoStatus::MediaError, Some(error));
         }
-        if let Err(error) = self.check_job(&mut job.kind) {
+        let checked = self.check_job(&mut job.kind).and_then(|()| self.keep_for(&job.kind));
+        if let Err(error) = checked {
             match job.kind {
                 Kind::Members { then: Then::Drains(at), .. } if self.member(at).is_serving() => {
                     self.member_mut(at).role = MemberState::Live;
@@ -429,9 +427,6 @@ impl MultiPool {
                 live(revert.slot)?;
                 revert.with = self.check_revert(revert)?;
             }
-            Kind::Join { .. } if self.serving().any(|(_, m)| m.pool.has_thick()) => {
-                return Err(ControlError::Device(THICK_JOINS.to_owned()));
-            }
             Kind::Register(slot, register) => {
                 live(*slot)?;
                 let len = register.config.len();
@@ -455,12 +450,6 @@ impl MultiPool {
     }
 
     fn check_create(&self, spec: &ReplicaSpec) -> Result<u16, ControlError> {
-        if spec.thick && self.present().filter(|m| !m.leaving && !m.excluded).count() > 1 {
-            let why = "a thick replica cannot be made in a pool of several devices, because its \
-                       reserve would have to lie on one of them: make it thin, or use a pool of one \
-                       device";
-            return Err(ControlError::Device(why.to_owned()));
-        }
         if self.find(spec.id).is_some() {
             return Err(ControlError::Exists(spec.id));
         }
@@ -555,6 +544,9 @@ impl MultiPool {
 
     /// Every device has answered.
     fn job_over<M: Memory>(&mut self, job: Job, mem: &mut M) {
+        if job.kind.is_exclusive() || matches!(job.kind, Kind::Grow { .. }) {
+            self.recount_reserve();
+        }
         let job = match job {
             Job { kind: Kind::Revert(revert), .. } => {
                 let job = Job { kind: Kind::Undo, ..job };

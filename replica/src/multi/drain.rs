@@ -183,7 +183,7 @@ impl MultiPool {
     fn room(&self) -> u64 {
         self.serving()
             .filter(|(_, m)| m.role == MemberState::Live)
-            .map(|(_, m)| m.pool.extents_free())
+            .map(|(_, m)| m.pool.extents_unreserved())
             .sum()
     }
 
@@ -383,7 +383,8 @@ impl MultiPool {
             let frozen = members.clone().copied().filter(|&slot| pool.is_frozen(slot));
             (members.count(), frozen.collect::<Vec<_>>())
         };
-        let target = self.target_for(source, count as u64);
+        let bound = family.readers.iter().filter(|&&slot| self.may_write_again(at, slot)).count();
+        let target = self.target_for(source, count as u64, bound as u64);
         let copy = &mut self.copies[at];
         copy.family = family;
         copy.members = frozen;
@@ -398,11 +399,19 @@ impl MultiPool {
         self.next_member(at, mem);
     }
 
-    /// The device for so many extents: the one with the most room.
-    fn target_for(&self, source: usize, count: u64) -> Option<usize> {
-        self.choose(1 << source).filter(|&at| {
-            let member = self.member(at);
-            member.role == MemberState::Live && member.pool.extents_free() >= count
+    /// Whether a thick replica may write an extent where the family is, which has none of it yet.
+    fn may_write_again(&self, at: usize, slot: u16) -> bool {
+        let copy = &self.copies[at];
+        let pool = &self.member(copy.source).pool;
+        pool.thick(slot).is_some() && !pool.has_own(slot, copy.logical)
+    }
+
+    /// The device for so many extents: the one with the most room. There must be room as well for those that
+    /// thick replicas will have there, of what is kept for them.
+    fn target_for(&self, source: usize, count: u64, bound: u64) -> Option<usize> {
+        self.choose(None, 1 << source).filter(|&at| {
+            let (free, kept) = (self.member(at).pool.extents_unreserved(), self.member(at).pool.loose());
+            free >= count && free + kept >= count + bound
         })
     }
 
@@ -582,9 +591,25 @@ impl MultiPool {
             }
             Stage::Flush => self.drop_target(at, mem),
             Stage::Arrive if ok => copy.stage = Stage::Readers,
+            Stage::Free if ok => {
+                self.bind_reserve(at);
+                self.end_copy(at, mem);
+            }
             // The target failed: the source has it all.
             Stage::Arrive | Stage::Free | Stage::Drop => self.end_copy(at, mem),
             stage => unreachable!("nothing is asked in {stage:?}"),
+        }
+    }
+
+    /// What thick replicas may write over the family has to be where that is now.
+    fn bind_reserve(&mut self, at: usize) {
+        let (source, target) = (self.copies[at].source, self.copies[at].target);
+        let slots = &self.copies[at].family.readers;
+        let own = |slot: &u16| !self.copies[at].members.contains(slot);
+        let thick = |slot: &u16| self.member(target).pool.thick(*slot).is_some();
+        for _ in 0..slots.iter().filter(|slot| own(slot) && thick(slot)).count() {
+            self.member_mut(target).pool.bind_reserve();
+            self.member_mut(source).pool.unbind_reserve();
         }
     }
 

@@ -2,7 +2,7 @@
 
 use cairn_block::{IoStatus, Memory, PoolDeviceId};
 
-use super::control::{Change, Kind, THICK_JOINS, Then};
+use super::control::{Change, Kind, Then};
 use super::{INTERNAL, MAX_DEVICES, Member, MultiPool};
 use crate::ControlError;
 use crate::disk::MemberState;
@@ -141,11 +141,9 @@ impl MultiPool {
         if let PoolState::Failed(reason) = self.state() {
             return Err(ControlError::PoolFailed(reason));
         }
-        if self.serving().any(|(_, m)| m.pool.has_thick()) {
-            return refuse(THICK_JOINS.to_owned());
-        }
         let number = self.next_number();
         let mut member = Member::new(pool, MemberState::Joining);
+        member.pool.keep_free(0, 0);
         if !self.verify {
             member.pool.disable_checksums_for_benchmark();
         }
@@ -225,6 +223,16 @@ impl MultiPool {
             ));
         }
         self.member_mut(at).role = MemberState::Draining;
+        let promise = self.promised();
+        if !self.fits(&promise, needed) {
+            self.member_mut(at).role = MemberState::Live;
+            return Err(format!(
+                "{needed} MiB have to move, {} MiB are kept for thick replicas, and the other devices \
+                 have {free} MiB free: add a device first, or delete replicas",
+                promise.sum(),
+            ));
+        }
+        self.share_reserve();
         let change = Change::Set(id, MemberState::Draining);
         self.push_job(Some(tag), Kind::members(change, Then::Drains(at)));
         Ok(())
@@ -259,6 +267,7 @@ impl MultiPool {
                 continue;
             }
             self.members[at] = None;
+            self.reserve_is_old = true;
             for bits in &mut self.unflushed {
                 *bits &= !(1 << at);
             }

@@ -12,6 +12,7 @@ mod control;
 mod drain;
 mod members;
 mod open;
+mod reserve;
 mod route;
 mod settle;
 mod snapshot;
@@ -131,6 +132,8 @@ pub struct MultiPool {
     /// Devices that left, to be detached.
     gone: VecDeque<u8>,
     limits: Option<(usize, usize)>,
+    /// What is kept for thick replicas is to be counted anew.
+    reserve_is_old: bool,
     verify: bool,
     /// Where the next device operation is looked for.
     turn: usize,
@@ -174,6 +177,7 @@ impl MultiPool {
             done: VecDeque::with_capacity(WARM),
             gone: VecDeque::new(),
             limits: None,
+            reserve_is_old: false,
             verify: true,
             turn: 0,
         };
@@ -271,11 +275,11 @@ impl MultiPool {
             let usage = member.pool.usage();
             sum.extents_total += usage.extents_total;
             sum.extents_allocated += usage.extents_allocated;
-            sum.extents_reserved += usage.extents_reserved;
             // Every device has every replica.
             sum.extents_provisioned = sum.extents_provisioned.max(usage.extents_provisioned);
             if member.role == MemberState::Live {
                 sum.extents_free += usage.extents_free;
+                sum.extents_reserved += usage.extents_reserved;
             }
         }
         sum
@@ -569,6 +573,7 @@ impl MultiPool {
             self.go_on(mem);
             self.pump_copies(mem);
             self.pump_leaving(mem);
+            self.pump_reserve();
             if self.present().all(|m| m.pool.done.is_empty()) {
                 return;
             }
@@ -605,7 +610,12 @@ impl MultiPool {
         for member in self.present() {
             member.pool.check();
         }
+        self.check_reserve();
         for slot in 0..self.slots {
+            if self.is_going_back(slot) {
+                // Some devices have what it gives up, and others what it goes back to.
+                continue;
+            }
             let end = self.present().map(|m| m.pool.mapped_end(slot)).max().unwrap_or(0);
             for logical in 0..end {
                 let holders = self

@@ -226,10 +226,12 @@ impl MultiPool {
             })
             .collect();
         let mut pool = Self::new(members, next);
-        pool.find_doubles()?;
         for (slot, to) in reverts {
             pool.resume_revert(slot, to);
         }
+        pool.find_doubles()?;
+        pool.share_reserve();
+        pool.recount_reserve();
         Ok(OpenedSet { pool, devices: used, set_aside })
     }
 
@@ -245,26 +247,39 @@ impl MultiPool {
             }
             let end = self.present().map(|m| m.pool.mapped_end(slot)).max().unwrap_or(0);
             for logical in 0..end {
-                let mut first = None;
-                for at in 0..self.members.len() {
-                    if !self.member(at).pool.maps(ReplicaSlot(slot), logical) {
-                        continue;
-                    }
-                    let Some(other) = first.replace(at) else { continue };
-                    let draining = |at: usize| self.member(at).role == MemberState::Draining;
-                    let (source, target) = match (draining(other), draining(at)) {
-                        (true, false) => (other, at),
-                        (false, true) => (at, other),
-                        _ => {
-                            return Err(PoolError::Inconsistent(
-                                "two devices claim one extent of a replica",
-                            ));
-                        }
-                    };
-                    self.resume_copy(source, target, slot, logical);
+                let holders: Vec<usize> = (0..self.members.len())
+                    .filter(|&at| self.member(at).pool.maps(ReplicaSlot(slot), logical))
+                    .collect();
+                // One that is going back to a snapshot may have been written elsewhere since.
+                if holders.len() > 1 && !self.is_going_back(slot) {
+                    self.settle_double(slot, logical, &holders)?;
                 }
             }
         }
+        Ok(())
+    }
+
+    fn settle_double(
+        &mut self,
+        slot: u16,
+        logical: u32,
+        holders: &[usize],
+    ) -> Result<(), PoolError> {
+        let claimed = PoolError::Inconsistent("two devices claim one extent of a replica");
+        let draining = |at: &&usize| self.member(**at).role == MemberState::Draining;
+        let source = holders.iter().find(draining);
+        let target = holders.iter().find(|at| !draining(at));
+        let (Some(&source), Some(&target), 2) = (source, target, holders.len()) else {
+            return Err(claimed);
+        };
+        // A copy is of all that reads through to each other, and is whole.
+        let (from, to) = (&self.member(source).pool, &self.member(target).pool);
+        let family = from.family(slot, logical).map(|family| family.readers).unwrap_or_default();
+        let own = |pool: &Pool, reader: &u16| pool.has_own(*reader, logical);
+        if !family.iter().all(|reader| own(from, reader) == own(to, reader)) {
+            return Err(claimed);
+        }
+        self.resume_copy(source, target, slot, logical);
         Ok(())
     }
 }

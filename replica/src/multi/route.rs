@@ -221,7 +221,9 @@ impl MultiPool {
                     self.copies[at].park(part);
                     return Ok(true);
                 }
-                if !self.has_room_to_drain() {
+                // What a thick replica needs is kept for it.
+                let thick = self.member(member).pool.thick(part.slot).is_some();
+                if !thick && !self.has_room_to_drain() {
                     return Err(IoStatus::NoSpace);
                 }
             }
@@ -245,13 +247,15 @@ impl MultiPool {
                 Err(IoStatus::MediaError)
             }
             IoOp::Write { .. } => {
-                part.member = self.choose(part.tried).ok_or(IoStatus::NoSpace)?;
+                let of = Some(part.slot);
+                part.member = self.choose(of, part.tried).ok_or(IoStatus::NoSpace)?;
                 self.send(part, mem);
                 Ok(true)
             }
             IoOp::WriteZeroes { .. } if lost => {
                 // Its zeros must be told from what was lost, so they take an extent.
-                part.member = self.choose(part.tried).ok_or(IoStatus::NoSpace)?;
+                let of = Some(part.slot);
+                part.member = self.choose(of, part.tried).ok_or(IoStatus::NoSpace)?;
                 self.note_change(&part);
                 let id = self.parts.insert(part);
                 let pool = &mut self.member_mut(part.member).pool;
@@ -302,14 +306,17 @@ impl MultiPool {
         failed
     }
 
-    /// The device for a new extent: the one with the most free space, not one of `tried`.
-    pub(super) fn choose(&self, tried: u64) -> Option<usize> {
+    /// The device for a new extent, of a replica or of nobody in particular: the one with the most space that
+    /// is free for it, not one of `tried`.
+    pub(super) fn choose(&self, of: Option<u16>, tried: u64) -> Option<usize> {
         let mut best: Option<(usize, (u64, bool))> = None;
         for (at, member) in self.serving() {
             if tried >> at & 1 != 0 || member.role != MemberState::Live {
                 continue;
             }
-            let key = (member.pool.extents_free(), member.pool.extents_are_returning());
+            let pool = &member.pool;
+            let free = of.map_or_else(|| pool.extents_unreserved(), |slot| pool.extents_for(slot));
+            let key = (free, pool.extents_are_returning());
             if best.is_none_or(|(_, b)| b < key) {
                 best = Some((at, key));
             }
@@ -342,7 +349,8 @@ impl MultiPool {
             {
                 // It got no extent there; another device may have room.
                 part.tried |= 1 << part.member;
-                if self.choose(part.tried).is_some_and(|m| self.has_room(m)) {
+                let next = self.choose(Some(part.slot), part.tried);
+                if next.is_some_and(|m| self.has_room(m, part.slot)) {
                     self.rerun(part, mem);
                     return;
                 }
@@ -351,9 +359,9 @@ impl MultiPool {
         self.part_over(part.request, status, mem);
     }
 
-    fn has_room(&self, member: usize) -> bool {
+    fn has_room(&self, member: usize, slot: u16) -> bool {
         let pool = &self.member(member).pool;
-        pool.extents_free() > 0 || pool.extents_are_returning()
+        pool.extents_for(slot) > 0 || pool.extents_are_returning()
     }
 
     /// Runs a part that is counted as outstanding already.

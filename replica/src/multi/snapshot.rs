@@ -91,6 +91,12 @@ impl MultiPool {
         self.push_job(None, Kind::Revert(Revert { slot, to, with: 0, step, resumed: true }));
     }
 
+    /// Whether a replica is going back to a snapshot, or is to.
+    pub(super) fn is_going_back(&self, slot: u16) -> bool {
+        let goes = |job: &Job| matches!(&job.kind, Kind::Revert(revert) if revert.slot == slot);
+        self.active.iter().chain(&self.jobs).any(goes)
+    }
+
     pub(super) fn check_snapshot(
         &self,
         slot: u16,

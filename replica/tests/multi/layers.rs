@@ -331,22 +331,127 @@ fn what_is_kept_for_clones_moves_to_a_device_that_joined_later() {
     assert_eq!(set.pool.usage().extents_allocated, 6);
 }
 
+fn thick(set: &mut Set, id: u128, extents: u64) -> Result<ReplicaSlot, ControlError> {
+    let tag = set.tag();
+    let mut spec = spec(id, extents * EXTENT_BLOCKS);
+    spec.thick = true;
+    set.pool.create_replica(tag, spec, &mut set.mem);
+    match set.wait(tag).error {
+        None => Ok(set.pool.find(ReplicaId(id)).unwrap()),
+        Some(error) => Err(error),
+    }
+}
+
+/// Writes until there is no room; returns how many extents there was room for.
+fn fill_up(set: &mut Set, slot: ReplicaSlot, from: u64) -> u64 {
+    (from..).find(|extent| !set.write(slot, extent * EXTENT_BLOCKS, 1, 9).is_ok()).unwrap() - from
+}
+
 #[test]
-fn thick_replicas_are_for_pools_of_one_device() {
+fn a_thick_replica_has_room_on_all_devices_together() {
+    let mut set = Set::formatted(&[DISK, DISK / 2, DISK], 3);
+    let total = set.pool.usage().extents_total;
+    let thin = set.create(1, 4 * total);
+    let refused = thick(&mut set, 2, total + 1);
+    assert_eq!(refused, Err(ControlError::NoRoom { needed: total + 1, free: total }));
+    // More than a device has.
+    let size = total - 6;
+    let slot = thick(&mut set, 3, size).unwrap();
+    assert_eq!(set.pool.usage().extents_reserved, size);
+    assert!(thick(&mut set, 4, 7).is_err());
+    assert_eq!(fill_up(&mut set, thin, 0), 6);
+    for extent in 0..size {
+        assert_eq!(set.write(slot, extent * EXTENT_BLOCKS, 1, 3), IoStatus::Ok, "{extent}");
+        set.pool.check();
+    }
+    assert_eq!(set.pool.usage().extents_reserved, 0);
+    // A snapshot of it needs as much again.
+    assert!(matches!(take(&mut set, slot, 100).error, Some(ControlError::NoRoom { .. })));
+    let tag = set.tag();
+    let range = LbaRange::new(Lba(0), (size - 10) * EXTENT_BLOCKS).unwrap();
+    let request = IoRequest { op: IoOp::Discard, range, buf: BufSlice::EMPTY };
+    set.pool.submit(tag, slot, request, &mut set.mem);
+    assert!(set.wait(tag).status.is_ok());
+    set.settle();
+    assert_eq!(set.pool.usage().extents_reserved, size - 10);
+    let disks = set.stop();
+    let mut set = Set::open(disks, 4, &[]).unwrap();
+    assert_eq!(set.pool.usage().extents_reserved, size - 10);
+    assert_eq!(fill_up(&mut set, thin, 10), 0);
+    for extent in 0..size {
+        assert_eq!(set.write(slot, extent * EXTENT_BLOCKS, 1, 4), IoStatus::Ok, "{extent}");
+    }
+}
+
+#[test]
+fn a_thick_replica_with_snapshots_has_room_where_they_are() {
+    for devices in 2..=3 {
+        let mut set = Set::formatted(&[DISK, DISK, DISK][..devices], 5);
+        let total = set.pool.usage().extents_total;
+        let thin = set.create(1, 4 * total);
+        let slot = thick(&mut set, 2, 14).unwrap();
+        fill(&mut set, slot, 12, 1);
+        let first = taken(&mut set, slot, 2, 100);
+        assert_eq!(set.pool.usage().extents_reserved, 14);
+        fill(&mut set, slot, 3, 2);
+        assert_eq!(fill_up(&mut set, thin, 0), total - 12 - 14);
+        fill(&mut set, slot, 14, 3);
+        holds(&mut set, first, 12, 1);
+        assert_eq!(set.pool.usage().extents_reserved, 0);
+    }
+}
+
+#[test]
+fn a_device_leaves_only_where_the_others_have_room_for_what_is_kept() {
     let mut set = Set::formatted(&[DISK, DISK], 3);
-    let tag = set.tag();
-    let mut thick = spec(1, EXTENT_BLOCKS);
-    thick.thick = true;
-    set.pool.create_replica(tag, thick.clone(), &mut set.mem);
+    let total = set.pool.usage().extents_total;
+    let thin = set.create(1, 4 * total);
+    let slot = thick(&mut set, 2, total / 2 + 4).unwrap();
+    fill(&mut set, slot, 4, 1);
+    let tag = set.remove(1);
     let done = set.wait(tag);
-    assert!(why(&done).contains("make it thin"));
-    let mut set = Set::formatted(&[DISK], 3);
-    let tag = set.tag();
-    set.pool.create_replica(tag, thick, &mut set.mem);
+    assert!(why(&done).contains("kept for thick replicas"), "{}", why(&done));
+    assert_eq!(set.state(1), Some(MemberState::Live));
+    // A device may be added beneath it, and then there is room.
+    let tag = set.add(9, DISK);
     assert_eq!(set.wait(tag).error, None);
-    assert_eq!(set.pool.usage().extents_reserved, 1);
-    let refused = set.try_add(9, DISK).unwrap_err();
-    assert!(refused.to_string().contains("thick"), "{refused}");
+    let first = taken(&mut set, slot, 2, 100);
+    let kept = set.pool.usage().extents_reserved;
+    assert_eq!(kept, total / 2 + 4);
+    let tag = set.remove(1);
+    assert_eq!(set.wait(tag).error, None);
+    assert_eq!(set.state(1), None);
+    assert_eq!(set.pool.usage().extents_reserved, kept);
+    assert_eq!(fill_up(&mut set, thin, 0), set.pool.usage().extents_total - 4 - kept);
+    fill(&mut set, slot, total / 2 + 4, 2);
+    holds(&mut set, first, 4, 1);
+}
+
+/// What a replica goes back to may be on another device than what it gives up, and a crash leaves both.
+#[test]
+fn a_way_back_that_is_cut_off_is_no_extent_on_two_devices() {
+    for steps in 0..60 {
+        let mut set = Set::formatted(&[DISK, DISK], 3);
+        let slot = set.create(1, 8);
+        taken(&mut set, slot, 1, 100);
+        assert_eq!(set.write(slot, 0, 1, 1), IoStatus::Ok);
+        taken(&mut set, slot, 1, 101);
+        assert_eq!(revert(&mut set, slot, 100).error, None);
+        // The other device has more room now.
+        assert_eq!(set.write(slot, 0, 1, 2), IoStatus::Ok);
+        assert_eq!(set.flush(slot), IoStatus::Ok);
+        let tag = set.tag();
+        set.pool.revert(tag, slot, SnapshotId(101), &mut set.mem);
+        for _ in 0..steps {
+            set.step();
+        }
+        let (disks, _) = set.cut(steps % 2 == 0);
+        let mut set = Set::open(disks, 7, &[]).unwrap();
+        let found = set.read(slot, 0).unwrap();
+        assert!(found == 1 || found == 2, "{found} after {steps} steps");
+        set.settle();
+        assert_eq!(set.read(slot, 0), Ok(found));
+    }
 }
 
 #[test]
