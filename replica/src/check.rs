@@ -56,7 +56,7 @@ impl Pool {
             assert!(on_top <= layer.children as usize, "layer {i} counts its children");
             mapped += allocated;
         }
-        let reserved: u64 = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+        let reserved = self.wanted_reserve();
         assert!(self.shared || reserved == self.reserved, "the pool counts what is reserved");
         assert!(self.bound <= self.reserved, "what is reserved here for good is part of the reserve");
         assert_eq!(mapped, self.extents.allocated, "the pool counts its extents");

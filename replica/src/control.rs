@@ -99,6 +99,7 @@ impl Pool {
             self.layer_mut(parent).children += 1;
         }
         self.push_job(Some(tag), slot, Change::Create, page);
+        self.count_reserve();
         self.pump(mem);
     }
 
@@ -272,6 +273,7 @@ impl Pool {
             return self.refuse_command(tag, error);
         }
         self.push_job(Some(tag), slot.0, Change::Resize(blocks), CatalogPage::default());
+        self.count_reserve();
         self.pump(mem);
     }
 
@@ -308,6 +310,25 @@ impl Pool {
             return Err(ControlError::NoRoom { needed, free: self.unreserved() });
         }
         Ok(())
+    }
+
+    /// What thick replicas are to have that are being made, or grow: others must not take it meanwhile.
+    pub(crate) fn reserve_to_come(&self) -> u64 {
+        let extents = |page: &CatalogPage| page.bytes().div_ceil(EXTENT);
+        let of = |job: &Job| {
+            let slot = &self.slots[usize::from(job.slot)];
+            match job.change {
+                Change::Create if slot.creating && job.page.flags & FLAG_THICK != 0 => {
+                    extents(&job.page)
+                }
+                Change::Resize(blocks) if slot.is_live() && slot.is_thick() => {
+                    let grown = slot.page.block_size.bytes_of(blocks).div_ceil(EXTENT);
+                    grown.saturating_sub(slot.extents())
+                }
+                _ => 0,
+            }
+        };
+        self.jobs.iter().map(of).sum()
     }
 
     pub(crate) fn check_live(&self, slot: ReplicaSlot) -> Result<(), ControlError> {

@@ -109,6 +109,10 @@ impl Pool {
         if !of.is_live() || !of.is_thick() {
             return 0;
         }
+        if of.frozen {
+            // It is about to begin anew.
+            return of.extents();
+        }
         of.extents().saturating_sub(u64::from(self.layer(of.layer).allocated))
     }
 
@@ -117,10 +121,15 @@ impl Pool {
         slot.is_live() && slot.is_thick() && slot.layer == layer
     }
 
+    /// Whether what the layer gets or gives up changes its replica's reserve.
+    fn is_counted(&self, layer: u16) -> bool {
+        self.is_reserving(layer) && !self.slots[usize::from(self.layer(layer).owner)].frozen
+    }
+
     /// An extent of the layer was allocated: it needs no reserve any more. `bound` says that it could be nowhere
     /// but here.
     pub(crate) fn use_reserve(&mut self, layer: u16, bound: bool) {
-        if !self.is_reserving(layer) {
+        if !self.is_counted(layer) {
             return;
         }
         if bound && self.bound > 0 {
@@ -133,7 +142,7 @@ impl Pool {
     }
 
     fn reserve_again(&mut self, layer: u16) {
-        if self.is_reserving(layer) {
+        if self.is_counted(layer) {
             self.reserved += 1;
         }
     }
@@ -143,9 +152,15 @@ impl Pool {
     pub(crate) fn count_reserve(&mut self) {
         self.provisioned = self.slots.iter().filter(|s| s.is_live()).map(Slot::extents).sum();
         if !self.shared {
-            self.reserved = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+            self.reserved = self.wanted_reserve();
             self.bound = 0;
         }
+    }
+
+    /// What the thick replicas are to have, those among them that are on their way.
+    pub(crate) fn wanted_reserve(&self) -> u64 {
+        let there: u64 = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+        there + self.reserve_to_come()
     }
 
     /// Extents that a thick replica may still write where a layer beneath its own has one here: they can be

@@ -111,7 +111,7 @@ impl Kind {
         }
     }
 
-    fn is_exclusive(&self) -> bool {
+    pub(super) fn is_exclusive(&self) -> bool {
         !matches!(self, Self::Register(..) | Self::Checkpoint | Self::Grow { .. })
     }
 }

@@ -144,6 +144,15 @@ impl MultiPool {
         copy.closed || !self.member(copy.source).pool.has_own(slot, logical)
     }
 
+    /// Extents of a slot that are on two devices, for they are being copied.
+    pub(super) fn copied_of(&self, slot: u16) -> u64 {
+        let of = |copy: &&Copy| {
+            let own = |at: usize| self.member(at).pool.has_own(slot, copy.logical);
+            copy.members.contains(&slot) && own(copy.source) && own(copy.target)
+        };
+        self.copies.iter().filter(of).count() as u64
+    }
+
     /// Whether there is a device for new extents.
     pub(super) fn takes_extents(&self) -> bool {
         self.serving().any(|(_, m)| m.role == MemberState::Live)

@@ -41,7 +41,8 @@ impl MultiPool {
         for slot in 0..self.slots {
             let Some((extents, _)) = self.lead().and_then(|lead| lead.thick(slot)) else { continue };
             let here = self.present().filter_map(|m| m.pool.thick(slot)).map(|(_, here)| here);
-            let mut left = extents.saturating_sub(here.sum());
+            let here = here.sum::<u64>().saturating_sub(self.copied_of(slot));
+            let mut left = extents.saturating_sub(here);
             for at in (0..self.members.len()).filter(|&at| self.keeps(at)) {
                 let bound = self.member(at).pool.bound_by(slot).min(left);
                 promise.bound[at] += bound;
@@ -169,7 +170,9 @@ impl MultiPool {
     }
 
     pub(super) fn pump_reserve(&mut self) {
-        if self.reserve_is_old && self.copies.is_empty() {
+        // What a command under way needs is kept since it began.
+        let begun = self.active.iter().any(|job| job.kind.is_exclusive());
+        if self.reserve_is_old && self.copies.is_empty() && !begun {
             self.reserve_is_old = false;
             self.share_reserve();
         }

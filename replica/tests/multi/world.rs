@@ -23,6 +23,8 @@ struct ModelReplica {
     slot: Option<ReplicaSlot>,
     registers: Vec<(u64, bool)>,
     delete_asked: bool,
+    /// It has all of its room.
+    thick: bool,
     /// It is a clone, or a snapshot of it was asked for.
     layered: bool,
     /// What it holds if it was taken back to a snapshot, which is not answered.
@@ -200,9 +202,12 @@ impl World {
         self.next_id += 1;
         let size = REPLICA_EXTENTS * EXTENT_BLOCKS - self.set.rng.below(3);
         let tag = self.set.tag();
-        self.replicas.insert(id, ModelReplica { size, ..ModelReplica::default() });
+        let thick = self.set.rng.chance(25);
+        self.replicas.insert(id, ModelReplica { size, thick, ..ModelReplica::default() });
         self.asked.insert(tag, Asked::Create(id));
-        self.set.pool.create_replica(tag, spec(id, size), &mut self.set.mem);
+        let mut spec = spec(id, size);
+        spec.thick = thick;
+        self.set.pool.create_replica(tag, spec, &mut self.set.mem);
     }
 
     fn snapshot_work(&mut self) {
@@ -256,13 +261,15 @@ impl World {
         let from = &self.snapshots[&(of, snapshot)];
         let (size, blocks) = (from.size, from.blocks.clone());
         let marks = Marks::of_clone(self.order);
+        let thick = self.set.rng.chance(25);
         self.replicas.insert(
             id,
-            ModelReplica { size, blocks, layered: true, marks, ..ModelReplica::default() },
+            ModelReplica { size, blocks, thick, layered: true, marks, ..ModelReplica::default() },
         );
         self.asked.insert(tag, Asked::Create(id));
         let mut spec = spec(id, size);
         spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));
+        spec.thick = thick;
         self.set.pool.create_replica(tag, spec, &mut self.set.mem);
     }
 
@@ -551,6 +558,13 @@ impl World {
                     done.status
                 );
                 if !ok {
+                    let kept = replica.thick && !replica.delete_asked && !self.died;
+                    assert!(
+                        !kept,
+                        "no room for what is kept for {id}: {range:?} {:?}",
+                        self.set.pool.members()
+                    );
+                    self.set.seen.no_space += 1;
                     replica.marks.failed(order);
                     for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id)
                     {
@@ -878,6 +892,13 @@ impl World {
         if !draining {
             assert_eq!(usage.extents_free + usage.extents_allocated, usage.extents_total);
         }
+        let thick = self.set.pool.replicas().filter(|r| r.thick);
+        let kept: u64 = thick.map(|r| r.blocks.div_ceil(EXTENT_BLOCKS) - r.allocated_extents).sum();
+        if !self.died {
+            // What could not be moved yet is kept twice.
+            assert!(usage.extents_reserved == kept || draining, "{} for {kept}", usage.extents_reserved);
+            assert!(usage.extents_reserved >= kept, "{} for {kept}", usage.extents_reserved);
+        }
     }
 }
 
@@ -896,6 +917,7 @@ fn no_room(done: &Done) -> bool {
         done.error,
         Some(
             ControlError::NoFreeSlot(_)
+                | ControlError::NoRoom { .. }
                 | ControlError::SnapshotUnderWay
                 | ControlError::NoSuchSnapshot(_)
                 | ControlError::NoSuchReplica(_)
