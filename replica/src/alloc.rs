@@ -23,6 +23,8 @@ pub(crate) struct Alloc {
     /// The parts that wait for it.
     pub(crate) first: u32,
     pub(crate) last: u32,
+    /// It has a free extent that is kept for what can be nowhere but here.
+    pub(crate) bound: bool,
     /// It was asked for by itself, not by a write.
     pub(crate) import: Option<Import>,
 }
@@ -42,7 +44,16 @@ impl Pool {
     }
 
     fn new_alloc(&mut self, layer: u16, logical: u32, extent: u32, from: Option<u16>) -> u32 {
-        let alloc = Alloc { layer, logical, extent, from, first: NIL, last: NIL, import: None };
+        let alloc = Alloc {
+            layer,
+            logical,
+            extent,
+            from,
+            first: NIL,
+            last: NIL,
+            bound: false,
+            import: None,
+        };
         let id = self.allocs.insert(alloc);
         self.map_pending(layer, logical, id);
         self.layer_mut(layer).allocs += 1;
@@ -63,11 +74,13 @@ impl Pool {
     pub(crate) fn pump_allocs<M: Memory>(&mut self, mem: &mut M) {
         while let Some(&id) = self.need_extent.front() {
             let alloc = self.allocs.get(id);
+            let bound = self.covered(alloc.layer, alloc.logical);
             let may = if alloc.is_copy() {
                 u64::from(self.extents.free()) > self.reserved
             } else {
-                self.may_allocate(alloc.layer, self.covered(alloc.layer, alloc.logical))
+                self.may_allocate(alloc.layer, bound)
             };
+            let bound = bound && !alloc.is_copy() && self.is_reserving(alloc.layer);
             let taken = if may { self.extents.take_free() } else { None };
             let Some((extent, zeroed)) = taken else {
                 if self.extents_are_returning() {
@@ -78,7 +91,10 @@ impl Pool {
                 continue;
             };
             self.need_extent.pop_front();
-            self.allocs.get_mut(id).extent = extent;
+            let alloc = self.allocs.get_mut(id);
+            alloc.extent = extent;
+            alloc.bound = bound;
+            self.bound_taken += u64::from(bound);
             if zeroed || on(Mutant::StaleExtent) {
                 self.log_alloc(id);
             } else {
@@ -132,6 +148,7 @@ impl Pool {
 
     fn abandon_alloc<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
         let alloc = self.allocs.remove(id);
+        self.bound_taken -= u64::from(alloc.bound);
         let layer = self.layer_mut(alloc.layer);
         layer.map_to(alloc.logical, HOLE);
         layer.allocs -= 1;
@@ -181,8 +198,8 @@ impl Pool {
         layer.allocs -= 1;
         layer.allocated += 1;
         if !alloc.is_copy() {
-            let bound = alloc.from.is_some() || self.covered(alloc.layer, alloc.logical);
-            self.use_reserve(alloc.layer, bound);
+            self.bound_taken -= u64::from(alloc.bound);
+            self.use_reserve(alloc.layer, alloc.bound || alloc.from.is_some());
         }
         if let Some(import) = alloc.import {
             if import.incoming {

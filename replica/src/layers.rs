@@ -116,7 +116,7 @@ impl Pool {
         of.extents().saturating_sub(u64::from(self.layer(of.layer).allocated))
     }
 
-    fn is_reserving(&self, layer: u16) -> bool {
+    pub(crate) fn is_reserving(&self, layer: u16) -> bool {
         let slot = &self.slots[usize::from(self.layer(layer).owner)];
         slot.is_live() && slot.is_thick() && slot.layer == layer
     }
@@ -201,15 +201,20 @@ impl Pool {
         let free = u64::from(self.extents.free());
         match (self.is_reserving(layer), bound) {
             (false, _) => free > self.reserved,
-            (true, false) => free > self.bound,
+            (true, false) => free > self.bound_free(),
             (true, true) => free > 0,
         }
+    }
+
+    /// Free extents that are kept for what can be nowhere but here.
+    fn bound_free(&self) -> u64 {
+        self.bound.saturating_sub(self.bound_taken)
     }
 
     /// Free extents that an extent of a slot that may be on any device may have.
     pub(crate) fn extents_for(&self, slot: u16) -> u64 {
         let of = &self.slots[usize::from(slot)];
-        let kept = if of.is_live() && of.is_thick() { self.bound } else { self.reserved };
+        let kept = if of.is_live() && of.is_thick() { self.bound_free() } else { self.reserved };
         u64::from(self.extents.free()).saturating_sub(kept)
     }
 

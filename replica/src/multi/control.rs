@@ -310,6 +310,8 @@ impl MultiPool {
             let error = ControlError::PoolFailed(reason);
             return self.finish(job.tag, IoStatus::MediaError, Some(error));
         }
+        // What the command before has changed counts.
+        self.pump_reserve();
         let checked = self.check_job(&mut job.kind).and_then(|()| self.keep_for(&job.kind));
         if let Err(error) = checked {
             match job.kind {
@@ -440,6 +442,10 @@ impl MultiPool {
             Kind::Members { then: Then::Drains(_), .. } if !self.takes_extents() => {
                 let why = "the other devices have failed meanwhile: it is the last that takes data";
                 return Err(ControlError::Device(why.to_owned()));
+            }
+            // The commands before may have taken the room.
+            Kind::Members { then: Then::Drains(at), .. } => {
+                self.check_removal(*at).map_err(ControlError::Device)?;
             }
             Kind::Grow { member, .. } if self.members.get(*member).is_none_or(Option::is_none) => {
                 return Err(ControlError::Device("the device has left the pool".to_owned()));

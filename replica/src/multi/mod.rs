@@ -134,6 +134,8 @@ pub struct MultiPool {
     limits: Option<(usize, usize)>,
     /// What is kept for thick replicas is to be counted anew.
     reserve_is_old: bool,
+    /// The room that there was when it was not enough for them.
+    reserve_lacks: Option<u64>,
     verify: bool,
     /// Where the next device operation is looked for.
     turn: usize,
@@ -178,6 +180,7 @@ impl MultiPool {
             gone: VecDeque::new(),
             limits: None,
             reserve_is_old: false,
+            reserve_lacks: None,
             verify: true,
             turn: 0,
         };

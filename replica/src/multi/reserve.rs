@@ -9,7 +9,7 @@
 //! wherever its snapshots' extents go.
 
 use super::MultiPool;
-use super::control::Kind;
+use super::control::{Kind, Then};
 use crate::ControlError;
 use crate::disk::{EXTENT, MemberState};
 use crate::pool::ReplicaSlot;
@@ -98,6 +98,16 @@ impl MultiPool {
                     }
                 }
             }
+            // What it gives up comes back on one device sooner than on another: it is kept for it, whatever room
+            // there is.
+            Kind::Revert(revert) => {
+                for at in (0..self.members.len()).filter(|&at| self.keeps(at)) {
+                    let here = self.member(at).pool.thick(revert.slot).map_or(0, |(_, here)| here);
+                    promise.bound[at] += here;
+                }
+                self.keep(&promise);
+                return Ok(());
+            }
             _ => return Ok(()),
         }
         if promise.sum() > before {
@@ -111,6 +121,29 @@ impl MultiPool {
             }
         }
         Ok(())
+    }
+
+    /// What commands under way will promise.
+    pub(super) fn promised_soon(&self) -> u64 {
+        let lead = |slot: u16| self.lead().and_then(|lead| lead.thick(slot));
+        let of = |kind: &Kind| match kind {
+            Kind::Create { spec, .. } if spec.thick => {
+                spec.block_size.bytes_of(spec.blocks).div_ceil(EXTENT)
+            }
+            Kind::Resize(slot, blocks) => lead(*slot).map_or(0, |(extents, _)| {
+                let grown = self.block_size(*slot).bytes_of(*blocks).div_ceil(EXTENT);
+                grown.saturating_sub(extents)
+            }),
+            Kind::Snapshot { slot, .. } => {
+                self.present().filter_map(|m| m.pool.thick(*slot)).map(|(_, here)| here).sum()
+            }
+            _ => 0,
+        };
+        let kinds = self.active.iter().map(|job| match &job.kind {
+            Kind::Members { then: Then::Start(kind), .. } => kind,
+            kind => kind,
+        });
+        kinds.map(of).sum()
     }
 
     /// What thick replicas may write only on this device.
@@ -176,6 +209,13 @@ impl MultiPool {
             self.reserve_is_old = false;
             self.share_reserve();
         }
+        // Where it is not all there yet, what comes back belongs to it.
+        if let Some(before) = self.reserve_lacks
+            && before != self.available()
+            && !begun
+        {
+            self.share_reserve();
+        }
     }
 
     /// Has each device keep free what is its part.
@@ -184,10 +224,14 @@ impl MultiPool {
             let promise = self.promised();
             self.keep(&promise);
         } else {
-            for member in self.members.iter_mut().flatten().filter(|m| m.role != MemberState::Joining)
-            {
-                member.pool.keep_alone();
+            for member in self.members.iter_mut().flatten() {
+                if member.is_serving() {
+                    member.pool.keep_alone();
+                } else {
+                    member.pool.keep_free(0, 0);
+                }
             }
+            self.reserve_lacks = None;
         }
     }
 
@@ -200,6 +244,7 @@ impl MultiPool {
             .map(|at| if self.members[at].is_some() { room(self, at) } else { 0 })
             .collect();
         let (mut left, mut all) = (promise.loose, rooms.iter().sum::<u64>());
+        self.reserve_lacks = (left > all).then(|| self.available());
         let last = (0..self.members.len()).rfind(|&at| self.keeps(at));
         for at in 0..self.members.len() {
             if self.members[at].is_none() {
