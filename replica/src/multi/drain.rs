@@ -90,6 +90,9 @@ pub(super) struct Copy {
     /// The one that is being copied, and its next block.
     current: usize,
     next: u32,
+    /// How many there will be, and how many more thick replicas may write where the family goes.
+    count: u64,
+    bound: u64,
     /// No change may begin.
     closed: bool,
     /// Changes that wait.
@@ -231,6 +234,8 @@ impl MultiPool {
             members: Vec::new(),
             current: 0,
             next: 0,
+            count: 0,
+            bound: 0,
             closed: false,
             parked: Vec::new(),
             buf: None,
@@ -329,8 +334,13 @@ impl MultiPool {
             }
             let Some((slot, logical)) = self.next_to_move(source) else { break };
             let Some(copy) = self.copy(source, slot, logical) else { continue };
+            let before = (self.copies.len(), self.member(source).drain.bad.len());
             self.copies.push(copy);
             self.step_copies(mem);
+            if before == (self.copies.len(), self.member(source).drain.bad.len()) {
+                // There is no room until others have arrived.
+                break;
+            }
         }
         let member = self.member(source);
         if !self.copies.is_empty() {
@@ -401,10 +411,14 @@ impl MultiPool {
             return self.give_up(at, mem);
         }
         let Some(target) = target else {
-            self.member_mut(source).drain.stalled = Some(self.room());
+            if self.copies.iter().all(Copy::is_queued) {
+                self.member_mut(source).drain.stalled = Some(self.room());
+            }
             return self.end_copy(at, mem);
         };
-        self.copies[at].target = target;
+        let copy = &mut self.copies[at];
+        copy.target = target;
+        (copy.count, copy.bound) = (count as u64, bound as u64);
         self.next_member(at, mem);
     }
 
@@ -419,8 +433,15 @@ impl MultiPool {
     /// thick replicas will have there, of what is kept for them.
     fn target_for(&self, source: usize, count: u64, bound: u64) -> Option<usize> {
         self.choose(None, 1 << source).filter(|&at| {
-            let (free, kept) = (self.member(at).pool.extents_unreserved(), self.member(at).pool.loose());
-            free >= count && free + kept >= count + bound
+            let pool = &self.member(at).pool;
+            // What others on their way there will take is not there any more.
+            let others = self.copies.iter().filter(|c| !c.is_queued() && c.target == at);
+            let to_come = |c: &Copy| c.count - c.count.min(c.current as u64);
+            let (coming, binding) =
+                others.fold((0, 0), |(n, b), c| (n + to_come(c), b + c.bound));
+            let (count, bound) = (count + coming, bound + binding);
+            let free = pool.extents_unreserved();
+            free >= count && free + pool.loose() >= count + bound
         })
     }
 
