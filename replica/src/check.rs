@@ -58,7 +58,10 @@ impl Pool {
         }
         let reserved = self.wanted_reserve();
         assert!(self.shared || reserved == self.reserved, "the pool counts what is reserved");
-        assert!(self.bound <= self.reserved, "what is reserved here for good is part of the reserve");
+        assert!(
+            self.bound <= self.reserved,
+            "what is reserved here for good is part of the reserve"
+        );
         assert_eq!(mapped, self.extents.allocated, "the pool counts its extents");
         let (mut taken, mut returning, mut quarantined) = (0, 0, 0);
         for (i, e) in self.extents.iter() {

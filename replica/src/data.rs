@@ -369,7 +369,13 @@ impl Pool {
     }
 
     /// Writes or zeroes blocks of an extent of the replica's own layer.
-    pub(crate) fn mutate<M: Memory>(&mut self, part: Part, extent: u32, layer: u16, mem: &mut M) -> u32 {
+    pub(crate) fn mutate<M: Memory>(
+        &mut self,
+        part: Part,
+        extent: u32,
+        layer: u16,
+        mem: &mut M,
+    ) -> u32 {
         let sum = match self.prepare(extent, true) {
             Ready::Now(sum) => sum,
             Ready::Wait(sum) => {

@@ -113,7 +113,6 @@ impl Pool {
         self.slots.get(usize::from(slot)).filter(|s| s.is_snapshot()).map(|s| s.page.blocks)
     }
 
-
     /// Extents that have to leave before the device can.
     pub(crate) fn extents_left(&self) -> u64 {
         u64::from(self.extents.allocated) + self.allocs.len() as u64

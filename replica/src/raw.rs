@@ -31,10 +31,21 @@ pub(crate) struct Owned {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Raw {
     /// Blocks are read; what the extent does not have itself is zeros. [`Pool::take_owned`] tells what it has.
-    Read { first: u32, blocks: u32, buf: BufSlice },
-    Write { first: u32, blocks: u32, buf: BufSlice },
+    Read {
+        first: u32,
+        blocks: u32,
+        buf: BufSlice,
+    },
+    Write {
+        first: u32,
+        blocks: u32,
+        buf: BufSlice,
+    },
     /// Blocks read as zeros, whatever is beneath.
-    Zero { first: u32, blocks: u32 },
+    Zero {
+        first: u32,
+        blocks: u32,
+    },
     /// All that was written to the device is made durable.
     Flush,
 }
@@ -120,13 +131,7 @@ impl Pool {
 
     /// Allocates an extent that reads as zeros for what a layer has nothing of: an unfinished copy, which the
     /// next open frees unless it has arrived.
-    pub(crate) fn import_own<M: Memory>(
-        &mut self,
-        tag: u64,
-        slot: u16,
-        logical: u32,
-        mem: &mut M,
-    ) {
+    pub(crate) fn import_own<M: Memory>(&mut self, tag: u64, slot: u16, logical: u32, mem: &mut M) {
         if let PoolState::Failed(reason) = self.state {
             return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
         }
@@ -152,13 +157,7 @@ impl Pool {
     }
 
     /// Copies are whole and durable: they are their layers' from now on, all of them.
-    pub(crate) fn arrive<M: Memory>(
-        &mut self,
-        tag: u64,
-        slots: &[u16],
-        logical: u32,
-        mem: &mut M,
-    ) {
+    pub(crate) fn arrive<M: Memory>(&mut self, tag: u64, slots: &[u16], logical: u32, mem: &mut M) {
         if let PoolState::Failed(reason) = self.state {
             return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
         }
@@ -280,13 +279,7 @@ impl Pool {
     }
 
     /// Allocates an extent of zeros for a logical extent that is mapped nowhere.
-    pub(crate) fn import<M: Memory>(
-        &mut self,
-        tag: u64,
-        slot: u16,
-        logical: u32,
-        mem: &mut M,
-    ) {
+    pub(crate) fn import<M: Memory>(&mut self, tag: u64, slot: u16, logical: u32, mem: &mut M) {
         if let PoolState::Failed(reason) = self.state {
             return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
         }

@@ -269,9 +269,9 @@ impl MultiPool {
     fn is_draining(&self, at: usize) -> bool {
         // What was passed straight through is not known by extent.
         self.direct_io == 0
-            && self.members[at].as_ref().is_some_and(|m| {
-                m.role == MemberState::Draining && m.is_serving() && m.drain.begun
-            })
+            && self.members[at]
+                .as_ref()
+                .is_some_and(|m| m.role == MemberState::Draining && m.is_serving() && m.drain.begun)
     }
 
     /// Whether no copy is to begin.
@@ -367,7 +367,9 @@ impl MultiPool {
                     self.add_written(at, mem);
                 }
                 Stage::Memory => self.read_chunk(at, mem),
-                Stage::Readers if self.parts_of(at, Part::is_read) == 0 => self.free_source(at, mem),
+                Stage::Readers if self.parts_of(at, Part::is_read) == 0 => {
+                    self.free_source(at, mem)
+                }
                 _ => {}
             }
         }
@@ -437,8 +439,7 @@ impl MultiPool {
             // What others on their way there will take is not there any more.
             let others = self.copies.iter().filter(|c| !c.is_queued() && c.target == at);
             let to_come = |c: &Copy| c.count - c.count.min(c.current as u64);
-            let (coming, binding) =
-                others.fold((0, 0), |(n, b), c| (n + to_come(c), b + c.bound));
+            let (coming, binding) = others.fold((0, 0), |(n, b), c| (n + to_come(c), b + c.bound));
             let (count, bound) = (count + coming, bound + binding);
             let free = pool.extents_unreserved();
             free >= count && free + pool.loose() >= count + bound
@@ -451,8 +452,8 @@ impl MultiPool {
         let copy = &self.copies[at];
         let (source, target) = (&self.member(copy.source).pool, &self.member(target).pool);
         copy.family.readers.iter().all(|&slot| {
-            let beneath = slot == copy.family.root
-                || source.parent_slot(slot) == target.parent_slot(slot);
+            let beneath =
+                slot == copy.family.root || source.parent_slot(slot) == target.parent_slot(slot);
             let there = target.is_there(slot) && target.is_frozen(slot) == source.is_frozen(slot);
             there && beneath && !target.maps(crate::ReplicaSlot(slot), copy.logical)
         })

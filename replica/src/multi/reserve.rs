@@ -39,7 +39,9 @@ impl MultiPool {
     pub(super) fn promised(&self) -> Promise {
         let mut promise = Promise { bound: vec![0; self.members.len()], loose: 0 };
         for slot in 0..self.slots {
-            let Some((extents, _)) = self.lead().and_then(|lead| lead.thick(slot)) else { continue };
+            let Some((extents, _)) = self.lead().and_then(|lead| lead.thick(slot)) else {
+                continue;
+            };
             let here = self.present().filter_map(|m| m.pool.thick(slot)).map(|(_, here)| here);
             let here = here.sum::<u64>().saturating_sub(self.copied_of(slot));
             let mut left = extents.saturating_sub(here);
@@ -92,7 +94,8 @@ impl MultiPool {
                         continue;
                     }
                     promise.loose += here;
-                    let (needed, free) = (self.bound_on(at) + here, self.member(at).pool.extents_available());
+                    let (needed, free) =
+                        (self.bound_on(at) + here, self.member(at).pool.extents_available());
                     if needed > free {
                         return Err(ControlError::NoRoom { needed, free });
                     }
@@ -155,7 +158,9 @@ impl MultiPool {
     fn keep_on_draining(&mut self, slot: u16) {
         for at in 0..self.members.len() {
             let there = self.members[at].as_ref().filter(|m| m.is_serving());
-            if let (Some((_, here)), false) = (there.and_then(|m| m.pool.thick(slot)), self.keeps(at)) {
+            if let (Some((_, here)), false) =
+                (there.and_then(|m| m.pool.thick(slot)), self.keeps(at))
+            {
                 let bound = self.bound_on(at) + here;
                 self.member_mut(at).pool.keep_free(bound, 0);
             }
@@ -246,7 +251,7 @@ impl MultiPool {
         let (mut left, mut all) = (promise.loose, rooms.iter().sum::<u64>());
         self.reserve_lacks = (left > all).then(|| self.available());
         let last = (0..self.members.len()).rfind(|&at| self.keeps(at));
-        for at in 0..self.members.len() {
+        for (at, room) in rooms.into_iter().enumerate() {
             if self.members[at].is_none() {
                 continue;
             }
@@ -254,10 +259,10 @@ impl MultiPool {
             let share = match (self.keeps(at), Some(at) == last) {
                 (false, _) => 0,
                 (true, true) => left,
-                (true, false) => portion(left, rooms[at], all),
+                (true, false) => portion(left, room, all),
             };
             left -= share;
-            all -= rooms[at];
+            all -= room;
             let bound = if self.keeps(at) { promise.bound[at] } else { self.bound_on(at) };
             self.member_mut(at).pool.keep_free(bound, share);
         }

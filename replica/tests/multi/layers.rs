@@ -169,7 +169,10 @@ fn together(set: &Set, slots: &[ReplicaSlot], extents: u32) {
         let pool = Pool::open(&mut disk.now.clone()).unwrap();
         for logical in 0..extents {
             let first = pool.maps(slots[0], logical);
-            assert!(slots.iter().all(|&slot| pool.maps(slot, logical) == first), "extent {logical}");
+            assert!(
+                slots.iter().all(|&slot| pool.maps(slot, logical) == first),
+                "extent {logical}"
+            );
         }
     }
 }

@@ -896,7 +896,11 @@ impl World {
         let kept: u64 = thick.map(|r| r.blocks.div_ceil(EXTENT_BLOCKS) - r.allocated_extents).sum();
         if !self.died {
             // What could not be moved yet is kept twice.
-            assert!(usage.extents_reserved == kept || draining, "{} for {kept}", usage.extents_reserved);
+            assert!(
+                usage.extents_reserved == kept || draining,
+                "{} for {kept}",
+                usage.extents_reserved
+            );
             assert!(usage.extents_reserved >= kept, "{} for {kept}", usage.extents_reserved);
         }
     }
