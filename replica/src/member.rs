@@ -98,6 +98,15 @@ impl Pool {
         self.reserved - self.bound
     }
 
+    /// One extent of what is kept here, and could be on another device, is kept here or there from now on.
+    pub(crate) fn move_loose(&mut self, here: bool) {
+        if here {
+            self.reserved += 1;
+        } else {
+            self.reserved -= 1;
+        }
+    }
+
     /// Free extents, and those that are about to be.
     pub(crate) fn extents_available(&self) -> u64 {
         u64::from(self.extents.free()) + u64::from(self.extents.returning)

@@ -8,7 +8,7 @@
 //! What is bound to a device that is being removed is kept there, and on the others as well: for it is to be
 //! wherever its snapshots' extents go.
 
-use super::MultiPool;
+use super::{Member, MultiPool};
 use super::control::{Kind, Then};
 use crate::ControlError;
 use crate::disk::{EXTENT, MemberState};
@@ -214,12 +214,31 @@ impl MultiPool {
             self.reserve_is_old = false;
             self.share_reserve();
         }
+        self.take_from_draining();
         // Where it is not all there yet, what comes back belongs to it.
         if let Some(before) = self.reserve_lacks
             && before != self.available()
             && !begun
         {
             self.share_reserve();
+        }
+    }
+
+    /// What thick replicas give back on a device that is being removed they may write again, on another.
+    fn take_from_draining(&mut self) {
+        for at in 0..self.members.len() {
+            let draining = |m: &&Member| m.role == MemberState::Draining && m.is_serving();
+            let loose = self.members[at].as_ref().filter(draining).map_or(0, |m| m.pool.loose());
+            for _ in 0..loose {
+                let room = |&to: &usize| {
+                    let pool = &self.member(to).pool;
+                    (pool.extents_unreserved(), pool.extents_available())
+                };
+                let to = (0..self.members.len()).filter(|&to| self.keeps(to)).max_by_key(room);
+                let Some(to) = to else { return };
+                self.member_mut(at).pool.move_loose(false);
+                self.member_mut(to).pool.move_loose(true);
+            }
         }
     }
 
