@@ -678,6 +678,14 @@ impl MultiPool {
                         member.drain = super::Drain::default();
                     }
                 }
+                // A device that failed tells what it held, but not of what was made when it failed.
+                for slot in 0..self.slots {
+                    let knows = |m: &Member| m.is_online() || m.pool.is_used(slot);
+                    let known = !self.is_used(slot) || self.present().all(knows);
+                    if !known && self.membership.is_lost(slot) {
+                        self.lost.set_lost(slot, true);
+                    }
+                }
                 if !self.is_excluding() {
                     self.done.extend(self.held.drain(..));
                 }

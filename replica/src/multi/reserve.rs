@@ -8,8 +8,8 @@
 //! What is bound to a device that is being removed is kept there, and on the others as well: for it is to be
 //! wherever its snapshots' extents go.
 
-use super::{Member, MultiPool};
 use super::control::{Kind, Then};
+use super::{Member, MultiPool};
 use crate::ControlError;
 use crate::disk::{EXTENT, MemberState};
 use crate::pool::ReplicaSlot;

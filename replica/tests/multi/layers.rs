@@ -430,6 +430,44 @@ fn a_device_leaves_only_where_the_others_have_room_for_what_is_kept() {
     holds(&mut set, first, 4, 1);
 }
 
+/// A clone or a snapshot that is made when a device fails is not on it: what it had there is an error.
+#[test]
+fn what_is_made_while_a_device_dies_reads_as_errors_there() {
+    let mut lost = 0;
+    for seed in 0..60 {
+        let mut set = Set::formatted(&[DISK, DISK], seed);
+        let slot = set.create(1, 6);
+        fill(&mut set, slot, 6, 1);
+        taken(&mut set, slot, 1, 100);
+        assert_eq!(set.flush(slot), IoStatus::Ok);
+        let dead = set.number(2);
+        set.disks[dead].as_mut().unwrap().fail_flush = true;
+        let (copy, snapshot) = (set.tag(), set.tag());
+        let mut clone = spec(2, 6 * EXTENT_BLOCKS);
+        clone.source = Some((ReplicaId(1), SnapshotId(100)));
+        set.pool.create_replica(copy, clone, &mut set.mem);
+        if seed % 2 == 0 {
+            let spec = SnapshotSpec { id: SnapshotId(101), name: String::new(), created: 1 };
+            set.pool.create_snapshot(snapshot, slot, spec, &mut set.mem);
+        }
+        set.settle();
+        assert_eq!(set.state(2), Some(MemberState::Failed));
+        let copy = set.pool.find(ReplicaId(2));
+        let new = set.pool.find_snapshot(ReplicaId(1), SnapshotId(101));
+        for of in copy.into_iter().chain(new) {
+            for extent in 0..6 {
+                // A part of what is lost cannot be written either.
+                set.write(of, extent * EXTENT_BLOCKS + 9, 1, 7);
+                match set.read(of, extent * EXTENT_BLOCKS) {
+                    Ok(byte) => assert_eq!(byte, 1, "seed {seed}, extent {extent}"),
+                    Err(_) => lost += 1,
+                }
+            }
+        }
+    }
+    assert!(lost > 0);
+}
+
 /// What a replica goes back to may be on another device than what it gives up, and a crash leaves both.
 #[test]
 fn a_way_back_that_is_cut_off_is_no_extent_on_two_devices() {
