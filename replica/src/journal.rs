@@ -219,3 +219,45 @@ impl Pool {
         self.journal.batch = batch;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cairn_block::{HeapMemory, PoolId};
+
+    use super::*;
+    use crate::extents::ExtentState;
+    use crate::{FormatOptions, SparseDevice};
+
+    /// What goes together goes into one block, whatever is before it.
+    #[test]
+    fn records_that_go_together_are_in_one_block() {
+        for before in [0, 1, RECORDS_PER_BLOCK - 10, RECORDS_PER_BLOCK - 9, RECORDS_PER_BLOCK] {
+            let mut dev = SparseDevice::new(16 << 20);
+            let pool_id = PoolId(7);
+            let options =
+                FormatOptions { pool_id, device_is_zeroed: true, sector_size: 512, force: false };
+            Pool::format(&mut dev, &options).expect("an empty device");
+            let mut pool = Pool::open(&mut dev).expect("a pool");
+            let mut mem = HeapMemory::new(1 << 20);
+            for extent in [3, 4] {
+                pool.extents.get_mut(extent).state = ExtentState::Allocated;
+            }
+            (0..before).for_each(|_| pool.journal.push(Owner::Open(3)));
+            pool.journal.push_together(10);
+            (0..10).for_each(|_| pool.journal.push(Owner::Open(4)));
+            pool.journal.push(Owner::Open(3));
+            let (mut blocks, mut together) = (0, Vec::new());
+            while !pool.journal.pending.is_empty() {
+                pool.journal.busy = false;
+                pool.journal.batch.clear();
+                pool.pump_journal(&mut mem);
+                blocks += 1;
+                let of = pool.journal.records.iter().filter(|record| record.extent == 4);
+                together.push(of.count());
+            }
+            together.retain(|&count| count > 0);
+            assert_eq!(together, [10], "after {before} others");
+            assert!(blocks <= 3, "{blocks} blocks");
+        }
+    }
+}
