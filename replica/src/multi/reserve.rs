@@ -9,6 +9,7 @@
 //! wherever its snapshots' extents go.
 
 use super::control::{Kind, Then};
+use super::snapshot::Revert;
 use super::{Member, MultiPool};
 use crate::ControlError;
 use crate::disk::{EXTENT, MemberState};
@@ -101,16 +102,7 @@ impl MultiPool {
                     }
                 }
             }
-            // What it gives up comes back on one device sooner than on another: it is kept for it, whatever room
-            // there is.
-            Kind::Revert(revert) => {
-                for at in (0..self.members.len()).filter(|&at| self.keeps(at)) {
-                    let here = self.member(at).pool.thick(revert.slot).map_or(0, |(_, here)| here);
-                    promise.bound[at] += here;
-                }
-                self.keep(&promise);
-                return Ok(());
-            }
+            Kind::Revert(revert) => return self.keep_for_revert(revert, promise),
             _ => return Ok(()),
         }
         if promise.sum() > before {
@@ -123,6 +115,35 @@ impl MultiPool {
                 self.keep_on_draining(*slot);
             }
         }
+        Ok(())
+    }
+
+    /// What a thick replica goes back to may be on a device without room for it to be written over. What it
+    /// gives up comes back on one device sooner than on another: it is kept for it, whatever room there is.
+    fn keep_for_revert(
+        &mut self,
+        revert: &Revert,
+        mut promise: Promise,
+    ) -> Result<(), ControlError> {
+        let replica = self.lead().map(|lead| lead.page(revert.slot).replica);
+        let to = replica.and_then(|replica| self.find_snapshot(replica, revert.to));
+        for at in 0..self.members.len() {
+            let Some(member) = self.members[at].as_ref().filter(|m| m.is_serving()) else {
+                continue;
+            };
+            let Some((_, here)) = member.pool.thick(revert.slot) else { continue };
+            let bound = if self.keeps(at) { promise.bound[at] } else { self.bound_on(at) };
+            let after = to.map_or(0, |to| member.pool.bound_on_top_of(to.0));
+            let needed = bound - member.pool.bound_by(revert.slot).min(bound) + after;
+            let free = member.pool.extents_available() + here;
+            if needed > free && !revert.resumed {
+                return Err(ControlError::NoRoom { needed, free });
+            }
+            if self.keeps(at) {
+                promise.bound[at] = needed.max(bound) + here;
+            }
+        }
+        self.keep(&promise);
         Ok(())
     }
 
