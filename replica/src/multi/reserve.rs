@@ -69,10 +69,21 @@ impl MultiPool {
                 let mut left = spec.block_size.bytes_of(spec.blocks).div_ceil(EXTENT);
                 let source = spec.source.and_then(|(of, id)| self.find_snapshot(of, id));
                 if let Some(ReplicaSlot(source)) = source {
-                    for at in (0..self.members.len()).filter(|&at| self.keeps(at)) {
-                        let bound = self.member(at).pool.bound_on_top_of(source).min(left);
-                        promise.bound[at] += bound;
-                        left -= bound;
+                    for at in 0..self.members.len() {
+                        let there = self.members[at].as_ref().filter(|m| m.is_serving());
+                        let Some(there) = there else { continue };
+                        let bound = there.pool.bound_on_top_of(source).min(left);
+                        if self.keeps(at) {
+                            promise.bound[at] += bound;
+                            left -= bound;
+                            continue;
+                        }
+                        // Until the snapshot has left it.
+                        let (needed, free) =
+                            (self.bound_on(at) + bound, there.pool.extents_available());
+                        if needed > free {
+                            return Err(ControlError::NoRoom { needed, free });
+                        }
                     }
                 }
                 promise.loose += left;
@@ -210,7 +221,8 @@ impl MultiPool {
     /// Asserts that what is kept is at least what is promised.
     pub(super) fn check_reserve(&self) {
         let busy = self.reserve_is_old || !self.copies.is_empty() || self.wants_quiet();
-        if busy || !self.is_shared() {
+        // Where devices failed there may be no room for what they took.
+        if busy || !self.is_shared() || self.has_failed() {
             return;
         }
         let kept = (0..self.members.len()).filter(|&at| self.keeps(at));
