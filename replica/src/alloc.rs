@@ -23,8 +23,17 @@ pub(crate) struct Alloc {
     /// The parts that wait for it.
     pub(crate) first: u32,
     pub(crate) last: u32,
+    /// It has a free extent that is kept for what can be nowhere but here.
+    pub(crate) bound: bool,
     /// It was asked for by itself, not by a write.
     pub(crate) import: Option<Import>,
+}
+
+impl Alloc {
+    /// Whether it is for a copy of what another device holds, and has its reserve there.
+    fn is_copy(&self) -> bool {
+        self.import.is_some_and(|import| import.incoming)
+    }
 }
 
 impl Pool {
@@ -35,7 +44,16 @@ impl Pool {
     }
 
     fn new_alloc(&mut self, layer: u16, logical: u32, extent: u32, from: Option<u16>) -> u32 {
-        let alloc = Alloc { layer, logical, extent, from, first: NIL, last: NIL, import: None };
+        let alloc = Alloc {
+            layer,
+            logical,
+            extent,
+            from,
+            first: NIL,
+            last: NIL,
+            bound: false,
+            import: None,
+        };
         let id = self.allocs.insert(alloc);
         self.map_pending(layer, logical, id);
         self.layer_mut(layer).allocs += 1;
@@ -55,7 +73,14 @@ impl Pool {
     /// Hands free extents to the allocations that wait for one.
     pub(crate) fn pump_allocs<M: Memory>(&mut self, mem: &mut M) {
         while let Some(&id) = self.need_extent.front() {
-            let may = self.may_allocate(self.allocs.get(id).layer);
+            let alloc = self.allocs.get(id);
+            let bound = self.covered(alloc.layer, alloc.logical);
+            let may = if alloc.is_copy() {
+                u64::from(self.extents.free()) > self.reserved
+            } else {
+                self.may_allocate(alloc.layer, bound)
+            };
+            let bound = bound && !alloc.is_copy() && self.is_reserving(alloc.layer);
             let taken = if may { self.extents.take_free() } else { None };
             let Some((extent, zeroed)) = taken else {
                 if self.extents_are_returning() {
@@ -66,7 +91,10 @@ impl Pool {
                 continue;
             };
             self.need_extent.pop_front();
-            self.allocs.get_mut(id).extent = extent;
+            let alloc = self.allocs.get_mut(id);
+            alloc.extent = extent;
+            alloc.bound = bound;
+            self.bound_taken += u64::from(bound);
             if zeroed || on(Mutant::StaleExtent) {
                 self.log_alloc(id);
             } else {
@@ -120,6 +148,7 @@ impl Pool {
 
     fn abandon_alloc<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
         let alloc = self.allocs.remove(id);
+        self.bound_taken -= u64::from(alloc.bound);
         let layer = self.layer_mut(alloc.layer);
         layer.map_to(alloc.logical, HOLE);
         layer.allocs -= 1;
@@ -168,7 +197,10 @@ impl Pool {
         layer.map_to(alloc.logical, alloc.extent);
         layer.allocs -= 1;
         layer.allocated += 1;
-        self.use_reserve(alloc.layer);
+        if !alloc.is_copy() {
+            self.bound_taken -= u64::from(alloc.bound);
+            self.use_reserve(alloc.layer, alloc.bound || alloc.from.is_some());
+        }
         if let Some(import) = alloc.import {
             if import.incoming {
                 self.extents.incoming.push(alloc.extent);

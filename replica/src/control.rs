@@ -99,6 +99,7 @@ impl Pool {
             self.layer_mut(parent).children += 1;
         }
         self.push_job(Some(tag), slot, Change::Create, page);
+        self.count_reserve();
         self.pump(mem);
     }
 
@@ -125,7 +126,7 @@ impl Pool {
             return Err(ControlError::Exists(spec.id));
         }
         let needed = spec.block_size.bytes_of(spec.blocks).div_ceil(EXTENT);
-        if spec.thick && needed > self.unreserved() {
+        if spec.thick && !self.shared && needed > self.unreserved() {
             return Err(ControlError::NoRoom { needed, free: self.unreserved() });
         }
         let parent = match spec.source {
@@ -216,22 +217,27 @@ impl Pool {
         self.pump(mem);
     }
 
-    /// Gives a free slot the page of a replica or a snapshot of which this device holds nothing. What
-    /// is beneath an empty layer does not matter, for that is empty too.
+    /// Gives a free slot the page of a replica or a snapshot of which this device holds nothing, on top of
+    /// the layer of another slot.
     pub(crate) fn adopt_page<M: Memory>(
         &mut self,
         tag: u64,
         slot: u16,
         page: &CatalogPage,
+        parent: Option<u16>,
         mem: &mut M,
     ) {
         if let Err(error) = self.free_slot_for_create(Some(slot)) {
             return self.refuse_command(tag, error);
         }
         self.slots[usize::from(slot)].creating = true;
+        let parent = parent.map(|parent| self.layer_of(parent));
+        if let Some(parent) = parent {
+            self.layer_mut(parent).children += 1;
+        }
         let page = CatalogPage {
             layer: self.layer_of(slot),
-            parent: None,
+            parent,
             promised_epoch: Epoch(0),
             accepted_epoch: Epoch(0),
             register_seq: 0,
@@ -267,6 +273,7 @@ impl Pool {
             return self.refuse_command(tag, error);
         }
         self.push_job(Some(tag), slot.0, Change::Resize(blocks), CatalogPage::default());
+        self.count_reserve();
         self.pump(mem);
     }
 
@@ -299,10 +306,29 @@ impl Pool {
         let slot = &self.slots[usize::from(slot)];
         let grown = slot.page.block_size.bytes_of(blocks).div_ceil(EXTENT);
         let needed = grown.saturating_sub(slot.extents());
-        if slot.is_thick() && needed > self.unreserved() {
+        if slot.is_thick() && !self.shared && needed > self.unreserved() {
             return Err(ControlError::NoRoom { needed, free: self.unreserved() });
         }
         Ok(())
+    }
+
+    /// What thick replicas are to have that are being made, or grow: others must not take it meanwhile.
+    pub(crate) fn reserve_to_come(&self) -> u64 {
+        let extents = |page: &CatalogPage| page.bytes().div_ceil(EXTENT);
+        let of = |job: &Job| {
+            let slot = &self.slots[usize::from(job.slot)];
+            match job.change {
+                Change::Create if slot.creating && job.page.flags & FLAG_THICK != 0 => {
+                    extents(&job.page)
+                }
+                Change::Resize(blocks) if slot.is_live() && slot.is_thick() => {
+                    let grown = slot.page.block_size.bytes_of(blocks).div_ceil(EXTENT);
+                    grown.saturating_sub(slot.extents())
+                }
+                _ => 0,
+            }
+        };
+        self.jobs.iter().map(of).sum()
     }
 
     pub(crate) fn check_live(&self, slot: ReplicaSlot) -> Result<(), ControlError> {
@@ -405,6 +431,12 @@ impl Pool {
             Change::Create => {
                 slot.creating = false;
                 let (layer, parent) = (slot.layer, slot.page.parent);
+                if slot.page.state == CatalogState::Deleting {
+                    // A device that joins gets what others wait to delete, too.
+                    slot.deleting = true;
+                    slot.deletion = Deletion::Extents(0);
+                    self.deleting += 1;
+                }
                 self.layer_mut(layer).parent = parent;
                 self.count_reserve();
             }

@@ -19,11 +19,21 @@ use crate::sums::{Begun, PersistFor, Ready, Verdict};
 /// Parts of one request in flight: a discard of everything must not take all the memory.
 const MAX_PARTS: u32 = 64;
 
+/// What a request is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RequestKind {
+    /// A replica, or a snapshot, through all of its layers.
+    Layered,
+    /// One layer's own extent.
+    Raw,
+}
+
 #[derive(Debug)]
 pub(crate) struct Request {
     tag: u64,
     slot: u16,
     op: IoOp,
+    kind: RequestKind,
     /// The first block that is not yet a part of it, and the block after its last.
     next: u64,
     end: u64,
@@ -49,7 +59,7 @@ impl Request {
 
 /// What a part does to its extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Action {
+pub(crate) enum Action {
     Read,
     Verify,
     Write {
@@ -66,13 +76,13 @@ enum Action {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Part {
     pub(crate) request: u32,
-    slot: u16,
-    logical: u32,
+    pub(crate) slot: u16,
+    pub(crate) logical: u32,
     /// Blocks from the extent's start.
     first: u32,
     blocks: u32,
     buf: BufSlice,
-    action: Action,
+    pub(crate) action: Action,
     /// How often it met a write of its blocks, where it reads.
     tries: u8,
     /// The next one that waits for the same allocation, or for the same checksums.
@@ -110,44 +120,25 @@ impl Pool {
         }
         self.slots[usize::from(slot.0)].in_flight += 1;
         let blocks = request.range.start().0..request.range.end().0;
-        self.begin(tag, slot.0, request.op, blocks, request.buf, mem);
+        self.begin(tag, slot.0, request.op, blocks, request.buf, RequestKind::Layered, mem);
     }
 
-    /// Gives up a logical extent, all of it. Nothing else may change it meanwhile.
-    pub(crate) fn free_extent<M: Memory>(
-        &mut self,
-        tag: u64,
-        slot: ReplicaSlot,
-        logical: u32,
-        mem: &mut M,
-    ) {
-        let request =
-            IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
-        if let Err(status) = self.admit(slot, &request) {
-            self.done.push_back(Done { tag, status, error: None });
-            return;
-        }
-        let of = &mut self.slots[usize::from(slot.0)];
-        of.in_flight += 1;
-        let start = u64::from(logical) * EXTENT_BLOCKS;
-        let end = (start + EXTENT_BLOCKS).min(of.page.bytes().div_ceil(BLOCK));
-        self.begin(tag, slot.0, IoOp::Discard, start..end, BufSlice::EMPTY, mem);
-        self.pump(mem);
-    }
-
-    fn begin<M: Memory>(
+    #[expect(clippy::too_many_arguments, reason = "a request has so many parts")]
+    pub(crate) fn begin<M: Memory>(
         &mut self,
         tag: u64,
         slot: u16,
         op: IoOp,
         blocks: Range<u64>,
         buf: BufSlice,
+        kind: RequestKind,
         mem: &mut M,
     ) {
         let request = self.requests.insert(Request {
             tag,
             slot,
             op,
+            kind,
             next: blocks.start,
             end: blocks.end,
             buf,
@@ -242,6 +233,11 @@ impl Pool {
 
     /// Starts a part. Returns how many pieces of it are now in flight or wait; at none it is done.
     fn run_part<M: Memory>(&mut self, part: Part, mem: &mut M) -> Result<u32, IoStatus> {
+        let request = self.requests.get(part.request);
+        if request.kind == RequestKind::Raw {
+            let tag = request.tag;
+            return self.run_raw(part, tag, mem);
+        }
         let slot = &self.slots[usize::from(part.slot)];
         let live = slot.is_live();
         let reads = matches!(part.action, Action::Read | Action::Verify);
@@ -288,7 +284,7 @@ impl Pool {
     }
 
     /// Reads from the one extent that there is.
-    fn read_extent<M: Memory>(&mut self, part: Part, extent: u32, mem: &mut M) -> u32 {
+    pub(crate) fn read_extent<M: Memory>(&mut self, part: Part, extent: u32, mem: &mut M) -> u32 {
         let sum = match self.prepare(extent, false) {
             Ready::Now(sum) => sum,
             Ready::Wait(sum) => {
@@ -373,7 +369,13 @@ impl Pool {
     }
 
     /// Writes or zeroes blocks of an extent of the replica's own layer.
-    fn mutate<M: Memory>(&mut self, part: Part, extent: u32, layer: u16, mem: &mut M) -> u32 {
+    pub(crate) fn mutate<M: Memory>(
+        &mut self,
+        part: Part,
+        extent: u32,
+        layer: u16,
+        mem: &mut M,
+    ) -> u32 {
         let sum = match self.prepare(extent, true) {
             Ready::Now(sum) => sum,
             Ready::Wait(sum) => {
@@ -528,7 +530,7 @@ impl Pool {
         self.journal.push(Owner::Free { extent, request });
     }
 
-    fn wait_for_alloc(&mut self, alloc: u32, mut part: Part) {
+    pub(crate) fn wait_for_alloc(&mut self, alloc: u32, mut part: Part) {
         part.next = NIL;
         let id = self.parts.insert(part);
         let alloc = self.allocs.get_mut(alloc);

@@ -26,7 +26,9 @@ pub(crate) enum Owner {
     /// The mark is taken back: this copy of the checksum page is current.
     Unmark { extent: u32, copy: bool },
     /// A copy is finished: its extent belongs to its replica.
-    Arrived { extent: u32, tag: u64 },
+    Arrived { extent: u32, tag: Option<u64> },
+    /// Not a record: so many records that follow are in one block.
+    Together(usize),
     /// Not a record: this request waits for those before it.
     Request(u32),
 }
@@ -62,6 +64,12 @@ impl Journal {
             self.frees += 1;
         }
         self.pending.push_back(owner);
+    }
+
+    /// The next records, so many, go into one block: a crash leaves all of them or none.
+    pub(crate) fn push_together(&mut self, records: usize) {
+        assert!(records <= RECORDS_PER_BLOCK, "a block has so many records at most");
+        self.pending.push_back(Owner::Together(records));
     }
 
     pub(crate) fn push_waiter(&mut self, request: u32) {
@@ -114,6 +122,13 @@ impl Pool {
         self.journal.records.clear();
         while self.journal.records.len() < RECORDS_PER_BLOCK {
             let Some(owner) = self.journal.pending.pop_front() else { break };
+            if let Owner::Together(records) = owner {
+                if self.journal.records.len() + records > RECORDS_PER_BLOCK {
+                    self.journal.pending.push_front(owner);
+                    break;
+                }
+                continue;
+            }
             self.journal.batch.push(owner);
             if matches!(owner, Owner::Mark(_)) && on(Mutant::NoDirtyMark) {
                 continue;
@@ -172,7 +187,7 @@ impl Pool {
             Owner::Arrived { extent, .. } => {
                 (extent, Entry { incoming: false, ..earlier(extent)? })
             }
-            Owner::Request(_) => return None,
+            Owner::Request(_) | Owner::Together(_) => return None,
         };
         Some(Record { extent, entry })
     }
@@ -188,6 +203,7 @@ impl Pool {
                 Owner::Free { extent, request } => {
                     self.journal.frees -= 1;
                     self.free_durable(extent);
+                    self.released(extent);
                     if request != NIL {
                         self.part_done(request, IoStatus::Ok, mem);
                     }
@@ -200,8 +216,51 @@ impl Pool {
                 Owner::Unmark { extent, copy } => self.unmark_durable(extent, copy, mem),
                 Owner::Arrived { extent, tag } => self.arrived(extent, tag),
                 Owner::Request(request) => self.flusher.next.push(Waiter::Request(request)),
+                Owner::Together(_) => {}
             }
         }
         self.journal.batch = batch;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cairn_block::{HeapMemory, PoolId};
+
+    use super::*;
+    use crate::extents::ExtentState;
+    use crate::{FormatOptions, SparseDevice};
+
+    /// What goes together goes into one block, whatever is before it.
+    #[test]
+    fn records_that_go_together_are_in_one_block() {
+        for before in [0, 1, RECORDS_PER_BLOCK - 10, RECORDS_PER_BLOCK - 9, RECORDS_PER_BLOCK] {
+            let mut dev = SparseDevice::new(16 << 20);
+            let pool_id = PoolId(7);
+            let options =
+                FormatOptions { pool_id, device_is_zeroed: true, sector_size: 512, force: false };
+            Pool::format(&mut dev, &options).expect("an empty device");
+            let mut pool = Pool::open(&mut dev).expect("a pool");
+            let mut mem = HeapMemory::new(1 << 20);
+            for extent in [3, 4] {
+                pool.extents.get_mut(extent).state = ExtentState::Allocated;
+            }
+            (0..before).for_each(|_| pool.journal.push(Owner::Open(3)));
+            pool.journal.push_together(10);
+            (0..10).for_each(|_| pool.journal.push(Owner::Open(4)));
+            pool.journal.push(Owner::Open(3));
+            let (mut blocks, mut together) = (0, Vec::new());
+            while !pool.journal.pending.is_empty() {
+                pool.journal.busy = false;
+                pool.journal.batch.clear();
+                pool.pump_journal(&mut mem);
+                blocks += 1;
+                let of = pool.journal.records.iter().filter(|record| record.extent == 4);
+                together.push(of.count());
+            }
+            together.retain(|&count| count > 0);
+            assert_eq!(together, [10], "after {before} others");
+            assert!(blocks <= 3, "{blocks} blocks");
+        }
     }
 }

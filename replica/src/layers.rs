@@ -79,13 +79,18 @@ impl Pool {
 
     /// Takes an extent out of its layer's map. The caller says so in the journal, or the catalog does.
     pub(crate) fn unmap(&mut self, layer: u16, logical: u32) {
+        self.take_out(layer, logical);
+        self.reserve_again(layer);
+    }
+
+    /// The same where another device of the pool has it instead.
+    pub(crate) fn take_out(&mut self, layer: u16, logical: u32) {
         let at = self.layer_mut(layer);
         at.map_to(logical, HOLE);
         at.allocated -= 1;
         at.returning += 1;
         self.extents.allocated -= 1;
         self.extents.returning += 1;
-        self.reserve_again(layer);
     }
 
     /// A child of `layer` is gone. Where the layer was kept only for its children, its deletion goes on.
@@ -104,23 +109,40 @@ impl Pool {
         if !of.is_live() || !of.is_thick() {
             return 0;
         }
+        if of.frozen {
+            // It is about to begin anew.
+            return of.extents();
+        }
         of.extents().saturating_sub(u64::from(self.layer(of.layer).allocated))
     }
 
-    fn is_reserving(&self, layer: u16) -> bool {
+    pub(crate) fn is_reserving(&self, layer: u16) -> bool {
         let slot = &self.slots[usize::from(self.layer(layer).owner)];
         slot.is_live() && slot.is_thick() && slot.layer == layer
     }
 
-    /// An extent of the layer was allocated: it needs no reserve any more.
-    pub(crate) fn use_reserve(&mut self, layer: u16) {
-        if self.is_reserving(layer) {
+    /// Whether what the layer gets or gives up changes its replica's reserve.
+    fn is_counted(&self, layer: u16) -> bool {
+        self.is_reserving(layer) && !self.slots[usize::from(self.layer(layer).owner)].frozen
+    }
+
+    /// An extent of the layer was allocated: it needs no reserve any more. `bound` says that it could be nowhere
+    /// but here.
+    pub(crate) fn use_reserve(&mut self, layer: u16, bound: bool) {
+        if !self.is_counted(layer) {
+            return;
+        }
+        if bound && self.bound > 0 {
+            self.bound -= 1;
+            self.reserved -= 1;
+        } else if self.reserved > self.bound {
+            // Otherwise the reserve for it lies on another device.
             self.reserved -= 1;
         }
     }
 
     fn reserve_again(&mut self, layer: u16) {
-        if self.is_reserving(layer) {
+        if self.is_counted(layer) {
             self.reserved += 1;
         }
     }
@@ -128,13 +150,72 @@ impl Pool {
     /// Counts the reserve and what is promised anew, after a command that changes which replicas there are,
     /// how large, or which are thick.
     pub(crate) fn count_reserve(&mut self) {
-        self.reserved = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
         self.provisioned = self.slots.iter().filter(|s| s.is_live()).map(Slot::extents).sum();
+        if !self.shared {
+            self.reserved = self.wanted_reserve();
+            self.bound = 0;
+        }
     }
 
-    /// Whether the layer may take a free extent: the last ones are kept for thick replicas.
-    pub(crate) fn may_allocate(&self, layer: u16) -> bool {
-        u64::from(self.extents.free()) > self.reserved || self.is_reserving(layer)
+    /// What the thick replicas are to have, those among them that are on their way.
+    pub(crate) fn wanted_reserve(&self) -> u64 {
+        let there: u64 = (0..self.superblock.slots).map(|slot| self.reserved_by(slot)).sum();
+        there + self.reserve_to_come()
+    }
+
+    /// Extents that a thick replica may still write where a layer beneath its own has one here: they can be
+    /// nowhere else.
+    pub(crate) fn bound_by(&self, slot: u16) -> u64 {
+        let of = &self.slots[usize::from(slot)];
+        if !of.is_live() || !of.is_thick() {
+            return 0;
+        }
+        self.bound_above(self.layer(of.layer).parent, of.layer)
+    }
+
+    /// Logical extents that the layers from `top` on hold, and that `own` does not.
+    fn bound_above(&self, top: Option<u16>, own: u16) -> u64 {
+        let Some(top) = top else { return 0 };
+        let own = self.layer(own);
+        let end = self.mapped_end_of(top);
+        let there = |l: &u32| self.chain(top).any(|at| self.layer(at).mapping(*l) != Mapping::Hole);
+        let lacks = |l: &u32| !matches!(own.mapping(*l), Mapping::Extent(_));
+        (0..end).filter(lacks).filter(there).count() as u64
+    }
+
+    /// What a clone of a snapshot would have here beneath it.
+    pub(crate) fn bound_on_top_of(&self, snapshot: u16) -> u64 {
+        let top = self.layer_of(snapshot);
+        let end = self.mapped_end_of(top);
+        let there = |l: &u32| self.chain(top).any(|at| self.layer(at).mapping(*l) != Mapping::Hole);
+        (0..end).filter(there).count() as u64
+    }
+
+    fn mapped_end_of(&self, layer: u16) -> u32 {
+        u32::try_from(self.mapped_len(layer)).expect("a map has at most 2^31 entries")
+    }
+
+    /// Whether the layer may take a free extent: the last ones are kept for thick replicas, and of those some
+    /// for what cannot be on another device.
+    pub(crate) fn may_allocate(&self, layer: u16, bound: bool) -> bool {
+        let free = u64::from(self.extents.free());
+        match (self.is_reserving(layer), bound) {
+            (false, _) => free > self.reserved,
+            (true, false) => free > self.bound_free(),
+            (true, true) => free > 0,
+        }
+    }
+
+    /// Free extents that are kept for what can be nowhere but here.
+    fn bound_free(&self) -> u64 {
+        self.bound.saturating_sub(self.bound_taken)
+    }
+
+    /// Free extents that an extent of a slot that may be on any device may have.
+    pub(crate) fn extents_for(&self, slot: u16) -> u64 {
+        let of = &self.slots[usize::from(slot)];
+        let kept = if of.is_live() && of.is_thick() { self.bound_free() } else { self.reserved };
+        u64::from(self.extents.free()).saturating_sub(kept)
     }
 
     /// Extents that nobody holds and that are reserved for nobody.

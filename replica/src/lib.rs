@@ -35,6 +35,7 @@ mod merge;
 mod multi;
 mod open;
 mod pool;
+mod raw;
 mod settle;
 mod slab;
 mod snapshot;

@@ -1,19 +1,17 @@
 //! What a pool is asked for where it is one device of several: see [`crate::MultiPool`].
 
-use cairn_block::{IoStatus, Memory, PoolDeviceId};
+use cairn_block::PoolDeviceId;
 
-use crate::alloc::Alloc;
-use crate::disk::{BLOCK, BLOCK_LEN, CatalogPage, CatalogState, FLAG_SNAPSHOT, Membership};
+use crate::disk::{BLOCK, BLOCK_LEN, CatalogPage, CatalogState, Membership};
 use crate::extents::ExtentState;
-use crate::journal::Owner;
-use crate::pool::{Deletion, Done, Mapping, Pool, PoolState, ReplicaSlot};
-use crate::{ControlError, Device, PoolError};
+use crate::pool::{Deletion, Mapping, Pool, ReplicaSlot};
+use crate::{Device, PoolError};
 
 /// An allocation that is asked for by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Import {
     pub(crate) tag: u64,
-    /// The extent is to be a copy: it is its replica's only once [`Pool::arrive`] says so.
+    /// The extent is to be a copy: it is its layer's only once [`Pool::arrive`] says so.
     pub(crate) incoming: bool,
 }
 
@@ -56,18 +54,62 @@ impl Pool {
         })
     }
 
-    /// Whether there are snapshots or clones, or what is left of some.
-    pub(crate) fn has_layers(&self) -> bool {
-        let snapshot = |page: &CatalogPage| {
-            page.state != CatalogState::Free && page.flags & FLAG_SNAPSHOT != 0
-        };
-        self.slots.iter().any(|s| snapshot(&s.page))
-            || self.layers.iter().any(|layer| layer.parent.is_some())
+    /// A thick replica's size in extents, and how many of them are here.
+    pub(crate) fn thick(&self, slot: u16) -> Option<(u64, u64)> {
+        let of = self.slots.get(usize::from(slot)).filter(|s| s.is_live() && s.is_thick())?;
+        Some((of.extents(), u64::from(self.layer(of.layer).allocated)))
     }
 
-    /// Whether a thick replica is here.
-    pub(crate) fn has_thick(&self) -> bool {
-        self.slots.iter().any(|s| s.is_live() && s.is_thick())
+    /// What is to be kept free here for thick replicas: as one device of several.
+    pub(crate) fn keep_free(&mut self, bound: u64, more: u64) {
+        self.shared = true;
+        self.bound = bound;
+        self.reserved = bound + more;
+    }
+
+    /// It is the only device, and keeps free itself what is to be.
+    pub(crate) fn keep_alone(&mut self) {
+        self.shared = false;
+        self.count_reserve();
+    }
+
+    /// A thick replica's extent came here from another device, where it could be written over: from here on
+    /// that is so here.
+    pub(crate) fn bind_reserve(&mut self) {
+        self.reserved += u64::from(self.reserved == self.bound);
+        self.bound += 1;
+    }
+
+    /// What it could be written over has gone to another device.
+    pub(crate) fn unbind_reserve(&mut self) {
+        if self.bound > 0 {
+            self.bound -= 1;
+            self.reserved -= 1;
+        }
+    }
+
+    /// Free extents that are kept for nobody.
+    pub(crate) fn extents_unreserved(&self) -> u64 {
+        u64::from(self.extents.free()).saturating_sub(self.reserved)
+    }
+
+    /// What is kept free here, and could be on another device.
+    pub(crate) fn loose(&self) -> u64 {
+        self.reserved - self.bound
+    }
+
+    /// One extent of what is kept here, and could be on another device, is kept here or there from now on.
+    pub(crate) fn move_loose(&mut self, here: bool) {
+        if here {
+            self.reserved += 1;
+        } else {
+            self.reserved -= 1;
+        }
+    }
+
+    /// Free extents, and those that are about to be.
+    pub(crate) fn extents_available(&self) -> u64 {
+        u64::from(self.extents.free()) + u64::from(self.extents.returning)
     }
 
     /// Whether a slot holds a replica or a snapshot that is not being deleted.
@@ -78,11 +120,6 @@ impl Pool {
     /// The size in blocks of a snapshot.
     pub(crate) fn snapshot_blocks(&self, slot: u16) -> Option<u64> {
         self.slots.get(usize::from(slot)).filter(|s| s.is_snapshot()).map(|s| s.page.blocks)
-    }
-
-    /// Extents that can be allocated now.
-    pub(crate) fn extents_free(&self) -> u64 {
-        u64::from(self.extents.free())
     }
 
     /// Extents that have to leave before the device can.
@@ -124,57 +161,6 @@ impl Pool {
         &self.superblock.membership
     }
 
-    /// Allocates an extent that reads as zeros for a logical extent that has none. With `incoming` it is
-    /// freed at the next open, unless [`Pool::arrive`] was answered before.
-    pub(crate) fn import<M: Memory>(
-        &mut self,
-        tag: u64,
-        slot: u16,
-        logical: u32,
-        incoming: bool,
-        mem: &mut M,
-    ) {
-        if let PoolState::Failed(reason) = self.state {
-            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
-        }
-        if !self.slots[usize::from(slot)].is_live() || self.maps(ReplicaSlot(slot), logical) {
-            let error = ControlError::NoSuchReplica(slot);
-            return self.refuse(tag, IoStatus::PathError, error);
-        }
-        let alloc = self.start_alloc(self.layer_of(slot), logical);
-        let alloc: &mut Alloc = self.allocs.get_mut(alloc);
-        alloc.import = Some(Import { tag, incoming });
-        self.moves.push(tag);
-        self.pump(mem);
-    }
-
-    /// A copy is whole and durable: it is its replica's from now on.
-    pub(crate) fn arrive<M: Memory>(&mut self, tag: u64, slot: u16, logical: u32, mem: &mut M) {
-        if let PoolState::Failed(reason) = self.state {
-            return self.refuse(tag, IoStatus::MediaError, ControlError::PoolFailed(reason));
-        }
-        let Mapping::Extent(extent) = self.layer(self.layer_of(slot)).mapping(logical) else {
-            return self.refuse(tag, IoStatus::PathError, ControlError::NoSuchReplica(slot));
-        };
-        self.moves.push(tag);
-        self.journal.push(Owner::Arrived { extent, tag });
-        self.pump(mem);
-    }
-
-    pub(crate) fn import_done(&mut self, tag: u64, status: IoStatus) {
-        self.moves.retain(|&t| t != tag);
-        self.done.push_back(Done { tag, status, error: None });
-    }
-
-    /// The record that an extent is no copy any more is durable.
-    pub(crate) fn arrived(&mut self, extent: u32, tag: u64) {
-        if self.extents.get(extent).state == ExtentState::Allocated {
-            self.extents.incoming.retain(|&i| i != extent);
-            self.dirty_page(extent);
-        }
-        self.import_done(tag, IoStatus::Ok);
-    }
-
     // ---- at open
 
     /// Replaces a catalog page, durably, before the pool serves.
@@ -201,6 +187,24 @@ impl Pool {
         }
         slot.page = page;
         self.count_reserve();
+        Ok(())
+    }
+
+    /// Has a slot's layer read through to another slot's, durably, before the pool serves.
+    pub(crate) fn put_on_top_of<D: Device>(
+        &mut self,
+        dev: &mut D,
+        index: u16,
+        parent: u16,
+    ) -> Result<(), PoolError> {
+        let (layer, beneath) = (self.layer_of(index), self.layer_of(parent));
+        if self.layer(layer).parent.is_some() || self.chain(beneath).any(|at| at == layer) {
+            return Ok(());
+        }
+        let page = CatalogPage { parent: Some(beneath), ..self.page(index).clone() };
+        self.rewrite_page(dev, index, page)?;
+        self.layer_mut(layer).parent = Some(beneath);
+        self.layer_mut(beneath).children += 1;
         Ok(())
     }
 

@@ -318,6 +318,12 @@ pub struct Pool {
     pub(crate) layers: Vec<Layer>,
     /// Free extents that are kept for thick replicas.
     pub(crate) reserved: u64,
+    /// Those of them that must be here: for what a thick replica may write over a snapshot's extents.
+    pub(crate) bound: u64,
+    /// Those of them whose record is not durable yet.
+    pub(crate) bound_taken: u64,
+    /// It is one device of several, and what it keeps free is said by [`crate::MultiPool`].
+    pub(crate) shared: bool,
     /// Extents that the live replicas would take if they were full.
     pub(crate) provisioned: u64,
     pub(crate) swaps: Vec<Swap>,
@@ -345,6 +351,8 @@ pub struct Pool {
     pub(crate) jobs: VecDeque<Job>,
     /// Tags of allocations and arrivals that were asked for by themselves.
     pub(crate) moves: Vec<u64>,
+    /// Who is told when the record is durable that an extent is free.
+    pub(crate) releases: Vec<(u32, u64)>,
     pub(crate) out: VecDeque<u32>,
     pub(crate) done: VecDeque<Done>,
 }
@@ -394,6 +402,9 @@ impl Pool {
             slots,
             layers,
             reserved: 0,
+            bound: 0,
+            bound_taken: 0,
+            shared: false,
             provisioned: 0,
             swaps: Vec::new(),
             held: VecDeque::new(),
@@ -413,6 +424,7 @@ impl Pool {
             verifier: Verifier::default(),
             jobs: VecDeque::new(),
             moves: Vec::new(),
+            releases: Vec::new(),
             out: VecDeque::with_capacity(WARM),
             done: VecDeque::with_capacity(WARM),
         };
@@ -709,9 +721,11 @@ impl Pool {
         self.clear_merges(mem);
         self.parts.clear();
         self.allocs.clear();
+        self.bound_taken = 0;
         self.need_extent.clear();
         self.to_clean.clear();
         self.journal.clear();
+        self.releases.clear();
         self.sums.clear();
         self.verifier.clear();
         self.flusher.clear();

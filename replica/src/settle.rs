@@ -414,7 +414,7 @@ mod tests {
         assert_eq!(of(last(&mut pool, &[settle, Owner::Open(3)])), (false, true, false, 5));
         assert_eq!(of(last(&mut pool, &[Owner::Mark(3), unmark, settle])), (false, false, true, 5));
         pool.extents.incoming.push(3);
-        let arrived = Owner::Arrived { extent: 3, tag: 0 };
+        let arrived = Owner::Arrived { extent: 3, tag: None };
         let entry = last(&mut pool, &[arrived, Owner::Mark(3), Owner::Open(3)]);
         assert!(entry.is_some_and(|entry| !entry.incoming && entry.dirty && entry.open));
         // What is freed in the same block, or is gone without a record, stays so.

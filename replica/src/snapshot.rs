@@ -163,8 +163,8 @@ impl Pool {
         if self.chain(layer).count() >= MAX_DEPTH {
             return Err(ControlError::TooManySnapshots(MAX_DEPTH));
         }
-        let again = u64::from(self.layer(layer).allocated);
-        if of.is_thick() && self.unreserved() < again {
+        let again = u64::from(self.layer(layer).allocated) + u64::from(self.layer(layer).allocs);
+        if of.is_thick() && !self.shared && self.unreserved() < again {
             return Err(ControlError::NoRoom { needed: again, free: self.unreserved() });
         }
         Ok((self.free_slot_for_create(wanted)?, layer))
@@ -244,6 +244,7 @@ impl Pool {
         self.slots[usize::from(with)].creating = true;
         self.slots[usize::from(replica)].frozen = true;
         self.swaps.push(Swap { tag, replica, with, parent, page: Some(page) });
+        self.count_reserve();
         self.pump(mem);
     }
 

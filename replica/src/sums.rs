@@ -19,6 +19,7 @@ use crate::disk::{BLOCK, BLOCK_LEN, BlockSums, block_crc};
 use crate::extents::{NIL, Opened, extent_offset};
 use crate::journal::Owner;
 use crate::pool::{DiskOp, Pool, Purpose};
+use crate::raw::Owned;
 use crate::slab::Slab;
 
 /// Extents whose checksums are kept in memory, unless more are dirty.
@@ -160,6 +161,8 @@ pub(crate) struct Sums {
     /// Checkpoints that wait until everything has been washed, and how far that is.
     pub(crate) commands: Vec<u64>,
     cursor: u32,
+    /// Of layers' own extents that were read: what they have.
+    pub(crate) told: Vec<Owned>,
     verify: bool,
     cache_limit: usize,
     dirty_limit: usize,
@@ -187,6 +190,7 @@ impl Sums {
             noting: Vec::new(),
             commands: Vec::new(),
             cursor: 0,
+            told: Vec::new(),
             verify: true,
             cache_limit: CACHE_LIMIT,
             dirty_limit: DIRTY_LIMIT,
@@ -207,6 +211,7 @@ impl Sums {
         self.condemned.clear();
         self.redeemed.clear();
         self.noting.clear();
+        self.told.clear();
     }
 }
 

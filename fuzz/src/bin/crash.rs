@@ -3,7 +3,8 @@
 //!
 //! A state is one crash and what recovery made of it: after a kill any subset of the unfinished
 //! operations took effect; after a power cut any subset of the unflushed writes, torn at 512 bytes.
-//! Each seed goes through three crashes, one after the other, with up to 300 actions before each.
+//! Each seed goes through three crashes, one after the other, with up to 300 actions before each. Every other
+//! one works on a pool of several devices, which come and leave beneath replicas, snapshots and clones.
 //!
 //! `--exhaustive N` runs every script of up to N operations on a tiny pool instead, and visits every
 //! state that a crash at any point of it may leave; how subsets and tears are bounded is told in
@@ -14,6 +15,12 @@
 // The harness of the replica's own tests: one model, one disk.
 #[path = "../../../replica/tests/common/mod.rs"]
 mod common;
+#[allow(dead_code, reason = "the tests use more of it")]
+#[path = "../../../replica/tests/multi/world.rs"]
+mod devices;
+#[allow(dead_code, reason = "the tests use more of it")]
+#[path = "../../../replica/tests/multi/set.rs"]
+mod set;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,10 +53,66 @@ struct Args {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: u64,
+
+    /// Pools of one device, of several, or every other seed of the one and of the other.
+    #[arg(long, value_enum, default_value = "both")]
+    pools: Pools,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Pools {
+    One,
+    Several,
+    Both,
+}
+
+impl Pools {
+    fn of(self, seed: u64) -> Self {
+        match self {
+            Self::Both if seed.is_multiple_of(2) => Self::One,
+            Self::Both => Self::Several,
+            of => of,
+        }
+    }
 }
 
 /// Crashes in one seed.
 const CRASHES: u64 = 3;
+
+/// The same with several devices.
+fn run_devices(seed: u64) -> u64 {
+    let lens: &[u64] = match seed % 5 {
+        0 => &[24 * MIB],
+        1 => &[8 * MIB, 24 * MIB],
+        2 => &[16 * MIB, 16 * MIB],
+        3 => &[12 * MIB, 24 * MIB, 12 * MIB],
+        _ => &[24 * MIB, 12 * MIB],
+    };
+    let mut world = devices::World::new(lens, seed);
+    world.set.check = seed.is_multiple_of(8);
+    world.deaths = seed % 7 == 3;
+    world.layers = !seed.is_multiple_of(11);
+    let mut actions_in_all = 0;
+    for _ in 0..CRASHES {
+        let most = if world.set.rng.chance(30) { 30 } else { 400 };
+        let actions = world.set.rng.below(most);
+        for _ in 0..actions {
+            world.act();
+        }
+        if world.layers && world.set.rng.chance(30) {
+            world.revert_some();
+        }
+        if world.set.rng.chance(50) {
+            world.drain_some();
+        }
+        actions_in_all += actions;
+        let power = world.set.rng.chance(50);
+        world = world.crash(power);
+    }
+    world.settle();
+    world.verify_all(false);
+    actions_in_all
+}
 
 fn run(seed: u64) -> u64 {
     let len = if seed.is_multiple_of(3) { 8 * MIB } else { 24 * MIB };
@@ -162,6 +225,7 @@ fn random(states: u64, args: &Args) -> (u64, u64) {
                         return;
                     }
                     let seed = args.seed + i;
+                    let run = if args.pools.of(seed) == Pools::Several { run_devices } else { run };
                     match std::panic::catch_unwind(|| run(seed)) {
                         Ok(n) => {
                             actions.fetch_add(n, Ordering::Relaxed);
@@ -169,7 +233,8 @@ fn random(states: u64, args: &Args) -> (u64, u64) {
                         Err(_) => {
                             failed.fetch_add(1, Ordering::Relaxed);
                             eprintln!(
-                                "violation: seed {seed}; replay: cargo xtask crash --states 1 --seed {seed}"
+                                "violation: seed {seed}; replay: cargo xtask crash --states 1 --seed {seed} --pools {}",
+                                if args.pools.of(seed) == Pools::Several { "several" } else { "one" }
                             );
                         }
                     }

@@ -96,14 +96,6 @@ pub(super) enum Then {
     Excluded,
 }
 
-/// Why a device is not taken in.
-pub(super) const THICK_JOINS: &str = "the pool has thick replicas, whose reserve lies on its only \
-    device: delete them, or make them anew as thin ones, and then add the device";
-/// Why a device is not removed.
-pub(super) const LAYERS_DRAIN: &str = "a device cannot be removed while the pool has snapshots or \
-    clones, whose shared extents cannot move: delete the snapshots and the clones first, and wait until \
-    the snapshots are gone";
-
 impl Kind {
     pub(super) fn members(change: Change, then: Then) -> Self {
         Self::Members { change, next: Membership::default(), joins: None, then }
@@ -119,7 +111,7 @@ impl Kind {
         }
     }
 
-    fn is_exclusive(&self) -> bool {
+    pub(super) fn is_exclusive(&self) -> bool {
         !matches!(self, Self::Register(..) | Self::Checkpoint | Self::Grow { .. })
     }
 }
@@ -223,6 +215,7 @@ impl MultiPool {
         if !found {
             return;
         }
+        self.recount_reserve();
         if self.lead().is_none() {
             let reason = self
                 .present()
@@ -317,7 +310,10 @@ impl MultiPool {
             let error = ControlError::PoolFailed(reason);
             return self.finish(job.tag, IoStatus::MediaError, Some(error));
         }
-        if let Err(error) = self.check_job(&mut job.kind) {
+        // What the command before has changed counts.
+        self.pump_reserve();
+        let checked = self.check_job(&mut job.kind).and_then(|()| self.keep_for(&job.kind));
+        if let Err(error) = checked {
             match job.kind {
                 Kind::Members { then: Then::Drains(at), .. } if self.member(at).is_serving() => {
                     self.member_mut(at).role = MemberState::Live;
@@ -433,14 +429,6 @@ impl MultiPool {
                 live(revert.slot)?;
                 revert.with = self.check_revert(revert)?;
             }
-            Kind::Join { .. } if self.serving().any(|(_, m)| m.pool.has_thick()) => {
-                return Err(ControlError::Device(THICK_JOINS.to_owned()));
-            }
-            Kind::Members { then: Then::Drains(_), .. }
-                if self.serving().any(|(_, m)| m.pool.has_layers()) =>
-            {
-                return Err(ControlError::Device(LAYERS_DRAIN.to_owned()));
-            }
             Kind::Register(slot, register) => {
                 live(*slot)?;
                 let len = register.config.len();
@@ -455,6 +443,10 @@ impl MultiPool {
                 let why = "the other devices have failed meanwhile: it is the last that takes data";
                 return Err(ControlError::Device(why.to_owned()));
             }
+            // The commands before may have taken the room.
+            Kind::Members { then: Then::Drains(at), .. } => {
+                self.check_removal(*at).map_err(ControlError::Device)?;
+            }
             Kind::Grow { member, .. } if self.members.get(*member).is_none_or(Option::is_none) => {
                 return Err(ControlError::Device("the device has left the pool".to_owned()));
             }
@@ -464,17 +456,8 @@ impl MultiPool {
     }
 
     fn check_create(&self, spec: &ReplicaSpec) -> Result<u16, ControlError> {
-        if spec.thick && self.present().filter(|m| !m.leaving && !m.excluded).count() > 1 {
-            let why = "a thick replica cannot be made in a pool of several devices, because its \
-                       reserve would have to lie on one of them: make it thin, or use a pool of one \
-                       device";
-            return Err(ControlError::Device(why.to_owned()));
-        }
         if self.find(spec.id).is_some() {
             return Err(ControlError::Exists(spec.id));
-        }
-        if spec.source.is_some() && self.present().any(|m| m.role == MemberState::Draining) {
-            return Err(ControlError::Device(LAYERS_DRAIN.to_owned()));
         }
         let slot = self.free_slot()?;
         for (_, member) in self.serving() {
@@ -511,7 +494,8 @@ impl MultiPool {
         for slot in 0..self.slots {
             let Some(lead) = self.lead() else { break };
             let mut page = lead.page(slot).clone();
-            if self.snapshot_blocks(slot).is_some() && !registers {
+            let kept = self.snapshot_blocks(slot).is_some() || lead.is_kept_for_others(slot);
+            if kept && !registers {
                 pages.push((slot, page, Register::default()));
             } else if let Some(blocks) = self.live_blocks(slot) {
                 page.blocks = blocks;
@@ -524,12 +508,15 @@ impl MultiPool {
         }
         job.waiting = u32::try_from(pages.len()).expect("at most 4096 slots");
         let tag = JOB | u64::from(job.id);
+        let lead = self.lead();
+        let parents: Vec<Option<u16>> =
+            pages.iter().map(|(slot, ..)| lead.and_then(|lead| lead.parent_slot(*slot))).collect();
         let pool = &mut self.member_mut(at).pool;
-        for (slot, page, register) in pages {
+        for ((slot, page, register), parent) in pages.into_iter().zip(parents) {
             if registers {
                 pool.write_register(tag, ReplicaSlot(slot), register, mem);
             } else {
-                pool.adopt_page(tag, slot, &page, mem);
+                pool.adopt_page(tag, slot, &page, parent, mem);
             }
         }
         if job.waiting == 0 {
@@ -563,6 +550,9 @@ impl MultiPool {
 
     /// Every device has answered.
     fn job_over<M: Memory>(&mut self, job: Job, mem: &mut M) {
+        if job.kind.is_exclusive() || matches!(job.kind, Kind::Grow { .. }) {
+            self.recount_reserve();
+        }
         let job = match job {
             Job { kind: Kind::Revert(revert), .. } => {
                 let job = Job { kind: Kind::Undo, ..job };
@@ -686,6 +676,14 @@ impl MultiPool {
                     if member.role == MemberState::Draining && state == Some(MemberState::Live) {
                         member.role = MemberState::Live;
                         member.drain = super::Drain::default();
+                    }
+                }
+                // A device that failed tells what it held, but not of what was made when it failed.
+                for slot in 0..self.slots {
+                    let knows = |m: &Member| m.is_online() || m.pool.is_used(slot);
+                    let known = !self.is_used(slot) || self.present().all(knows);
+                    if !known && self.membership.is_lost(slot) {
+                        self.lost.set_lost(slot, true);
                     }
                 }
                 if !self.is_excluding() {

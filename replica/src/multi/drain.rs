@@ -1,25 +1,37 @@
 //! Moving extents off a device that is being removed, while I/O goes on.
 //!
-//! An extent that moves is closed to changes: they wait. An extent is allocated for it on another device,
-//! marked as unfinished on stable storage; the data is copied, flushed, and only then the mark is taken
-//! back. Then the old extent is freed, and when that is durable the changes go on, to the new one. So at
-//! every moment the old extent is whole or the new one is, and where a crash leaves both, they are equal:
-//! open frees the one on the device that is being removed.
+//! What moves together is a *family*: of one logical extent, all that layers of the device have which read
+//! through to each other. What snapshots have of it never changes, and is copied first, while writes to the
+//! rest go on. Then the family is closed to changes: they wait, and what replicas have is copied. Every copy
+//! is an extent on another device that is marked as unfinished on stable storage; when all data is flushed,
+//! one journal block takes all the marks back, and then one journal block of the old device frees what it
+//! had. When that is durable the changes go on, on the new device. So at every moment the family is whole on
+//! the old device or on the new one, and where a crash leaves it on both, they are equal: open frees the one
+//! on the device that is being removed.
+//!
+//! A change that would need a new extent on the device that is being removed, since a layer beneath has one
+//! there, has its family moved first. Commands that change what layers there are wait for the families that
+//! are under way, and those that are not closed yet are given up for them and begun anew later.
 
 use std::collections::BTreeSet;
 
-use cairn_block::{BlockSize, Buf, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
+use cairn_block::{Buf, IoStatus, Memory};
 
 use super::control::{Change, Kind, Then};
 use super::route::Part;
-use super::{COPY, MultiPool};
-use crate::disk::{BLOCK_LEN, EXTENT, MemberState};
-use crate::pool::{PoolState, ReplicaSlot};
+use super::{COPY, Member, MultiPool};
+use crate::blocks::BlockSet;
+use crate::disk::{EXTENT_BLOCKS, MemberState};
+use crate::pool::PoolState;
+use crate::raw::{Family, MAX_TOGETHER, Raw};
 
-/// Extents that move together.
+/// Families that move at the same time.
 const MAX_COPIES: usize = 4;
-/// Bytes that are read at a time.
-const CHUNK: u64 = 256 << 10;
+/// Blocks that are read at a time.
+const CHUNK: u32 = 64;
+/// Blocks of an extent.
+const BLOCKS: u32 = 256;
+const _: () = assert!(EXTENT_BLOCKS == 256);
 
 /// Where the removal of a device stands.
 #[derive(Debug, Default)]
@@ -29,9 +41,9 @@ pub(super) struct Drain {
     /// The next logical extent to look at.
     slot: u16,
     logical: u32,
-    /// Extents that could not be read.
+    /// Extents that cannot move, by slot.
     bad: BTreeSet<(u16, u32)>,
-    /// Free extents of the other devices when there was no room for one.
+    /// Room on the other devices when there was not enough for a family.
     stalled: Option<u64>,
 }
 
@@ -43,6 +55,8 @@ impl Drain {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// For its turn.
+    Queued,
     /// For the changes that had begun.
     Writers,
     /// An extent is being allocated on the target.
@@ -52,35 +66,38 @@ enum Stage {
     Read,
     Write,
     Flush,
-    /// The mark that the copy is unfinished is being taken back.
+    /// The marks that the copies are unfinished are being taken back.
     Arrive,
     /// For the reads that the source has begun: to them a freed extent is zeros.
     Readers,
-    /// The source's extent is being freed.
+    /// The source's extents are being freed.
     Free,
-    /// The target's extent is being freed: the copy was given up.
+    /// The target's extents are being freed: the copy was given up.
     Drop,
 }
 
-/// An extent on its way from one device to another.
+/// A family on its way from one device to another.
 #[derive(Debug)]
 pub(super) struct Copy {
     id: u32,
     source: usize,
     target: usize,
-    slot: u16,
     logical: u32,
-    /// Blocks of the extent that the replica has.
-    blocks: u64,
-    /// The size of the replica's blocks.
-    block_size: BlockSize,
+    family: Family,
     stage: Stage,
-    writers: u32,
+    /// The slots whose extents go, in the order in which they are copied: those of snapshots first.
+    members: Vec<u16>,
+    /// The one that is being copied, and its next block.
+    current: usize,
+    next: u32,
+    /// How many there will be, and how many more thick replicas may write where the family goes.
+    count: u64,
+    bound: u64,
+    /// No change may begin.
+    closed: bool,
     /// Changes that wait.
     parked: Vec<Part>,
     buf: Option<Buf>,
-    /// The first block that is not copied.
-    next: u64,
     outstanding: u32,
     failed: bool,
 }
@@ -96,27 +113,47 @@ impl Copy {
     }
 
     pub(super) fn is_on(&self, member: usize) -> bool {
-        self.source == member || self.target == member
+        self.source == member || (self.target == member && self.stage != Stage::Queued)
+    }
+
+    fn is_of(&self, slot: u16, logical: u32) -> bool {
+        self.logical == logical && self.family.readers.binary_search(&slot).is_ok()
+    }
+
+    fn is_queued(&self) -> bool {
+        self.stage == Stage::Queued
     }
 
     fn tag(&self) -> u64 {
         COPY | u64::from(self.id)
     }
 
-    fn range(&self, first: u64, blocks: u64) -> LbaRange {
-        let start = u64::from(self.logical) * (EXTENT >> self.block_size.shift()) + first;
-        LbaRange::new(Lba(start), blocks).expect("inside the replica")
-    }
-
-    fn chunk(&self) -> u64 {
-        (CHUNK >> self.block_size.shift()).min(self.blocks - self.next)
+    /// The member that is being copied.
+    fn member(&self) -> u16 {
+        self.members[self.current]
     }
 }
 
 impl MultiPool {
-    /// The copy that is being made of a logical extent.
+    /// The copy that is being made of what a slot may read of a logical extent.
     pub(super) fn copy_of(&self, slot: u16, logical: u32) -> Option<usize> {
-        self.copies.iter().position(|c| c.slot == slot && c.logical == logical)
+        self.copies.iter().position(|c| c.is_of(slot, logical))
+    }
+
+    /// Whether a change of a slot's logical extent has to wait for a copy of it.
+    pub(super) fn is_closed(&self, at: usize, slot: u16, logical: u32) -> bool {
+        let copy = &self.copies[at];
+        // What gets its first extent only now would not move with the others.
+        copy.closed || !self.member(copy.source).pool.has_own(slot, logical)
+    }
+
+    /// Extents of a slot that are on two devices, for they are being copied.
+    pub(super) fn copied_of(&self, slot: u16) -> u64 {
+        let of = |copy: &&Copy| {
+            let own = |at: usize| self.member(at).pool.has_own(slot, copy.logical);
+            copy.members.contains(&slot) && own(copy.source) && own(copy.target)
+        };
+        self.copies.iter().filter(of).count() as u64
     }
 
     /// Whether there is a device for new extents.
@@ -140,68 +177,114 @@ impl MultiPool {
         if drain.stalled == Some(self.room()) {
             return Some("the other devices are full: add one, or delete replicas".to_owned());
         }
-        let bad = drain.bad.len();
-        (bad > 0 && self.member(at).pool.extents_left() == bad as u64).then(|| {
+        let bad = self.bad_left(at);
+        (bad > 0 && self.member(at).pool.extents_left() <= bad).then(|| {
             format!(
-                "{bad} extents cannot be read whole: repair or delete the replicas, then remove the \
-                 device once more"
+                "{bad} extents cannot be read whole, or more than {MAX_TOGETHER} replicas and \
+                 snapshots share them: repair or delete the replicas, then remove the device once more"
             )
         })
+    }
+
+    /// Extents of a device that cannot move.
+    fn bad_left(&self, at: usize) -> u64 {
+        let Member { pool, drain, .. } = self.member(at);
+        drain.bad.iter().filter(|&&(slot, logical)| pool.has_own(slot, logical)).count() as u64
     }
 
     fn room(&self) -> u64 {
         self.serving()
             .filter(|(_, m)| m.role == MemberState::Live)
-            .map(|(_, m)| m.pool.extents_free())
+            .map(|(_, m)| m.pool.extents_unreserved())
             .sum()
     }
 
-    /// A change of an extent is over.
-    pub(super) fn writer_done(&mut self, slot: u16, logical: u32) {
-        if let Some(at) = self.copy_of(slot, logical) {
-            let copy = &mut self.copies[at];
-            copy.writers = copy.writers.saturating_sub(1);
-        }
+    /// What is left to move is to fit on the other devices, and what is to be allocated besides.
+    pub(super) fn has_room_to_drain(&self) -> bool {
+        let draining = |(_, m): &(usize, &Member)| m.role == MemberState::Draining;
+        let left: u64 = self.serving().filter(draining).map(|(_, m)| m.pool.extents_left()).sum();
+        self.room() > left
     }
 
     /// Takes up a copy whose data a crash left on both devices.
-    pub(super) fn resume_copy(
-        &mut self,
-        source: usize,
-        target: usize,
-        slot: u16,
-        logical: u32,
-        blocks: u64,
-    ) {
-        let mut copy = self.copy(source, target, slot, logical, blocks);
+    pub(super) fn resume_copy(&mut self, source: usize, target: usize, slot: u16, logical: u32) {
+        if self.copy_of(slot, logical).is_some() {
+            return;
+        }
+        let Some(mut copy) = self.copy(source, slot, logical) else { return };
+        let pool = &self.member(source).pool;
+        let own = |slot: &u16| pool.has_own(*slot, logical);
+        copy.members = copy.family.readers.iter().copied().filter(own).collect();
+        copy.target = target;
+        copy.closed = true;
         copy.stage = Stage::Readers;
         self.copies.push(copy);
     }
 
-    fn copy(&mut self, source: usize, target: usize, slot: u16, logical: u32, blocks: u64) -> Copy {
+    fn copy(&mut self, source: usize, slot: u16, logical: u32) -> Option<Copy> {
+        let family = self.member(source).pool.family(slot, logical)?;
         self.next_copy = self.next_copy.wrapping_add(1);
-        let block_size = self.block_size(slot);
-        let extent_blocks = EXTENT >> block_size.shift();
-        Copy {
+        Some(Copy {
             id: self.next_copy,
             source,
-            target,
-            slot,
+            target: source,
             logical,
-            blocks: (blocks - u64::from(logical) * extent_blocks).min(extent_blocks),
-            block_size,
-            stage: Stage::Writers,
-            writers: 0,
+            family,
+            stage: Stage::Queued,
+            members: Vec::new(),
+            current: 0,
+            next: 0,
+            count: 0,
+            bound: 0,
+            closed: false,
             parked: Vec::new(),
             buf: None,
-            next: 0,
             outstanding: 0,
             failed: false,
-        }
+        })
     }
 
-    /// The next logical extent that is to leave a device. What reads through to it, or what it reads
-    /// through to, would have to go with it: so there are no layers while a device is being removed.
+    /// Has the family of a change moved that would need a new extent on a device that is being removed.
+    /// Returns the copy that it is to wait for.
+    pub(super) fn move_first(&mut self, source: usize, slot: u16, logical: u32) -> Option<usize> {
+        let member = self.member(source);
+        if !self.is_draining(source)
+            || member.pool.has_own(slot, logical)
+            || member.drain.stalled == Some(self.room())
+            || self.is_held_up()
+            || !self.is_tree_at_rest(slot)
+        {
+            return None;
+        }
+        let copy = self.copy(source, slot, logical)?;
+        let bad = &self.member(source).drain.bad;
+        if copy.family.readers.iter().any(|&reader| bad.contains(&(reader, logical))) {
+            return None;
+        }
+        self.copies.push(copy);
+        Some(self.copies.len() - 1)
+    }
+
+    /// Whether extents are to move off a device now.
+    fn is_draining(&self, at: usize) -> bool {
+        // What was passed straight through is not known by extent.
+        self.direct_io == 0
+            && self.members[at]
+                .as_ref()
+                .is_some_and(|m| m.role == MemberState::Draining && m.is_serving() && m.drain.begun)
+    }
+
+    /// Whether no copy is to begin.
+    fn is_held_up(&self) -> bool {
+        self.state != PoolState::Online || self.wants_quiet() || self.is_excluding()
+    }
+
+    /// Whether no device deletes layers that a slot's read through to, or that read through to it.
+    fn is_tree_at_rest(&self, slot: u16) -> bool {
+        self.serving().all(|(_, m)| m.pool.is_tree_at_rest(slot))
+    }
+
+    /// The next extent that is to leave a device: the slot that it belongs to.
     fn next_to_move(&mut self, source: usize) -> Option<(u16, u32)> {
         let (mut slot, mut logical) = {
             let drain = &self.member(source).drain;
@@ -210,9 +293,10 @@ impl MultiPool {
         let mut found = None;
         while slot < self.slots && found.is_none() {
             let pool = &self.member(source).pool;
-            let end = if self.live_blocks(slot).is_some() { pool.mapped_end(slot) } else { 0 };
+            let end = if pool.is_there(slot) { pool.own_end(slot) } else { 0 };
+            let end = if logical < end && self.is_tree_at_rest(slot) { end } else { 0 };
             while logical < end && found.is_none() {
-                if pool.maps(ReplicaSlot(slot), logical)
+                if pool.has_own(slot, logical)
                     && self.copy_of(slot, logical).is_none()
                     && !self.member(source).drain.bad.contains(&(slot, logical))
                 {
@@ -232,15 +316,11 @@ impl MultiPool {
     /// Moves copies on, starts more, and lets devices go that hold nothing any more.
     pub(super) fn pump_copies<M: Memory>(&mut self, mem: &mut M) {
         self.step_copies(mem);
-        if self.state != PoolState::Online || self.wants_quiet() || self.is_excluding() {
+        if self.is_held_up() {
             return;
         }
         for source in 0..self.members.len() {
-            let draining = self.members[source].as_ref().is_some_and(|m| {
-                m.role == MemberState::Draining && m.is_serving() && m.drain.begun
-            });
-            // What was passed straight through is not known by extent.
-            if draining && self.direct_io == 0 {
+            if self.is_draining(source) {
                 self.drain(source, mem);
             }
         }
@@ -252,23 +332,15 @@ impl MultiPool {
             if self.member(source).drain.stalled == Some(self.room()) {
                 return;
             }
-            let target = self.choose(1 << source).filter(|&at| {
-                let member = self.member(at);
-                member.role == MemberState::Live && member.pool.extents_free() > 0
-            });
-            let Some(target) = target else {
-                if self.member(source).pool.extents_left() > 0 {
-                    self.member_mut(source).drain.stalled = Some(self.room());
-                    return;
-                }
-                break;
-            };
             let Some((slot, logical)) = self.next_to_move(source) else { break };
-            let Some(blocks) = self.live_blocks(slot) else { continue };
-            let mut copy = self.copy(source, target, slot, logical, blocks);
-            copy.writers = self.writers(slot, logical);
+            let Some(copy) = self.copy(source, slot, logical) else { continue };
+            let before = (self.copies.len(), self.member(source).drain.bad.len());
             self.copies.push(copy);
             self.step_copies(mem);
+            if before == (self.copies.len(), self.member(source).drain.bad.len()) {
+                // There is no room until others have arrived.
+                break;
+            }
         }
         let member = self.member(source);
         if !self.copies.is_empty() {
@@ -279,7 +351,7 @@ impl MultiPool {
             self.member_mut(source).drain.begun = false;
             self.push_job_first(Kind::members(change, Then::Left(source)));
             self.pump_jobs(mem);
-        } else if member.pool.extents_left() > member.drain.bad.len() as u64 {
+        } else if member.pool.extents_left() > self.bad_left(source) {
             // What was passed over may be ready now.
             let drain = &mut self.member_mut(source).drain;
             (drain.slot, drain.logical) = (0, 0);
@@ -289,93 +361,198 @@ impl MultiPool {
     fn step_copies<M: Memory>(&mut self, mem: &mut M) {
         for at in (0..self.copies.len()).rev() {
             let Some(copy) = self.copies.get(at) else { continue };
-            let (source, target) = (copy.source, copy.target);
             match copy.stage {
-                Stage::Writers if copy.writers == 0 => {
-                    let (slot, logical, tag) = (copy.slot, copy.logical, copy.tag());
-                    if !self.member(source).pool.maps(ReplicaSlot(slot), logical)
-                        || !self.member(source).is_online()
-                    {
-                        self.end_copy(at, mem);
-                        continue;
-                    }
-                    self.copies[at].stage = Stage::Import;
-                    self.member_mut(target).pool.import(tag, slot, logical, true, mem);
+                Stage::Queued => self.begin_copy(at, mem),
+                Stage::Writers if self.parts_of(at, Part::is_mutation) == 0 => {
+                    self.add_written(at, mem);
                 }
                 Stage::Memory => self.read_chunk(at, mem),
-                Stage::Readers if self.readers(at) == 0 => self.free_source(at, mem),
+                Stage::Readers if self.parts_of(at, Part::is_read) == 0 => {
+                    self.free_source(at, mem)
+                }
                 _ => {}
             }
         }
     }
 
-    /// Reads of the extent that the source has begun.
-    fn readers(&self, at: usize) -> usize {
+    /// Requests that are at the source, of what a copy is made of.
+    fn parts_of(&self, at: usize, which: impl Fn(&Part) -> bool) -> usize {
         let copy = &self.copies[at];
-        let here = |p: &Part| {
-            p.slot == copy.slot && p.logical == copy.logical && p.is_on(copy.source) && p.is_read()
-        };
+        let here = |p: &Part| copy.is_of(p.slot, p.logical) && p.is_on(copy.source) && which(p);
         self.parts.iter().filter(|(_, p)| here(p)).count()
     }
 
-    fn read_chunk<M: Memory>(&mut self, at: usize, mem: &mut M) {
+    /// A copy's turn, unless too many are under way.
+    fn begin_copy<M: Memory>(&mut self, at: usize, mem: &mut M) {
+        let source = self.copies[at].source;
+        if self.is_held_up() || !self.is_draining(source) {
+            return self.end_copy(at, mem);
+        }
+        if self.copies.iter().filter(|c| !c.is_queued()).count() >= MAX_COPIES {
+            return;
+        }
+        let logical = self.copies[at].logical;
+        // What it is may have changed while it waited.
+        let root = self.copies[at].family.root;
+        let Some(family) = self.member(source).pool.family(root, logical) else {
+            return self.end_copy(at, mem);
+        };
+        let pool = &self.member(source).pool;
+        let (count, frozen) = {
+            let own = |slot: &&u16| pool.has_own(**slot, logical);
+            let members = family.readers.iter().filter(own);
+            let frozen = members.clone().copied().filter(|&slot| pool.is_frozen(slot));
+            (members.count(), frozen.collect::<Vec<_>>())
+        };
+        let bound = family.readers.iter().filter(|&&slot| self.may_write_again(at, slot)).count();
+        let target = self.target_for(source, count as u64, bound as u64);
         let copy = &mut self.copies[at];
-        let chunk = copy.chunk();
-        let len = u32::try_from(copy.block_size.bytes_of(chunk)).expect("a chunk is 256 KiB");
+        copy.family = family;
+        copy.members = frozen;
+        if count > MAX_TOGETHER || target.is_some_and(|target| !self.is_alike(at, target)) {
+            return self.give_up(at, mem);
+        }
+        let Some(target) = target else {
+            if self.copies.iter().all(Copy::is_queued) {
+                self.member_mut(source).drain.stalled = Some(self.room());
+            }
+            return self.end_copy(at, mem);
+        };
+        let copy = &mut self.copies[at];
+        copy.target = target;
+        (copy.count, copy.bound) = (count as u64, bound as u64);
+        self.next_member(at, mem);
+    }
+
+    /// Whether a thick replica may write an extent where the family is, which has none of it yet.
+    fn may_write_again(&self, at: usize, slot: u16) -> bool {
+        let copy = &self.copies[at];
+        let pool = &self.member(copy.source).pool;
+        pool.thick(slot).is_some() && !pool.has_own(slot, copy.logical)
+    }
+
+    /// The device for so many extents: the one with the most room. There must be room as well for those that
+    /// thick replicas will have there, of what is kept for them.
+    fn target_for(&self, source: usize, count: u64, bound: u64) -> Option<usize> {
+        self.choose(None, 1 << source).filter(|&at| {
+            let pool = &self.member(at).pool;
+            // What others on their way there will take is not there any more.
+            let others = self.copies.iter().filter(|c| !c.is_queued() && c.target == at);
+            let to_come = |c: &Copy| c.count - c.count.min(c.current as u64);
+            let (coming, binding) = others.fold((0, 0), |(n, b), c| (n + to_come(c), b + c.bound));
+            let (count, bound) = (count + coming, bound + binding);
+            let free = pool.extents_unreserved();
+            free >= count && free + pool.loose() >= count + bound
+        })
+    }
+
+    /// Whether the family's layers are on top of each other on the target as they are on the source, and have
+    /// nothing there.
+    fn is_alike(&self, at: usize, target: usize) -> bool {
+        let copy = &self.copies[at];
+        let (source, target) = (&self.member(copy.source).pool, &self.member(target).pool);
+        copy.family.readers.iter().all(|&slot| {
+            let beneath =
+                slot == copy.family.root || source.parent_slot(slot) == target.parent_slot(slot);
+            let there = target.is_there(slot) && target.is_frozen(slot) == source.is_frozen(slot);
+            there && beneath && !target.maps(crate::ReplicaSlot(slot), copy.logical)
+        })
+    }
+
+    /// What cannot move stays where it is, until it is asked for again.
+    fn give_up<M: Memory>(&mut self, at: usize, mem: &mut M) {
+        let copy = &self.copies[at];
+        let (source, logical) = (copy.source, copy.logical);
+        if self.member(source).is_online() {
+            let readers = copy.family.readers.clone();
+            let own = |slot: &u16| self.member(source).pool.has_own(*slot, logical);
+            let own: Vec<u16> = readers.into_iter().filter(own).collect();
+            let bad = &mut self.member_mut(source).drain.bad;
+            bad.extend(own.into_iter().map(|slot| (slot, logical)));
+        }
+        self.drop_target(at, mem);
+    }
+
+    /// Copies the next member; then the family is closed, and when all are copied, they are made durable.
+    fn next_member<M: Memory>(&mut self, at: usize, mem: &mut M) {
+        let copy = &mut self.copies[at];
+        copy.next = 0;
+        let (target, logical, tag) = (copy.target, copy.logical, copy.tag());
+        if let Some(&slot) = copy.members.get(copy.current) {
+            copy.stage = Stage::Import;
+            self.member_mut(target).pool.import_own(tag, slot, logical, mem);
+        } else if !copy.closed {
+            copy.closed = true;
+            copy.stage = Stage::Writers;
+        } else {
+            copy.stage = Stage::Flush;
+            let root = copy.family.root;
+            self.member_mut(target).pool.submit_raw(tag, root, logical, Raw::Flush, mem);
+        }
+    }
+
+    /// Nothing changes any more: what replicas have goes too.
+    fn add_written<M: Memory>(&mut self, at: usize, mem: &mut M) {
+        let copy = &self.copies[at];
+        let member = self.member(copy.source);
+        let mut written = Vec::new();
+        if member.is_online() {
+            let new = |slot: &u16| {
+                !copy.members.contains(slot) && member.pool.has_own(*slot, copy.logical)
+            };
+            written.extend(copy.family.readers.iter().copied().filter(new));
+        }
+        let count = copy.members.len() + written.len();
+        if !member.is_online() || count == 0 {
+            return self.drop_target(at, mem);
+        }
+        if count > MAX_TOGETHER {
+            return self.give_up(at, mem);
+        }
+        self.copies[at].members.extend(written);
+        self.next_member(at, mem);
+    }
+
+    fn read_chunk<M: Memory>(&mut self, at: usize, mem: &mut M) {
+        if !self.copies[at].closed && self.wants_quiet() {
+            return self.drop_target(at, mem);
+        }
+        let copy = &mut self.copies[at];
         if copy.buf.is_none() {
-            copy.buf = mem.alloc(len);
+            copy.buf = mem.alloc(CHUNK << 12);
         }
         let Some(buf) = &copy.buf else { return };
         copy.stage = Stage::Read;
-        let request = IoRequest {
-            op: IoOp::Read,
-            range: copy.range(copy.next, chunk),
-            buf: buf.slice().sub(0, len),
-        };
-        let (source, slot, tag) = (copy.source, ReplicaSlot(copy.slot), copy.tag());
-        self.member_mut(source).pool.submit(tag, slot, request, mem);
+        let raw = Raw::Read { first: copy.next, blocks: CHUNK, buf: buf.slice() };
+        let (source, slot, logical, tag) = (copy.source, copy.member(), copy.logical, copy.tag());
+        self.member_mut(source).pool.submit_raw(tag, slot, logical, raw, mem);
     }
 
-    /// Writes what was read, less the blocks of zeros.
+    /// Writes what was read, and zeroes what reads as zeros whatever is beneath.
     fn write_chunk<M: Memory>(&mut self, at: usize, mem: &mut M) {
         let copy = &mut self.copies[at];
+        let (source, target, tag, next) = (copy.source, copy.target, copy.tag(), copy.next);
+        let (slot, logical, root) = (copy.member(), copy.logical, copy.family.root);
         let slice = copy.buf.as_ref().expect("the chunk was read into it").slice();
-        let chunk = copy.chunk();
-        let mut requests = Vec::new();
-        let mut run: Option<(u64, u64)> = None;
-        // In whole blocks of the pool, of which the replica's last may be a part.
-        let each = BLOCK_LEN as u64 >> copy.block_size.shift();
-        let step = usize::try_from(each).expect("1 or 8");
-        let bytes = copy.block_size.bytes_of(chunk);
-        let bytes = usize::try_from(bytes).expect("a chunk is 256 KiB");
-        for (i, block) in (0..chunk).step_by(step).zip(mem.bytes(slice)[..bytes].chunks(BLOCK_LEN))
-        {
-            let zero = block.iter().all(|&b| b == 0);
-            let here = each.min(chunk - i);
-            match (&mut run, zero) {
-                (Some((_, blocks)), false) => *blocks += here,
-                (None, false) => run = Some((i, here)),
-                (_, true) => requests.extend(run.take()),
-            }
-        }
-        requests.extend(run);
         copy.stage = Stage::Write;
-        copy.outstanding = u32::try_from(requests.len()).expect("at most 64 runs");
-        let (target, slot, tag) = (copy.target, ReplicaSlot(copy.slot), copy.tag());
-        let next = copy.next;
-        if requests.is_empty() {
+        let owned = self.member_mut(source).pool.take_owned(tag);
+        let owned = owned.expect("a read tells what the extent has");
+        let chunk = BlockSet::range(next, CHUNK);
+        let mut works: Vec<Raw> = Vec::new();
+        for (first, blocks) in owned.data.and(chunk).runs() {
+            let buf = slice.sub((first - next) << 12, blocks << 12);
+            works.push(Raw::Write { first, blocks, buf });
+        }
+        if slot != root {
+            let zeroed = owned.zeroed.and(chunk).runs();
+            works.extend(zeroed.map(|(first, blocks)| Raw::Zero { first, blocks }));
+        }
+        if works.is_empty() {
             return self.chunk_written(at, mem);
         }
-        for (first, blocks) in requests {
-            let size = self.copies[at].block_size;
-            let byte =
-                |blocks: u64| u32::try_from(size.bytes_of(blocks)).expect("a chunk is 256 KiB");
-            let request = IoRequest {
-                op: IoOp::Write { fua: false },
-                range: self.copies[at].range(next + first, blocks),
-                buf: slice.sub(byte(first), byte(blocks)),
-            };
-            self.member_mut(target).pool.submit(tag, slot, request, mem);
+        self.copies[at].outstanding = u32::try_from(works.len()).expect("at most 64 runs");
+        for work in works {
+            self.member_mut(target).pool.submit_raw(tag, slot, logical, work, mem);
         }
     }
 
@@ -384,35 +561,32 @@ impl MultiPool {
         if copy.failed {
             return self.drop_target(at, mem);
         }
-        copy.next += copy.chunk();
-        if copy.next < copy.blocks {
+        copy.next += CHUNK;
+        if copy.next < BLOCKS {
             return self.read_chunk(at, mem);
         }
-        copy.stage = Stage::Flush;
-        let (target, slot, tag) = (copy.target, ReplicaSlot(copy.slot), copy.tag());
-        let request = IoRequest {
-            op: IoOp::Flush,
-            range: LbaRange::default(),
-            buf: cairn_block::BufSlice::EMPTY,
-        };
-        self.member_mut(target).pool.submit(tag, slot, request, mem);
+        copy.current += 1;
+        self.next_member(at, mem);
     }
 
     fn free_source<M: Memory>(&mut self, at: usize, mem: &mut M) {
         self.copies[at].stage = Stage::Free;
-        self.discard(at, self.copies[at].source, mem);
+        self.release(at, self.copies[at].source, mem);
     }
 
     fn drop_target<M: Memory>(&mut self, at: usize, mem: &mut M) {
-        self.copies[at].stage = Stage::Drop;
-        self.discard(at, self.copies[at].target, mem);
+        let copy = &mut self.copies[at];
+        if copy.stage == Stage::Queued {
+            return self.end_copy(at, mem);
+        }
+        copy.stage = Stage::Drop;
+        self.release(at, self.copies[at].target, mem);
     }
 
-    fn discard<M: Memory>(&mut self, at: usize, member: usize, mem: &mut M) {
-        let copy = &mut self.copies[at];
-        copy.outstanding = 1;
-        let (slot, logical, tag) = (ReplicaSlot(copy.slot), copy.logical, copy.tag());
-        self.member_mut(member).pool.free_extent(tag, slot, logical, mem);
+    fn release<M: Memory>(&mut self, at: usize, member: usize, mem: &mut M) {
+        let copy = &self.copies[at];
+        let (members, logical, tag) = (copy.members.clone(), copy.logical, copy.tag());
+        self.member_mut(member).pool.release_own(tag, &members, logical, mem);
     }
 
     pub(super) fn copy_answered<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
@@ -423,26 +597,19 @@ impl MultiPool {
         match copy.stage {
             Stage::Import if ok => self.copies[at].stage = Stage::Memory,
             Stage::Import => {
-                let room = self.room();
-                self.member_mut(source).drain.stalled =
-                    (status == IoStatus::NoSpace).then_some(room);
-                self.end_copy(at, mem);
-            }
-            Stage::Read if ok => self.write_chunk(at, mem),
-            Stage::Read => {
-                let place = (copy.slot, copy.logical);
-                if self.member(source).is_online() {
-                    self.member_mut(source).drain.bad.insert(place);
+                if status == IoStatus::NoSpace {
+                    self.member_mut(source).drain.stalled = Some(self.room());
                 }
                 self.drop_target(at, mem);
             }
+            Stage::Read if ok => self.write_chunk(at, mem),
+            Stage::Read => self.give_up(at, mem),
             Stage::Write => {
                 copy.outstanding -= 1;
                 copy.failed |= !ok;
                 let over = copy.outstanding == 0;
                 if status == IoStatus::NoSpace {
-                    let room = self.room();
-                    self.member_mut(source).drain.stalled = Some(room);
+                    self.member_mut(source).drain.stalled = Some(self.room());
                 }
                 if over {
                     self.chunk_written(at, mem);
@@ -450,15 +617,30 @@ impl MultiPool {
             }
             Stage::Flush if ok => {
                 copy.stage = Stage::Arrive;
-                copy.outstanding = 1;
-                let (slot, logical, tag) = (copy.slot, copy.logical, copy.tag());
-                self.member_mut(target).pool.arrive(tag, slot, logical, mem);
+                let (members, logical, tag) = (copy.members.clone(), copy.logical, copy.tag());
+                self.member_mut(target).pool.arrive(tag, &members, logical, mem);
             }
             Stage::Flush => self.drop_target(at, mem),
             Stage::Arrive if ok => copy.stage = Stage::Readers,
+            Stage::Free if ok => {
+                self.bind_reserve(at);
+                self.end_copy(at, mem);
+            }
             // The target failed: the source has it all.
             Stage::Arrive | Stage::Free | Stage::Drop => self.end_copy(at, mem),
             stage => unreachable!("nothing is asked in {stage:?}"),
+        }
+    }
+
+    /// What thick replicas may write over the family has to be where that is now.
+    fn bind_reserve(&mut self, at: usize) {
+        let (source, target) = (self.copies[at].source, self.copies[at].target);
+        let slots = &self.copies[at].family.readers;
+        let own = |slot: &u16| !self.copies[at].members.contains(slot);
+        let thick = |slot: &u16| self.member(target).pool.thick(*slot).is_some();
+        for _ in 0..slots.iter().filter(|slot| own(slot) && thick(slot)).count() {
+            self.member_mut(target).pool.bind_reserve();
+            self.member_mut(source).pool.unbind_reserve();
         }
     }
 
@@ -475,7 +657,8 @@ impl MultiPool {
     /// The pool failed: what waits is answered; what is at the devices comes back.
     pub(super) fn abort_copies<M: Memory>(&mut self, mem: &mut M) {
         for at in (0..self.copies.len()).rev() {
-            if matches!(self.copies[at].stage, Stage::Writers | Stage::Memory | Stage::Readers) {
+            let waits = [Stage::Queued, Stage::Writers, Stage::Memory, Stage::Readers];
+            if self.copies.get(at).is_some_and(|copy| waits.contains(&copy.stage)) {
                 self.end_copy(at, mem);
             }
         }

@@ -2,7 +2,7 @@
 
 use cairn_block::{IoStatus, Memory, PoolDeviceId};
 
-use super::control::{Change, Kind, LAYERS_DRAIN, THICK_JOINS, Then};
+use super::control::{Change, Kind, Then};
 use super::{INTERNAL, MAX_DEVICES, Member, MultiPool};
 use crate::ControlError;
 use crate::disk::MemberState;
@@ -141,11 +141,9 @@ impl MultiPool {
         if let PoolState::Failed(reason) = self.state() {
             return Err(ControlError::PoolFailed(reason));
         }
-        if self.serving().any(|(_, m)| m.pool.has_thick()) {
-            return refuse(THICK_JOINS.to_owned());
-        }
         let number = self.next_number();
         let mut member = Member::new(pool, MemberState::Joining);
+        member.pool.keep_free(0, 0);
         if !self.verify {
             member.pool.disable_checksums_for_benchmark();
         }
@@ -202,15 +200,27 @@ impl MultiPool {
             self.finish(Some(tag), IoStatus::Ok, None);
             return Ok(());
         }
+        self.member_mut(at).role = MemberState::Draining;
+        if let Err(why) = self.check_removal(at) {
+            self.member_mut(at).role = MemberState::Live;
+            return Err(why);
+        }
+        self.share_reserve();
+        let change = Change::Set(id, MemberState::Draining);
+        self.push_job(Some(tag), Kind::members(change, Then::Drains(at)));
+        Ok(())
+    }
+
+    /// Whether the other devices have room for what a device that is to be removed has, and for what is promised.
+    pub(super) fn check_removal(&self, at: usize) -> Result<(), String> {
+        let id = self.member(at).id;
         // What other removals still have to move needs room as well.
-        let leaving = |(i, m): &(usize, &Member)| *i == at || m.role == MemberState::Draining;
+        let leaving = |(_, m): &(usize, &Member)| m.role == MemberState::Draining;
         let needed: u64 = self.serving().filter(leaving).map(|(_, m)| m.pool.extents_left()).sum();
         let (mut others, mut free) = (0, 0);
-        for (other, member) in self.serving() {
-            if other != at && member.role == MemberState::Live {
-                others += 1;
-                free += member.pool.usage().extents_free;
-            }
+        for (_, member) in self.serving().filter(|(_, m)| m.role == MemberState::Live) {
+            others += 1;
+            free += member.pool.usage().extents_free;
         }
         if others == 0 {
             return Err(format!(
@@ -224,12 +234,14 @@ impl MultiPool {
                 needed - free
             ));
         }
-        if self.serving().any(|(_, m)| m.pool.has_layers()) {
-            return Err(LAYERS_DRAIN.to_owned());
+        let (promise, to_come) = (self.promised(), self.promised_soon());
+        let kept = promise.sum() + to_come;
+        if kept > 0 && !self.fits(&promise, needed + to_come) {
+            return Err(format!(
+                "{needed} MiB have to move, {kept} MiB are kept for thick replicas, and the other devices \
+                 have {free} MiB free: add a device first, or delete replicas",
+            ));
         }
-        self.member_mut(at).role = MemberState::Draining;
-        let change = Change::Set(id, MemberState::Draining);
-        self.push_job(Some(tag), Kind::members(change, Then::Drains(at)));
         Ok(())
     }
 
@@ -262,6 +274,7 @@ impl MultiPool {
                 continue;
             }
             self.members[at] = None;
+            self.reserve_is_old = true;
             for bits in &mut self.unflushed {
                 *bits &= !(1 << at);
             }

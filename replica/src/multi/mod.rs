@@ -12,6 +12,7 @@ mod control;
 mod drain;
 mod members;
 mod open;
+mod reserve;
 mod route;
 mod settle;
 mod snapshot;
@@ -131,6 +132,10 @@ pub struct MultiPool {
     /// Devices that left, to be detached.
     gone: VecDeque<u8>,
     limits: Option<(usize, usize)>,
+    /// What is kept for thick replicas is to be counted anew.
+    reserve_is_old: bool,
+    /// The room that there was when it was not enough for them.
+    reserve_lacks: Option<u64>,
     verify: bool,
     /// Where the next device operation is looked for.
     turn: usize,
@@ -174,6 +179,8 @@ impl MultiPool {
             done: VecDeque::with_capacity(WARM),
             gone: VecDeque::new(),
             limits: None,
+            reserve_is_old: false,
+            reserve_lacks: None,
             verify: true,
             turn: 0,
         };
@@ -271,11 +278,11 @@ impl MultiPool {
             let usage = member.pool.usage();
             sum.extents_total += usage.extents_total;
             sum.extents_allocated += usage.extents_allocated;
-            sum.extents_reserved += usage.extents_reserved;
             // Every device has every replica.
             sum.extents_provisioned = sum.extents_provisioned.max(usage.extents_provisioned);
             if member.role == MemberState::Live {
                 sum.extents_free += usage.extents_free;
+                sum.extents_reserved += usage.extents_reserved;
             }
         }
         sum
@@ -585,6 +592,7 @@ impl MultiPool {
             self.go_on(mem);
             self.pump_copies(mem);
             self.pump_leaving(mem);
+            self.pump_reserve();
             if self.present().all(|m| m.pool.done.is_empty()) {
                 return;
             }
@@ -621,7 +629,12 @@ impl MultiPool {
         for member in self.present() {
             member.pool.check();
         }
+        self.check_reserve();
         for slot in 0..self.slots {
+            if self.is_going_back(slot) {
+                // Some devices have what it gives up, and others what it goes back to.
+                continue;
+            }
             let end = self.present().map(|m| m.pool.mapped_end(slot)).max().unwrap_or(0);
             for logical in 0..end {
                 let holders = self

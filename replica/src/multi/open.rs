@@ -9,7 +9,8 @@
 //! - a replica that went back to a snapshot on some devices does so on the others;
 //! - a size: the largest is right, for replicas only grow;
 //! - a register: the highest promise, and the highest of what was accepted, are right;
-//! - an extent on two devices: the copy on the device that is being removed is freed;
+//! - an extent on two devices, with all that moves with it: the device that is being removed frees it;
+//! - a layer that is on top of another one on some devices only: it is on the others too;
 //! - an unfinished copy: the device's own open frees it.
 
 use cairn_block::{PoolDeviceId, PoolId, SnapshotId};
@@ -207,6 +208,7 @@ impl MultiPool {
             next.advance();
         }
         let reverts = settle_catalogs(devs, &used, &mut pools)?;
+        settle_layers(devs, &used, &mut pools)?;
         for (pool, &index) in pools.iter_mut().zip(&used) {
             if *pool.membership() != next {
                 pool.rewrite_membership(&mut devs[index], &next)?;
@@ -224,10 +226,12 @@ impl MultiPool {
             })
             .collect();
         let mut pool = Self::new(members, next);
-        pool.find_doubles()?;
         for (slot, to) in reverts {
             pool.resume_revert(slot, to);
         }
+        pool.find_doubles()?;
+        pool.share_reserve();
+        pool.recount_reserve();
         Ok(OpenedSet { pool, devices: used, set_aside })
     }
 
@@ -243,28 +247,39 @@ impl MultiPool {
             }
             let end = self.present().map(|m| m.pool.mapped_end(slot)).max().unwrap_or(0);
             for logical in 0..end {
-                let mut first = None;
-                for at in 0..self.members.len() {
-                    if !self.member(at).pool.maps(ReplicaSlot(slot), logical) {
-                        continue;
-                    }
-                    let Some(other) = first.replace(at) else { continue };
-                    let draining = |at: usize| self.member(at).role == MemberState::Draining;
-                    let (source, target) = match (draining(other), draining(at)) {
-                        (true, false) => (other, at),
-                        (false, true) => (at, other),
-                        _ => {
-                            return Err(PoolError::Inconsistent(
-                                "two devices claim one extent of a replica",
-                            ));
-                        }
-                    };
-                    if let Some(blocks) = self.live_blocks(slot) {
-                        self.resume_copy(source, target, slot, logical, blocks);
-                    }
+                let holders: Vec<usize> = (0..self.members.len())
+                    .filter(|&at| self.member(at).pool.maps(ReplicaSlot(slot), logical))
+                    .collect();
+                // One that is going back to a snapshot may have been written elsewhere since.
+                if holders.len() > 1 && !self.is_going_back(slot) {
+                    self.settle_double(slot, logical, &holders)?;
                 }
             }
         }
+        Ok(())
+    }
+
+    fn settle_double(
+        &mut self,
+        slot: u16,
+        logical: u32,
+        holders: &[usize],
+    ) -> Result<(), PoolError> {
+        let claimed = PoolError::Inconsistent("two devices claim one extent of a replica");
+        let draining = |at: &&usize| self.member(**at).role == MemberState::Draining;
+        let source = holders.iter().find(draining);
+        let target = holders.iter().find(|at| !draining(at));
+        let (Some(&source), Some(&target), 2) = (source, target, holders.len()) else {
+            return Err(claimed);
+        };
+        // A copy is of all that reads through to each other, and is whole.
+        let (from, to) = (&self.member(source).pool, &self.member(target).pool);
+        let family = from.family(slot, logical).map(|family| family.readers).unwrap_or_default();
+        let own = |pool: &Pool, reader: &u16| pool.has_own(*reader, logical);
+        if !family.iter().all(|reader| own(from, reader) == own(to, reader)) {
+            return Err(claimed);
+        }
+        self.resume_copy(source, target, slot, logical);
         Ok(())
     }
 }
@@ -379,6 +394,28 @@ fn settle_catalogs<D: Device>(
         }
     }
     Ok(reverts)
+}
+
+/// Has layers read through to each other on each device as they do on the others: one that joined when they
+/// were there already, and holds nothing of them, may not know.
+fn settle_layers<D: Device>(
+    devs: &mut [D],
+    used: &[usize],
+    pools: &mut [Pool],
+) -> Result<(), PoolError> {
+    for slot in 0..pools.iter().map(Pool::slot_count).min().unwrap_or(0) {
+        if !pools.iter().all(|pool| pool.is_used(slot)) {
+            continue;
+        }
+        let Some(parent) = pools.iter().find_map(|pool| pool.parent_slot(slot)) else { continue };
+        if !pools.iter().all(|pool| pool.snapshot_blocks(parent).is_some()) {
+            continue;
+        }
+        for (pool, &index) in pools.iter_mut().zip(used) {
+            pool.put_on_top_of(&mut devs[index], slot, parent)?;
+        }
+    }
+    Ok(())
 }
 
 /// What the pages of one replica say together.

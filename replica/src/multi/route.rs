@@ -208,7 +208,7 @@ impl MultiPool {
     fn run_part<M: Memory>(&mut self, mut part: Part, mem: &mut M) -> Result<bool, IoStatus> {
         let lost = self.lost.is_lost(part.slot);
         let holder = match self.copy_of(part.slot, part.logical) {
-            Some(at) if part.is_mutation() => {
+            Some(at) if part.is_mutation() && self.is_closed(at, part.slot, part.logical) => {
                 self.copies[at].park(part);
                 return Ok(true);
             }
@@ -216,6 +216,17 @@ impl MultiPool {
             None => self.holder(part.slot, part.logical),
         };
         if let Some(member) = holder {
+            if part.is_mutation() && self.adds_to_drain(member, &part) {
+                if let Some(at) = self.move_first(member, part.slot, part.logical) {
+                    self.copies[at].park(part);
+                    return Ok(true);
+                }
+                // What a thick replica needs is kept for it.
+                let thick = self.member(member).pool.thick(part.slot).is_some();
+                if !thick && !self.has_room_to_drain() {
+                    return Err(IoStatus::NoSpace);
+                }
+            }
             part.member = member;
             if lost && part.whole {
                 part.op = kept(part.op);
@@ -236,21 +247,31 @@ impl MultiPool {
                 Err(IoStatus::MediaError)
             }
             IoOp::Write { .. } => {
-                part.member = self.choose(part.tried).ok_or(IoStatus::NoSpace)?;
+                let of = Some(part.slot);
+                part.member = self.choose(of, part.tried).ok_or(IoStatus::NoSpace)?;
                 self.send(part, mem);
                 Ok(true)
             }
             IoOp::WriteZeroes { .. } if lost => {
                 // Its zeros must be told from what was lost, so they take an extent.
-                part.member = self.choose(part.tried).ok_or(IoStatus::NoSpace)?;
+                let of = Some(part.slot);
+                part.member = self.choose(of, part.tried).ok_or(IoStatus::NoSpace)?;
                 self.note_change(&part);
                 let id = self.parts.insert(part);
                 let pool = &mut self.member_mut(part.member).pool;
-                pool.import(PART | u64::from(id), part.slot, part.logical, false, mem);
+                pool.import(PART | u64::from(id), part.slot, part.logical, mem);
                 Ok(true)
             }
             IoOp::WriteZeroes { .. } => Ok(false),
         }
+    }
+
+    /// Whether a change needs a new extent on a device that is being removed.
+    fn adds_to_drain(&self, member: usize, part: &Part) -> bool {
+        let on = self.member(member);
+        on.role == MemberState::Draining
+            && on.is_online()
+            && !on.pool.has_own(part.slot, part.logical)
     }
 
     fn note_change(&mut self, part: &Part) {
@@ -285,14 +306,17 @@ impl MultiPool {
         failed
     }
 
-    /// The device for a new extent: the one with the most free space, not one of `tried`.
-    pub(super) fn choose(&self, tried: u64) -> Option<usize> {
+    /// The device for a new extent, of a replica or of nobody in particular: the one with the most space that
+    /// is free for it, not one of `tried`.
+    pub(super) fn choose(&self, of: Option<u16>, tried: u64) -> Option<usize> {
         let mut best: Option<(usize, (u64, bool))> = None;
         for (at, member) in self.serving() {
             if tried >> at & 1 != 0 || member.role != MemberState::Live {
                 continue;
             }
-            let key = (member.pool.extents_free(), member.pool.extents_are_returning());
+            let pool = &member.pool;
+            let free = of.map_or_else(|| pool.extents_unreserved(), |slot| pool.extents_for(slot));
+            let key = (free, pool.extents_are_returning());
             if best.is_none_or(|(_, b)| b < key) {
                 best = Some((at, key));
             }
@@ -319,14 +343,14 @@ impl MultiPool {
             }
         } else if part.is_mutation() {
             self.note_change(&part);
-            self.writer_done(part.slot, part.logical);
             let slot = ReplicaSlot(part.slot);
             if status == IoStatus::NoSpace
                 && !self.member(part.member).pool.maps(slot, part.logical)
             {
                 // It got no extent there; another device may have room.
                 part.tried |= 1 << part.member;
-                if self.choose(part.tried).is_some_and(|m| self.has_room(m)) {
+                let next = self.choose(Some(part.slot), part.tried);
+                if next.is_some_and(|m| self.has_room(m, part.slot)) {
                     self.rerun(part, mem);
                     return;
                 }
@@ -335,9 +359,9 @@ impl MultiPool {
         self.part_over(part.request, status, mem);
     }
 
-    fn has_room(&self, member: usize) -> bool {
+    fn has_room(&self, member: usize, slot: u16) -> bool {
         let pool = &self.member(member).pool;
-        pool.extents_free() > 0 || pool.extents_are_returning()
+        pool.extents_for(slot) > 0 || pool.extents_are_returning()
     }
 
     /// Runs a part that is counted as outstanding already.
@@ -372,13 +396,6 @@ impl MultiPool {
     /// The size of a replica's blocks.
     pub(super) fn block_size(&self, slot: u16) -> BlockSize {
         self.lead().map_or(BlockSize::B4096, |lead| lead.page(slot).block_size)
-    }
-
-    /// Changes under way in an extent, those that wait for a copy of it not among them.
-    pub(super) fn writers(&self, slot: u16, logical: u32) -> u32 {
-        let here = |p: &Part| p.is_mutation() && p.slot == slot && p.logical == logical;
-        let count = self.parts.iter().filter(|(_, p)| here(p)).count();
-        u32::try_from(count).expect("fewer than 2^32 parts")
     }
 }
 

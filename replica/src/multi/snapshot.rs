@@ -13,7 +13,7 @@ use cairn_block::{IoStatus, Memory, SnapshotId};
 
 use super::control::{Job, Kind};
 use super::{JOB, MultiPool};
-use crate::disk::{FLAG_REVERTED, FLAG_REVERTING, MemberState};
+use crate::disk::{FLAG_REVERTED, FLAG_REVERTING};
 use crate::pool::{PoolState, ReplicaSlot};
 use crate::{ControlError, SnapshotSpec};
 
@@ -91,16 +91,17 @@ impl MultiPool {
         self.push_job(None, Kind::Revert(Revert { slot, to, with: 0, step, resumed: true }));
     }
 
+    /// Whether a replica is going back to a snapshot, or is to.
+    pub(super) fn is_going_back(&self, slot: u16) -> bool {
+        let goes = |job: &Job| matches!(&job.kind, Kind::Revert(revert) if revert.slot == slot);
+        self.active.iter().chain(&self.jobs).any(goes)
+    }
+
     pub(super) fn check_snapshot(
         &self,
         slot: u16,
         spec: &SnapshotSpec,
     ) -> Result<u16, ControlError> {
-        if self.present().any(|m| m.role == MemberState::Draining) {
-            let why = "a device is being removed from the pool, and what snapshots share cannot \
-                       move meanwhile: take the snapshot when the device has left";
-            return Err(ControlError::Device(why.to_owned()));
-        }
         let with = self.free_slot()?;
         for (_, member) in self.serving() {
             member.pool.check_snapshot(ReplicaSlot(slot), spec, Some(with))?;

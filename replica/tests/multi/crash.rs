@@ -32,6 +32,9 @@ fn run(seed: u64, cut: Cut, deaths: bool) -> Seen {
         if world.layers && world.set.rng.chance(60) {
             world.revert_some();
         }
+        if world.set.rng.chance(40) {
+            world.drain_some();
+        }
         let power = cut == Cut::Power || (cut == Cut::Either && world.set.rng.chance(50));
         world = world.crash(power);
     }
@@ -54,6 +57,7 @@ fn run_all(seeds: std::ops::Range<u64>, cut: Cut, deaths: bool) -> Seen {
 fn met(seen: &Seen) {
     assert!(seen.adds > 50 && seen.drained > 20, "{seen:?}");
     assert!(seen.draining > 20 && seen.doubles > 0 && seen.removed > 0, "{seen:?}");
+    assert!(seen.families > 0, "{seen:?}");
     assert!(seen.snapshots > 50 && seen.reverts > 20 && seen.resumed > 0, "{seen:?}");
 }
 

@@ -22,6 +22,8 @@ pub(crate) struct Seen {
     pub(crate) opens: u64,
     pub(crate) draining: u64,
     pub(crate) doubles: u64,
+    pub(crate) no_space: u64,
+    pub(crate) families: u64,
     pub(crate) joining: u64,
     pub(crate) removed: u64,
     pub(crate) adds: u64,
@@ -39,6 +41,8 @@ impl Seen {
         self.opens += other.opens;
         self.draining += other.draining;
         self.doubles += other.doubles;
+        self.no_space += other.no_space;
+        self.families += other.families;
         self.joining += other.joining;
         self.removed += other.removed;
         self.adds += other.adds;

@@ -23,6 +23,8 @@ struct ModelReplica {
     slot: Option<ReplicaSlot>,
     registers: Vec<(u64, bool)>,
     delete_asked: bool,
+    /// It has all of its room.
+    thick: bool,
     /// It is a clone, or a snapshot of it was asked for.
     layered: bool,
     /// What it holds if it was taken back to a snapshot, which is not answered.
@@ -200,9 +202,12 @@ impl World {
         self.next_id += 1;
         let size = REPLICA_EXTENTS * EXTENT_BLOCKS - self.set.rng.below(3);
         let tag = self.set.tag();
-        self.replicas.insert(id, ModelReplica { size, ..ModelReplica::default() });
+        let thick = self.set.rng.chance(25);
+        self.replicas.insert(id, ModelReplica { size, thick, ..ModelReplica::default() });
         self.asked.insert(tag, Asked::Create(id));
-        self.set.pool.create_replica(tag, spec(id, size), &mut self.set.mem);
+        let mut spec = spec(id, size);
+        spec.thick = thick;
+        self.set.pool.create_replica(tag, spec, &mut self.set.mem);
     }
 
     fn snapshot_work(&mut self) {
@@ -256,13 +261,15 @@ impl World {
         let from = &self.snapshots[&(of, snapshot)];
         let (size, blocks) = (from.size, from.blocks.clone());
         let marks = Marks::of_clone(self.order);
+        let thick = self.set.rng.chance(25);
         self.replicas.insert(
             id,
-            ModelReplica { size, blocks, layered: true, marks, ..ModelReplica::default() },
+            ModelReplica { size, blocks, thick, layered: true, marks, ..ModelReplica::default() },
         );
         self.asked.insert(tag, Asked::Create(id));
         let mut spec = spec(id, size);
         spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));
+        spec.thick = thick;
         self.set.pool.create_replica(tag, spec, &mut self.set.mem);
     }
 
@@ -290,6 +297,34 @@ impl World {
         for _ in 0..self.set.rng.below(80) {
             self.set.step();
             self.collect();
+        }
+    }
+
+    /// Begins to remove a device, is at work meanwhile, and is cut off soon.
+    pub(crate) fn drain_some(&mut self) {
+        let members = self.set.pool.members();
+        let live: Vec<_> =
+            members.iter().filter(|m| m.state == MemberState::Live && m.number.is_some()).collect();
+        if live.len() < 2 || self.set.pool.state() != PoolState::Online {
+            return;
+        }
+        let id = live[self.set.rng.index(live.len())].id;
+        self.drained = true;
+        let tag = self.set.remove(id.0);
+        self.asked.insert(tag, Asked::Remove);
+        // Now and then it is cut off between two steps of a move that follow each other closely.
+        let aims = self.layers && self.set.rng.chance(15);
+        for step in 0..self.set.rng.below(600) {
+            self.set.step();
+            self.collect();
+            if aims && step % 4 == 0 && doubles(&self.set).1 > 0 {
+                return;
+            }
+            match self.set.rng.below(60) {
+                0 if self.layers => self.snapshot_work(),
+                1..4 => self.io(),
+                _ => {}
+            }
         }
     }
 
@@ -523,6 +558,13 @@ impl World {
                     done.status
                 );
                 if !ok {
+                    let kept = replica.thick && !replica.delete_asked && !self.died;
+                    assert!(
+                        !kept,
+                        "no room for what is kept for {id}: {range:?} {:?}",
+                        self.set.pool.members()
+                    );
+                    self.set.seen.no_space += 1;
                     replica.marks.failed(order);
                     for (_, snapshot) in self.snapshots.iter_mut().filter(|((of, _), _)| *of == id)
                     {
@@ -670,7 +712,9 @@ impl World {
         // `flush` at open makes the survivors durable; a second cut in between is the next round's.
         let mut set = Set::open(disks, seed, &[]).unwrap();
         set.rng = Rng(seed);
-        set.seen.doubles += doubles(&set);
+        let (doubles, families) = doubles(&set);
+        set.seen.doubles += doubles;
+        set.seen.families += families;
         let mut world = Self { set, asked: BTreeMap::new(), ..self };
         let creating: Vec<u128> =
             world.replicas.iter().filter(|(_, r)| r.slot.is_none()).map(|(id, _)| *id).collect();
@@ -848,6 +892,17 @@ impl World {
         if !draining {
             assert_eq!(usage.extents_free + usage.extents_allocated, usage.extents_total);
         }
+        let thick = self.set.pool.replicas().filter(|r| r.thick);
+        let kept: u64 = thick.map(|r| r.blocks.div_ceil(EXTENT_BLOCKS) - r.allocated_extents).sum();
+        if !self.died {
+            // What could not be moved yet is kept twice.
+            assert!(
+                usage.extents_reserved == kept || draining,
+                "{} for {kept}",
+                usage.extents_reserved
+            );
+            assert!(usage.extents_reserved >= kept, "{} for {kept}", usage.extents_reserved);
+        }
     }
 }
 
@@ -866,6 +921,7 @@ fn no_room(done: &Done) -> bool {
         done.error,
         Some(
             ControlError::NoFreeSlot(_)
+                | ControlError::NoRoom { .. }
                 | ControlError::SnapshotUnderWay
                 | ControlError::NoSuchSnapshot(_)
                 | ControlError::NoSuchReplica(_)
@@ -874,23 +930,22 @@ fn no_room(done: &Done) -> bool {
     )
 }
 
-/// Extents that a crash left on two devices.
-fn doubles(set: &Set) -> u64 {
+/// Extents that a crash left on two devices, of replicas and of snapshots.
+fn doubles(set: &Set) -> (u64, u64) {
     if !set.pool.members().iter().any(|m| m.drain.is_some()) {
-        return 0;
+        return (0, 0);
     }
     let pools: Vec<Pool> = set
         .disks
         .iter()
         .flatten()
-        .map(|disk| Pool::open(&mut Disk::new(disk.now.clone())).unwrap())
+        // One that is being added, or has left, is not to be opened.
+        .filter_map(|disk| Pool::open(&mut Disk::new(disk.now.clone())).ok())
         .collect();
-    let mut doubles = 0;
-    for replica in set.pool.replicas() {
-        for logical in 0..8 {
-            let held = pools.iter().filter(|p| p.maps(replica.slot, logical)).count();
-            doubles += u64::from(held > 1);
-        }
-    }
-    doubles
+    let count = |slot: ReplicaSlot| -> u64 {
+        let held = |logical| pools.iter().filter(|p| p.maps(slot, logical)).count();
+        (0..8).map(|logical| u64::from(held(logical) > 1)).sum()
+    };
+    let doubles = set.pool.replicas().map(|r| count(r.slot)).sum();
+    (doubles, set.pool.snapshots().map(|s| count(s.slot)).sum())
 }
