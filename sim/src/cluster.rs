@@ -1,6 +1,8 @@
 //! Processes on machines: replica nodes, a nexus node, hosts; started, run, killed and started again.
 
+mod force;
 mod inspect;
+mod members;
 mod processes;
 mod volumes;
 
@@ -20,6 +22,10 @@ use crate::client::{Client, Serving};
 use crate::driver::SimDriver;
 use crate::history::History;
 use crate::world::{DiskRef, Machine, NodeId, World};
+use force::Forced;
+pub use members::Seat;
+use members::first_seats;
+pub(crate) use members::{is_member, is_whole};
 
 /// Where a node listens on its machine.
 const PORT: u16 = 4420;
@@ -32,12 +38,16 @@ pub type SimCommand = Command<SocketAddr, DiskRef>;
 /// What a cluster is made of.
 #[derive(Debug, Clone)]
 pub struct ClusterConfig {
-    /// Volumes; each has a replica in every pool.
+    /// Volumes; each has a replica in each of the first pools.
     pub volumes: usize,
     /// Blocks of a volume.
     pub blocks: u64,
-    /// Pools.
+    /// Pools with a replica of each volume at first.
     pub replicas: usize,
+    /// Where there is a pool with a witness of each volume, the pool after those.
+    pub witness: Option<WitnessPlace>,
+    /// Pools after that one in which no volume has anything at first.
+    pub spares: usize,
     /// Whether the first pool is in the nexus's own process.
     pub local_replica: bool,
     /// Whether there is a second machine that can serve the volumes.
@@ -66,6 +76,25 @@ pub struct ClusterConfig {
     pub tears: bool,
     /// Whether volumes are encrypted.
     pub encrypted: bool,
+}
+
+impl ClusterConfig {
+    /// How many pools there are.
+    #[must_use]
+    pub fn pools(&self) -> usize {
+        self.replicas + usize::from(self.witness.is_some()) + self.spares
+    }
+}
+
+/// Where a pool with witnesses is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WitnessPlace {
+    /// On a machine of its own.
+    Apart,
+    /// In the process of the first machine that serves volumes.
+    First,
+    /// In that of the second one.
+    Second,
 }
 
 /// What a command will have answered.
@@ -116,8 +145,18 @@ pub struct Cluster {
     spoilt: bool,
     /// Snapshots that were asked for.
     snapshots: Vec<AskedSnapshot>,
-    /// Snapshots that were taken: on which pool, and what each holds.
-    taken: Vec<(usize, SnapshotId, usize, Vec<u8>)>,
+    /// Snapshots that were taken: of which replica, and what each holds.
+    taken: Vec<(usize, SnapshotId, ReplicaId, Vec<u8>)>,
+    /// The replicas of each volume, whatever became of them.
+    seats: Vec<Vec<Seat>>,
+    /// Those that each of the machines that serve volumes is told of.
+    named: [Vec<Vec<Seat>>; 2],
+    /// How often each volume was started by force: epochs of different lineages are not compared.
+    lineages: Vec<u64>,
+    /// Volumes that are to be started by force.
+    forced: Vec<Option<Forced>>,
+    /// Pools that are not to be had: for good, or until they come back.
+    gone: BTreeSet<usize>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -138,8 +177,14 @@ fn pool_name(at: usize) -> String {
     format!("pool{at}")
 }
 
+/// The first replica of a volume in a pool.
 fn replica_id(volume: usize, pool: usize) -> ReplicaId {
     ReplicaId((volume as u128 + 1) << 64 | (pool as u128 + 1))
+}
+
+/// The number of a volume.
+fn volume_of(id: VolumeId) -> usize {
+    usize::try_from(id.0 - 1).expect("a small number")
 }
 
 fn volume_nqn(volume: usize) -> String {
@@ -171,7 +216,7 @@ impl Cluster {
     pub fn new(world: World, config: ClusterConfig) -> Self {
         let world = Rc::new(RefCell::new(world));
         let mut disks = Vec::new();
-        for at in 0..config.replicas {
+        for at in 0..config.pools() {
             let mut w = world.borrow_mut();
             let small = config.small_pool == Some(at);
             let disk = w.add_disk(if small { SMALL_POOL } else { config.disk_len });
@@ -187,6 +232,8 @@ impl Cluster {
             w.disk(disk).whole_from = (!config.tears).then_some(superblock.segments[0].data);
             disks.push(disk);
         }
+        let seats: Vec<Vec<Seat>> =
+            (0..config.volumes).map(|volume| first_seats(&config, volume)).collect();
         let histories = (0..config.volumes)
             .map(|at| {
                 let blocks = usize::try_from(config.blocks).expect("a small volume");
@@ -197,15 +244,20 @@ impl Cluster {
             .collect();
         let mut cluster = Self {
             world,
-            lives: vec![0; config.replicas + 3],
+            lives: vec![0; config.pools() + 3],
             growth: Vec::new(),
             astray: BTreeSet::new(),
             spoilt: false,
             snapshots: Vec::new(),
             taken: Vec::new(),
+            named: [seats.clone(), seats.clone()],
+            lineages: vec![0; config.volumes],
+            forced: vec![None; config.volumes],
+            gone: BTreeSet::new(),
+            seats,
             processes: Vec::new(),
             disks,
-            replicas: vec![None; config.replicas],
+            replicas: vec![None; config.pools()],
             nexuses: [None; 2],
             active: 0,
             serving: Serving::default(),
@@ -218,7 +270,7 @@ impl Cluster {
         if cluster.config.second {
             cluster.start_process(1);
         }
-        for at in 0..cluster.config.replicas {
+        for at in 0..cluster.config.pools() {
             match cluster.home(at) {
                 Some(0) => continue,
                 Some(_) => {}
@@ -233,7 +285,9 @@ impl Cluster {
     /// The machine of a pool.
     #[must_use]
     pub fn machine_of(&self, pool: usize) -> Machine {
-        self.home(pool).map_or(Machine(1 + pool), |which| self.nexus_machine(which))
+        // The machines of the hosts and of the second nexus are between.
+        let own = if pool < self.config.replicas { 1 + pool } else { 3 + pool };
+        self.home(pool).map_or(Machine(own), |which| self.nexus_machine(which))
     }
 
     /// A machine that serves volumes.
@@ -266,6 +320,11 @@ impl Cluster {
         match pool {
             0 if self.config.local_replica => Some(0),
             1 if self.config.second && self.config.second_local => Some(1),
+            at if at == self.config.replicas => match self.config.witness? {
+                WitnessPlace::Apart => None,
+                WitnessPlace::First => Some(0),
+                WitnessPlace::Second => Some(1),
+            },
             _ => None,
         }
     }
@@ -275,10 +334,22 @@ impl Cluster {
         self.home(pool).map_or(self.replicas[pool], |which| self.nexuses[which])
     }
 
-    /// How many pools there are.
+    /// How many pools have a replica of each volume at first.
     #[must_use]
     pub fn replicas(&self) -> usize {
         self.config.replicas
+    }
+
+    /// How many pools there are.
+    #[must_use]
+    pub fn pools(&self) -> usize {
+        self.config.pools()
+    }
+
+    /// How many replicas and witnesses a volume has at first.
+    #[must_use]
+    pub fn voters(&self) -> usize {
+        self.config.replicas + usize::from(self.config.witness.is_some())
     }
 
     /// How many volumes there are.

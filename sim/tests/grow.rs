@@ -10,6 +10,8 @@ fn cluster(seed: u64, local_replica: bool) -> Cluster {
         volumes: 1,
         blocks: 1024,
         replicas: 3,
+        witness: None,
+        spares: 0,
         local_replica,
         tears: true,
         second: false,

@@ -8,6 +8,8 @@ fn cluster(seed: u64) -> Cluster {
         volumes: 1,
         blocks: 1024,
         replicas: 3,
+        witness: None,
+        spares: 0,
         local_replica: false,
         tears: true,
         second: false,

@@ -1,12 +1,14 @@
 //! What is looked at from outside: disks as after a crash at that moment, registers, epochs.
 
-use std::collections::BTreeSet;
 
-use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, SnapshotId};
+use cairn_block::{
+    BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
+};
 use cairn_engine::VolumeReport;
 use cairn_engine::replica::{DiskOp, Pool, Register, ReplicaSlot, change};
 
-use super::{Cluster, keys, replica_id};
+use super::members::pool_of;
+use super::{Cluster, keys, volume_of};
 use crate::checks::{Check, check};
 use crate::disk::{PAGE, SimDisk};
 
@@ -32,11 +34,12 @@ impl Cluster {
             possible.contains(&report.blocks),
             "volume {volume}: {report:?}, of {possible:?}"
         );
-        for (at, child) in report.children.iter().enumerate() {
+        for child in &report.children {
             if child.state == "online" {
+                let id = child.replica;
+                let at = pool_of(id);
                 let mut disk = self.world().disk(self.disks[at]).clone();
                 let pool = Pool::open(&mut disk).expect("the pool opens");
-                let id = replica_id(volume, at);
                 let has = pool.replicas().find(|r| r.id == id).map_or(0, |r| r.blocks);
                 check!(
                     Check::Sizes,
@@ -58,15 +61,12 @@ impl Cluster {
             let name = format!("volume{volume}");
             let report = reports.iter().find(|r| r.name == name).expect("it is served");
             self.check_sizes(volume, report);
-            let members: BTreeSet<usize> = report
-                .children
-                .iter()
-                .enumerate()
-                .filter(|(at, child)| child.in_sync && !self.astray.contains(at))
-                .map(|(at, _)| at)
+            let members = report.children.iter().filter(|child| child.in_sync);
+            let members = members.map(|child| child.replica);
+            let contents: Vec<(ReplicaId, Vec<u8>)> = members
+                .filter(|id| !self.astray.contains(&pool_of(*id)))
+                .map(|id| (id, self.contents(volume, id)))
                 .collect();
-            let contents: Vec<(usize, Vec<u8>)> =
-                members.iter().map(|&at| (at, self.contents(volume, at))).collect();
             let history = self.history(volume);
             let Some(((first, a), rest)) = contents.split_first() else { continue };
             for (other, b) in rest {
@@ -104,7 +104,8 @@ impl Cluster {
         });
         for (volume, id, invoked, differing) in answered {
             let mut first: Option<Vec<u8>> = None;
-            for at in 0..self.disks.len() {
+            let replicas: Vec<ReplicaId> = self.seats[volume].iter().map(|s| s.id).collect();
+            for at in replicas {
                 // One that was not in sync has none.
                 let Some(bytes) = self.snapshot_contents(volume, at, id) else { continue };
                 let history = self.history(volume);
@@ -137,12 +138,15 @@ impl Cluster {
     pub fn check_snapshots(&mut self) {
         self.look_at_snapshots();
         for (volume, id, at, bytes) in &self.taken {
+            if self.gone.contains(&pool_of(*at)) {
+                continue;
+            }
             let now = self.snapshot_contents(*volume, *at, *id);
             let same = now.is_some_and(|now| now == *bytes);
             check!(
                 Check::Snapshots,
                 same,
-                "snapshot {id} of volume {volume} in pool {at} has changed, or is gone"
+                "snapshot {id} of replica {at} of volume {volume} has changed, or is gone"
             );
         }
     }
@@ -154,13 +158,12 @@ impl Cluster {
     /// Where a difference would not be found.
     pub(super) fn check_marks(&self, reports: &[VolumeReport]) {
         for report in reports.iter().filter(|report| report.serving) {
-            let volume = usize::try_from(report.id.0 - 1).expect("a small number");
-            let children = report.children.iter().enumerate();
-            let members: Vec<usize> =
-                children.filter(|(_, c)| c.in_sync).map(|(at, _)| at).collect();
+            let volume = volume_of(report.id);
+            let members = report.children.iter().filter(|child| child.in_sync);
+            let members: Vec<ReplicaId> = members.map(|child| child.replica).collect();
             let contents: Vec<Vec<u8>> =
-                members.iter().map(|&at| self.contents(volume, at)).collect();
-            let told: Vec<Vec<u8>> = members.iter().map(|&at| self.changes(volume, at)).collect();
+                members.iter().map(|&id| self.contents(volume, id)).collect();
+            let told: Vec<Vec<u8>> = members.iter().map(|&id| self.changes(id)).collect();
             let extent = EXTENT_BLOCKS * PAGE;
             for at in 0..contents[0].len().div_ceil(extent) {
                 let part = |bytes: &Vec<u8>| {
@@ -182,24 +185,23 @@ impl Cluster {
         }
     }
 
-    fn changes(&self, volume: usize, at: usize) -> Vec<u8> {
-        let mut disk = self.world().disk(self.disks[at]).clone();
+    fn changes(&self, id: ReplicaId) -> Vec<u8> {
+        let mut disk = self.world().disk(self.disks[pool_of(id)]).clone();
         let pool = Pool::open(&mut disk).expect("the pool opens");
         let extents = self.config.blocks.div_ceil(EXTENT_BLOCKS as u64);
         let mut out = vec![0; usize::try_from(extents).expect("a small volume")];
-        let slot = pool.find(replica_id(volume, at)).expect("the replica is there");
+        let slot = pool.find(id).expect("the replica is there");
         pool.changes(slot, 0, u64::MAX, &mut out).expect("the pool tells");
         out
     }
 
-    fn snapshot_contents(&self, volume: usize, at: usize, id: SnapshotId) -> Option<Vec<u8>> {
-        self.read_pool(volume, at, |pool| pool.find_snapshot(replica_id(volume, at), id))
+    fn snapshot_contents(&self, volume: usize, of: ReplicaId, id: SnapshotId) -> Option<Vec<u8>> {
+        self.read_pool(volume, pool_of(of), |pool| pool.find_snapshot(of, id))
     }
 
     /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
-    pub(super) fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
-        let replica = |pool: &Pool| pool.find(replica_id(volume, at));
-        self.read_pool(volume, at, replica).expect("the replica is there")
+    pub(super) fn contents(&self, volume: usize, id: ReplicaId) -> Vec<u8> {
+        self.read_pool(volume, pool_of(id), |pool| pool.find(id)).expect("the replica is there")
     }
 
     fn read_pool(
@@ -209,7 +211,7 @@ impl Cluster {
         find: impl Fn(&Pool) -> Option<ReplicaSlot>,
     ) -> Option<Vec<u8>> {
         let disk = self.world().disk(self.disks[at]).clone();
-        self.read_image(volume, disk, find)
+        self.read_image(volume, disk, self.config.blocks, find)
     }
 
     /// Every replica's register and bytes in a pool, whose disk this is.
@@ -218,20 +220,26 @@ impl Cluster {
         at: usize,
         disk: &SimDisk,
     ) -> Vec<(Option<Register>, Option<Vec<u8>>)> {
-        (0..self.config.volumes)
-            .map(|volume| {
-                let id = replica_id(volume, at);
-                let pool = Pool::open(&mut disk.clone()).expect("the pool opens");
-                let register = pool.find(id).and_then(|slot| pool.register(slot).cloned());
-                (register, self.read_image(volume, disk.clone(), |pool| pool.find(id)))
-            })
-            .collect()
+        let seats = self.seats.iter().enumerate();
+        let seats = seats.flat_map(|(volume, all)| all.iter().map(move |seat| (volume, seat)));
+        let here = seats.filter(|(_, seat)| seat.pool == at);
+        here.map(|(volume, seat)| {
+            let pool = Pool::open(&mut disk.clone()).expect("the pool opens");
+            let slot = pool.find(seat.id);
+            let register = slot.and_then(|slot| pool.register(slot).cloned());
+            // A witness holds none.
+            let blocks = if seat.witness { 0 } else { self.config.blocks };
+            let find = |pool: &Pool| pool.find(seat.id);
+            (register, self.read_image(volume, disk.clone(), blocks, find))
+        })
+        .collect()
     }
 
     fn read_image(
         &self,
         volume: usize,
         mut disk: SimDisk,
+        blocks: u64,
         find: impl Fn(&Pool) -> Option<ReplicaSlot>,
     ) -> Option<Vec<u8>> {
         let mut pool = Pool::open(&mut disk).expect("the pool opens");
@@ -239,8 +247,8 @@ impl Cluster {
         let mut memory = HeapMemory::new(2 << 20);
         let mut out = Vec::new();
         let step = 256;
-        for lba in (0..self.config.blocks).step_by(step) {
-            let blocks = (step as u64).min(self.config.blocks - lba);
+        for lba in (0..blocks).step_by(step) {
+            let blocks = (step as u64).min(blocks - lba);
             let len = u32::try_from(blocks).expect("a short read") * 4096;
             let buf = memory.alloc(len).expect("the arena holds it");
             let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");

@@ -6,7 +6,8 @@ use cairn_engine::nexus::Pace;
 use cairn_engine::replica::{CheckOptions, MultiPool, Pool, check_pool, inspect_superblock};
 use cairn_engine::{Command, EngineError, PoolMember, Reply, Shard, ShardConfig, WatchedVolume};
 
-use super::{Cluster, Process, SimCommand, address, pool_name};
+use super::members::pool_of;
+use super::{Cluster, Process, SimCommand, address, pool_name, volume_of};
 use crate::checks::{Check, check};
 use crate::driver::SimDriver;
 use crate::world::{MS, Machine, NodeId};
@@ -93,8 +94,10 @@ impl Cluster {
         let node = self.start(self.nexus_machine(which), self.config.arena_len);
         self.nexuses[which] = Some(node);
         self.world().say(format_args!("node {} is nexus {which}", node.0));
-        if self.home(which) == Some(which) {
-            self.add_pool(node, which);
+        for at in
+            (0..self.config.pools()).filter(|&at| self.home(at) == Some(which)).collect::<Vec<_>>()
+        {
+            self.add_pool(node, at);
         }
     }
 
@@ -121,8 +124,11 @@ impl Cluster {
         drop(world);
         let machine = self.machine_of(at);
         self.lives[machine.0] += 1;
-        for history in &self.histories {
-            history.borrow_mut().power_was_lost(!others);
+        for (volume, history) in self.histories.iter().enumerate() {
+            // A witness has nothing to lose but its word, which is durable.
+            if self.seats[volume].iter().any(|seat| seat.pool == at && !seat.witness) {
+                history.borrow_mut().power_was_lost(!others);
+            }
         }
     }
 
@@ -132,10 +138,12 @@ impl Cluster {
             // The other may be cut off before it is known that this one lost something.
             return false;
         }
+        // Where members come and go, so may one of two others.
+        let wanted = if self.config.spares > 0 { 2 } else { 1 };
         let reports = self.reports();
         reports.iter().all(|report| {
-            let mut children = report.children.iter().enumerate();
-            report.serving && children.any(|(i, c)| i != at && c.in_sync && c.state == "online")
+            let others = report.children.iter().filter(|c| pool_of(c.replica) != at);
+            report.serving && others.filter(|c| c.in_sync && c.state == "online").count() >= wanted
         })
     }
 
@@ -144,7 +152,7 @@ impl Cluster {
         for which in 0..2 {
             self.kill_process(which);
         }
-        for at in 0..self.config.replicas {
+        for at in 0..self.config.pools() {
             self.cut_power(at);
         }
     }
@@ -224,21 +232,28 @@ impl Cluster {
 
     /// Looks at what a process serves, and at its registers.
     pub(super) fn watch(&mut self, node: NodeId) {
+        let mut new_truths = Vec::new();
         let Process::Shard(shard) = &self.processes[node.0] else { return };
         if let Some(which) = self.nexuses.iter().position(|n| *n == Some(node)) {
             for WatchedVolume { id, epoch, serving } in shard.watch_volumes() {
                 if !serving {
                     continue;
                 }
-                self.serving.borrow_mut().insert((id, which), epoch.0);
-                let first = *self.served.entry((id, epoch.0)).or_insert(node);
+                let epoch = self.era(volume_of(id), epoch.0);
+                self.serving.borrow_mut().insert((id, which), epoch);
+                let first = *self.served.entry((id, epoch)).or_insert(node);
                 check!(
                     Check::OneNexusPerEpoch,
                     first == node,
-                    "volume {id} is served by node {} and by node {} in epoch {epoch}",
+                    "volume {id} is served by node {} and by node {} in epoch {epoch:#x}",
                     first.0,
                     node.0
                 );
+                let forced = &mut self.forced[volume_of(id)];
+                if let Some(forced) = forced.as_mut().filter(|f| !f.serves) {
+                    forced.serves = true;
+                    new_truths.push(volume_of(id));
+                }
             }
         }
         for found in shard.watch_registers() {
@@ -251,6 +266,9 @@ impl Cluster {
                 found.replica
             );
             *was = (promised, accepted);
+        }
+        for volume in new_truths {
+            self.take_truth_from_source(volume);
         }
     }
 

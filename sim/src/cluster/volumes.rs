@@ -5,14 +5,12 @@ use std::sync::mpsc;
 
 use cairn_block::{BlockSize, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_engine::nexus::{Purpose, ScrubReport, ScrubState};
-use cairn_engine::replica::{ReplicaSpec, SnapshotSpec};
+use cairn_engine::replica::SnapshotSpec;
 use cairn_engine::snapshot::SnapshotCall;
-use cairn_engine::{
-    ChildAddress, Command, EngineError, Reply, ScrubAction, VolumeReport, VolumeSpec,
-};
+use cairn_engine::{Command, EngineError, Reply, ScrubAction, VolumeReport, VolumeSpec};
 
 use super::{
-    Answer, AskedSnapshot, Cluster, NEXUS, Process, address, encryption, pool_name, replica_id,
+    Answer, AskedSnapshot, Cluster, NEXUS, Process, Seat, address, encryption, pool_name,
     volume_nqn,
 };
 use crate::client::{Client, Workload};
@@ -20,23 +18,15 @@ use crate::driver::SimDriver;
 
 impl Cluster {
     pub(super) fn create_replicas(&mut self, at: usize) {
-        let node = self.node_of(at);
-        for volume in 0..self.config.volumes {
-            let spec = ReplicaSpec {
-                id: replica_id(volume, at),
-                volume: VolumeId(volume as u128 + 1),
-                name: format!("volume{volume}"),
-                blocks: self.config.blocks,
-                block_size: BlockSize::B4096,
-                thick: false,
-                source: None,
-            };
-            self.command(node.expect("it runs"), |reply| Command::CreateReplica {
-                pool: pool_name(at),
-                spec,
-                reply,
-            })
-            .expect("an empty pool has room");
+        let node = self.node_of(at).expect("it runs");
+        let all: Vec<(usize, Seat)> = (0..self.config.volumes)
+            .flat_map(|volume| self.seats[volume].iter().map(move |seat| (volume, *seat)))
+            .filter(|(_, seat)| seat.pool == at)
+            .collect();
+        for (volume, seat) in all {
+            let spec = self.replica_spec(volume, seat);
+            self.command(node, |reply| Command::CreateReplica { pool: pool_name(at), spec, reply })
+                .expect("an empty pool has room");
         }
     }
 
@@ -47,8 +37,13 @@ impl Cluster {
     pub fn start_nexus(&mut self, purpose: Purpose) {
         let which = self.active;
         self.start_process(which);
-        if which == 0 && self.config.local_replica && purpose == Purpose::Create {
-            self.create_replicas(0);
+        if purpose == Purpose::Create {
+            for at in (0..self.config.pools())
+                .filter(|&at| self.home(at) == Some(which))
+                .collect::<Vec<_>>()
+            {
+                self.create_replicas(at);
+            }
         }
         self.add_volumes(which, purpose);
     }
@@ -108,18 +103,11 @@ impl Cluster {
 
     pub(super) fn add_volume(&mut self, which: usize, volume: usize, purpose: Purpose) {
         let Some(node) = self.nexuses[which] else { return };
-        let children = (0..self.config.replicas).map(|at| {
-            let id = replica_id(volume, at);
-            let place = if self.home(at) == Some(which) {
-                ChildAddress::Local { pool: pool_name(at) }
-            } else {
-                ChildAddress::Remote {
-                    peer: address(self.machine_of(at)),
-                    nqn: format!("nqn.2026-11.io.cairn:replica:{id}"),
-                }
-            };
-            (id, place).into()
-        });
+        let children = self.named[which][volume].iter().map(|seat| self.place_of(which, *seat));
+        let purpose = match self.forced[volume] {
+            Some(forced) => forced.purpose(),
+            None => purpose,
+        };
         let spec = VolumeSpec {
             id: VolumeId(volume as u128 + 1),
             name: format!("volume{volume}"),
@@ -274,7 +262,7 @@ impl Cluster {
         let wanted = VolumeId(volume as u128 + 1);
         let report = self.reports().into_iter().find(|r| r.id == wanted && r.serving);
         if let Some(report) = report {
-            history.borrow_mut().epoch_serves(report.epoch);
+            history.borrow_mut().epoch_serves(self.era(volume, report.epoch));
         }
         let invoked = history.borrow_mut().tick();
         let blocks = history.borrow().blocks() as u64;

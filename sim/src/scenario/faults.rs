@@ -27,7 +27,7 @@ impl Run {
     pub(super) fn needs_help(&self) -> bool {
         let f = self.faults;
         let several = f.everywhere || f.takeover || f.pause || f.partition || f.blackout || f.storm;
-        several || self.cluster.replicas() < 3
+        several || self.operator.is_some() || self.cluster.voters() < 3
     }
 
     pub(super) fn restart_victim(&mut self) {
@@ -55,7 +55,9 @@ impl Run {
                 }
             }
             Repair::StartReplica(at)
-                if !self.cluster.is_local(at) && !self.cluster.replica_runs(at) =>
+                if !self.cluster.is_local(at)
+                    && !self.cluster.is_gone(at)
+                    && !self.cluster.replica_runs(at) =>
             {
                 self.cluster.start_replica(at);
             }
@@ -175,7 +177,7 @@ impl Run {
 
     /// All machines but the hosts'.
     fn machines(&self) -> Vec<Machine> {
-        let pools = (0..self.cluster.replicas()).map(|at| self.cluster.machine_of(at));
+        let pools = (0..self.cluster.pools()).map(|at| self.cluster.machine_of(at));
         let mut all: Vec<Machine> = pools.collect();
         all.push(self.cluster.nexus_machine(0));
         if self.cluster.has_second() {
@@ -225,7 +227,7 @@ impl Run {
     fn black_out(&mut self) {
         self.cluster.cut_all_power();
         let most = [5 * MS, 200 * MS, 3_000 * MS][self.rng.index(3)];
-        for at in 0..self.cluster.replicas() {
+        for at in 0..self.cluster.pools() {
             self.later(most, Repair::StartReplica(at));
         }
         self.later(most, Repair::StartNexus);
@@ -237,8 +239,8 @@ impl Run {
         let most = [5 * MS, 100 * MS, 2_000 * MS][self.rng.index(3)];
         let gap = [0, 200_000, 3 * MS][self.rng.index(3)];
         for _ in 0..2 + self.rng.below(4) {
-            let at = self.rng.index(self.cluster.replicas() + 2);
-            match at.checked_sub(self.cluster.replicas()) {
+            let at = self.rng.index(self.cluster.pools() + 2);
+            match at.checked_sub(self.cluster.pools()) {
                 None if !self.cluster.is_local(at) => {
                     self.cluster.kill_replica(at);
                     self.later(most, Repair::StartReplica(at));
@@ -356,7 +358,7 @@ impl Run {
     /// What cuts off every replica at once: no write can be done, and none may be half done later.
     fn hurt_everything(&mut self) {
         let slow = self.rng.below(80 * MS);
-        let pools = 0..self.cluster.replicas();
+        let pools = 0..self.cluster.pools();
         let nexus = self.cluster.active_machine();
         match self.rng.below(3) {
             0 => {
