@@ -329,6 +329,12 @@ impl Cluster {
         }
     }
 
+    /// The pools in the process of a machine that serves volumes, but those that are gone.
+    fn pools_in(&self, which: usize) -> Vec<usize> {
+        let there = |at: &usize| self.home(*at) == Some(which) && !self.gone.contains(at);
+        (0..self.config.pools()).filter(there).collect()
+    }
+
     /// The process of a pool, where it runs.
     fn node_of(&self, pool: usize) -> Option<NodeId> {
         self.home(pool).map_or(self.replicas[pool], |which| self.nexuses[which])

@@ -43,6 +43,10 @@ pub struct Outcome {
     pub healed: u64,
     /// Writes that met a full pool at the last nexus, after which the replicas were made alike.
     pub converged: u64,
+    /// Changes of members that were asked for.
+    pub changes: u64,
+    /// Volumes that were started by force.
+    pub forced: u64,
     /// Virtual time that passed, in milliseconds.
     pub virtual_ms: u64,
 }
@@ -251,6 +255,7 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
         recovering: false,
         forced_at: 0,
         next_force: 0,
+        forced: 0,
         rng,
         faults,
         victim: 0,
@@ -267,6 +272,10 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
     run.victim = run.rng.index(pools);
     run.work();
     run.recover();
+    if members_change && members::ends_by_force(seed, &faults) {
+        run.end_by_force();
+    }
+    run.judge();
     let world = run.cluster.world();
     let mut outcome = Outcome {
         trace_hash: world.trace_hash(),
@@ -278,6 +287,8 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
         healed: run.mended.0,
         converged: run.mended.1,
         virtual_ms: world.now_ns() / MS,
+        changes: run.operator.as_ref().map_or(0, |operator| operator.asked),
+        forced: run.forced,
     };
     drop(world);
     for volume in 0..volumes {
@@ -309,6 +320,7 @@ struct Run {
     /// When a volume was last started by force, and when it is looked for others that have to be.
     forced_at: u64,
     next_force: u64,
+    forced: u64,
     rng: Rng,
     faults: Faults,
     /// The one replica that may be lost.
@@ -518,6 +530,12 @@ impl Run {
         }
     }
 
+    fn judge(&mut self) {
+        for volume in 0..self.cluster.volume_count() {
+            self.cluster.history(volume).borrow_mut().judge_all();
+        }
+    }
+
     /// Hosts read every block.
     fn verify(&mut self) {
         self.cluster.verify();
@@ -564,8 +582,5 @@ impl Run {
         let quiet = self.cluster.world().now_ns() + 5_000 * MS;
         self.cluster.run_until(quiet);
         self.scrub();
-        for volume in 0..self.cluster.volume_count() {
-            self.cluster.history(volume).borrow_mut().judge_all();
-        }
     }
 }

@@ -1,6 +1,5 @@
 //! What is looked at from outside: disks as after a crash at that moment, registers, epochs.
 
-
 use cairn_block::{
     BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
 };

@@ -134,7 +134,8 @@ impl Cluster {
             reply: Reply::new(move |result| {
                 // It may be there: an answer may have been lost with the process before.
                 let result = match result {
-                    Ok(_) | Err(EngineError::Exists { .. }) => Ok(()),
+                    Ok(_) => Ok(()),
+                    Err(error) if error.to_string().contains("exists already") => Ok(()),
                     Err(error) => Err(error),
                 };
                 // Nobody may look.

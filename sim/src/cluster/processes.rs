@@ -94,9 +94,7 @@ impl Cluster {
         let node = self.start(self.nexus_machine(which), self.config.arena_len);
         self.nexuses[which] = Some(node);
         self.world().say(format_args!("node {} is nexus {which}", node.0));
-        for at in
-            (0..self.config.pools()).filter(|&at| self.home(at) == Some(which)).collect::<Vec<_>>()
-        {
+        for at in self.pools_in(which) {
             self.add_pool(node, at);
         }
     }

@@ -38,10 +38,7 @@ impl Cluster {
         let which = self.active;
         self.start_process(which);
         if purpose == Purpose::Create {
-            for at in (0..self.config.pools())
-                .filter(|&at| self.home(at) == Some(which))
-                .collect::<Vec<_>>()
-            {
+            for at in self.pools_in(which) {
                 self.create_replicas(at);
             }
         }
@@ -194,6 +191,16 @@ impl Cluster {
         for node in self.clients.clone() {
             if let Process::Client(client) = &mut self.processes[node.0] {
                 client.verify();
+            }
+            self.run(node);
+        }
+    }
+
+    /// Has every host make so many requests more.
+    pub fn work_more(&mut self, requests: u64) {
+        for node in self.clients.clone() {
+            if let Process::Client(client) = &mut self.processes[node.0] {
+                client.work_more(requests);
             }
             self.run(node);
         }

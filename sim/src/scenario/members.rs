@@ -39,6 +39,12 @@ pub(super) fn shape(seed: u64, faults: &Faults, config: &mut ClusterConfig) {
     }
 }
 
+/// Whether a seed ends with a forced start, drawn apart.
+pub(super) fn ends_by_force(seed: u64, faults: &Faults) -> bool {
+    let calm = !faults.rot && !faults.slips && !faults.full;
+    calm && Rng::new(seed ^ 0xf0bc).chance(150)
+}
+
 /// What is to become of a volume's members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {
@@ -130,6 +136,14 @@ impl Operator {
         Self { rng, plan, volumes, next_look: now, lost: false, asked: 0 }
     }
 
+    /// One without wishes, who leaves the members as they are.
+    pub(super) fn quiet(cluster: &Cluster, now: u64) -> Self {
+        let mut operator = Self::drawn(0, cluster, now);
+        operator.rng = Rng::new(now);
+        operator.plan.clear();
+        operator
+    }
+
     /// When it looks next.
     pub(super) fn next_look(&self) -> u64 {
         self.next_look
@@ -143,8 +157,7 @@ impl Operator {
     /// Whether a volume's members are those that it is to have.
     pub(super) fn is_content(&self, volume: usize, report: &VolumeReport) -> bool {
         let volume = &self.volumes[volume];
-        let members = report.children.iter().filter(|c| is_member(c));
-        volume.plan_is_met(&members.map(|c| c.replica).collect::<Vec<_>>())
+        volume.plan_is_met(&report.children.iter().map(|c| c.replica).collect::<Vec<_>>())
     }
 
     /// Whether a volume has been seen not to answer hosts for so long.
@@ -347,7 +360,8 @@ impl Operator {
             }
         } else {
             let goal = |id: ReplicaId| volume.goal.iter().any(|seat| seat.id == id);
-            let extra = report.children.iter().filter(|c| is_member(c) && !goal(c.replica));
+            // Also those that are none, and are known to its machine.
+            let extra = report.children.iter().filter(|c| !goal(c.replica));
             // Those that cannot be had go first.
             let extra = extra.min_by_key(|c| !cluster.is_gone(cluster.pool_of(c.replica)));
             let whole = report.children.iter().all(|c| is_whole(c) || !goal(c.replica));
