@@ -112,6 +112,9 @@ impl Run {
                 None => self.mend(Repair::StartReplica(at)),
             }
         }
+        if let Some(operator) = self.operator.as_mut() {
+            operator.give_up_gone(&self.cluster);
+        }
         if self.rng.chance(500) {
             self.stir();
         }
@@ -186,7 +189,7 @@ impl Run {
     /// force.
     fn await_refusal(&mut self) {
         let until = self.cluster.world().now_ns() + STUCK_NS / 2;
-        // One that is alive still may serve until it misses them.
+        // One that is alive still may serve until it misses them; and one may have missed nothing.
         let mut seen_down = vec![false; self.cluster.volume_count()];
         while self.cluster.world().now_ns() < until {
             let now = self.cluster.world().now_ns();
@@ -198,7 +201,7 @@ impl Run {
                     !up || !seen_down[volume],
                     "volume {volume} serves without those that had its writes: {report:?}"
                 );
-                seen_down[volume] |= !up;
+                seen_down[volume] |= !up && self.cluster.what_is_left(volume).is_some();
             }
             self.cluster.run_until(now + 100 * MS);
         }

@@ -160,6 +160,13 @@ impl Operator {
         volume.plan_is_met(&report.children.iter().map(|c| c.replica).collect::<Vec<_>>())
     }
 
+    /// Nothing is to be in a pool that is gone.
+    pub(super) fn give_up_gone(&mut self, cluster: &Cluster) {
+        for volume in &mut self.volumes {
+            volume.goal.retain(|seat| !cluster.is_gone(seat.pool));
+        }
+    }
+
     /// Whether a volume has been seen not to answer hosts for so long.
     pub(super) fn is_stuck(&mut self, volume: usize, up: bool, now: u64, for_ns: u64) -> bool {
         let since = &mut self.volumes[volume].down_since;
