@@ -74,7 +74,12 @@ impl Cluster {
     }
 
     /// Starts a volume by force from one replica. The other machine that serves volumes has let go of it.
-    pub fn start_by_force(&mut self, volume: usize, source: ReplicaId, random: u32) {
+    pub fn start_by_force(&mut self, volume: usize, seat: Seat, random: u32) {
+        let source = seat.id;
+        // One that was a member once may have been forgotten.
+        let named = &mut self.named[self.active][volume];
+        named.retain(|other| other.id != source);
+        named.push(seat);
         self.world().say(format_args!("volume {volume} is started by force from {source}"));
         let other = 1 - self.active;
         self.kill_process(other);

@@ -53,6 +53,10 @@ impl Run {
         let Some(left) = self.cluster.what_is_left(volume) else { return };
         if let Some(report) = report.filter(|report| !report.serving) {
             let names = left.missing.iter().all(|id| report.detail.contains(&id.to_string()));
+            // A nexus that has just been started has not heard who is missing.
+            if !names && operator.asks_again(volume) {
+                return;
+            }
             check!(
                 Check::Liveness,
                 names || !self.recovering,
@@ -63,7 +67,7 @@ impl Run {
         }
         let Some(source) = operator.choose(&left.sources) else { return };
         let random = u32::try_from(self.rng.below(1 << 32)).expect("32 bits");
-        self.cluster.start_by_force(volume, source.id, random);
+        self.cluster.start_by_force(volume, source, random);
         operator.take_from(volume, source);
         self.forced += 1;
         self.forced_at = now;

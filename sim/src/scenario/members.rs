@@ -91,6 +91,8 @@ struct Volume {
     asked: Option<Asked>,
     /// Since when it was seen not to answer hosts.
     down_since: Option<u64>,
+    /// How often whoever would start it by force has waited once more.
+    waits: u32,
     /// What is no goal is removed at once, and not when the others have all data.
     at_once: bool,
 }
@@ -174,6 +176,13 @@ impl Operator {
             *since = None;
         }
         !up && now >= *since.get_or_insert(now) + for_ns
+    }
+
+    /// Waits once more, a few times at most.
+    pub(super) fn asks_again(&mut self, volume: usize) -> bool {
+        let volume = &mut self.volumes[volume];
+        (volume.down_since, volume.waits) = (None, volume.waits + 1);
+        volume.waits < 4
     }
 
     /// One of several replicas, to start a volume from by force.
