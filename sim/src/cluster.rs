@@ -352,6 +352,12 @@ impl Cluster {
         self.config.pools()
     }
 
+    /// Whether a pool was made for witnesses.
+    #[must_use]
+    pub fn is_witness_pool(&self, pool: usize) -> bool {
+        self.config.witness.is_some() && pool == self.config.replicas
+    }
+
     /// How many replicas and witnesses a volume has at first.
     #[must_use]
     pub fn voters(&self) -> usize {

@@ -571,7 +571,9 @@ impl Run {
         self.mend(Repair::StartNexus);
         self.mend(Repair::StartOther);
         // Where a pool has gone offline and its replica was the last in sync, somebody must.
-        if self.faults.replica && (self.needs_help() || self.rng.chance(300)) {
+        // And nobody sees that of a witness's before its vote is needed.
+        let unseen = self.cluster.is_witness_pool(self.victim);
+        if self.faults.replica && (unseen || self.needs_help() || self.rng.chance(300)) {
             self.restart_victim();
         }
         self.come_to_rest();

@@ -355,9 +355,15 @@ impl Operator {
         let Some(report) = cluster.report_of(which, at) else { return };
         if !report.serving {
             // Another machine has added it.
-            let named = |seat: &&Seat| report.detail.contains(&format!("replica {} that", seat.id));
-            let unknown = cluster.seats(at).iter().find(named).copied();
-            if let Some(seat) = unknown.filter(|_| report.detail.contains("not among those")) {
+            let Some((before, after)) = report.detail.split_once("not among those named") else {
+                return;
+            };
+            // Its name is before that, or several are after it.
+            let text = if before.contains("has a replica") { before } else { after };
+            let text = text.split(';').next().unwrap_or_default();
+            let named = |seat: &&Seat| text.contains(&seat.id.to_string());
+            let unknown: Vec<Seat> = cluster.seats(at).iter().filter(named).copied().collect();
+            for seat in unknown {
                 cluster.add_member(which, at, seat);
             }
             return;
