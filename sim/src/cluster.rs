@@ -3,6 +3,7 @@
 mod force;
 mod inspect;
 mod members;
+mod pools;
 mod processes;
 mod volumes;
 
@@ -12,10 +13,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::mpsc;
 
-use cairn_block::{PoolId, ReplicaId, SnapshotId, VolumeId};
+use cairn_block::{ReplicaId, SnapshotId, VolumeId};
 use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
 use cairn_engine::nexus::Purpose;
-use cairn_engine::replica::{FormatOptions, Pool, inspect_superblock};
 use cairn_engine::{Command, EncryptionSpec, EngineError, Shard};
 
 use crate::client::{Client, Serving};
@@ -46,6 +46,8 @@ pub struct ClusterConfig {
     pub replicas: usize,
     /// Where there is a pool with a witness of each volume, the pool after those.
     pub witness: Option<WitnessPlace>,
+    /// A pool on two disks.
+    pub wide_pool: Option<usize>,
     /// Pools after that one in which no volume has anything at first.
     pub spares: usize,
     /// Whether the first pool is in the nexus's own process.
@@ -121,7 +123,7 @@ pub struct Cluster {
     world: Rc<RefCell<World>>,
     config: ClusterConfig,
     processes: Vec<Process>,
-    disks: Vec<DiskRef>,
+    disks: Vec<Vec<DiskRef>>,
     replicas: Vec<Option<NodeId>>,
     /// The processes of the two machines that serve volumes.
     nexuses: [Option<NodeId>; 2],
@@ -217,20 +219,9 @@ impl Cluster {
         let world = Rc::new(RefCell::new(world));
         let mut disks = Vec::new();
         for at in 0..config.pools() {
-            let mut w = world.borrow_mut();
             let small = config.small_pool == Some(at);
-            let disk = w.add_disk(if small { SMALL_POOL } else { config.disk_len });
-            let options = FormatOptions {
-                pool_id: PoolId(at as u128 + 1),
-                device_is_zeroed: config.zeroed,
-                sector_size: 4096,
-                force: false,
-            };
-            Pool::format(w.disk(disk), &options).expect("a pool on a new disk");
-            let copies = inspect_superblock(w.disk(disk)).expect("the disk can be read");
-            let superblock = copies.into_iter().find_map(|c| c.content.ok()).expect("a pool");
-            w.disk(disk).whole_from = (!config.tears).then_some(superblock.segments[0].data);
-            disks.push(disk);
+            let len = if small { SMALL_POOL } else { config.disk_len };
+            disks.push(pools::format(&mut world.borrow_mut(), &config, at, len));
         }
         let seats: Vec<Vec<Seat>> =
             (0..config.volumes).map(|volume| first_seats(&config, volume)).collect();
@@ -388,10 +379,17 @@ impl Cluster {
         self.world.borrow_mut()
     }
 
-    /// The disk of a pool.
+    /// The disk of a pool; of several the one that has trouble.
     #[must_use]
     pub fn disk(&self, pool: usize) -> DiskRef {
-        self.disks[pool]
+        let all = &self.disks[pool];
+        all[1 % all.len()]
+    }
+
+    /// All disks of a pool.
+    #[must_use]
+    pub fn disks(&self, pool: usize) -> &[DiskRef] {
+        &self.disks[pool]
     }
 
     /// What happened to a volume.

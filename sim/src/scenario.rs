@@ -1,5 +1,6 @@
 //! One run: a cluster, its hosts, and what goes wrong, all drawn from a seed.
 
+mod disks;
 mod faults;
 mod force;
 mod members;
@@ -13,6 +14,7 @@ use crate::cluster::{Cluster, ClusterConfig, is_member, is_whole};
 use crate::net::NetManners;
 use crate::rng::Rng;
 use crate::world::{MS, Sink, US, World};
+use disks::Disks;
 use members::Operator;
 
 /// Once nothing is wrong any more, everything is answered within this time.
@@ -212,6 +214,7 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
         blocks: 1024,
         replicas,
         witness: None,
+        wide_pool: None,
         spares: 0,
         local_replica: rng.chance(300),
         tears: later.chance(300),
@@ -234,7 +237,7 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
     }
     world.say(format_args!("{config:?} {faults:?}"));
     let (volumes, small, pools) = (config.volumes, config.small_pool, config.pools());
-    let spares = config.spares > 0;
+    let (spares, wide) = (config.spares > 0, config.wide_pool);
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
         for _ in 0..1 + rng.index(2) {
@@ -252,6 +255,7 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
     let mut run = Run {
         cluster,
         operator,
+        disks: Disks::default(),
         recovering: false,
         forced_at: 0,
         next_force: 0,
@@ -270,6 +274,13 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
     };
     run.most = 1 + run.rng.below(25);
     run.victim = run.rng.index(pools);
+    if let Some(pool) = wide {
+        // Drawn apart: nothing else changes with it.
+        if Rng::new(seed ^ 0x71de).chance(600) {
+            run.victim = pool;
+        }
+        run.disks = Disks::drawn(seed, pool, now, run.victim == pool && faults.replica);
+    }
     run.work();
     run.recover();
     if members_change && members::ends_by_force(seed, &faults) {
@@ -315,6 +326,7 @@ struct Run {
     cluster: Cluster,
     /// Whoever changes the members of volumes.
     operator: Option<Operator>,
+    disks: Disks,
     /// Nothing more goes wrong.
     recovering: bool,
     /// When a volume was last started by force, and when it is looked for others that have to be.
@@ -372,6 +384,7 @@ impl Run {
                 self.next_look = now + 200 * MS;
             }
             self.operate(now);
+            self.change_disks(now);
             self.grow(now);
             self.snapshot(now);
             let growth = self.growth.iter().map(|(at, ..)| *at);
@@ -379,6 +392,7 @@ impl Run {
             let repairs = self.repairs.iter().map(|(at, _)| *at);
             let look = if self.cluster.has_second() { self.next_look } else { u64::MAX };
             let look = self.operator.as_ref().map_or(look, |o| look.min(o.next_look()));
+            let look = look.min(self.disks.next());
             let next = repairs.chain(growth).chain(snapshots).fold(next_fault.min(look), u64::min);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
@@ -557,6 +571,7 @@ impl Run {
     fn recover(&mut self) {
         self.cluster.world().say(format_args!("faults stop"));
         self.recovering = true;
+        self.disks.stop();
         if let Some(operator) = self.operator.as_mut() {
             operator.stop_wishing();
         }

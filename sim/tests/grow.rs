@@ -11,6 +11,7 @@ fn cluster(seed: u64, local_replica: bool) -> Cluster {
         blocks: 1024,
         replicas: 3,
         witness: None,
+        wide_pool: None,
         spares: 0,
         local_replica,
         tears: true,

@@ -9,6 +9,7 @@ fn cluster(seed: u64) -> Cluster {
         blocks: 1024,
         replicas: 3,
         witness: None,
+        wide_pool: None,
         spares: 0,
         local_replica: false,
         tears: true,

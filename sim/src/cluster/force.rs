@@ -2,9 +2,8 @@
 
 use cairn_block::{Epoch, ReplicaId, VolumeId};
 use cairn_engine::nexus::{Config, Purpose};
-use cairn_engine::replica::Pool;
 
-use super::{Cluster, Seat, volume_of};
+use super::{Cluster, Seat, pools, volume_of};
 
 /// What whoever starts a volume by force has noted of it, until it is known to be done.
 #[derive(Debug, Clone, Copy)]
@@ -41,8 +40,7 @@ impl Cluster {
         let there = self.seats[volume].iter().filter(|seat| !self.gone.contains(&seat.pool));
         let mut all: Vec<_> = there
             .filter_map(|seat| {
-                let mut disk = self.world().disk(self.disks[seat.pool]).clone();
-                let pool = Pool::open(&mut disk).expect("the pool opens");
+                let pool = pools::open(&mut self.copies(seat.pool)).pool;
                 let register = pool.find(seat.id).and_then(|slot| pool.register(slot).cloned())?;
                 let config = Config::decode(&register.config).ok()?;
                 let rank = (config.lineage >> 32, register.accepted_epoch, register.seq);
@@ -57,7 +55,9 @@ impl Cluster {
     #[must_use]
     pub fn what_is_left(&self, volume: usize) -> Option<Left> {
         let stored = self.stored(volume);
-        let (_, _, newest) = stored.last()?;
+        let Some((_, _, newest)) = stored.last() else {
+            return Some(Left { missing: Vec::new(), sources: Vec::new() });
+        };
         let is_gone = |id: ReplicaId| self.gone.contains(&super::members::pool_of(id));
         let voters = newest.members.len();
         let here = newest.members.iter().filter(|m| !is_gone(m.replica)).count();

@@ -3,11 +3,11 @@
 use std::sync::mpsc;
 
 use cairn_engine::nexus::Pace;
-use cairn_engine::replica::{CheckOptions, MultiPool, Pool, check_pool, inspect_superblock};
-use cairn_engine::{Command, EngineError, PoolMember, Reply, Shard, ShardConfig, WatchedVolume};
+use cairn_engine::replica::{CheckOptions, PoolError, check_pool, inspect_superblock};
+use cairn_engine::{Command, EngineError, Reply, Shard, ShardConfig, WatchedVolume};
 
 use super::members::pool_of;
-use super::{Cluster, Process, SimCommand, address, pool_name, volume_of};
+use super::{Cluster, Process, SimCommand, address, pool_name, pools, volume_of};
 use crate::checks::{Check, check};
 use crate::driver::SimDriver;
 use crate::world::{MS, Machine, NodeId};
@@ -56,20 +56,12 @@ impl Cluster {
     }
 
     pub(super) fn add_pool(&mut self, node: NodeId, at: usize) {
-        let device = self.disks[at];
         self.check_recovery(at);
-        let mut world = self.world.borrow_mut();
-        let len = world.disk(device).len();
-        let pool = Pool::open(world.disk(device));
-        let pool = Box::new(MultiPool::from(pool.expect("a pool opens after a crash")));
-        drop(world);
-        self.command(node, |reply| Command::AddPool {
-            name: pool_name(at),
-            devices: vec![PoolMember { device, len, path: String::new() }],
-            pool,
-            reply,
-        })
-        .expect("the pool is new to the process");
+        let (pool, devices) = self.open_pool(at);
+        let pool = Box::new(pool);
+        let name = pool_name(at);
+        self.command(node, |reply| Command::AddPool { name, devices, pool, reply })
+            .expect("the pool is new to the process");
     }
 
     /// Starts the process of a pool.
@@ -114,11 +106,12 @@ impl Cluster {
             None => self.kill_replica(at),
         }
         let others = self.others_in_sync(at);
-        let disk = self.disks[at];
         let mut world = self.world();
         world.say(format_args!("pool {at} loses power"));
         let mut rng = world.rng.fork();
-        world.disk(disk).lose_power(&mut rng);
+        for disk in &self.disks[at] {
+            world.disk(*disk).lose_power(&mut rng);
+        }
         drop(world);
         let machine = self.machine_of(at);
         self.lives[machine.0] += 1;
@@ -272,21 +265,27 @@ impl Cluster {
 
     /// A pool that is about to be opened is sound, and a crash on the way leads to the same.
     pub(super) fn check_recovery(&mut self, at: usize) {
-        let mut disk = self.world().disk(self.disks[at]).clone();
-        let mut checked = disk.clone();
-        let options = CheckOptions { repair: true, data: false };
-        let report = check_pool(&mut checked, &options).expect("a pool can be checked");
-        check!(
-            Check::PoolIsSound,
-            !report.is_damaged(),
-            "pool {at} as it is started: {:?}",
-            report.findings
-        );
-        let before = self.image(at, &disk);
-        Pool::open(&mut disk).expect("a pool opens");
+        let mut disks = self.copies(at);
+        for disk in &disks {
+            let mut checked = disk.clone();
+            let options = CheckOptions { repair: true, data: false };
+            // One that was removed from its pool is blank.
+            let report = match check_pool(&mut checked, &options) {
+                Err(PoolError::Blank | PoolError::SuperblockDamaged) if disks.len() > 1 => continue,
+                report => report.expect("a pool can be checked"),
+            };
+            check!(
+                Check::PoolIsSound,
+                !report.is_damaged(),
+                "pool {at} as it is started: {:?}",
+                report.findings
+            );
+        }
+        let before = self.image(at, &disks);
+        pools::open(&mut disks);
         let mut rng = self.world().rng.clone();
-        disk.lose_power(&mut rng);
-        let after = self.image(at, &disk);
+        disks.iter_mut().for_each(|disk| disk.lose_power(&mut rng));
+        let after = self.image(at, &disks);
         check!(
             Check::RecoveryIsStable,
             before == after,
@@ -344,7 +343,7 @@ impl Cluster {
     /// Flips a bit of a block of data, or of what was data, in a pool.
     pub fn rot(&mut self, at: usize) {
         self.spoilt = true;
-        let disk = self.disks[at];
+        let disk = self.disks[at][0];
         let mut world = self.world();
         let copies = inspect_superblock(world.disk(disk)).expect("the disk can be read");
         let superblock = copies.into_iter().find_map(|c| c.content.ok()).expect("a pool");
@@ -356,7 +355,7 @@ impl Cluster {
 
     /// Has the next writes to a pool's data end up on other pages of it.
     pub fn misdirect(&mut self, at: usize, writes: u32) {
-        let disk = self.disks[at];
+        let disk = self.disks[at][0];
         self.astray.insert(at);
         self.spoilt = true;
         let mut world = self.world();

@@ -62,8 +62,9 @@ impl Run {
                 self.cluster.start_replica(at);
             }
             Repair::Disk(at) => {
-                let disk = self.cluster.disk(at);
-                self.cluster.world().disk(disk).trouble = crate::disk::DiskTrouble::default();
+                for disk in self.cluster.disks(at).to_vec() {
+                    self.cluster.world().disk(disk).trouble = crate::disk::DiskTrouble::default();
+                }
             }
             Repair::StartNexus | Repair::StartOther | Repair::StartReplica(_) => {}
         }

@@ -37,6 +37,9 @@ pub(super) fn shape(seed: u64, faults: &Faults, config: &mut ClusterConfig) {
     if rng.chance(250) && calm {
         config.spares = 1 + rng.index(2);
     }
+    if rng.chance(150) && calm {
+        config.wide_pool = Some(rng.index(config.replicas));
+    }
 }
 
 /// Whether a seed ends with a forced start, drawn apart.
