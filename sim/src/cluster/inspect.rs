@@ -256,7 +256,8 @@ impl Cluster {
         let mut opened = pools::open(&mut disks);
         let pool = &mut opened.pool;
         let slot = find(pool)?;
-        let mut memory = HeapMemory::new(2 << 20);
+        // A pool that moves extents from one disk to another takes some for that.
+        let mut memory = HeapMemory::new(if disks.len() > 1 { 8 << 20 } else { 2 << 20 });
         let (mut out, mut whole) = (Vec::new(), true);
         let step = 256;
         for lba in (0..blocks).step_by(step) {

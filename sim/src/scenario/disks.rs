@@ -4,6 +4,9 @@ use super::Run;
 use crate::rng::Rng;
 use crate::world::MS;
 
+/// Whether a disk of several may fail: what only it held is lost, and its pool goes on.
+pub(super) const DISKS_DIE: bool = false;
+
 /// What becomes of the disks of the pool that has several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {
@@ -27,7 +30,7 @@ impl Disks {
         let mut rng = Rng::new(seed ^ 0xd15c);
         let most = [50, 400, 2_000][rng.index(3)] * MS;
         let mut wish = || match rng.index(4) {
-            0 if may_die => Wish::Die,
+            0 if may_die && DISKS_DIE => Wish::Die,
             0 | 1 => Wish::Add,
             _ => Wish::Remove(rng.index(3)),
         };

@@ -2,6 +2,7 @@
 
 use cairn_engine::nexus::Purpose;
 
+use super::disks::DISKS_DIE;
 use super::{Repair, Run, WORK_NS};
 use crate::world::{MS, Machine};
 
@@ -285,7 +286,13 @@ impl Run {
         let disk = self.cluster.disk(victim);
         let (short, long) = self.short();
         let for_good = !self.faults.everywhere && self.rng.chance(200);
-        match self.rng.below(8) {
+        // One of several disks that fails is left behind.
+        let stays = self.cluster.is_wide(victim) && !DISKS_DIE;
+        let kind = match self.rng.below(8) {
+            5 | 7 if stays => 3,
+            kind => kind,
+        };
+        match kind {
             0 if !self.cluster.is_local(victim) => {
                 self.cluster.kill_replica(victim);
                 self.later(long, Repair::StartReplica(victim));
@@ -328,6 +335,7 @@ impl Run {
                 self.cluster.cut_power(victim);
                 self.later(long, Repair::StartReplica(victim));
             }
+            _ if stays => {}
             _ => {
                 let rate = 20 + self.rng.below(500);
                 let mut world = self.cluster.world();
