@@ -338,8 +338,13 @@ impl Nexus {
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
         if mirrors && !status.is_ok() && status != IoStatus::Fenced {
-            slot.failed = slot.failed.with(child);
-            self.mirror_failed(child, status);
+            let range = slot.request.range;
+            let anew = status == IoStatus::MediaError && self.copy_anew(child, range);
+            if !anew {
+                let slot = self.slots.slot(at);
+                slot.failed = slot.failed.with(child);
+                self.mirror_failed(child, status);
+            }
         }
         let over = self.slots.slot(at).phase == Phase::Answered;
         let fenced = self.check_fenced(status);
