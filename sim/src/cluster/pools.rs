@@ -105,6 +105,9 @@ impl Cluster {
         for (place, disk) in self.disks[at].iter().zip(disks) {
             *world.disk(*place) = disk;
         }
+        for aside in &opened.set_aside {
+            world.say(format_args!("pool {at} goes without disk {}: {}", aside.index, aside.why));
+        }
         let mut devices = Vec::new();
         for index in opened.devices {
             let device = self.disks[at][index];
