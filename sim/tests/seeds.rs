@@ -1,6 +1,7 @@
 //! Whole clusters under faults, a few hundred seeds of them. A failure names its seed;
 //! `cargo run -p cairn-sim -- --seed S --trace` shows it again.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cairn_sim::scenario::{Faults, Outcome, run, run_plain, run_with};
@@ -72,6 +73,20 @@ fn a_full_pool_leaves_the_replicas_alike() {
         converged += run_with(seed, Faults { full: true, ..Faults::NONE }, None).converged;
     }
     assert!(converged > 50, "{converged} writes met a full pool");
+}
+
+/// Witnesses, members that come and go, and forced starts are drawn often enough.
+#[test]
+fn members_change_and_volumes_are_started_by_force() {
+    let (changes, forced) = (Cell::new(0), Cell::new(0));
+    check(8000..8120, |seed| {
+        let outcome = run(seed, None);
+        changes.set(changes.get() + outcome.changes);
+        forced.set(forced.get() + outcome.forced);
+        outcome
+    });
+    let (changes, forced) = (changes.get(), forced.get());
+    assert!(changes > 20 && forced > 3, "{changes} changes of members, {forced} forced starts");
 }
 
 #[test]
@@ -156,4 +171,12 @@ fn judged_wrongly_or_hung_for_ever() {
         .into_iter(),
         |seed| run_plain(seed, None),
     );
+}
+
+/// With an operator who changes members: replicas that another machine had added were told of as missing where a majority
+/// was missing (2853); a witness whose pool went offline is not seen before its vote is needed (4143); and what was
+/// asked wrongly of pools that are lost (480, 1019, 4446) or have several disks (149, 20609).
+#[test]
+fn members_that_come_and_go() {
+    check([2_853, 4_143, 480, 1_019, 4_446, 149, 20_609].into_iter(), |seed| run(seed, None));
 }

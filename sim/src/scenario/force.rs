@@ -197,15 +197,15 @@ impl Run {
         let mut seen_down = vec![false; self.cluster.volume_count()];
         while self.cluster.world().now_ns() < until {
             let now = self.cluster.world().now_ns();
-            for volume in 0..self.cluster.volume_count() {
+            for (volume, seen_down) in seen_down.iter_mut().enumerate() {
                 let report = self.cluster.report_of(self.cluster.active(), volume);
                 let up = report.as_ref().is_some_and(is_up);
                 check!(
                     Check::Linearizable,
-                    !up || !seen_down[volume],
+                    !up || !*seen_down,
                     "volume {volume} serves without those that had its writes: {report:?}"
                 );
-                seen_down[volume] |= !up && self.cluster.what_is_left(volume).is_some();
+                *seen_down |= !up && self.cluster.what_is_left(volume).is_some();
             }
             self.cluster.run_until(now + 100 * MS);
         }
