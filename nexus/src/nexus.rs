@@ -339,7 +339,8 @@ impl Nexus {
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
         if mirrors && !status.is_ok() && status != IoStatus::Fenced {
             let range = slot.request.range;
-            let anew = status == IoStatus::MediaError && self.copy_anew(child, range);
+            let lost = status == IoStatus::MediaError && !range.is_empty();
+            let anew = lost && self.copy_anew(child, range);
             if !anew {
                 let slot = self.slots.slot(at);
                 slot.failed = slot.failed.with(child);
