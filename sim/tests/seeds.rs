@@ -173,6 +173,14 @@ fn judged_wrongly_or_hung_for_ever() {
     );
 }
 
+/// The process of a pool of which a device was to be removed died of a panic, since the device had left before
+/// it was the removal's turn (41744); two copies that were cut off were called damage (40060); a flush that failed at
+/// the target of a rebuild was taken for a write (41328, 42354).
+#[test]
+fn disks_that_come_and_go() {
+    check([41_744, 40_060, 41_328, 42_354].into_iter(), |seed| run(seed, None));
+}
+
 /// With an operator who changes members: replicas that another machine had added were told of as missing where a majority
 /// was missing (2853); a witness whose pool went offline is not seen before its vote is needed (4143); and what was
 /// asked wrongly of pools that are lost (480, 1019, 4446) or have several disks (149, 20609).
