@@ -21,6 +21,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         volume: VolumeId(5),
         blocks: 1 << 20,
         holder: 9,
+        restoring: Some(cairn_block::SnapshotId(4)),
         lineage: 1,
         generation: 7,
         encryption,

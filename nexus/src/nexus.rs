@@ -348,8 +348,14 @@ impl Nexus {
         assert!(slot.outstanding.has(child), "an answer that nobody waits for");
         slot.outstanding = slot.outstanding.without(ChildSet::of(child));
         if mirrors && !status.is_ok() && status != IoStatus::Fenced {
-            slot.failed = slot.failed.with(child);
-            self.mirror_failed(child, status);
+            let range = slot.request.range;
+            let lost = status == IoStatus::MediaError && !range.is_empty();
+            let anew = lost && self.copy_anew(child, range);
+            if !anew {
+                let slot = self.slots.slot(at);
+                slot.failed = slot.failed.with(child);
+                self.mirror_failed(child, status);
+            }
         }
         let over = self.slots.slot(at).phase == Phase::Answered;
         let fenced = self.check_fenced(status);

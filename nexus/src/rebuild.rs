@@ -111,6 +111,10 @@ pub(crate) struct Rebuild {
     /// ever in one turn.
     again_ms: u64,
     needed: Bits,
+    /// Extents that the target is to have anew, as zeros and then copied: it cannot change a part of them.
+    anew: Vec<u32>,
+    /// Those that were zeroed there.
+    zeroed: Bits,
     /// An extent of which pieces are still to be begun, and the next block.
     part: Option<(u32, u64)>,
     extents_total: u64,
@@ -269,6 +273,8 @@ impl Nexus {
             pages: [None, None],
             again_ms: 0,
             needed: Bits::with_len(extents),
+            anew: Vec::new(),
+            zeroed: Bits::with_len(extents),
             part: None,
             extents_total: 0,
             bytes: 0,
@@ -376,6 +382,13 @@ impl Nexus {
             let Some(r) = self.rebuild.as_mut() else { return moved };
             if r.healing || now_ms < r.again_ms {
                 return moved;
+            }
+            if let Some(&extent) = r.anew.iter().find(|extent| !self.copies.zeroes(**extent)) {
+                if !self.begin_zeroing(extent, mem, now_ms) {
+                    return moved;
+                }
+                moved = true;
+                continue;
             }
             let next = r.part.or_else(|| {
                 let extent = r.needed.next(0)?;
@@ -509,6 +522,36 @@ impl Nexus {
         }
         self.end_rebuild(RebuildEnd::Done);
         self.note_change(self.now_ms);
+    }
+
+    /// The target could not change a part of an extent: what it held may be lost with a device of its pool, and
+    /// then only a whole one can be written. Has it zeroed there, and copied anew; false where that was done
+    /// already, or cannot be any more.
+    pub(crate) fn copy_anew(&mut self, child: ChildId, range: LbaRange) -> bool {
+        let Some(r) = self.rebuild.as_mut().filter(|r| r.child == child) else { return false };
+        let extent = |block: u64| u32::try_from(block / EXTENT_BLOCKS).unwrap_or(u32::MAX);
+        let (first, end) = (extent(range.start().0), extent(range.end().0 - 1));
+        let copies = matches!(r.stage, Stage::Drain(_) | Stage::List | Stage::Copy);
+        if !copies || (first..=end).any(|extent| r.zeroed.has(extent)) {
+            return false;
+        }
+        for extent in first..=end {
+            if !r.anew.contains(&extent) {
+                r.anew.push(extent);
+            }
+        }
+        self.look_again();
+        true
+    }
+
+    /// An extent of the target is zeros: all of it is copied, what was copied before too.
+    pub(crate) fn extent_is_zeroed(&mut self, extent: u32) {
+        let Some(r) = self.rebuild.as_mut() else { return };
+        r.anew.retain(|other| *other != extent);
+        r.zeroed.insert(extent);
+        r.part = r.part.filter(|(other, _)| *other != extent);
+        r.needed.insert(extent);
+        r.extents_total += 1;
     }
 
     /// The target failed an operation that a host does not wait for.

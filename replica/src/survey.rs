@@ -338,9 +338,9 @@ impl Survey {
 
     fn map_extents(&mut self) {
         for (extent, known) in (0u32..).zip(&self.extents) {
-            let Some(known) = known.filter(|k| k.entry.state == EntryState::Allocated) else {
-                continue;
-            };
+            // A copy that was cut off is free at the next open; another may have been begun since.
+            let holds = |e: &Entry| e.state == EntryState::Allocated && !e.incoming;
+            let Some(known) = known.filter(|k| holds(&k.entry)) else { continue };
             let Some(layer) = self.layers.get_mut(usize::from(known.entry.layer)) else { continue };
             if let Some(&other) = layer.map.get(&known.entry.logical) {
                 self.doubles.push((extent, other));
@@ -383,7 +383,8 @@ impl Survey {
     pub(crate) fn allocated(&self) -> impl Iterator<Item = (u32, &Known)> {
         (0u32..).zip(&self.extents).filter_map(|(extent, known)| {
             let known = known.as_ref()?;
-            (known.entry.state == EntryState::Allocated).then_some((extent, known))
+            let holds = known.entry.state == EntryState::Allocated && !known.entry.incoming;
+            holds.then_some((extent, known))
         })
     }
 

@@ -296,6 +296,20 @@ fn a_free_extent_that_is_not_free_of_everything_is_zeroed_again() {
     is_mended(dev, |p| matches!(p, Problem::NotZeroed { extent: 9, .. }));
 }
 
+/// A device that takes another's extents was killed twice: each time a copy of one was cut off, and `fsck` called the
+/// two of them damage that no pool opens with. Opening frees them.
+#[test]
+fn copies_that_were_cut_off_are_no_contradiction() {
+    let (mut dev, _) = used_pool();
+    let layer = inspect_map(&mut dev.clone(), Some(ReplicaId(7))).unwrap().found[0].layer;
+    for extent in [9, 10] {
+        let entry = Entry { incoming: true, ..stray(layer, 1) };
+        log(&mut dev, &[Record { extent, entry }]);
+    }
+    assert!(!check(&mut dev).is_damaged(), "{:?}", check(&mut dev).findings);
+    Pool::open(&mut dev).unwrap();
+}
+
 #[test]
 fn contradictions_between_extents_stay() {
     let (dev, _) = used_pool();

@@ -168,6 +168,12 @@ impl Client {
         self.goal = Goal::Verify(0);
     }
 
+    /// From now on makes so many requests more.
+    pub fn work_more(&mut self, requests: u64) {
+        self.left = requests;
+        self.goal = Goal::Work;
+    }
+
     /// One turn: takes what came, acts, and tells the world when to come again.
     pub fn turn(&mut self) {
         let deadline = self.deadline();

@@ -8,6 +8,8 @@
 //! A block is *tainted* by a write that failed: it may have reached some replicas and not others, and the
 //! block may read either way until a later write is acked.
 
+mod anew;
+
 use crate::checks::{Check, check};
 use crate::disk::PAGE;
 use crate::rng::mix;

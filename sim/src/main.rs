@@ -127,6 +127,8 @@ struct Total {
     faults: u64,
     healed: u64,
     converged: u64,
+    changes: u64,
+    forced: u64,
 }
 
 impl Total {
@@ -139,6 +141,8 @@ impl Total {
                 self.faults += outcome.faults;
                 self.healed += outcome.healed;
                 self.converged += outcome.converged;
+                self.changes += outcome.changes;
+                self.forced += outcome.forced;
             }
             Err(why) => {
                 self.failed += 1;
@@ -182,7 +186,7 @@ fn main() -> ExitCode {
     let total = total.into_inner().expect("no thread panics while it adds");
     println!(
         "{} seeds, {} failed; {} writes acked, {} blocks judged, {} faults, {} copies healed, {} writes \
-         met a full pool, {:.1} s",
+         met a full pool, {} changes of members, {} forced starts, {:.1} s",
         total.seeds,
         total.failed,
         total.acked,
@@ -190,6 +194,8 @@ fn main() -> ExitCode {
         total.faults,
         total.healed,
         total.converged,
+        total.changes,
+        total.forced,
         start.elapsed().as_secs_f64()
     );
     println!("{} passed, {} failed, 0 skipped", total.seeds - total.failed, total.failed);

@@ -1,21 +1,28 @@
 //! One run: a cluster, its hosts, and what goes wrong, all drawn from a seed.
 
+mod disks;
 mod faults;
+mod force;
+mod members;
 
 use cairn_engine::ChildReport;
 use cairn_engine::nexus::Found;
 
 use crate::checks::{Check, check};
 use crate::client::Workload;
-use crate::cluster::{Cluster, ClusterConfig};
+use crate::cluster::{Cluster, ClusterConfig, is_member, is_whole};
 use crate::net::NetManners;
 use crate::rng::Rng;
 use crate::world::{MS, Sink, US, World};
+use disks::Disks;
+use members::Operator;
 
 /// Once nothing is wrong any more, everything is answered within this time.
 const RECOVERY_NS: u64 = 60_000 * MS;
 /// Members that are there are in sync again within this time: one that failed often is left alone for minutes.
 const REBUILD_NS: u64 = 700_000 * MS;
+/// A volume that cannot come up is looked at after this time.
+const STUCK_NS: u64 = 5_000 * MS;
 /// The hosts' work ends within this time, whatever goes wrong.
 const WORK_NS: u64 = 300_000 * MS;
 
@@ -38,6 +45,10 @@ pub struct Outcome {
     pub healed: u64,
     /// Writes that met a full pool at the last nexus, after which the replicas were made alike.
     pub converged: u64,
+    /// Changes of members that were asked for.
+    pub changes: u64,
+    /// Volumes that were started by force.
+    pub forced: u64,
     /// Virtual time that passed, in milliseconds.
     pub virtual_ms: u64,
 }
@@ -152,16 +163,31 @@ fn snapshots(seed: u64, volumes: usize, now_ns: u64) -> Vec<(u64, usize)> {
 /// # Panics
 /// Where an invariant does not hold.
 pub fn run(seed: u64, sink: Option<Sink>) -> Outcome {
-    let mut rng = Rng::new(seed ^ 0xca12);
-    let faults = if rng.chance(100) { Faults::NONE } else { Faults::drawn(&mut rng, seed) };
-    run_with(seed, faults, sink)
+    run_in(seed, drawn(seed), true, sink)
 }
 
-/// As [`run`], with these faults and no others.
+/// As [`run`], with the members that volumes are made with, none of them a witness, and no forced start.
+///
+/// # Panics
+/// Where an invariant does not hold.
+pub fn run_plain(seed: u64, sink: Option<Sink>) -> Outcome {
+    run_in(seed, drawn(seed), false, sink)
+}
+
+fn drawn(seed: u64) -> Faults {
+    let mut rng = Rng::new(seed ^ 0xca12);
+    if rng.chance(100) { Faults::NONE } else { Faults::drawn(&mut rng, seed) }
+}
+
+/// As [`run_plain`], with these faults and no others.
 ///
 /// # Panics
 /// Where an invariant does not hold.
 pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
+    run_in(seed, faults, false, sink)
+}
+
+fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -> Outcome {
     let mut rng = Rng::new(seed);
     let mut world = World::new(rng.next_u64());
     if let Some(sink) = sink {
@@ -183,10 +209,13 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
     // What cannot be read of the only replica, or of the only one that was not late, is read of no other.
     let slips = faults.slips && replicas > 1 && !faults.everywhere;
     let faults = Faults { slips, ..faults };
-    let config = ClusterConfig {
+    let mut config = ClusterConfig {
         volumes: 1 + rng.index(2),
         blocks: 1024,
         replicas,
+        witness: None,
+        wide_pool: None,
+        spares: 0,
         local_replica: rng.chance(300),
         tears: later.chance(300),
         second: faults.takeover || later.chance(100),
@@ -203,8 +232,12 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         // Drawn apart: nothing else changes with it.
         encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
     };
+    if members_change {
+        members::shape(seed, &faults, &mut config);
+    }
     world.say(format_args!("{config:?} {faults:?}"));
-    let (volumes, small) = (config.volumes, config.small_pool);
+    let (volumes, small, pools) = (config.volumes, config.small_pool, config.pools());
+    let (spares, wide) = (config.spares > 0, config.wide_pool);
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
         for _ in 0..1 + rng.index(2) {
@@ -217,8 +250,16 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         false => snapshots(seed, volumes, cluster.world().now_ns()),
         true => Vec::new(),
     };
+    let now = cluster.world().now_ns();
+    let operator = spares.then(|| Operator::drawn(seed, &cluster, now));
     let mut run = Run {
         cluster,
+        operator,
+        disks: Disks::default(),
+        recovering: false,
+        forced_at: 0,
+        next_force: 0,
+        forced: 0,
         rng,
         faults,
         victim: 0,
@@ -232,9 +273,20 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         mended: (0, 0),
     };
     run.most = 1 + run.rng.below(25);
-    run.victim = run.rng.index(replicas);
+    run.victim = run.rng.index(pools);
+    if let Some(pool) = wide {
+        // Drawn apart: nothing else changes with it.
+        if Rng::new(seed ^ 0x71de).chance(600) {
+            run.victim = pool;
+        }
+        run.disks = Disks::drawn(seed, pool, now, run.victim == pool && faults.replica);
+    }
     run.work();
     run.recover();
+    if members_change && members::ends_by_force(seed, &faults) {
+        run.end_by_force();
+    }
+    run.judge();
     let world = run.cluster.world();
     let mut outcome = Outcome {
         trace_hash: world.trace_hash(),
@@ -246,6 +298,8 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         healed: run.mended.0,
         converged: run.mended.1,
         virtual_ms: world.now_ns() / MS,
+        changes: run.operator.as_ref().map_or(0, |operator| operator.asked),
+        forced: run.forced,
     };
     drop(world);
     for volume in 0..volumes {
@@ -270,6 +324,15 @@ fn workload(rng: &mut Rng) -> Workload {
 
 struct Run {
     cluster: Cluster,
+    /// Whoever changes the members of volumes.
+    operator: Option<Operator>,
+    disks: Disks,
+    /// Nothing more goes wrong.
+    recovering: bool,
+    /// When a volume was last started by force, and when it is looked for others that have to be.
+    forced_at: u64,
+    next_force: u64,
+    forced: u64,
     rng: Rng,
     faults: Faults,
     /// The one replica that may be lost.
@@ -320,12 +383,16 @@ impl Run {
                 self.cluster.supervise();
                 self.next_look = now + 200 * MS;
             }
+            self.operate(now);
+            self.change_disks(now);
             self.grow(now);
             self.snapshot(now);
             let growth = self.growth.iter().map(|(at, ..)| *at);
             let snapshots = self.snapshots.iter().map(|(at, _)| *at);
             let repairs = self.repairs.iter().map(|(at, _)| *at);
             let look = if self.cluster.has_second() { self.next_look } else { u64::MAX };
+            let look = self.operator.as_ref().map_or(look, |o| look.min(o.next_look()));
+            let look = look.min(self.disks.next());
             let next = repairs.chain(growth).chain(snapshots).fold(next_fault.min(look), u64::min);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
@@ -388,15 +455,17 @@ impl Run {
         }
         let calm = Faults { full: self.faults.full, rot: self.faults.rot, ..Faults::NONE };
         for volume in self.cluster.volumes().expect("the nexus runs") {
-            let everybody = volume.children.iter().all(|c| c.in_sync);
+            let everybody = volume.children.iter().all(|c| is_whole(c) || !is_member(c));
             let calm = self.faults == calm;
             check!(Check::MembersAlike, !calm || everybody, "a replica was taken out: {volume:?}");
             let report = volume.scrub.expect("a scrub ran");
             // A replica whose pool has gone offline is taken out by what it could not heal.
             let left = report.findings.iter().filter(|f| {
-                let out = !volume.children[usize::from(f.child.0)].in_sync;
+                let child = volume.children.iter().find(|c| c.number == f.child.0);
+                let out = child.is_none_or(|c| !c.in_sync);
                 // What a full pool has no room for stays different.
-                let full = deep && self.small == Some(usize::from(f.child.0));
+                let full = |c: &ChildReport| self.small == Some(self.cluster.pool_of(c.replica));
+                let full = deep && child.is_some_and(full);
                 f.found == Found::Unrecoverable || f.found == Found::NotHealed && !out && !full
             });
             let left = (left.count(), report.unrecoverable);
@@ -421,19 +490,21 @@ impl Run {
             let state = self.cluster.volumes().expect("the nexus runs");
             // A pool may be full: volumes grow, and snapshots that it was not there to delete stay.
             let is_full = |c: &ChildReport| c.reason.contains("NoSpace");
+            let is_settled = |c: &ChildReport| is_whole(c) || !is_member(c);
             let all = state
                 .iter()
-                .all(|v| v.serving && v.children.iter().all(|c| c.in_sync || is_full(c)));
+                .all(|v| v.serving && v.children.iter().all(|c| is_settled(c) || is_full(c)));
             // One that was taken from this machine is taken up again first.
-            if all && state.len() == self.cluster.volume_count() {
+            if all && state.len() == self.cluster.volume_count() && self.members_are_met(&state) {
                 return;
             }
             check!(
                 Check::Liveness,
                 now < start + REBUILD_NS,
                 "a member is not in sync again: {:?}",
-                state.iter().flat_map(|v| &v.children).filter(|c| !c.in_sync).collect::<Vec<_>>()
+                state.iter().flat_map(|v| &v.children).filter(|c| !is_whole(c)).collect::<Vec<_>>()
             );
+            self.operate(now);
             if now > start + REBUILD_NS / 4 && !restarted {
                 // Its pool may be offline.
                 restarted = true;
@@ -462,7 +533,9 @@ impl Run {
             }
             let state = self.cluster.volumes();
             let now = self.cluster.world().now_ns();
+            let limit = limit.max(self.forced_at + RECOVERY_NS);
             check!(Check::Liveness, now < limit, "a volume does not come up: {state:?}");
+            self.operate(now);
             if self.cluster.has_second() {
                 self.cluster.retire_other();
                 self.cluster.supervise();
@@ -471,12 +544,40 @@ impl Run {
         }
     }
 
+    fn judge(&mut self) {
+        for volume in 0..self.cluster.volume_count() {
+            self.cluster.history(volume).borrow_mut().judge_all();
+        }
+    }
+
+    /// Hosts read every block.
+    fn verify(&mut self) {
+        self.cluster.verify();
+        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
+        let mut verified = false;
+        while !verified && self.cluster.world().now_ns() < limit.max(self.forced_at + RECOVERY_NS) {
+            if self.cluster.has_second() {
+                self.cluster.supervise();
+            }
+            let now = self.cluster.world().now_ns();
+            self.operate(now);
+            verified = self.cluster.run_while(200 * MS, Cluster::clients_are_done);
+        }
+        let state = self.cluster.volumes();
+        check!(Check::Liveness, verified, "not every block can be read: {state:?}");
+    }
+
     /// Nothing goes wrong any more: everything is served again, and is right.
     fn recover(&mut self) {
         self.cluster.world().say(format_args!("faults stop"));
+        self.recovering = true;
+        self.disks.stop();
+        if let Some(operator) = self.operator.as_mut() {
+            operator.stop_wishing();
+        }
         self.cluster.world().heal();
         self.cluster.world().resume_all();
-        for at in 0..self.cluster.replicas() {
+        for at in 0..self.cluster.pools() {
             self.mend(Repair::Disk(at));
             if !self.cluster.is_local(at) {
                 self.mend(Repair::StartReplica(at));
@@ -485,22 +586,15 @@ impl Run {
         self.mend(Repair::StartNexus);
         self.mend(Repair::StartOther);
         // Where a pool has gone offline and its replica was the last in sync, somebody must.
-        if self.faults.replica && (self.needs_help() || self.rng.chance(300)) {
+        // And nobody sees that of a witness's before its vote is needed.
+        let unseen = self.cluster.is_witness_pool(self.victim);
+        if self.faults.replica && (unseen || self.needs_help() || self.rng.chance(300)) {
             self.restart_victim();
         }
         self.come_to_rest();
-        self.cluster.verify();
-        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
-        let mut verified = false;
-        while !verified && self.cluster.world().now_ns() < limit {
-            if self.cluster.has_second() {
-                self.cluster.supervise();
-            }
-            verified = self.cluster.run_while(200 * MS, Cluster::clients_are_done);
-        }
-        let state = self.cluster.volumes();
-        check!(Check::Liveness, verified, "not every block can be read: {state:?}");
+        self.verify();
         self.await_rebuilds();
+        self.delete_retired();
         // What the verification left behind settles.
         let quiet = self.cluster.world().now_ns() + 5_000 * MS;
         self.cluster.run_until(quiet);
@@ -508,8 +602,5 @@ impl Run {
         self.come_to_rest();
         self.await_rebuilds();
         self.scrub();
-        for volume in 0..self.cluster.volume_count() {
-            self.cluster.history(volume).borrow_mut().judge_all();
-        }
     }
 }

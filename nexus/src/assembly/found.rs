@@ -181,17 +181,26 @@ impl Nexus {
         let (known, unknown) = self.voters_of(&found.config);
         let here = known.and(self.heard()).without(self.blank(&found.config));
         let voters = known.len() + unknown.len();
-        let mut missing: Vec<String> =
-            known.without(here).iter().map(|c| self.names(ChildSet::of(c), "")).collect();
-        missing.extend(unknown.iter().map(ToString::to_string));
+        let mut missing = Vec::new();
+        if !known.without(here).is_empty() {
+            missing.push(format!("missing: replica {}", self.names(known.without(here), ", ")));
+        }
+        // They may well be there: nobody has told this nexus where.
+        if !unknown.is_empty() {
+            let names: Vec<String> = unknown.iter().map(ToString::to_string).collect();
+            missing.push(format!(
+                "not among those named for it here: replica {}; add them to those, with where they are",
+                names.join(", ")
+            ));
+        }
         let is_here = match here.len() {
             0 => "none is here".to_owned(),
             _ => format!("only {} is here", self.names(here, ", ")),
         };
         self.set_state(VolumeState::Assembling(format!(
-            "{} of {voters} voters are needed to decide, and {is_here}; missing: replica {}",
+            "{} of {voters} voters are needed to decide, and {is_here}; {}",
             voters / 2 + 1,
-            missing.join(", ")
+            missing.join("; ")
         )));
     }
 }

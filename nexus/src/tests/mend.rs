@@ -18,6 +18,8 @@ pub(super) struct Disk {
     pub(super) bad: BTreeSet<u64>,
     /// Writes fail.
     pub(super) dead: bool,
+    /// Extents that were lost with a device of the pool: only all of one can be written.
+    pub(super) lost: BTreeSet<u64>,
     /// Units with space, where there is no more of it.
     full: Option<BTreeSet<u64>>,
 }
@@ -80,6 +82,17 @@ impl World {
     fn perform(&mut self, child: usize, request: &IoRequest) -> IoStatus {
         let disk = &mut self.disks[child];
         let blocks = request.range.start().0..request.range.end().0;
+        let lost = blocks.clone().find(|lba| disk.lost.contains(&(lba / 256)));
+        if let Some(extent) = lost.map(|lba| lba / 256) {
+            let whole = blocks == (extent * 256..(extent * 256 + 256).min(1000));
+            match request.op {
+                IoOp::WriteZeroes { .. } | IoOp::Write { .. } if whole => {
+                    disk.lost.remove(&extent);
+                }
+                IoOp::Flush | IoOp::Discard | IoOp::Snapshot(_) => {}
+                _ => return IoStatus::MediaError,
+            }
+        }
         for (i, lba) in (0u32..).zip(blocks) {
             let at = usize::try_from(lba).unwrap();
             match request.op {

@@ -262,6 +262,37 @@ fn a_target_that_fails_ends_the_rebuild_and_hosts_see_nothing() {
     w.assert_alike();
 }
 
+/// A pool that has lost one of its devices cannot change a part of an extent that it held: what is around that
+/// part is not known. A rebuild, which copies parts, was given up at the first of them, for ever.
+#[test]
+fn extents_that_a_target_has_lost_are_copied_whole() {
+    let mut w = world(3);
+    fill(&mut w, 1, 1000, 3);
+    w.run();
+    rest(&mut w);
+    w.b.disconnect(1);
+    w.write(2, 7, 1, 4);
+    w.run();
+    rest(&mut w);
+    w.disks[1].lost = [1, 3].into();
+    w.disks[1].data[256..512].fill(0xee);
+    for extent in [1, 3] {
+        w.b.extents[1][extent] = change::MAPPED | change::OPEN;
+    }
+    w.b.connect(1);
+    // Hosts write there meanwhile: the target cannot take that either.
+    w.write(3, 300, 2, 5);
+    w.write(4, 900, 20, 6);
+    w.run();
+    rest(&mut w);
+    assert_eq!((w.b.status_of(3), w.b.status_of(4)), (Some(IoStatus::Ok), Some(IoStatus::Ok)));
+    assert_eq!(w.in_sync(), [0, 1, 2], "{:?}", w.b.nexus.rebuild_history());
+    assert_eq!(w.b.nexus.rebuild_history().len(), 1, "it was never given up");
+    assert!(w.disks[1].lost.is_empty());
+    w.assert_alike();
+    w.assert_idle();
+}
+
 #[test]
 fn a_rebuild_goes_on_where_a_dead_nexus_left_it() {
     let mut w = world(2);

@@ -380,3 +380,15 @@ fn a_member_that_was_made_anew_is_not_taken_for_what_it_was() {
     assert_eq!(state, ChildState::OutOfSync(FaultReason::Blank));
     assert_eq!(b.stored_in_sync(0), [true, false, false]);
 }
+
+/// Where those that are here are too few to decide, what is missing may only be unknown here: a replica that
+/// another nexus has added was told of as missing, and its process ran.
+#[test]
+fn replicas_that_a_nexus_was_never_told_of_are_not_called_missing() {
+    let mut b = Bench::online(3).again(&[(0, false), (1, false)], &[0, 1]);
+    b.connect(0);
+    b.pass(WAIT);
+    let said = text(&b);
+    assert!(said.contains(&format!("missing: replica {}; not among", id(1))), "{said}");
+    assert!(said.contains(&format!("named for it here: replica {}; add", id(2))), "{said}");
+}

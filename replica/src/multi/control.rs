@@ -315,7 +315,7 @@ impl MultiPool {
         let checked = self.check_job(&mut job.kind).and_then(|()| self.keep_for(&job.kind));
         if let Err(error) = checked {
             match job.kind {
-                Kind::Members { then: Then::Drains(at), .. } if self.member(at).is_serving() => {
+                Kind::Members { then: Then::Drains(at), .. } if self.still_serves(at) => {
                     self.member_mut(at).role = MemberState::Live;
                 }
                 Kind::Join { member, .. } => self.member_mut(member).leaving = true,
@@ -436,8 +436,9 @@ impl MultiPool {
                     return Err(ControlError::ConfigTooLong { len, max: CONFIG_MAX });
                 }
             }
-            Kind::Members { then: Then::Drains(at), .. } if !self.member(*at).is_serving() => {
-                return Err(ControlError::Device("the device has failed meanwhile".to_owned()));
+            Kind::Members { then: Then::Drains(at), .. } if !self.still_serves(*at) => {
+                let why = "the device has failed, or has left, meanwhile";
+                return Err(ControlError::Device(why.to_owned()));
             }
             Kind::Members { then: Then::Drains(_), .. } if !self.takes_extents() => {
                 let why = "the other devices have failed meanwhile: it is the last that takes data";
@@ -453,6 +454,12 @@ impl MultiPool {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether a device is there still, and serves: one that is to be removed may have left before it is its
+    /// turn.
+    fn still_serves(&self, at: usize) -> bool {
+        self.members.get(at).and_then(Option::as_ref).is_some_and(Member::is_serving)
     }
 
     fn check_create(&self, spec: &ReplicaSpec) -> Result<u16, ControlError> {

@@ -1,15 +1,18 @@
 //! What is looked at from outside: disks as after a crash at that moment, registers, epochs.
 
-use std::collections::BTreeSet;
-
-use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, SnapshotId};
+use cairn_block::{
+    BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
+};
 use cairn_engine::VolumeReport;
-use cairn_engine::replica::{DiskOp, Pool, Register, ReplicaSlot, change};
+use cairn_engine::replica::{DiskOp, MultiPool, Register, ReplicaSlot, change};
 
-use super::{Cluster, keys, replica_id};
+use super::members::pool_of;
+use super::{Cluster, keys, pools, volume_of};
 use crate::checks::{Check, check};
 use crate::disk::{PAGE, SimDisk};
 
+/// Stands for what cannot be read.
+const UNREADABLE: u8 = 0xee;
 /// Blocks of a pool's extent.
 const EXTENT_BLOCKS: usize = 256;
 
@@ -32,11 +35,11 @@ impl Cluster {
             possible.contains(&report.blocks),
             "volume {volume}: {report:?}, of {possible:?}"
         );
-        for (at, child) in report.children.iter().enumerate() {
+        for child in &report.children {
             if child.state == "online" {
-                let mut disk = self.world().disk(self.disks[at]).clone();
-                let pool = Pool::open(&mut disk).expect("the pool opens");
-                let id = replica_id(volume, at);
+                let id = child.replica;
+                let at = pool_of(id);
+                let pool = pools::open(&mut self.copies(at)).pool;
                 let has = pool.replicas().find(|r| r.id == id).map_or(0, |r| r.blocks);
                 check!(
                     Check::Sizes,
@@ -58,15 +61,12 @@ impl Cluster {
             let name = format!("volume{volume}");
             let report = reports.iter().find(|r| r.name == name).expect("it is served");
             self.check_sizes(volume, report);
-            let members: BTreeSet<usize> = report
-                .children
-                .iter()
-                .enumerate()
-                .filter(|(at, child)| child.in_sync && !self.astray.contains(at))
-                .map(|(at, _)| at)
+            let members = report.children.iter().filter(|child| child.in_sync);
+            let members = members.map(|child| child.replica);
+            let contents: Vec<(ReplicaId, Vec<u8>)> = members
+                .filter(|id| !self.astray.contains(&pool_of(*id)))
+                .map(|id| (id, self.contents(volume, id)))
                 .collect();
-            let contents: Vec<(usize, Vec<u8>)> =
-                members.iter().map(|&at| (at, self.contents(volume, at))).collect();
             let history = self.history(volume);
             let Some(((first, a), rest)) = contents.split_first() else { continue };
             for (other, b) in rest {
@@ -104,7 +104,8 @@ impl Cluster {
         });
         for (volume, id, invoked, differing) in answered {
             let mut first: Option<Vec<u8>> = None;
-            for at in 0..self.disks.len() {
+            let replicas: Vec<ReplicaId> = self.seats[volume].iter().map(|s| s.id).collect();
+            for at in replicas {
                 // One that was not in sync has none.
                 let Some(bytes) = self.snapshot_contents(volume, at, id) else { continue };
                 let history = self.history(volume);
@@ -137,12 +138,18 @@ impl Cluster {
     pub fn check_snapshots(&mut self) {
         self.look_at_snapshots();
         for (volume, id, at, bytes) in &self.taken {
+            if self.gone.contains(&pool_of(*at)) {
+                continue;
+            }
             let now = self.snapshot_contents(*volume, *at, *id);
-            let same = now.is_some_and(|now| now == *bytes);
+            let same = match now {
+                Some(now) => now == *bytes,
+                None => self.is_wide(pool_of(*at)),
+            };
             check!(
                 Check::Snapshots,
                 same,
-                "snapshot {id} of volume {volume} in pool {at} has changed, or is gone"
+                "snapshot {id} of replica {at} of volume {volume} has changed, or is gone"
             );
         }
     }
@@ -154,13 +161,12 @@ impl Cluster {
     /// Where a difference would not be found.
     pub(super) fn check_marks(&self, reports: &[VolumeReport]) {
         for report in reports.iter().filter(|report| report.serving) {
-            let volume = usize::try_from(report.id.0 - 1).expect("a small number");
-            let children = report.children.iter().enumerate();
-            let members: Vec<usize> =
-                children.filter(|(_, c)| c.in_sync).map(|(at, _)| at).collect();
+            let volume = volume_of(report.id);
+            let members = report.children.iter().filter(|child| child.in_sync);
+            let members: Vec<ReplicaId> = members.map(|child| child.replica).collect();
             let contents: Vec<Vec<u8>> =
-                members.iter().map(|&at| self.contents(volume, at)).collect();
-            let told: Vec<Vec<u8>> = members.iter().map(|&at| self.changes(volume, at)).collect();
+                members.iter().map(|&id| self.image_of(volume, id).bytes).collect();
+            let told: Vec<Vec<u8>> = members.iter().map(|&id| self.changes(id)).collect();
             let extent = EXTENT_BLOCKS * PAGE;
             for at in 0..contents[0].len().div_ceil(extent) {
                 let part = |bytes: &Vec<u8>| {
@@ -182,92 +188,122 @@ impl Cluster {
         }
     }
 
-    fn changes(&self, volume: usize, at: usize) -> Vec<u8> {
-        let mut disk = self.world().disk(self.disks[at]).clone();
-        let pool = Pool::open(&mut disk).expect("the pool opens");
+    fn changes(&self, id: ReplicaId) -> Vec<u8> {
+        let pool = pools::open(&mut self.copies(pool_of(id))).pool;
         let extents = self.config.blocks.div_ceil(EXTENT_BLOCKS as u64);
         let mut out = vec![0; usize::try_from(extents).expect("a small volume")];
-        let slot = pool.find(replica_id(volume, at)).expect("the replica is there");
+        let slot = pool.find(id).expect("the replica is there");
         pool.changes(slot, 0, u64::MAX, &mut out).expect("the pool tells");
         out
     }
 
-    fn snapshot_contents(&self, volume: usize, at: usize, id: SnapshotId) -> Option<Vec<u8>> {
-        self.read_pool(volume, at, |pool| pool.find_snapshot(replica_id(volume, at), id))
+    fn snapshot_contents(&self, volume: usize, of: ReplicaId, id: SnapshotId) -> Option<Vec<u8>> {
+        let image = self.read_pool(volume, pool_of(of), |pool| pool.find_snapshot(of, id))?;
+        // A part of it may have been lost with a disk.
+        let lost = self.is_wide(pool_of(of)) && !image.whole;
+        check!(Check::Scrub, image.whole || lost, "snapshot {id} of replica {of} cannot be read");
+        image.whole.then_some(image.bytes)
     }
 
     /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
-    pub(super) fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
-        let replica = |pool: &Pool| pool.find(replica_id(volume, at));
-        self.read_pool(volume, at, replica).expect("the replica is there")
+    pub(super) fn contents(&self, volume: usize, id: ReplicaId) -> Vec<u8> {
+        let image = self.image_of(volume, id);
+        check!(Check::Scrub, image.whole, "replica {id} of volume {volume} cannot be read");
+        image.bytes
+    }
+
+    fn image_of(&self, volume: usize, id: ReplicaId) -> Image {
+        self.read_pool(volume, pool_of(id), |pool| pool.find(id)).expect("the replica is there")
     }
 
     fn read_pool(
         &self,
         volume: usize,
         at: usize,
-        find: impl Fn(&Pool) -> Option<ReplicaSlot>,
-    ) -> Option<Vec<u8>> {
-        let disk = self.world().disk(self.disks[at]).clone();
-        self.read_image(volume, disk, find)
+        find: impl Fn(&MultiPool) -> Option<ReplicaSlot>,
+    ) -> Option<Image> {
+        self.read_image(volume, self.copies(at), self.config.blocks, find)
     }
 
-    /// Every replica's register and bytes in a pool, whose disk this is.
+    /// Every replica's register and bytes in a pool, whose disks these are.
     pub(super) fn image(
         &self,
         at: usize,
-        disk: &SimDisk,
-    ) -> Vec<(Option<Register>, Option<Vec<u8>>)> {
-        (0..self.config.volumes)
-            .map(|volume| {
-                let id = replica_id(volume, at);
-                let pool = Pool::open(&mut disk.clone()).expect("the pool opens");
-                let register = pool.find(id).and_then(|slot| pool.register(slot).cloned());
-                (register, self.read_image(volume, disk.clone(), |pool| pool.find(id)))
-            })
-            .collect()
+        disks: &[SimDisk],
+    ) -> Vec<(Option<Register>, Option<Image>)> {
+        let seats = self.seats.iter().enumerate();
+        let seats = seats.flat_map(|(volume, all)| all.iter().map(move |seat| (volume, seat)));
+        let here = seats.filter(|(_, seat)| seat.pool == at);
+        here.map(|(volume, seat)| {
+            let pool = pools::open(&mut disks.to_vec()).pool;
+            let slot = pool.find(seat.id);
+            let register = slot.and_then(|slot| pool.register(slot).cloned());
+            // A witness holds none.
+            let blocks = if seat.witness { 0 } else { self.config.blocks };
+            let find = |pool: &MultiPool| pool.find(seat.id);
+            (register, self.read_image(volume, disks.to_vec(), blocks, find))
+        })
+        .collect()
     }
 
     fn read_image(
         &self,
         volume: usize,
-        mut disk: SimDisk,
-        find: impl Fn(&Pool) -> Option<ReplicaSlot>,
-    ) -> Option<Vec<u8>> {
-        let mut pool = Pool::open(&mut disk).expect("the pool opens");
-        let slot = find(&pool)?;
-        let mut memory = HeapMemory::new(2 << 20);
-        let mut out = Vec::new();
+        mut disks: Vec<SimDisk>,
+        blocks: u64,
+        find: impl Fn(&MultiPool) -> Option<ReplicaSlot>,
+    ) -> Option<Image> {
+        let mut opened = pools::open(&mut disks);
+        let pool = &mut opened.pool;
+        let slot = find(pool)?;
+        // A pool that moves extents from one disk to another takes some for that.
+        let mut memory = HeapMemory::new(if disks.len() > 1 { 8 << 20 } else { 2 << 20 });
+        let (mut out, mut whole) = (Vec::new(), true);
         let step = 256;
-        for lba in (0..self.config.blocks).step_by(step) {
-            let blocks = (step as u64).min(self.config.blocks - lba);
+        for lba in (0..blocks).step_by(step) {
+            let blocks = (step as u64).min(blocks - lba);
             let len = u32::try_from(blocks).expect("a short read") * 4096;
             let buf = memory.alloc(len).expect("the arena holds it");
             let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
             let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
             pool.submit(0, slot, request, &mut memory);
+            let mut waits = 0;
             let done = loop {
                 if let Some(done) = pool.poll_done() {
                     break done;
                 }
-                let io = pool.poll_disk().expect("a read goes on");
-                perform(&mut disk, io.op, &mut memory);
-                pool.handle_disk(io.id, Ok(()), &mut memory);
+                let Some((number, io)) = pool.poll_disk() else {
+                    // What is read may be on its way from one disk to another: that goes on first.
+                    pool.retry(&mut memory);
+                    waits += 1;
+                    assert!(waits < 3, "a read does not go on");
+                    continue;
+                };
+                waits = 0;
+                perform(&mut disks[opened.devices[usize::from(number)]], io.op, &mut memory);
+                pool.handle_disk(number, io.id, Ok(()), &mut memory);
             };
-            check!(
-                Check::Scrub,
-                done.status.is_ok(),
-                "a read of volume {volume} in a pool: {:?}",
-                done.status
-            );
-            out.extend_from_slice(memory.bytes(buf.slice()));
+            let got = memory.bytes_mut(buf.slice());
+            if !done.status.is_ok() {
+                got.fill(UNREADABLE);
+                whole = false;
+            }
+            out.extend_from_slice(got);
             memory.release(buf);
         }
         if self.config.encrypted {
             keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
         }
-        Some(out)
+        Some(Image { bytes: out, whole })
     }
+}
+
+/// What a replica or a snapshot holds.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Image {
+    bytes: Vec<u8>,
+    /// All of it could be read: no disk that held a part is gone.
+    whole: bool,
 }
 
 fn perform(disk: &mut SimDisk, op: DiskOp, memory: &mut HeapMemory) {

@@ -2,6 +2,7 @@
 
 use cairn_engine::nexus::Purpose;
 
+use super::disks::DISKS_DIE;
 use super::{Repair, Run, WORK_NS};
 use crate::world::{MS, Machine};
 
@@ -27,7 +28,7 @@ impl Run {
     pub(super) fn needs_help(&self) -> bool {
         let f = self.faults;
         let several = f.everywhere || f.takeover || f.pause || f.partition || f.blackout || f.storm;
-        several || self.cluster.replicas() < 3
+        several || self.operator.is_some() || self.cluster.voters() < 3
     }
 
     pub(super) fn restart_victim(&mut self) {
@@ -55,13 +56,16 @@ impl Run {
                 }
             }
             Repair::StartReplica(at)
-                if !self.cluster.is_local(at) && !self.cluster.replica_runs(at) =>
+                if !self.cluster.is_local(at)
+                    && !self.cluster.is_gone(at)
+                    && !self.cluster.replica_runs(at) =>
             {
                 self.cluster.start_replica(at);
             }
             Repair::Disk(at) => {
-                let disk = self.cluster.disk(at);
-                self.cluster.world().disk(disk).trouble = crate::disk::DiskTrouble::default();
+                for disk in self.cluster.disks(at).to_vec() {
+                    self.cluster.world().disk(disk).trouble = crate::disk::DiskTrouble::default();
+                }
             }
             Repair::StartNexus | Repair::StartOther | Repair::StartReplica(_) => {}
         }
@@ -175,7 +179,7 @@ impl Run {
 
     /// All machines but the hosts'.
     fn machines(&self) -> Vec<Machine> {
-        let pools = (0..self.cluster.replicas()).map(|at| self.cluster.machine_of(at));
+        let pools = (0..self.cluster.pools()).map(|at| self.cluster.machine_of(at));
         let mut all: Vec<Machine> = pools.collect();
         all.push(self.cluster.nexus_machine(0));
         if self.cluster.has_second() {
@@ -225,7 +229,7 @@ impl Run {
     fn black_out(&mut self) {
         self.cluster.cut_all_power();
         let most = [5 * MS, 200 * MS, 3_000 * MS][self.rng.index(3)];
-        for at in 0..self.cluster.replicas() {
+        for at in 0..self.cluster.pools() {
             self.later(most, Repair::StartReplica(at));
         }
         self.later(most, Repair::StartNexus);
@@ -237,8 +241,8 @@ impl Run {
         let most = [5 * MS, 100 * MS, 2_000 * MS][self.rng.index(3)];
         let gap = [0, 200_000, 3 * MS][self.rng.index(3)];
         for _ in 0..2 + self.rng.below(4) {
-            let at = self.rng.index(self.cluster.replicas() + 2);
-            match at.checked_sub(self.cluster.replicas()) {
+            let at = self.rng.index(self.cluster.pools() + 2);
+            match at.checked_sub(self.cluster.pools()) {
                 None if !self.cluster.is_local(at) => {
                     self.cluster.kill_replica(at);
                     self.later(most, Repair::StartReplica(at));
@@ -282,7 +286,13 @@ impl Run {
         let disk = self.cluster.disk(victim);
         let (short, long) = self.short();
         let for_good = !self.faults.everywhere && self.rng.chance(200);
-        match self.rng.below(8) {
+        // One of several disks that fails is left behind.
+        let stays = self.cluster.is_wide(victim) && !DISKS_DIE;
+        let kind = match self.rng.below(8) {
+            5 | 7 if stays => 3,
+            kind => kind,
+        };
+        match kind {
             0 if !self.cluster.is_local(victim) => {
                 self.cluster.kill_replica(victim);
                 self.later(long, Repair::StartReplica(victim));
@@ -325,6 +335,7 @@ impl Run {
                 self.cluster.cut_power(victim);
                 self.later(long, Repair::StartReplica(victim));
             }
+            _ if stays => {}
             _ => {
                 let rate = 20 + self.rng.below(500);
                 let mut world = self.cluster.world();
@@ -356,7 +367,7 @@ impl Run {
     /// What cuts off every replica at once: no write can be done, and none may be half done later.
     fn hurt_everything(&mut self) {
         let slow = self.rng.below(80 * MS);
-        let pools = 0..self.cluster.replicas();
+        let pools = 0..self.cluster.pools();
         let nexus = self.cluster.active_machine();
         match self.rng.below(3) {
             0 => {

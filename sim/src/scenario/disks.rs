@@ -1,0 +1,73 @@
+//! A pool on several disks: disks are added and removed while hosts work, and one may die.
+
+use super::Run;
+use crate::rng::Rng;
+use crate::world::MS;
+
+/// Whether a disk of several may fail: what only it held is lost, and its pool goes on.
+pub(super) const DISKS_DIE: bool = false;
+
+/// What becomes of the disks of the pool that has several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    /// What a disk holds moves to the others, and it leaves.
+    Remove(usize),
+    Add,
+    /// Nothing can be done with one any more.
+    Die,
+}
+
+/// What is planned for them, and when.
+#[derive(Debug, Default)]
+pub(super) struct Disks {
+    pool: usize,
+    plan: Vec<(u64, Wish)>,
+}
+
+impl Disks {
+    /// For a pool that has several. One dies only in the pool that may be lost.
+    pub(super) fn drawn(seed: u64, pool: usize, now: u64, may_die: bool) -> Self {
+        let mut rng = Rng::new(seed ^ 0xd15c);
+        let most = [50, 400, 2_000][rng.index(3)] * MS;
+        let mut wish = || match rng.index(4) {
+            0 if may_die && DISKS_DIE => Wish::Die,
+            0 | 1 => Wish::Add,
+            _ => Wish::Remove(rng.index(3)),
+        };
+        let wishes: Vec<Wish> = (0..3).map(|_| wish()).collect();
+        let count = rng.index(4);
+        let plan = wishes.into_iter().take(count).map(|wish| (now + rng.below(most), wish));
+        Self { pool, plan: plan.collect() }
+    }
+
+    /// When something is to be done next.
+    pub(super) fn next(&self) -> u64 {
+        self.plan.iter().map(|(at, _)| *at).min().unwrap_or(u64::MAX)
+    }
+
+    /// Nothing more is planned.
+    pub(super) fn stop(&mut self) {
+        self.plan.clear();
+    }
+}
+
+impl Run {
+    /// Does what is planned for the disks of a pool.
+    pub(super) fn change_disks(&mut self, now: u64) {
+        let due: Vec<_> = self.disks.plan.extract_if(.., |(at, _)| *at <= now).collect();
+        let pool = self.disks.pool;
+        for (_, wish) in due {
+            // What comes of it is the pool's to remember: a process that dies takes it up again.
+            match wish {
+                Wish::Remove(number) => drop(self.cluster.remove_disk(pool, number)),
+                Wish::Add => drop(self.cluster.add_disk(pool)),
+                Wish::Die => {
+                    let disk = self.cluster.disk(pool);
+                    let mut world = self.cluster.world();
+                    world.say(format_args!("a disk of pool {pool} dies"));
+                    world.disk(disk).trouble.eio_per_mille = 1000;
+                }
+            }
+        }
+    }
+}
