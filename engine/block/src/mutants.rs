@@ -57,8 +57,8 @@ mutants! {
     ServeBeforeCommit,
     /// Assembly takes an epoch that was taken before.
     EpochUsedTwice,
-    /// A configuration does not say when a member left.
-    LeavingNotNoted,
+    /// A configuration says that a member left a generation later than it did.
+    LeavingNotedLate,
     /// What a nexus left different stays so.
     ReconcileSkipped,
     /// Extents that one member has and another has not are not made alike.
