@@ -1,5 +1,6 @@
 //! Processes on machines: replica nodes, a nexus node, hosts; started, run, killed and started again.
 
+mod direct;
 mod inspect;
 
 use std::cell::RefCell;
@@ -10,7 +11,7 @@ use std::sync::mpsc;
 
 use cairn_block::{BlockSize, PoolId, ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
-use cairn_engine::nexus::{Purpose, ScrubReport, ScrubState};
+use cairn_engine::nexus::{Pace, Purpose, ScrubReport, ScrubState};
 use cairn_engine::replica::{
     CheckOptions, FormatOptions, MultiPool, Pool, ReplicaSpec, SnapshotSpec, check_pool,
     inspect_superblock,
@@ -74,6 +75,17 @@ pub struct ClusterConfig {
     pub tears: bool,
     /// Whether volumes are encrypted.
     pub encrypted: bool,
+    /// What is otherwise as it is in a process of the program.
+    pub tuning: Tuning,
+}
+
+/// How often things happen that usually take seconds, or much data.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tuning {
+    /// Of the nexus.
+    pub pace: Pace,
+    /// Extents of a pool whose checksums are in memory only, at most; nothing: as usual.
+    pub dirty_extents: Option<usize>,
 }
 
 /// What a command will have answered.
@@ -110,6 +122,8 @@ pub struct Cluster {
     serving: Serving,
     /// Which process served a volume in an epoch.
     served: BTreeMap<(VolumeId, u64), NodeId>,
+    /// The epoch and the number of the configuration that each of them serves it by.
+    configs: BTreeMap<(VolumeId, usize), (u64, u64)>,
     /// The epoch that each replica has promised, and the place of its configuration.
     registers: BTreeMap<ReplicaId, (u64, (u64, u64))>,
     clients: Vec<NodeId>,
@@ -218,6 +232,7 @@ impl Cluster {
             active: 0,
             serving: Serving::default(),
             served: BTreeMap::new(),
+            configs: BTreeMap::new(),
             registers: BTreeMap::new(),
             clients: Vec::new(),
             histories,
@@ -344,7 +359,7 @@ impl Cluster {
             volume_requests: self.config.volume_requests,
             assembly_wait_ms: 300,
             overcommit: 0,
-            pace: cairn_engine::nexus::Pace::default(),
+            pace: self.config.tuning.pace,
         }
     }
 
@@ -370,7 +385,10 @@ impl Cluster {
         let mut world = self.world.borrow_mut();
         let len = world.disk(device).len();
         let pool = Pool::open(world.disk(device));
-        let pool = Box::new(MultiPool::from(pool.expect("a pool opens after a crash")));
+        let mut pool = Box::new(MultiPool::from(pool.expect("a pool opens after a crash")));
+        if let Some(dirty) = self.config.tuning.dirty_extents {
+            pool.set_checksum_limits(dirty.max(4), dirty);
+        }
         drop(world);
         self.command(node, |reply| Command::AddPool {
             name: pool_name(at),
@@ -698,22 +716,6 @@ impl Cluster {
     /// Looks at what a process serves, and at its registers.
     fn watch(&mut self, node: NodeId) {
         let Process::Shard(shard) = &self.processes[node.0] else { return };
-        if let Some(which) = self.nexuses.iter().position(|n| *n == Some(node)) {
-            for WatchedVolume { id, epoch, serving } in shard.watch_volumes() {
-                if !serving {
-                    continue;
-                }
-                self.serving.borrow_mut().insert((id, which), epoch.0);
-                let first = *self.served.entry((id, epoch.0)).or_insert(node);
-                check!(
-                    Check::OneNexusPerEpoch,
-                    first == node,
-                    "volume {id} is served by node {} and by node {} in epoch {epoch}",
-                    first.0,
-                    node.0
-                );
-            }
-        }
         for found in shard.watch_registers() {
             let (promised, accepted) = (found.promised.0, (found.accepted.0.0, found.accepted.1));
             let was = self.registers.entry(found.replica).or_default();
@@ -724,6 +726,38 @@ impl Cluster {
                 found.replica
             );
             *was = (promised, accepted);
+        }
+        if let Some(which) = self.nexuses.iter().position(|n| *n == Some(node)) {
+            for WatchedVolume { id, epoch, serving, stored } in shard.watch_volumes() {
+                if !serving {
+                    continue;
+                }
+                self.serving.borrow_mut().insert((id, which), epoch.0);
+                let by = (epoch.0, stored);
+                if self.configs.insert((id, which), by) != Some(by) {
+                    let voters = shard.watch_voters(id);
+                    let known = |r: &&ReplicaId| self.registers.get(r).is_some_and(|r| r.1 >= by);
+                    let have = voters.iter().filter(known).count();
+                    check!(
+                        Check::ConfigIsStored,
+                        voters.is_empty() || have > voters.len() / 2,
+                        "volume {id} is served by the configuration {by:?}, which {have} of {} voters \
+                         have: {:?}",
+                        voters.len(),
+                        self.registers
+                    );
+                    let volume = usize::try_from(id.0 - 1).expect("a small number");
+                    self.histories[volume].borrow_mut().epoch_serves(epoch.0);
+                }
+                let first = *self.served.entry((id, epoch.0)).or_insert(node);
+                check!(
+                    Check::OneNexusPerEpoch,
+                    first == node,
+                    "volume {id} is served by node {} and by node {} in epoch {epoch}",
+                    first.0,
+                    node.0
+                );
+            }
         }
     }
 

@@ -1,16 +1,19 @@
 //! One run: a cluster, its hosts, and what goes wrong, all drawn from a seed.
 
 mod faults;
+mod focus;
 
 use cairn_engine::ChildReport;
 use cairn_engine::nexus::Found;
 
 use crate::checks::{Check, check};
 use crate::client::Workload;
-use crate::cluster::{Cluster, ClusterConfig};
+use crate::cluster::{Cluster, ClusterConfig, Tuning};
 use crate::net::NetManners;
 use crate::rng::Rng;
 use crate::world::{MS, Sink, US, World};
+
+pub use focus::Focus;
 
 /// Once nothing is wrong any more, everything is answered within this time.
 const RECOVERY_NS: u64 = 60_000 * MS;
@@ -152,9 +155,17 @@ fn snapshots(seed: u64, volumes: usize, now_ns: u64) -> Vec<(u64, usize)> {
 /// # Panics
 /// Where an invariant does not hold.
 pub fn run(seed: u64, sink: Option<Sink>) -> Outcome {
+    run_at(seed, Focus::drawn(seed), sink)
+}
+
+/// As [`run`], about this.
+///
+/// # Panics
+/// Where an invariant does not hold.
+pub fn run_at(seed: u64, focus: Focus, sink: Option<Sink>) -> Outcome {
     let mut rng = Rng::new(seed ^ 0xca12);
     let faults = if rng.chance(100) { Faults::NONE } else { Faults::drawn(&mut rng, seed) };
-    run_with(seed, faults, sink)
+    run_about(seed, focus.keep(faults, seed), focus, sink)
 }
 
 /// As [`run`], with these faults and no others.
@@ -162,6 +173,10 @@ pub fn run(seed: u64, sink: Option<Sink>) -> Outcome {
 /// # Panics
 /// Where an invariant does not hold.
 pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
+    run_about(seed, faults, Focus::Everything, sink)
+}
+
+fn run_about(seed: u64, faults: Faults, focus: Focus, sink: Option<Sink>) -> Outcome {
     let mut rng = Rng::new(seed);
     let mut world = World::new(rng.next_u64());
     if let Some(sink) = sink {
@@ -202,13 +217,15 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
         zeroed: rng.chance(500),
         // Drawn apart: nothing else changes with it.
         encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
+        tuning: Tuning::default(),
     };
+    let config = focus.shape(config, seed);
     world.say(format_args!("{config:?} {faults:?}"));
-    let (volumes, small) = (config.volumes, config.small_pool);
+    let (volumes, small, replicas) = (config.volumes, config.small_pool, config.replicas);
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
-        for _ in 0..1 + rng.index(2) {
-            cluster.add_client(volume, workload(&mut rng));
+        for _ in 0..focus.hosts(1 + rng.index(2)) {
+            cluster.add_client(volume, focus.work(workload(&mut rng)));
         }
     }
     let growth = growth(seed, volumes, cluster.world().now_ns());
@@ -233,7 +250,10 @@ pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
     };
     run.most = 1 + run.rng.below(25);
     run.victim = run.rng.index(replicas);
-    run.work();
+    match focus {
+        Focus::Everything => run.work(),
+        _ => run.work_at(focus),
+    }
     run.recover();
     let world = run.cluster.world();
     let mut outcome = Outcome {
@@ -292,6 +312,11 @@ impl Run {
     /// Lets the hosts work while things go wrong.
     fn work(&mut self) {
         self.await_serving();
+        self.await_hosts();
+    }
+
+    /// Until the hosts have done what they were to do.
+    fn await_hosts(&mut self) {
         let limit = self.cluster.world().now_ns() + WORK_NS;
         let pace = [10, 60, 400][self.rng.index(3)] * MS;
         let mut next_fault = self.cluster.world().now_ns() + self.rng.below(2 * pace);
@@ -315,20 +340,25 @@ impl Run {
                 let last = self.count == self.most;
                 next_fault = now + if last { 10_000 * MS } else { MS + self.rng.below(2 * pace) };
             }
-            self.repair(now);
-            if self.cluster.has_second() && now >= self.next_look {
-                self.cluster.supervise();
-                self.next_look = now + 200 * MS;
-            }
-            self.grow(now);
-            self.snapshot(now);
-            let growth = self.growth.iter().map(|(at, ..)| *at);
-            let snapshots = self.snapshots.iter().map(|(at, _)| *at);
-            let repairs = self.repairs.iter().map(|(at, _)| *at);
-            let look = if self.cluster.has_second() { self.next_look } else { u64::MAX };
-            let next = repairs.chain(growth).chain(snapshots).fold(next_fault.min(look), u64::min);
+            let next = self.tend(now).min(next_fault);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
+    }
+
+    /// Does what is due, besides faults. Returns when something is again.
+    fn tend(&mut self, now: u64) -> u64 {
+        self.repair(now);
+        if self.cluster.has_second() && now >= self.next_look {
+            self.cluster.supervise();
+            self.next_look = now + 200 * MS;
+        }
+        self.grow(now);
+        self.snapshot(now);
+        let growth = self.growth.iter().map(|(at, ..)| *at);
+        let snapshots = self.snapshots.iter().map(|(at, _)| *at);
+        let repairs = self.repairs.iter().map(|(at, _)| *at);
+        let look = if self.cluster.has_second() { self.next_look } else { u64::MAX };
+        repairs.chain(growth).chain(snapshots).fold(look, u64::min)
     }
 
     /// A volume whose making is interrupted is the control side's to make again: not tested here.

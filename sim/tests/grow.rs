@@ -3,7 +3,7 @@
 
 use cairn_engine::nexus::Purpose;
 use cairn_sim::world::MS;
-use cairn_sim::{Cluster, ClusterConfig, Workload, World};
+use cairn_sim::{Cluster, ClusterConfig, Tuning, Workload, World};
 
 fn cluster(seed: u64, local_replica: bool) -> Cluster {
     let config = ClusterConfig {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, SnapshotId};
+use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, SnapshotId};
 use cairn_engine::VolumeReport;
 use cairn_engine::replica::{DiskOp, Pool, Register, ReplicaSlot, change};
 
@@ -12,6 +12,8 @@ use crate::disk::{PAGE, SimDisk};
 
 /// Blocks of a pool's extent.
 const EXTENT_BLOCKS: usize = 256;
+/// Stands for a block whose last write failed.
+const UNREADABLE: u8 = 0xee;
 
 impl Cluster {
     /// A size that was acked is the volume's, or a larger one is, and its replicas have it.
@@ -153,22 +155,30 @@ impl Cluster {
     /// # Panics
     /// Where a difference would not be found.
     pub(super) fn check_marks(&self, reports: &[VolumeReport]) {
+        let disks: Vec<SimDisk> =
+            self.disks.iter().map(|disk| self.world().disk(*disk).clone()).collect();
+        self.check_marks_on(reports, &disks);
+    }
+
+    /// The same, of disks that are as they could be left by now.
+    pub(super) fn check_marks_on(&self, reports: &[VolumeReport], disks: &[SimDisk]) {
         for report in reports.iter().filter(|report| report.serving) {
             let volume = usize::try_from(report.id.0 - 1).expect("a small number");
             let children = report.children.iter().enumerate();
             let members: Vec<usize> =
                 children.filter(|(_, c)| c.in_sync).map(|(at, _)| at).collect();
+            if members.len() < 2 {
+                continue;
+            }
             let contents: Vec<Vec<u8>> =
-                members.iter().map(|&at| self.contents(volume, at)).collect();
-            let told: Vec<Vec<u8>> = members.iter().map(|&at| self.changes(volume, at)).collect();
+                members.iter().map(|&at| self.contents_on(volume, at, disks[at].clone())).collect();
+            let told: Vec<Vec<u8>> =
+                members.iter().map(|&at| self.changes(volume, at, disks[at].clone())).collect();
             let extent = EXTENT_BLOCKS * PAGE;
             for at in 0..contents[0].len().div_ceil(extent) {
-                let part = |bytes: &Vec<u8>| {
-                    let end = (at * extent + extent).min(bytes.len());
-                    bytes[at * extent..end].to_vec()
-                };
-                let first = part(&contents[0]);
-                if contents.iter().all(|bytes| part(bytes) == first) {
+                let part = |bytes: &Vec<u8>| at * extent..(at * extent + extent).min(bytes.len());
+                let first = &contents[0][part(&contents[0])];
+                if contents.iter().all(|bytes| bytes[part(bytes)] == *first) {
                     continue;
                 }
                 let open = told.iter().any(|told| told[at] & change::OPEN != 0);
@@ -182,8 +192,7 @@ impl Cluster {
         }
     }
 
-    fn changes(&self, volume: usize, at: usize) -> Vec<u8> {
-        let mut disk = self.world().disk(self.disks[at]).clone();
+    fn changes(&self, volume: usize, at: usize, mut disk: SimDisk) -> Vec<u8> {
         let pool = Pool::open(&mut disk).expect("the pool opens");
         let extents = self.config.blocks.div_ceil(EXTENT_BLOCKS as u64);
         let mut out = vec![0; usize::try_from(extents).expect("a small volume")];
@@ -200,6 +209,11 @@ impl Cluster {
     pub(super) fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
         let replica = |pool: &Pool| pool.find(replica_id(volume, at));
         self.read_pool(volume, at, replica).expect("the replica is there")
+    }
+
+    fn contents_on(&self, volume: usize, at: usize, disk: SimDisk) -> Vec<u8> {
+        let id = replica_id(volume, at);
+        self.read_image(volume, disk, |pool| pool.find(id)).expect("the replica is there")
     }
 
     fn read_pool(
@@ -241,33 +255,59 @@ impl Cluster {
         let step = 256;
         for lba in (0..self.config.blocks).step_by(step) {
             let blocks = (step as u64).min(self.config.blocks - lba);
-            let len = u32::try_from(blocks).expect("a short read") * 4096;
-            let buf = memory.alloc(len).expect("the arena holds it");
-            let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
-            let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
-            pool.submit(0, slot, request, &mut memory);
-            let done = loop {
-                if let Some(done) = pool.poll_done() {
-                    break done;
-                }
-                let io = pool.poll_disk().expect("a read goes on");
-                perform(&mut disk, io.op, &mut memory);
-                pool.handle_disk(io.id, Ok(()), &mut memory);
-            };
+            let range = (lba, blocks);
+            let status =
+                read_range((&mut pool, slot), &mut disk, &mut memory, range, &mut out);
+            if status.is_ok() {
+                continue;
+            }
             check!(
                 Check::Scrub,
-                done.status.is_ok(),
-                "a read of volume {volume} in a pool: {:?}",
-                done.status
+                disk.has_failed,
+                "a read of volume {volume} in a pool: {status:?}"
             );
-            out.extend_from_slice(memory.bytes(buf.slice()));
-            memory.release(buf);
+            for lba in lba..lba + blocks {
+                let range = (lba, 1);
+                let status =
+                    read_range((&mut pool, slot), &mut disk, &mut memory, range, &mut out);
+                if !status.is_ok() {
+                    out.extend_from_slice(&[UNREADABLE; PAGE]);
+                }
+            }
         }
         if self.config.encrypted {
             keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
         }
         Some(out)
     }
+}
+
+/// Adds what is in these blocks.
+fn read_range(
+    (pool, slot): (&mut Pool, ReplicaSlot),
+    disk: &mut SimDisk,
+    memory: &mut HeapMemory,
+    (lba, blocks): (u64, u64),
+    out: &mut Vec<u8>,
+) -> IoStatus {
+    let len = u32::try_from(blocks).expect("a short read") * 4096;
+    let buf = memory.alloc(len).expect("the arena holds it");
+    let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
+    let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
+    pool.submit(0, slot, request, memory);
+    let done = loop {
+        if let Some(done) = pool.poll_done() {
+            break done;
+        }
+        let io = pool.poll_disk().expect("a read goes on");
+        perform(disk, io.op, memory);
+        pool.handle_disk(io.id, Ok(()), memory);
+    };
+    if done.status.is_ok() {
+        out.extend_from_slice(memory.bytes(buf.slice()));
+    }
+    memory.release(buf);
+    done.status
 }
 
 fn perform(disk: &mut SimDisk, op: DiskOp, memory: &mut HeapMemory) {
