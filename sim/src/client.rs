@@ -260,9 +260,13 @@ impl Client {
             Goal::Work => self.left > 0,
             Goal::Verify(next) => next < self.history.borrow().blocks() as u64,
         };
-        let most = self.orders.map_or(usize::MAX, |orders| orders.depth);
+        let most = match self.goal {
+            Goal::Work => self.orders.map_or(usize::MAX, |orders| orders.depth),
+            // So that what many hosts have read does not fill the memory of a nexus.
+            Goal::Verify(_) => self.orders.map_or(usize::MAX, |_| 8),
+        };
         let busy = self.requests.iter().flatten().count();
-        more && busy < self.requests.len() && (busy < most || self.goal != Goal::Work)
+        more && busy < self.requests.len().min(most)
     }
 
     fn now_ms(&self) -> u64 {
@@ -489,8 +493,10 @@ impl Client {
             IoOp::Write { fua }
         };
         let (lba, blocks) = match orders.aim {
+            // What is sent at once overtakes what is asked for first.
             Aim::Within(first, blocks) => {
-                (first + rng.below(blocks), 1 + rng.below(4) * rng.below(2))
+                let most = [1, 1, 4, MAX_BLOCKS][rng.index(4)];
+                (first + rng.below(blocks), 1 + rng.below(most))
             }
             // A step that has no divisor in common with any range comes by everything.
             Aim::Each(first, blocks) => (first + turn * STEP % blocks, 1),
@@ -506,6 +512,7 @@ impl Client {
                         let blocks = 1 + rng.below(volume - lba).min(EXTENT_BLOCKS);
                         return (IoOp::WriteZeroes { fua, unmap }, lba, blocks.min(volume - lba));
                     }
+                    (_, 4) => (lba, MAX_BLOCKS),
                     _ => (lba, 1 + rng.below(3)),
                 }
             }

@@ -84,6 +84,8 @@ pub struct ClusterConfig {
 pub struct Tuning {
     /// Of the nexus.
     pub pace: Pace,
+    /// Each how many starts of a pool are looked at.
+    pub looks_each: usize,
     /// Extents of a pool whose checksums are in memory only, at most; nothing: as usual.
     pub dirty_extents: Option<usize>,
 }
@@ -134,6 +136,8 @@ pub struct Cluster {
     growth: Vec<(usize, u64, Answer)>,
     /// Pools of which a write went astray: what it hit may be taken for data after a crash.
     astray: BTreeSet<usize>,
+    /// Pools that were started.
+    starts: usize,
     /// Something rotted or went astray: what disks hold is not what was written.
     spoilt: bool,
     /// Snapshots that were asked for.
@@ -223,6 +227,7 @@ impl Cluster {
             growth: Vec::new(),
             astray: BTreeSet::new(),
             spoilt: false,
+            starts: 0,
             snapshots: Vec::new(),
             taken: Vec::new(),
             processes: Vec::new(),
@@ -387,7 +392,7 @@ impl Cluster {
         let pool = Pool::open(world.disk(device));
         let mut pool = Box::new(MultiPool::from(pool.expect("a pool opens after a crash")));
         if let Some(dirty) = self.config.tuning.dirty_extents {
-            pool.set_checksum_limits(dirty.max(4), dirty);
+            pool.set_checksum_limits(dirty.max(2), dirty);
         }
         drop(world);
         self.command(node, |reply| Command::AddPool {
@@ -763,6 +768,10 @@ impl Cluster {
 
     /// A pool that is about to be opened is sound, and a crash on the way leads to the same.
     fn check_recovery(&mut self, at: usize) {
+        self.starts += 1;
+        if !self.starts.is_multiple_of(self.config.tuning.looks_each.max(1)) {
+            return;
+        }
         let mut disk = self.world().disk(self.disks[at]).clone();
         let mut checked = disk.clone();
         let options = CheckOptions { repair: true, data: false };

@@ -117,7 +117,7 @@ mutants! {
     DiscardKeepsData,
     /// What does not verify is answered as it is.
     BadDataReturned,
-    /// A snapshot does not hold the writes that come while it is taken.
+    /// A snapshot does not hold the writes that come while it is taken, neither at the nexus nor at replicas.
     SnapshotLetsWriteThrough,
 }
 

@@ -76,7 +76,11 @@ impl Cluster {
                     if history.borrow().may_be_torn(lba) {
                         continue;
                     }
-                    let (x, y) = (history.borrow().decode(lba, x), history.borrow().decode(lba, y));
+                    if x == y {
+                        continue;
+                    }
+                    let (x, y) = (self.decrypted(volume, lba, x), self.decrypted(volume, lba, y));
+                    let (x, y) = (history.borrow().decode(lba, &x), history.borrow().decode(lba, &y));
                     check!(
                         Check::MembersAlike,
                         x == y || (!all && history.borrow().may_differ(lba)),
@@ -178,7 +182,11 @@ impl Cluster {
             for at in 0..contents[0].len().div_ceil(extent) {
                 let part = |bytes: &Vec<u8>| at * extent..(at * extent + extent).min(bytes.len());
                 let first = &contents[0][part(&contents[0])];
-                if contents.iter().all(|bytes| bytes[part(bytes)] == *first) {
+                let alike = |bytes: &Vec<u8>| {
+                    let part = &bytes[part(bytes)];
+                    *part == *first || self.are_alike(volume, at, part, first)
+                };
+                if contents.iter().all(alike) {
                     continue;
                 }
                 let open = told.iter().any(|told| told[at] & change::OPEN != 0);
@@ -202,10 +210,30 @@ impl Cluster {
     }
 
     fn snapshot_contents(&self, volume: usize, at: usize, id: SnapshotId) -> Option<Vec<u8>> {
-        self.read_pool(volume, at, |pool| pool.find_snapshot(replica_id(volume, at), id))
+        let find = |pool: &Pool| pool.find_snapshot(replica_id(volume, at), id);
+        self.read_pool(volume, at, find).map(|bytes| self.decrypted(volume, 0, &bytes))
     }
 
-    /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
+    /// What hosts see of these blocks.
+    fn decrypted(&self, volume: usize, lba: u64, bytes: &[u8]) -> Vec<u8> {
+        let mut bytes = bytes.to_vec();
+        if self.config.encrypted {
+            keys(volume).0.decrypt(Lba(lba), BlockSize::B4096, &mut bytes);
+        }
+        bytes
+    }
+
+    /// Whether hosts see the same of two extents.
+    fn are_alike(&self, volume: usize, extent: usize, a: &[u8], b: &[u8]) -> bool {
+        let blocks = a.chunks(PAGE).zip(b.chunks(PAGE)).zip((extent * EXTENT_BLOCKS) as u64..);
+        let mut differing = blocks.filter(|((a, b), _)| a != b);
+        let encrypted = self.config.encrypted;
+        differing.all(|((a, b), lba)| {
+            encrypted && self.decrypted(volume, lba, a) == self.decrypted(volume, lba, b)
+        })
+    }
+
+    /// What a replica holds, read from its pool as after a crash at this moment; as it is on the disk.
     pub(super) fn contents(&self, volume: usize, at: usize) -> Vec<u8> {
         let replica = |pool: &Pool| pool.find(replica_id(volume, at));
         self.read_pool(volume, at, replica).expect("the replica is there")
@@ -274,9 +302,6 @@ impl Cluster {
                     out.extend_from_slice(&[UNREADABLE; PAGE]);
                 }
             }
-        }
-        if self.config.encrypted {
-            keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
         }
         Some(out)
     }

@@ -69,12 +69,15 @@ impl Focus {
         tuning.pace.settle_ms = [5, 20, 100, 1_000][rng.index(4)];
         tuning.pace.checkpoint_ms = [20, 200, 10_000][rng.index(3)];
         tuning.pace.rebuild_mib_s = [0, 2, 8, 32][rng.index(4)];
+        tuning.looks_each = 4;
         tuning.dirty_extents = [None, Some(0), Some(1), Some(2)][rng.index(4)];
         ClusterConfig {
             volumes: if rng.chance(850) { 1 } else { config.volumes },
             tears: config.tears && rng.chance(400),
             local_replica: rng.chance(if self == Self::Takeover { 600 } else { 250 }),
             blocks: BLOCKS,
+            // What was given back is used again soon.
+            disk_len: if self == Self::Churn && rng.chance(500) { 12 << 20 } else { 24 << 20 },
             tuning,
             ..config
         }
@@ -131,6 +134,7 @@ impl Run {
                 Focus::Everything => {}
                 Focus::Rebuild => self.rebuilds_round(),
                 Focus::Takeover => self.takeover_round(),
+                Focus::Power if self.rng.chance(250) => self.vigil(),
                 Focus::Power => self.power_round(),
                 Focus::Reconcile => self.reconcile_round(),
                 Focus::Churn => self.churn_round(),
@@ -322,11 +326,23 @@ impl Run {
                 _ => self.nexus_dies(soon),
             }
         }
-        let before = self.cluster.config_of(0);
         // The moment that it is back is not to be missed.
-        self.cluster.run_while(2_000 * MS, |cluster| cluster.config_of(0) != before);
+        for _ in 0..8 {
+            let before = self.cluster.config_of(0);
+            let changed = |cluster: &Cluster| cluster.config_of(0) != before;
+            if !self.cluster.run_while(1_000 * MS, changed) || !self.cluster.lacks_a_member() {
+                break;
+            }
+        }
         let moment = self.moment();
-        match self.rng.below(6) {
+        match self.rng.below(8) {
+            4 | 5 => {
+                // And nothing is written after that.
+                self.tell(Orders { requests: 0, ..WRITES });
+                let machine = self.cluster.machine_of(victim);
+                let nexus = self.cluster.active_machine();
+                self.cluster.world().reset(nexus, machine, 1000);
+            }
             0 => self.all_lose_power(moment),
             1 => {
                 self.nexus_dies(moment);
@@ -369,18 +385,23 @@ impl Run {
         self.tell(reading);
         let mut others = self.machines();
         others.retain(|m| *m != old_machine);
-        if self.rng.chance(400) {
-            // The answers to its renewals are late.
-            let late = self.rng.below(1_000 * MS);
-            for other in &others {
-                self.cluster.world().block(*other, old_machine, late);
-            }
-            let soon = self.rng.below(130 * MS);
-            self.pass(soon);
-        }
         let long = 500 * MS + self.rng.below(2_500 * MS);
-        match self.rng.below(5) {
+        let next = self.cluster.nexus_machine(1 - old);
+        match self.rng.below(8) {
             0 => self.cluster.pause_process(old, long / 2),
+            2..=4 => {
+                // The answers to its last renewals are late, and it can ask for no more.
+                let soon = self.rng.below(520 * MS);
+                let late = soon + self.rng.below(400 * MS);
+                for other in &others {
+                    let late = if *other == next { long } else { late };
+                    self.cluster.world().block(*other, old_machine, late);
+                }
+                self.pass(soon);
+                for other in &others {
+                    self.cluster.world().block(old_machine, *other, long);
+                }
+            }
             1 => {}
             _ => {
                 // One replica may be cut off with it.
@@ -466,6 +487,20 @@ impl Run {
         }
         self.tell(READ_ALL);
         self.pass_busy(1_500 * MS);
+        self.settle_down();
+    }
+
+    /// Hosts write now and then, all of which is settled, and any moment may be the one of a crash.
+    fn vigil(&mut self) {
+        self.slow_down();
+        let aim = self.area();
+        let requests = 20 + self.rng.below(60);
+        self.tell(Orders { requests, gap_ns: 6 * MS, depth: 4, aim, flushes_per_mille: 0, ..WRITES });
+        for _ in 0..3 {
+            let moment = self.moment() * 3;
+            self.pass(moment);
+            self.check_members();
+        }
         self.settle_down();
     }
 
