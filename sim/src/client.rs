@@ -74,6 +74,8 @@ pub enum Aim {
     Each(u64, u64),
     /// Whole extents are discarded, parts of them are written and zeroed.
     Extents,
+    /// Whole extents are discarded, and nothing else is done.
+    Discards,
     /// All of them in order, as many at once as can be.
     Sweep,
 }
@@ -501,6 +503,10 @@ impl Client {
             // A step that has no divisor in common with any range comes by everything.
             Aim::Each(first, blocks) => (first + turn * STEP % blocks, 1),
             Aim::Sweep => (turn * MAX_BLOCKS % volume, MAX_BLOCKS),
+            Aim::Discards => {
+                let first = rng.below(volume / EXTENT_BLOCKS) * EXTENT_BLOCKS;
+                return (IoOp::Discard, first, EXTENT_BLOCKS);
+            }
             Aim::Extents => {
                 let first = rng.below(volume / EXTENT_BLOCKS) * EXTENT_BLOCKS;
                 let lba = first + rng.below(EXTENT_BLOCKS);

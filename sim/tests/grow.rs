@@ -23,6 +23,7 @@ fn cluster(seed: u64, local_replica: bool) -> Cluster {
         arena_len: 8 << 20,
         zeroed: true,
         encrypted: seed.is_multiple_of(2),
+        tuning: Tuning::default(),
         small_pool: None,
     };
     let mut cluster = Cluster::new(World::new(seed), config);

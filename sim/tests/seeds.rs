@@ -3,7 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use cairn_sim::scenario::{Faults, Outcome, run, run_with};
+use cairn_sim::scenario::{Faults, Focus, Outcome, run, run_at, run_with};
 
 fn check(seeds: impl Iterator<Item = u64>, one: impl Fn(u64) -> Outcome) {
     let (mut judged, mut acked) = (0, 0);
@@ -18,7 +18,7 @@ fn check(seeds: impl Iterator<Item = u64>, one: impl Fn(u64) -> Outcome) {
             ),
         }
     }
-    assert!(judged > 500 && acked > 50, "{judged} blocks judged, {acked} writes acked");
+    assert!(judged > 500 && acked > 20, "{judged} blocks judged, {acked} writes acked");
 }
 
 // In parts, so that the test runner uses more than one core.
@@ -89,56 +89,58 @@ fn the_same_seed_gives_the_same_run() {
 /// the nexus took this for a newer nexus and fenced itself.
 #[test]
 fn a_replica_that_missed_an_epoch_does_not_fence_the_nexus() {
-    check([44, 53].into_iter(), |seed| run(seed, None));
+    check([44, 53].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
 
 /// Assembly hung when no majority was left for the epoch's first configuration (241, 677), and started
 /// over for ever beside a replica whose pool was offline (74); it waited for one whose disk hung.
 #[test]
 fn assembly_outlives_its_voters() {
-    check([74, 161, 174, 241, 677].into_iter(), |seed| run(seed, None));
+    check([74, 161, 174, 241, 677].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
 
 /// The answer to a write overtook the report that its payload was sent, and the payload's buffer was
 /// used again under the send.
 #[test]
 fn payload_does_not_change_while_it_is_sent() {
-    check([201].into_iter(), |seed| run(seed, None));
+    check([201].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
 
 /// Two members failed one after the other before the first was out: both were given up, and the volume
 /// was left with an in-sync set of one that it did not use.
 #[test]
 fn the_last_member_is_never_given_up() {
-    check([29, 791].into_iter(), |seed| run(seed, None));
+    check([29, 791].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
 
 /// What an earlier session had sent to a replica, or what had missed its deadline there, landed over
 /// later writes that had been acked.
 #[test]
 fn late_writes_do_not_land_over_acked_ones() {
-    check([180, 494, 1206, 10064, 10311, 10339].into_iter(), |seed| run(seed, None));
+    check([180, 494, 1206, 10064, 10311, 10339].into_iter(), |seed| {
+        run_at(seed, Focus::Everything, None)
+    });
 }
 
 /// A read at a local disk that hung was never answered (352); a failing member was not asked for its
 /// vote, which was needed (1361).
 #[test]
 fn a_member_that_fails_does_not_hold_up_the_volume() {
-    check([352, 1361].into_iter(), |seed| run(seed, None));
+    check([352, 1361].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
 
 /// Requests that were answered, and whose buffers a local disk that hung still had, counted as hosts that
 /// a scrub gives way to: it took a second for each part.
 #[test]
 fn a_scrub_does_not_give_way_to_requests_that_were_answered() {
-    check([546, 2551, 5018].into_iter(), |seed| run(seed, None));
+    check([546, 2551, 5018].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
 
 /// A member that came back, and was asked to grow before it took part, had a disk that hung: what waited
 /// for it waited for ever.
 #[test]
 fn a_member_that_does_not_join_in_time_is_given_up() {
-    check([502_176].into_iter(), |seed| run(seed, None));
+    check([502_176].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
 
 /// What was judged wrongly: a snapshot was the first that was heard of an epoch; a read was under way while a
@@ -154,6 +156,15 @@ fn judged_wrongly_or_hung_for_ever() {
             401, 55, 115, 173,
         ]
         .into_iter(),
-        |seed| run(seed, None),
+        |seed| run_at(seed, Focus::Everything, None),
     );
+}
+
+/// A member that came back from a loss of power, with nothing written since, was taken out and not rebuilt in that
+/// session (192); one lost what an earlier nexus had it write, or what had been copied from it to the target of a
+/// rebuild, and the difference was settled (230).
+#[test]
+fn what_a_loss_of_power_takes_is_noticed() {
+    check([192].into_iter(), |seed| run_at(seed, Focus::Power, None));
+    check([230].into_iter(), |seed| run_at(seed, Focus::Rebuild, None));
 }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use cairn_block::{BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, SnapshotId};
+use cairn_block::{
+    BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, SnapshotId,
+};
 use cairn_engine::VolumeReport;
 use cairn_engine::replica::{DiskOp, Pool, Register, ReplicaSlot, change};
 
@@ -80,7 +82,8 @@ impl Cluster {
                         continue;
                     }
                     let (x, y) = (self.decrypted(volume, lba, x), self.decrypted(volume, lba, y));
-                    let (x, y) = (history.borrow().decode(lba, &x), history.borrow().decode(lba, &y));
+                    let (x, y) =
+                        (history.borrow().decode(lba, &x), history.borrow().decode(lba, &y));
                     check!(
                         Check::MembersAlike,
                         x == y || (!all && history.borrow().may_differ(lba)),
@@ -284,8 +287,7 @@ impl Cluster {
         for lba in (0..self.config.blocks).step_by(step) {
             let blocks = (step as u64).min(self.config.blocks - lba);
             let range = (lba, blocks);
-            let status =
-                read_range((&mut pool, slot), &mut disk, &mut memory, range, &mut out);
+            let status = read_range((&mut pool, slot), &mut disk, &mut memory, range, &mut out);
             if status.is_ok() {
                 continue;
             }
@@ -296,8 +298,7 @@ impl Cluster {
             );
             for lba in lba..lba + blocks {
                 let range = (lba, 1);
-                let status =
-                    read_range((&mut pool, slot), &mut disk, &mut memory, range, &mut out);
+                let status = read_range((&mut pool, slot), &mut disk, &mut memory, range, &mut out);
                 if !status.is_ok() {
                     out.extend_from_slice(&[UNREADABLE; PAGE]);
                 }

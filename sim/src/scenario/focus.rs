@@ -42,7 +42,11 @@ impl Focus {
     #[must_use]
     pub fn drawn(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0xf0c5);
-        Self::ALL[rng.index(8).saturating_sub(2)]
+        if rng.chance(250) {
+            Self::Everything
+        } else {
+            Self::ALL[1 + rng.index(Self::ALL.len() - 1)]
+        }
     }
 
     /// The faults that go with it.
@@ -71,10 +75,16 @@ impl Focus {
         tuning.pace.rebuild_mib_s = [0, 2, 8, 32][rng.index(4)];
         tuning.looks_each = 4;
         tuning.dirty_extents = [None, Some(0), Some(1), Some(2)][rng.index(4)];
+        // A nexus that hears of nothing for a second has not given up its replicas yet.
+        let patient = self == Self::Takeover && rng.chance(700);
+        let (deadline, kato) = (config.child_deadline_ms, config.replica_kato_ms);
         ClusterConfig {
+            child_deadline_ms: if patient { 3_000 } else { deadline },
+            replica_kato_ms: if patient { 4_000 } else { kato },
             volumes: if rng.chance(850) { 1 } else { config.volumes },
             tears: config.tears && rng.chance(400),
             local_replica: rng.chance(if self == Self::Takeover { 600 } else { 250 }),
+            second_local: config.second_local && (self != Self::Takeover || rng.chance(200)),
             blocks: BLOCKS,
             // What was given back is used again soon.
             disk_len: if self == Self::Churn && rng.chance(500) { 12 << 20 } else { 24 << 20 },
@@ -245,8 +255,11 @@ impl Run {
 
     fn loses_power(&mut self, at: usize, soon_ns: u64) {
         if let Some(which) = self.cluster.home(at) {
-            let what =
-                if which == self.cluster.active() { Repair::StartNexus } else { Repair::StartOther };
+            let what = if which == self.cluster.active() {
+                Repair::StartNexus
+            } else {
+                Repair::StartOther
+            };
             self.repairs.push((self.now() + soon_ns, what));
         } else {
             self.repairs.push((self.now() + soon_ns, Repair::StartReplica(at)));
@@ -376,8 +389,14 @@ impl Run {
         let old = self.cluster.active();
         let old_machine = self.cluster.active_machine();
         let hot = Aim::Within(self.rng.below(1000), 1 + self.rng.below(8));
-        let reading =
-            Orders { requests: 500, depth: 2, gap_ns: 15 * MS, reads_per_mille: 1000, aim: hot, ..WRITES };
+        let reading = Orders {
+            requests: 500,
+            depth: 2,
+            gap_ns: 15 * MS,
+            reads_per_mille: 1000,
+            aim: hot,
+            ..WRITES
+        };
         let writing = Orders { reads_per_mille: 200, ..reading };
         let first = [reading, writing][self.rng.index(2)];
         self.tell(first);
@@ -495,7 +514,14 @@ impl Run {
         self.slow_down();
         let aim = self.area();
         let requests = 20 + self.rng.below(60);
-        self.tell(Orders { requests, gap_ns: 6 * MS, depth: 4, aim, flushes_per_mille: 0, ..WRITES });
+        self.tell(Orders {
+            requests,
+            gap_ns: 6 * MS,
+            depth: 4,
+            aim,
+            flushes_per_mille: 0,
+            ..WRITES
+        });
         for _ in 0..3 {
             let moment = self.moment() * 3;
             self.pass(moment);
@@ -548,7 +574,14 @@ impl Run {
             self.leaves(at);
         }
         let reads_per_mille = [1000, 900][self.rng.index(2)];
-        self.tell(Orders { requests: 60, depth: 8, gap_ns: 2 * MS, reads_per_mille, aim, ..WRITES });
+        self.tell(Orders {
+            requests: 60,
+            depth: 8,
+            gap_ns: 2 * MS,
+            reads_per_mille,
+            aim,
+            ..WRITES
+        });
         self.pass_busy(2_500 * MS);
         self.settle_down();
     }
@@ -559,7 +592,14 @@ impl Run {
         let requests = 20 + self.rng.below(80);
         let gap_ns = [0, 300 * US, 3 * MS][self.rng.index(3)];
         let depth = [1, 4, 16, 32][self.rng.index(4)];
-        self.tell(Orders { requests, depth, gap_ns, reads_per_mille: 300, aim: Aim::Extents, ..WRITES });
+        self.tell(Orders {
+            requests,
+            depth,
+            gap_ns,
+            reads_per_mille: 300,
+            aim: Aim::Extents,
+            ..WRITES
+        });
         for _ in 0..self.rng.below(4) {
             let moment = self.moment();
             self.pass(moment);
@@ -575,7 +615,16 @@ impl Run {
             }
         }
         let (moment, soon) = (self.moment(), self.moment());
-        self.pass(moment);
+        if self.rng.chance(400) {
+            // What is given up is settled, and no mark tells of it.
+            self.tell(Orders { requests: 0, ..WRITES });
+            self.pass_busy(300 * MS);
+            self.pass(40 * MS);
+            self.tell(Orders { requests: 3, reads_per_mille: 0, aim: Aim::Discards, ..WRITES });
+            self.pass(moment.min(MS));
+        } else {
+            self.pass(moment);
+        }
         let at = self.any_pool();
         match self.rng.below(5) {
             0 | 1 => self.nexus_dies(soon),
