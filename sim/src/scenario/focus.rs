@@ -620,8 +620,17 @@ impl Run {
             self.tell(Orders { requests: 0, ..WRITES });
             self.pass_busy(300 * MS);
             self.pass(40 * MS);
+            let at = self.any_pool();
+            let (machine, nexus) = (self.cluster.machine_of(at), self.cluster.active_machine());
+            if machine != nexus {
+                // One does not hear of it from this nexus.
+                self.cluster.world().block(nexus, machine, 30 * MS);
+            }
             self.tell(Orders { requests: 3, reads_per_mille: 0, aim: Aim::Discards, ..WRITES });
-            self.pass(moment.min(MS));
+            self.pass(MS + moment);
+            if self.rng.chance(600) {
+                self.nexus_dies(soon);
+            }
         } else {
             self.pass(moment);
         }
