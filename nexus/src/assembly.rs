@@ -472,6 +472,7 @@ impl Nexus {
         self.config.blocks = config.blocks;
         self.encryption.clone_from(&config.encryption);
         (self.lineage, self.generation, self.seq) = (config.lineage, config.generation, 0);
+        self.stored_seq = 0;
         let (blocks, encryption) = (config.blocks, config.encryption.clone());
         self.voters = voters;
         self.restoring = config.restoring;
@@ -576,8 +577,14 @@ impl Nexus {
     pub(crate) fn assembled(&mut self) {
         let Some(assembly) = self.assembly.take() else { return };
         let promised = assembly.promised;
+        let fresh = self.config.purpose == Purpose::Create;
         for child in promised.iter() {
-            self.child(child).bound = true;
+            let c = self.child(child);
+            c.bound = true;
+            if !fresh {
+                // What it wrote for the nexus before may not be flushed.
+                c.written = c.written.max(c.flushed + 1);
+            }
         }
         // Those that were away when the volume grew grow now, and join after that.
         let mut small = ChildSet::EMPTY;

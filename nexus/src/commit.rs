@@ -121,8 +121,9 @@ impl Nexus {
                 let leaves = !in_sync && self.in_sync.has(child);
                 let (replica, witness) = (c.replica, c.witness);
                 let mut member = Member { replica, witness, in_sync, ..c.member };
-                if leaves && !on(Mutant::LeavingNotNoted) {
-                    let since = if restores { 0 } else { self.generation };
+                if leaves {
+                    let late = u64::from(on(Mutant::LeavingNotedLate));
+                    let since = if restores { 0 } else { self.generation + late };
                     (member.since, member.copied, member.copied_since) = (since, 0, 0);
                 }
                 if let Some(copied) = c.cursor {
@@ -205,6 +206,7 @@ impl Nexus {
         let gone = self.in_sync.or(self.joining).without(commit.target);
         let new = commit.target.without(self.in_sync);
         self.in_sync = commit.target;
+        self.stored_seq = commit.register.seq;
         self.proposed = ChildSet::EMPTY;
         for member in commit.members {
             if let Some(child) = self.children.iter_mut().find(|c| c.replica == member.replica) {

@@ -49,7 +49,7 @@ impl Ranges {
             || self.waiting.iter().any(|w| w.mutation && w.range.overlaps(range));
         let blocked = blocked && !(mutation && on(Mutant::NoOrder));
         let blocked = blocked && (mutation || !on(Mutant::ReadOvertakes));
-        let blocked = blocked && !(slot >= FIRST_KEY && on(Mutant::NoLock));
+        let blocked = blocked && !(slot >= COPY_KEY && on(Mutant::NoLock));
         if blocked {
             self.waiting.push_back(Waiting { range, slot, mutation });
             return false;

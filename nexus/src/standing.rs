@@ -104,10 +104,20 @@ impl Nexus {
                 self.child(child).incarnation = held.incarnation;
                 let lost = lost && !on(Mutant::PowerLossForgotten);
                 if lost && self.in_sync.has(child) && !self.is_last(child) {
+                    // Once it is out it is rebuilt in this session.
+                    let c = self.child(child);
+                    (c.bound, c.written, c.flushed) = (true, 0, 0);
                     self.fail_child(child, FaultReason::LostPower);
                     self.unpark();
                     self.resume_commit(child);
                     return;
+                }
+                if lost
+                    && self.in_sync.has(child)
+                    && let Some(target) = self.mirror()
+                {
+                    // Nobody else is left. What it lost was copied to the target perhaps, and is taken back.
+                    self.fail_child(target, FaultReason::Behind);
                 }
                 if self.in_sync.has(child) {
                     self.push_event(Event::ChildOnline(child));

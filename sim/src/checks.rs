@@ -13,6 +13,9 @@ pub enum Check {
     /// 3: at most one nexus serves in an epoch. After each turn of a process with volumes its epochs are
     /// noted, for ever.
     OneNexusPerEpoch,
+    /// 3, 5: a volume is served by a configuration only once a majority of its voters has it. Looked at where
+    /// a nexus goes by another one.
+    ConfigIsStored,
     /// 3: epochs and promises never decrease. After each turn, and after each start from the disk as it
     /// was left, a register is compared with what it was.
     RegistersGoOn,
@@ -47,9 +50,10 @@ pub enum Check {
 
 impl Check {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Linearizable,
         Self::OneNexusPerEpoch,
+        Self::ConfigIsStored,
         Self::RegistersGoOn,
         Self::Fencing,
         Self::MembersAlike,
@@ -69,6 +73,7 @@ impl fmt::Display for Check {
         f.write_str(match self {
             Self::Linearizable => "linearizable",
             Self::OneNexusPerEpoch => "one-nexus-per-epoch",
+            Self::ConfigIsStored => "config-is-stored",
             Self::RegistersGoOn => "registers-go-on",
             Self::Fencing => "fencing",
             Self::MembersAlike => "members-alike",

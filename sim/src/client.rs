@@ -24,6 +24,8 @@ const CONNECT_TIMEOUT_MS: u32 = 500;
 const MAX_BLOCKS: u64 = 16;
 /// Blocks of a pool's extent: a discard that covers one gives it back.
 const EXTENT_BLOCKS: u64 = 256;
+/// A prime: from block to block where each is met once.
+const STEP: u64 = 389;
 
 /// What a host does.
 #[derive(Debug, Clone)]
@@ -42,6 +44,40 @@ pub struct Workload {
     pub kato_ms: u32,
     /// Header and data digests.
     pub digests: bool,
+}
+
+/// What a host does for a while in place of its workload.
+#[derive(Debug, Clone, Copy)]
+pub struct Orders {
+    /// Requests to make.
+    pub requests: u64,
+    /// Requests outstanding at most, where the workload has so many.
+    pub depth: usize,
+    /// The longest pause between two requests, in nanoseconds.
+    pub gap_ns: u64,
+    /// Of a thousand requests so many are reads,
+    pub reads_per_mille: u64,
+    /// and of the others so many are flushes.
+    pub flushes_per_mille: u64,
+    /// Of a thousand writes so many are durable when they are answered.
+    pub fua_per_mille: u64,
+    /// Which blocks.
+    pub aim: Aim,
+}
+
+/// Which blocks a host goes for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aim {
+    /// So many from this one on, again and again, a few at once.
+    Within(u64, u64),
+    /// So many from this one on, each once before any is met twice.
+    Each(u64, u64),
+    /// Whole extents are discarded, parts of them are written and zeroed.
+    Extents,
+    /// Whole extents are discarded, and nothing else is done.
+    Discards,
+    /// All of them in order, as many at once as can be.
+    Sweep,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +135,9 @@ pub struct Client {
     sockets: [Socket; 2],
     requests: Vec<Option<Request>>,
     left: u64,
+    orders: Option<Orders>,
+    /// Requests that were made by orders.
+    ordered: u64,
     next_at: u64,
     completions: Vec<Completion>,
     windows: Vec<BufSlice>,
@@ -138,6 +177,8 @@ impl Client {
             stage: Stage::Idle { retry_at: 0 },
             session: None,
             sockets: [Socket::default(); 2],
+            orders: None,
+            ordered: 0,
             next_at: 0,
             completions: Vec::new(),
             windows: Vec::with_capacity(SEND_WINDOWS),
@@ -160,6 +201,19 @@ impl Client {
             Goal::Verify(next) => next >= self.history.borrow().blocks() as u64,
         };
         over && self.requests.iter().all(Option::is_none)
+    }
+
+    /// From now on does this, and then nothing.
+    pub fn order(&mut self, orders: Orders) {
+        self.left = orders.requests;
+        self.orders = Some(orders);
+        self.next_at = self.driver.now_ns();
+    }
+
+    /// Goes to the next path, as where somebody has said that the volume has moved.
+    pub fn move_on(&mut self) {
+        self.fail();
+        self.finish_close();
     }
 
     /// From now on reads every block once.
@@ -214,7 +268,13 @@ impl Client {
             Goal::Work => self.left > 0,
             Goal::Verify(next) => next < self.history.borrow().blocks() as u64,
         };
-        more && self.requests.iter().any(Option::is_none)
+        let most = match self.goal {
+            Goal::Work => self.orders.map_or(usize::MAX, |orders| orders.depth),
+            // So that what many hosts have read does not fill the memory of a nexus.
+            Goal::Verify(_) => self.orders.map_or(usize::MAX, |_| 8),
+        };
+        let busy = self.requests.iter().flatten().count();
+        more && busy < self.requests.len().min(most)
     }
 
     fn now_ms(&self) -> u64 {
@@ -369,7 +429,8 @@ impl Client {
                 self.next_at = now + MS;
                 break;
             }
-            self.next_at = now + self.rng.below(self.work.gap_ns.max(1));
+            let gap_ns = self.orders.map_or(self.work.gap_ns, |orders| orders.gap_ns);
+            self.next_at = now + self.rng.below(gap_ns.max(1));
         }
     }
 
@@ -397,6 +458,9 @@ impl Client {
         if let Goal::Verify(next) = self.goal {
             return (IoOp::Read, next, MAX_BLOCKS.min(volume - next));
         }
+        if let Some(orders) = self.orders {
+            return self.choose_by(&orders, volume);
+        }
         let rng = &mut self.rng;
         let op = if rng.chance(self.work.reads_per_mille) {
             IoOp::Read
@@ -421,6 +485,51 @@ impl Client {
         // The hot blocks lie around the bound of two extents.
         let start = rng.below(within) + (EXTENT_BLOCKS - self.work.hot_blocks / 2);
         let lba = start % volume;
+        (op, lba, blocks.min(volume - lba))
+    }
+
+    /// The same, by orders.
+    fn choose_by(&mut self, orders: &Orders, volume: u64) -> (IoOp, u64, u64) {
+        self.ordered += 1;
+        let (rng, turn) = (&mut self.rng, self.ordered);
+        let fua = rng.chance(orders.fua_per_mille);
+        let op = if rng.chance(orders.reads_per_mille) {
+            IoOp::Read
+        } else if rng.chance(orders.flushes_per_mille) {
+            return (IoOp::Flush, 0, 0);
+        } else {
+            IoOp::Write { fua }
+        };
+        let (lba, blocks) = match orders.aim {
+            // What is sent at once overtakes what is asked for first.
+            Aim::Within(first, blocks) => {
+                let most = [1, 1, 4, MAX_BLOCKS][rng.index(4)];
+                (first + rng.below(blocks), 1 + rng.below(most))
+            }
+            // A step that has no divisor in common with any range comes by everything.
+            Aim::Each(first, blocks) => (first + turn * STEP % blocks, 1),
+            Aim::Sweep => (turn * MAX_BLOCKS % volume, MAX_BLOCKS),
+            Aim::Discards => {
+                let first = rng.below(volume / EXTENT_BLOCKS) * EXTENT_BLOCKS;
+                return (IoOp::Discard, first, EXTENT_BLOCKS);
+            }
+            Aim::Extents => {
+                let first = rng.below(volume / EXTENT_BLOCKS) * EXTENT_BLOCKS;
+                let lba = first + rng.below(EXTENT_BLOCKS);
+                match (op, rng.below(10)) {
+                    (IoOp::Read, _) => (lba, 1 + rng.below(MAX_BLOCKS)),
+                    (_, 0..=2) => return (IoOp::Discard, first, EXTENT_BLOCKS),
+                    (_, 3) => {
+                        let unmap = rng.chance(500);
+                        let blocks = 1 + rng.below(volume - lba).min(EXTENT_BLOCKS);
+                        return (IoOp::WriteZeroes { fua, unmap }, lba, blocks.min(volume - lba));
+                    }
+                    (_, 4) => (lba, MAX_BLOCKS),
+                    _ => (lba, 1 + rng.below(3)),
+                }
+            }
+        };
+        let lba = lba % volume;
         (op, lba, blocks.min(volume - lba))
     }
 

@@ -1,5 +1,6 @@
 //! Processes on machines: replica nodes, a nexus node, hosts; started, run, killed and started again.
 
+mod direct;
 mod force;
 mod inspect;
 mod members;
@@ -15,7 +16,7 @@ use std::sync::mpsc;
 
 use cairn_block::{ReplicaId, SnapshotId, VolumeId};
 use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
-use cairn_engine::nexus::Purpose;
+use cairn_engine::nexus::{Pace, Purpose};
 use cairn_engine::{Command, EncryptionSpec, EngineError, Shard};
 
 use crate::client::{Client, Serving};
@@ -78,6 +79,19 @@ pub struct ClusterConfig {
     pub tears: bool,
     /// Whether volumes are encrypted.
     pub encrypted: bool,
+    /// What is otherwise as it is in a process of the program.
+    pub tuning: Tuning,
+}
+
+/// How often things happen that usually take seconds, or much data.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tuning {
+    /// Of the nexus.
+    pub pace: Pace,
+    /// Each how many starts of a pool are looked at.
+    pub looks_each: usize,
+    /// Extents of a pool whose checksums are in memory only, at most; nothing: as usual.
+    pub dirty_extents: Option<usize>,
 }
 
 impl ClusterConfig {
@@ -133,6 +147,8 @@ pub struct Cluster {
     serving: Serving,
     /// Which process served a volume in an epoch.
     served: BTreeMap<(VolumeId, u64), NodeId>,
+    /// The epoch and the number of the configuration that each of them serves it by.
+    configs: BTreeMap<(VolumeId, usize), (u64, u64)>,
     /// The epoch that each replica has promised, and the place of its configuration.
     registers: BTreeMap<ReplicaId, (u64, (u64, u64))>,
     clients: Vec<NodeId>,
@@ -145,6 +161,8 @@ pub struct Cluster {
     astray: BTreeSet<usize>,
     /// Something rotted or went astray: what disks hold is not what was written.
     spoilt: bool,
+    /// Pools that were started.
+    starts: usize,
     /// Snapshots that were asked for.
     snapshots: Vec<AskedSnapshot>,
     /// Snapshots that were taken: of which replica, and what each holds.
@@ -239,6 +257,7 @@ impl Cluster {
             growth: Vec::new(),
             astray: BTreeSet::new(),
             spoilt: false,
+            starts: 0,
             snapshots: Vec::new(),
             taken: Vec::new(),
             named: [seats.clone(), seats.clone()],
@@ -253,6 +272,7 @@ impl Cluster {
             active: 0,
             serving: Serving::default(),
             served: BTreeMap::new(),
+            configs: BTreeMap::new(),
             registers: BTreeMap::new(),
             clients: Vec::new(),
             histories,

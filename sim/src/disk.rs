@@ -52,6 +52,8 @@ pub struct SimDisk {
     pub whole_from: Option<u64>,
     /// What is wrong with it.
     pub trouble: DiskTrouble,
+    /// A write of it has failed: what is there is not known, and may not be readable until it is written again.
+    pub has_failed: bool,
 }
 
 impl SimDisk {
@@ -66,6 +68,7 @@ impl SimDisk {
             seq: 0,
             whole_from: None,
             trouble: DiskTrouble::default(),
+            has_failed: false,
         }
     }
 

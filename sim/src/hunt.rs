@@ -70,7 +70,7 @@ fn hunt(mutant: Mutant, options: &Options) -> ExitCode {
             break;
         }
         choose(Some(mutant));
-        let result = run_seed(seed, None);
+        let result = run_seed(seed, options.focus, None);
         choose(None);
         if let Err(why) = result {
             print_failure(seed, &why);
@@ -89,6 +89,9 @@ fn hunt_elsewhere(mutant: Mutant, options: &Options) -> Option<Caught> {
     command.args(["--mutants", &format!("{mutant:?}")]);
     command.args(["--seed", &options.first.to_string(), "--seeds", &options.seeds.to_string()]);
     command.args(["--seconds", &options.seconds.unwrap_or(120).to_string()]);
+    if let Some(focus) = options.focus {
+        command.args(["--focus", &format!("{focus:?}")]);
+    }
     let output = command.output().expect("it can be run again");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let line = text.lines().find(|line| line.contains(" FAILED: "))?;

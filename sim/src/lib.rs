@@ -19,8 +19,8 @@ pub mod scenario;
 mod stream;
 pub mod world;
 
-pub use client::{Client, Workload};
-pub use cluster::{Cluster, ClusterConfig};
+pub use client::{Aim, Client, Orders, Workload};
+pub use cluster::{Cluster, ClusterConfig, Tuning};
 pub use disk::{DiskTrouble, SimDisk};
 pub use driver::SimDriver;
 pub use history::History;

@@ -2,6 +2,7 @@
 
 mod disks;
 mod faults;
+mod focus;
 mod force;
 mod members;
 
@@ -10,12 +11,14 @@ use cairn_engine::nexus::Found;
 
 use crate::checks::{Check, check};
 use crate::client::Workload;
-use crate::cluster::{Cluster, ClusterConfig, is_member, is_whole};
+use crate::cluster::{Cluster, ClusterConfig, Tuning, is_member, is_whole};
 use crate::net::NetManners;
 use crate::rng::Rng;
 use crate::world::{MS, Sink, US, World};
 use disks::Disks;
 use members::Operator;
+
+pub use focus::Focus;
 
 /// Once nothing is wrong any more, everything is answered within this time.
 const RECOVERY_NS: u64 = 60_000 * MS;
@@ -163,15 +166,26 @@ fn snapshots(seed: u64, volumes: usize, now_ns: u64) -> Vec<(u64, usize)> {
 /// # Panics
 /// Where an invariant does not hold.
 pub fn run(seed: u64, sink: Option<Sink>) -> Outcome {
-    run_in(seed, drawn(seed), true, sink)
+    run_at(seed, Focus::drawn(seed), sink)
 }
 
-/// As [`run`], with the members that volumes are made with, none of them a witness, and no forced start.
+/// As [`run`], about this.
+///
+/// # Panics
+/// Where an invariant does not hold.
+pub fn run_at(seed: u64, focus: Focus, sink: Option<Sink>) -> Outcome {
+    // What is about one thing has the members that its volumes are made with.
+    let members_change = focus == Focus::Everything;
+    run_in(seed, focus.keep(drawn(seed), seed), focus, members_change, sink)
+}
+
+/// As [`run`], about nothing more than anything else, with the members that volumes are made with, none of them a
+/// witness, and no forced start.
 ///
 /// # Panics
 /// Where an invariant does not hold.
 pub fn run_plain(seed: u64, sink: Option<Sink>) -> Outcome {
-    run_in(seed, drawn(seed), false, sink)
+    run_in(seed, drawn(seed), Focus::Everything, false, sink)
 }
 
 fn drawn(seed: u64) -> Faults {
@@ -184,10 +198,16 @@ fn drawn(seed: u64) -> Faults {
 /// # Panics
 /// Where an invariant does not hold.
 pub fn run_with(seed: u64, faults: Faults, sink: Option<Sink>) -> Outcome {
-    run_in(seed, faults, false, sink)
+    run_in(seed, faults, Focus::Everything, false, sink)
 }
 
-fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -> Outcome {
+fn run_in(
+    seed: u64,
+    faults: Faults,
+    focus: Focus,
+    members_change: bool,
+    sink: Option<Sink>,
+) -> Outcome {
     let mut rng = Rng::new(seed);
     let mut world = World::new(rng.next_u64());
     if let Some(sink) = sink {
@@ -231,17 +251,19 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
         zeroed: rng.chance(500),
         // Drawn apart: nothing else changes with it.
         encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
+        tuning: Tuning::default(),
     };
     if members_change {
         members::shape(seed, &faults, &mut config);
     }
+    let config = focus.shape(config, seed);
     world.say(format_args!("{config:?} {faults:?}"));
     let (volumes, small, pools) = (config.volumes, config.small_pool, config.pools());
     let (spares, wide) = (config.spares > 0, config.wide_pool);
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
-        for _ in 0..1 + rng.index(2) {
-            cluster.add_client(volume, workload(&mut rng));
+        for _ in 0..focus.hosts(1 + rng.index(2)) {
+            cluster.add_client(volume, focus.work(workload(&mut rng)));
         }
     }
     let growth = growth(seed, volumes, cluster.world().now_ns());
@@ -281,7 +303,10 @@ fn run_in(seed: u64, faults: Faults, members_change: bool, sink: Option<Sink>) -
         }
         run.disks = Disks::drawn(seed, pool, now, run.victim == pool && faults.replica);
     }
-    run.work();
+    match focus {
+        Focus::Everything => run.work(),
+        _ => run.work_at(focus),
+    }
     run.recover();
     if members_change && members::ends_by_force(seed, &faults) {
         run.end_by_force();
@@ -355,6 +380,11 @@ impl Run {
     /// Lets the hosts work while things go wrong.
     fn work(&mut self) {
         self.await_serving();
+        self.await_hosts();
+    }
+
+    /// Until the hosts have done what they were to do.
+    fn await_hosts(&mut self) {
         let limit = self.cluster.world().now_ns() + WORK_NS;
         let pace = [10, 60, 400][self.rng.index(3)] * MS;
         let mut next_fault = self.cluster.world().now_ns() + self.rng.below(2 * pace);
@@ -378,24 +408,29 @@ impl Run {
                 let last = self.count == self.most;
                 next_fault = now + if last { 10_000 * MS } else { MS + self.rng.below(2 * pace) };
             }
-            self.repair(now);
-            if self.cluster.has_second() && now >= self.next_look {
-                self.cluster.supervise();
-                self.next_look = now + 200 * MS;
-            }
-            self.operate(now);
-            self.change_disks(now);
-            self.grow(now);
-            self.snapshot(now);
-            let growth = self.growth.iter().map(|(at, ..)| *at);
-            let snapshots = self.snapshots.iter().map(|(at, _)| *at);
-            let repairs = self.repairs.iter().map(|(at, _)| *at);
-            let look = if self.cluster.has_second() { self.next_look } else { u64::MAX };
-            let look = self.operator.as_ref().map_or(look, |o| look.min(o.next_look()));
-            let look = look.min(self.disks.next());
-            let next = repairs.chain(growth).chain(snapshots).fold(next_fault.min(look), u64::min);
+            let next = self.tend(now).min(next_fault);
             self.cluster.run_while(next.max(now + 1) - now, Cluster::clients_are_done);
         }
+    }
+
+    /// Does what is due, besides faults. Returns when something is again.
+    fn tend(&mut self, now: u64) -> u64 {
+        self.repair(now);
+        if self.cluster.has_second() && now >= self.next_look {
+            self.cluster.supervise();
+            self.next_look = now + 200 * MS;
+        }
+        self.operate(now);
+        self.change_disks(now);
+        self.grow(now);
+        self.snapshot(now);
+        let growth = self.growth.iter().map(|(at, ..)| *at);
+        let snapshots = self.snapshots.iter().map(|(at, _)| *at);
+        let repairs = self.repairs.iter().map(|(at, _)| *at);
+        let look = if self.cluster.has_second() { self.next_look } else { u64::MAX };
+        let look = self.operator.as_ref().map_or(look, |o| look.min(o.next_look()));
+        let look = look.min(self.disks.next());
+        repairs.chain(growth).chain(snapshots).fold(look, u64::min)
     }
 
     /// A volume whose making is interrupted is the control side's to make again: not tested here.

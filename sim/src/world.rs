@@ -340,6 +340,9 @@ impl World {
         } else {
             Ok(())
         };
+        if is_write && result.is_err() {
+            self.disks[disk].has_failed = true;
+        }
         self.next_op += 1;
         let serial = self.next_op;
         let entry = DiskOp { serial, node, disk, token, work, result };

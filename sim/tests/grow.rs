@@ -3,7 +3,7 @@
 
 use cairn_engine::nexus::Purpose;
 use cairn_sim::world::MS;
-use cairn_sim::{Cluster, ClusterConfig, Workload, World};
+use cairn_sim::{Cluster, ClusterConfig, Tuning, Workload, World};
 
 fn cluster(seed: u64, local_replica: bool) -> Cluster {
     let config = ClusterConfig {
@@ -26,6 +26,7 @@ fn cluster(seed: u64, local_replica: bool) -> Cluster {
         arena_len: 8 << 20,
         zeroed: true,
         encrypted: seed.is_multiple_of(2),
+        tuning: Tuning::default(),
         small_pool: None,
     };
     let mut cluster = Cluster::new(World::new(seed), config);

@@ -1,7 +1,7 @@
 //! A machine that loses power while nothing is written.
 
 use cairn_sim::world::MS;
-use cairn_sim::{Cluster, ClusterConfig, Workload, World};
+use cairn_sim::{Cluster, ClusterConfig, Tuning, Workload, World};
 
 fn cluster(seed: u64) -> Cluster {
     let config = ClusterConfig {
@@ -25,6 +25,7 @@ fn cluster(seed: u64) -> Cluster {
         arena_len: 8 << 20,
         zeroed: true,
         encrypted: false,
+        tuning: Tuning::default(),
     };
     let mut cluster = Cluster::new(World::new(seed), config);
     cluster.add_client(

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use cairn_sim::scenario::{Faults, Outcome, run, run_plain, run_with};
+use cairn_sim::scenario::{Faults, Focus, Outcome, run, run_at, run_plain, run_with};
 
 fn check(seeds: impl Iterator<Item = u64>, one: impl Fn(u64) -> Outcome) {
     let (mut judged, mut acked) = (0, 0);
@@ -19,7 +19,7 @@ fn check(seeds: impl Iterator<Item = u64>, one: impl Fn(u64) -> Outcome) {
             ),
         }
     }
-    assert!(judged > 500 && acked > 50, "{judged} blocks judged, {acked} writes acked");
+    assert!(judged > 500 && acked > 20, "{judged} blocks judged, {acked} writes acked");
 }
 
 // In parts, so that the test runner uses more than one core.
@@ -187,7 +187,9 @@ fn judged_wrongly_or_hung_for_ever() {
 /// the target of a rebuild was taken for a write (41328, 42354).
 #[test]
 fn disks_that_come_and_go() {
-    check([41_744, 40_060, 41_328, 42_354].into_iter(), |seed| run(seed, None));
+    check([41_744, 40_060, 41_328, 42_354].into_iter(), |seed| {
+        run_at(seed, Focus::Everything, None)
+    });
 }
 
 /// With an operator who changes members: replicas that another machine had added were told of as missing where a majority
@@ -195,5 +197,16 @@ fn disks_that_come_and_go() {
 /// asked wrongly of pools that are lost (480, 1019, 4446) or have several disks (149, 20609).
 #[test]
 fn members_that_come_and_go() {
-    check([2_853, 4_143, 480, 1_019, 4_446, 149, 20_609].into_iter(), |seed| run(seed, None));
+    check([2_853, 4_143, 480, 1_019, 4_446, 149, 20_609].into_iter(), |seed| {
+        run_at(seed, Focus::Everything, None)
+    });
+}
+
+/// A member that came back from a loss of power, with nothing written since, was taken out and not rebuilt in that
+/// session (192); one lost what an earlier nexus had it write, or what had been copied from it to the target of a
+/// rebuild, and the difference was settled (230).
+#[test]
+fn what_a_loss_of_power_takes_is_noticed() {
+    check([192].into_iter(), |seed| run_at(seed, Focus::Power, None));
+    check([230].into_iter(), |seed| run_at(seed, Focus::Rebuild, None));
 }

@@ -59,8 +59,8 @@ mutants! {
     ServeBeforeCommit,
     /// Assembly takes an epoch that was taken before.
     EpochUsedTwice,
-    /// A configuration does not say when a member left.
-    LeavingNotNoted,
+    /// A configuration says that a member left a generation later than it did.
+    LeavingNotedLate,
     /// What a nexus left different stays so.
     ReconcileSkipped,
     /// Extents that one member has and another has not are not made alike.
@@ -119,7 +119,7 @@ mutants! {
     DiscardKeepsData,
     /// What does not verify is answered as it is.
     BadDataReturned,
-    /// A snapshot does not hold the writes that come while it is taken.
+    /// A snapshot does not hold the writes that come while it is taken, neither at the nexus nor at replicas.
     SnapshotLetsWriteThrough,
 }
 

@@ -1,6 +1,7 @@
 //! What a checker looks at between two turns.
 
 use cairn_block::{Epoch, ReplicaId, VolumeId};
+use cairn_nexus::Purpose;
 use cairn_reactor::Driver;
 
 use super::Shard;
@@ -15,6 +16,8 @@ pub struct WatchedVolume {
     pub epoch: Epoch,
     /// Whether hosts are served, as far as the nexus knows.
     pub serving: bool,
+    /// The number of the configuration that it goes by, within its epoch.
+    pub stored: u64,
 }
 
 /// The register of a replica, as a checker sees it: what is stored, or is being stored.
@@ -29,12 +32,22 @@ pub struct WatchedRegister {
 }
 
 impl<D: Driver> Shard<D> {
+    /// Who votes on a volume, by the configuration that it is served by: a majority of them has stored it,
+    /// but after a forced start, of which nothing is told.
+    #[must_use]
+    pub fn watch_voters(&self, id: VolumeId) -> Vec<ReplicaId> {
+        let forced = |p: Purpose| matches!(p, Purpose::ForceStart { .. });
+        let found = self.volumes.iter().find(|(_, v)| v.spec.id == id && !forced(v.spec.purpose));
+        found.map_or(Vec::new(), |(_, volume)| volume.nexus.stored_voters().collect())
+    }
+
     /// The volumes of this process.
     pub fn watch_volumes(&self) -> impl Iterator<Item = WatchedVolume> {
         self.volumes.iter().map(|(_, volume)| WatchedVolume {
             id: volume.spec.id,
             epoch: volume.nexus.status().epoch,
             serving: volume.nexus.state().is_serving() && volume.export.is_some(),
+            stored: volume.nexus.stored_seq(),
         })
     }
 

@@ -135,6 +135,92 @@ fn who_lost_power_is_not_believed() {
     }
 }
 
+/// One that came back from a loss of power, with nothing written since, was taken out for what it had lost, and
+/// then stayed out for as long as its session lasted.
+#[test]
+fn who_lost_power_is_rebuilt_in_the_session_that_it_came_back_with() {
+    let mut w = world(3);
+    rest(&mut w);
+    w.write(1, 10, 1, 9);
+    w.run();
+    assert_eq!(w.b.status_of(1), Some(IoStatus::Ok));
+    // Acked, not flushed, and lost.
+    w.b.disconnect(1);
+    w.disks[1].data[10] = 0;
+    w.b.registers[1].incarnation += 1;
+    w.b.connect(1);
+    assert_eq!(w.in_sync(), [0, 2]);
+    rest(&mut w);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+    w.assert_alike();
+}
+
+/// The only member in sync lost power while another was rebuilt from it: what it had lost was there on the other,
+/// and the two were taken for alike.
+#[test]
+fn what_the_source_of_a_rebuild_lost_is_taken_back() {
+    let mut w = world(3);
+    fill(&mut w, 1, 300, 3);
+    w.run();
+    rest(&mut w);
+    w.b.nexus.config.pace.rebuild = false;
+    w.b.disconnect(1);
+    w.write(2, 5, 1, 4);
+    w.run();
+    w.b.connect(1);
+    w.b.disconnect(2);
+    w.write(3, 290, 1, 4);
+    w.run();
+    assert_eq!(w.in_sync(), [0]);
+    w.b.nexus.config.pace.rebuild = true;
+    // The first extent was copied, the second was not.
+    let bytes = |w: &World| w.b.nexus.rebuild().map_or(0, |r| r.bytes_done);
+    while bytes(&w) < 1 << 20 {
+        match w.b.io.is_empty() {
+            true => w.b.pass(10),
+            false => w.serve(0),
+        }
+    }
+    w.b.disconnect(0);
+    w.disks[0].data[5] = 3;
+    w.b.registers[0].incarnation += 1;
+    w.b.connect(0);
+    w.run();
+    for _ in 0..3 {
+        rest(&mut w);
+    }
+    assert_eq!(w.in_sync(), [0, 1]);
+    let now: Vec<u8> = w.disks[..2].iter().map(|d| d.data[5]).collect();
+    assert_eq!(now, [3, 3]);
+}
+
+/// A member lost power under one nexus and with it what it had written for the nexus before: this one took it that
+/// nothing was lost, and settled the difference.
+#[test]
+fn who_lost_what_an_earlier_nexus_had_it_write_is_rebuilt() {
+    let mut w = world(3);
+    rest(&mut w);
+    w.write(1, 10, 1, 9);
+    w.run();
+    assert_eq!(w.b.status_of(1), Some(IoStatus::Ok));
+    w.restart();
+    w.run();
+    w.b.disconnect(1);
+    w.disks[1].data[10] = 0;
+    w.b.registers[1].incarnation += 1;
+    w.b.connect(1);
+    assert_eq!(w.in_sync(), [0, 2]);
+    rest(&mut w);
+    w.assert_alike();
+    // What a round has flushed cannot be lost.
+    w.restart();
+    rest(&mut w);
+    w.b.disconnect(1);
+    w.b.registers[1].incarnation += 1;
+    w.b.connect(1);
+    assert_eq!(w.in_sync(), [0, 1, 2]);
+}
+
 #[test]
 fn a_member_that_was_away_gets_what_was_written_meanwhile_and_no_more() {
     let mut w = world(3);

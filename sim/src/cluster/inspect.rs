@@ -1,10 +1,10 @@
 //! What is looked at from outside: disks as after a crash at that moment, registers, epochs.
 
 use cairn_block::{
-    BlockSize, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
+    BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
 };
 use cairn_engine::VolumeReport;
-use cairn_engine::replica::{DiskOp, MultiPool, Register, ReplicaSlot, change};
+use cairn_engine::replica::{DiskOp, MultiPool, OpenedSet, Register, ReplicaSlot, change};
 
 use super::members::pool_of;
 use super::{Cluster, keys, pools, volume_of};
@@ -74,7 +74,12 @@ impl Cluster {
                     if history.borrow().may_be_torn(lba) {
                         continue;
                     }
-                    let (x, y) = (history.borrow().decode(lba, x), history.borrow().decode(lba, y));
+                    if x == y {
+                        continue;
+                    }
+                    let (x, y) = (self.decrypted(volume, lba, x), self.decrypted(volume, lba, y));
+                    let (x, y) =
+                        (history.borrow().decode(lba, &x), history.borrow().decode(lba, &y));
                     check!(
                         Check::MembersAlike,
                         x == y || (!all && history.borrow().may_differ(lba)),
@@ -160,21 +165,32 @@ impl Cluster {
     /// # Panics
     /// Where a difference would not be found.
     pub(super) fn check_marks(&self, reports: &[VolumeReport]) {
+        let disks: Vec<Vec<SimDisk>> = (0..self.disks.len()).map(|at| self.copies(at)).collect();
+        self.check_marks_on(reports, &disks);
+    }
+
+    /// The same, of the pools' disks as they could be left by now.
+    pub(super) fn check_marks_on(&self, reports: &[VolumeReport], disks: &[Vec<SimDisk>]) {
         for report in reports.iter().filter(|report| report.serving) {
             let volume = volume_of(report.id);
             let members = report.children.iter().filter(|child| child.in_sync);
             let members: Vec<ReplicaId> = members.map(|child| child.replica).collect();
+            if members.len() < 2 {
+                continue;
+            }
+            let of = |id: ReplicaId| disks[pool_of(id)].clone();
             let contents: Vec<Vec<u8>> =
-                members.iter().map(|&id| self.image_of(volume, id).bytes).collect();
-            let told: Vec<Vec<u8>> = members.iter().map(|&id| self.changes(id)).collect();
+                members.iter().map(|&id| self.image_on(id, of(id)).bytes).collect();
+            let told: Vec<Vec<u8>> = members.iter().map(|&id| self.changes(id, of(id))).collect();
             let extent = EXTENT_BLOCKS * PAGE;
             for at in 0..contents[0].len().div_ceil(extent) {
-                let part = |bytes: &Vec<u8>| {
-                    let end = (at * extent + extent).min(bytes.len());
-                    bytes[at * extent..end].to_vec()
+                let part = |bytes: &Vec<u8>| at * extent..(at * extent + extent).min(bytes.len());
+                let first = &contents[0][part(&contents[0])];
+                let alike = |bytes: &Vec<u8>| {
+                    let part = &bytes[part(bytes)];
+                    *part == *first || self.are_alike(volume, at, part, first)
                 };
-                let first = part(&contents[0]);
-                if contents.iter().all(|bytes| part(bytes) == first) {
+                if contents.iter().all(alike) {
                     continue;
                 }
                 let open = told.iter().any(|told| told[at] & change::OPEN != 0);
@@ -188,8 +204,8 @@ impl Cluster {
         }
     }
 
-    fn changes(&self, id: ReplicaId) -> Vec<u8> {
-        let pool = pools::open(&mut self.copies(pool_of(id))).pool;
+    fn changes(&self, id: ReplicaId, mut disks: Vec<SimDisk>) -> Vec<u8> {
+        let pool = pools::open(&mut disks).pool;
         let extents = self.config.blocks.div_ceil(EXTENT_BLOCKS as u64);
         let mut out = vec![0; usize::try_from(extents).expect("a small volume")];
         let slot = pool.find(id).expect("the replica is there");
@@ -198,31 +214,50 @@ impl Cluster {
     }
 
     fn snapshot_contents(&self, volume: usize, of: ReplicaId, id: SnapshotId) -> Option<Vec<u8>> {
-        let image = self.read_pool(volume, pool_of(of), |pool| pool.find_snapshot(of, id))?;
+        let image = self.read_pool(pool_of(of), |pool| pool.find_snapshot(of, id))?;
         // A part of it may have been lost with a disk.
         let lost = self.is_wide(pool_of(of)) && !image.whole;
         check!(Check::Scrub, image.whole || lost, "snapshot {id} of replica {of} cannot be read");
-        image.whole.then_some(image.bytes)
+        image.whole.then(|| self.decrypted(volume, 0, &image.bytes))
     }
 
-    /// What a replica holds, read from its pool as after a crash at this moment, and decrypted.
+    /// What hosts see of these blocks.
+    fn decrypted(&self, volume: usize, lba: u64, bytes: &[u8]) -> Vec<u8> {
+        let mut bytes = bytes.to_vec();
+        if self.config.encrypted {
+            keys(volume).0.decrypt(Lba(lba), BlockSize::B4096, &mut bytes);
+        }
+        bytes
+    }
+
+    /// Whether hosts see the same of two extents.
+    fn are_alike(&self, volume: usize, extent: usize, a: &[u8], b: &[u8]) -> bool {
+        let blocks = a.chunks(PAGE).zip(b.chunks(PAGE)).zip((extent * EXTENT_BLOCKS) as u64..);
+        let mut differing = blocks.filter(|((a, b), _)| a != b);
+        let encrypted = self.config.encrypted;
+        differing.all(|((a, b), lba)| {
+            encrypted && self.decrypted(volume, lba, a) == self.decrypted(volume, lba, b)
+        })
+    }
+
+    /// What a replica holds, read from its pool as after a crash at this moment; as it is on the disk.
     pub(super) fn contents(&self, volume: usize, id: ReplicaId) -> Vec<u8> {
-        let image = self.image_of(volume, id);
+        let image = self.image_on(id, self.copies(pool_of(id)));
         check!(Check::Scrub, image.whole, "replica {id} of volume {volume} cannot be read");
         image.bytes
     }
 
-    fn image_of(&self, volume: usize, id: ReplicaId) -> Image {
-        self.read_pool(volume, pool_of(id), |pool| pool.find(id)).expect("the replica is there")
+    fn image_on(&self, id: ReplicaId, disks: Vec<SimDisk>) -> Image {
+        let find = |pool: &MultiPool| pool.find(id);
+        Self::read_image(disks, self.config.blocks, find).expect("the replica is there")
     }
 
     fn read_pool(
         &self,
-        volume: usize,
         at: usize,
         find: impl Fn(&MultiPool) -> Option<ReplicaSlot>,
     ) -> Option<Image> {
-        self.read_image(volume, self.copies(at), self.config.blocks, find)
+        Self::read_image(self.copies(at), self.config.blocks, find)
     }
 
     /// Every replica's register and bytes in a pool, whose disks these are.
@@ -231,71 +266,92 @@ impl Cluster {
         at: usize,
         disks: &[SimDisk],
     ) -> Vec<(Option<Register>, Option<Image>)> {
-        let seats = self.seats.iter().enumerate();
-        let seats = seats.flat_map(|(volume, all)| all.iter().map(move |seat| (volume, seat)));
-        let here = seats.filter(|(_, seat)| seat.pool == at);
-        here.map(|(volume, seat)| {
+        let here = self.seats.iter().flatten().filter(|seat| seat.pool == at);
+        here.map(|seat| {
             let pool = pools::open(&mut disks.to_vec()).pool;
             let slot = pool.find(seat.id);
             let register = slot.and_then(|slot| pool.register(slot).cloned());
             // A witness holds none.
             let blocks = if seat.witness { 0 } else { self.config.blocks };
             let find = |pool: &MultiPool| pool.find(seat.id);
-            (register, self.read_image(volume, disks.to_vec(), blocks, find))
+            (register, Self::read_image(disks.to_vec(), blocks, find))
         })
         .collect()
     }
 
     fn read_image(
-        &self,
-        volume: usize,
         mut disks: Vec<SimDisk>,
         blocks: u64,
         find: impl Fn(&MultiPool) -> Option<ReplicaSlot>,
     ) -> Option<Image> {
         let mut opened = pools::open(&mut disks);
-        let pool = &mut opened.pool;
-        let slot = find(pool)?;
+        let slot = find(&opened.pool)?;
         // A pool that moves extents from one disk to another takes some for that.
         let mut memory = HeapMemory::new(if disks.len() > 1 { 8 << 20 } else { 2 << 20 });
         let (mut out, mut whole) = (Vec::new(), true);
         let step = 256;
         for lba in (0..blocks).step_by(step) {
             let blocks = (step as u64).min(blocks - lba);
-            let len = u32::try_from(blocks).expect("a short read") * 4096;
-            let buf = memory.alloc(len).expect("the arena holds it");
-            let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
-            let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
-            pool.submit(0, slot, request, &mut memory);
-            let mut waits = 0;
-            let done = loop {
-                if let Some(done) = pool.poll_done() {
-                    break done;
-                }
-                let Some((number, io)) = pool.poll_disk() else {
-                    // What is read may be on its way from one disk to another: that goes on first.
-                    pool.retry(&mut memory);
-                    waits += 1;
-                    assert!(waits < 3, "a read does not go on");
-                    continue;
-                };
-                waits = 0;
-                perform(&mut disks[opened.devices[usize::from(number)]], io.op, &mut memory);
-                pool.handle_disk(number, io.id, Ok(()), &mut memory);
-            };
-            let got = memory.bytes_mut(buf.slice());
-            if !done.status.is_ok() {
-                got.fill(UNREADABLE);
-                whole = false;
+            let status =
+                read_range(&mut opened, slot, &mut disks, &mut memory, (lba, blocks), &mut out);
+            if status.is_ok() {
+                continue;
             }
-            out.extend_from_slice(got);
-            memory.release(buf);
-        }
-        if self.config.encrypted {
-            keys(volume).0.decrypt(Lba(0), BlockSize::B4096, &mut out);
+            // Of a block whose last write failed nothing is known.
+            let failed = disks.iter().any(|disk| disk.has_failed);
+            whole &= failed;
+            for lba in lba..lba + blocks {
+                let status = match failed {
+                    true => {
+                        read_range(&mut opened, slot, &mut disks, &mut memory, (lba, 1), &mut out)
+                    }
+                    false => IoStatus::MediaError,
+                };
+                if !status.is_ok() {
+                    out.extend_from_slice(&[UNREADABLE; PAGE]);
+                }
+            }
         }
         Some(Image { bytes: out, whole })
     }
+}
+
+/// Adds what is in these blocks.
+fn read_range(
+    opened: &mut OpenedSet,
+    slot: ReplicaSlot,
+    disks: &mut [SimDisk],
+    memory: &mut HeapMemory,
+    (lba, blocks): (u64, u64),
+    out: &mut Vec<u8>,
+) -> IoStatus {
+    let pool = &mut opened.pool;
+    let len = u32::try_from(blocks).expect("a short read") * 4096;
+    let buf = memory.alloc(len).expect("the arena holds it");
+    let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
+    let request = IoRequest { op: IoOp::Read, range, buf: buf.slice() };
+    pool.submit(0, slot, request, memory);
+    let mut waits = 0;
+    let done = loop {
+        if let Some(done) = pool.poll_done() {
+            break done;
+        }
+        let Some((number, io)) = pool.poll_disk() else {
+            // What is read may be on its way from one disk to another: that goes on first.
+            pool.retry(memory);
+            waits += 1;
+            assert!(waits < 3, "a read does not go on");
+            continue;
+        };
+        waits = 0;
+        perform(&mut disks[opened.devices[usize::from(number)]], io.op, memory);
+        pool.handle_disk(number, io.id, Ok(()), memory);
+    };
+    if done.status.is_ok() {
+        out.extend_from_slice(memory.bytes(buf.slice()));
+    }
+    memory.release(buf);
+    done.status
 }
 
 /// What a replica or a snapshot holds.

@@ -2,7 +2,7 @@
 
 use std::sync::mpsc;
 
-use cairn_engine::nexus::Pace;
+use cairn_block::ReplicaId;
 use cairn_engine::replica::{CheckOptions, PoolError, check_pool, inspect_superblock};
 use cairn_engine::{Command, EngineError, Reply, Shard, ShardConfig, WatchedVolume};
 
@@ -35,7 +35,7 @@ impl Cluster {
             volume_requests: self.config.volume_requests,
             assembly_wait_ms: 300,
             overcommit: 0,
-            pace: Pace::default(),
+            pace: self.config.tuning.pace,
         }
     }
 
@@ -57,7 +57,10 @@ impl Cluster {
 
     pub(super) fn add_pool(&mut self, node: NodeId, at: usize) {
         self.check_recovery(at);
-        let (pool, devices) = self.open_pool(at);
+        let (mut pool, devices) = self.open_pool(at);
+        if let Some(dirty) = self.config.tuning.dirty_extents {
+            pool.set_checksum_limits(dirty.max(2), dirty);
+        }
         let pool = Box::new(pool);
         let name = pool_name(at);
         self.command(node, |reply| Command::AddPool { name, devices, pool, reply })
@@ -225,28 +228,6 @@ impl Cluster {
     pub(super) fn watch(&mut self, node: NodeId) {
         let mut new_truths = Vec::new();
         let Process::Shard(shard) = &self.processes[node.0] else { return };
-        if let Some(which) = self.nexuses.iter().position(|n| *n == Some(node)) {
-            for WatchedVolume { id, epoch, serving } in shard.watch_volumes() {
-                if !serving {
-                    continue;
-                }
-                let epoch = self.era(volume_of(id), epoch.0);
-                self.serving.borrow_mut().insert((id, which), epoch);
-                let first = *self.served.entry((id, epoch)).or_insert(node);
-                check!(
-                    Check::OneNexusPerEpoch,
-                    first == node,
-                    "volume {id} is served by node {} and by node {} in epoch {epoch:#x}",
-                    first.0,
-                    node.0
-                );
-                let forced = &mut self.forced[volume_of(id)];
-                if let Some(forced) = forced.as_mut().filter(|f| !f.serves) {
-                    forced.serves = true;
-                    new_truths.push(volume_of(id));
-                }
-            }
-        }
         for found in shard.watch_registers() {
             let (promised, accepted) = (found.promised.0, (found.accepted.0.0, found.accepted.1));
             let was = self.registers.entry(found.replica).or_default();
@@ -258,6 +239,44 @@ impl Cluster {
             );
             *was = (promised, accepted);
         }
+        if let Some(which) = self.nexuses.iter().position(|n| *n == Some(node)) {
+            for WatchedVolume { id, epoch, serving, stored } in shard.watch_volumes() {
+                if !serving {
+                    continue;
+                }
+                let volume = volume_of(id);
+                let by = (epoch.0, stored);
+                let epoch = self.era(volume, epoch.0);
+                self.serving.borrow_mut().insert((id, which), epoch);
+                if self.configs.insert((id, which), by) != Some(by) {
+                    let voters = shard.watch_voters(id);
+                    let known = |r: &&ReplicaId| self.registers.get(r).is_some_and(|r| r.1 >= by);
+                    let have = voters.iter().filter(known).count();
+                    check!(
+                        Check::ConfigIsStored,
+                        voters.is_empty() || have > voters.len() / 2,
+                        "volume {id} is served by the configuration {by:?}, which {have} of {} voters \
+                         have: {:?}",
+                        voters.len(),
+                        self.registers
+                    );
+                    self.histories[volume].borrow_mut().epoch_serves(epoch);
+                }
+                let first = *self.served.entry((id, epoch)).or_insert(node);
+                check!(
+                    Check::OneNexusPerEpoch,
+                    first == node,
+                    "volume {id} is served by node {} and by node {} in epoch {epoch:#x}",
+                    first.0,
+                    node.0
+                );
+                let forced = &mut self.forced[volume];
+                if let Some(forced) = forced.as_mut().filter(|f| !f.serves) {
+                    forced.serves = true;
+                    new_truths.push(volume);
+                }
+            }
+        }
         for volume in new_truths {
             self.take_truth_from_source(volume);
         }
@@ -265,6 +284,10 @@ impl Cluster {
 
     /// A pool that is about to be opened is sound, and a crash on the way leads to the same.
     pub(super) fn check_recovery(&mut self, at: usize) {
+        self.starts += 1;
+        if !self.starts.is_multiple_of(self.config.tuning.looks_each.max(1)) {
+            return;
+        }
         let mut disks = self.copies(at);
         for disk in &disks {
             let mut checked = disk.clone();

@@ -178,7 +178,7 @@ impl Run {
     }
 
     /// All machines but the hosts'.
-    fn machines(&self) -> Vec<Machine> {
+    pub(super) fn machines(&self) -> Vec<Machine> {
         let pools = (0..self.cluster.pools()).map(|at| self.cluster.machine_of(at));
         let mut all: Vec<Machine> = pools.collect();
         all.push(self.cluster.nexus_machine(0));
