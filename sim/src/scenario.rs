@@ -623,7 +623,8 @@ impl Run {
         // Where a pool has gone offline and its replica was the last in sync, somebody must.
         // And nobody sees that of a witness's before its vote is needed.
         let unseen = self.cluster.is_witness_pool(self.victim);
-        if self.faults.replica && (unseen || self.needs_help() || self.rng.chance(300)) {
+        let hurt = self.faults.replica || self.faults.slips;
+        if hurt && (unseen || self.needs_help() || self.rng.chance(300)) {
             self.restart_victim();
         }
         self.come_to_rest();

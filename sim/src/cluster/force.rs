@@ -115,6 +115,7 @@ impl Cluster {
     pub(super) fn take_truth_from_source(&mut self, volume: usize) {
         let Some(forced) = self.forced[volume] else { return };
         let bytes = self.contents(volume, forced.source);
+        let bytes = self.decrypted(volume, 0, &bytes);
         self.histories[volume].borrow_mut().starts_anew(&bytes);
     }
 }

@@ -222,7 +222,7 @@ impl Cluster {
     }
 
     /// What hosts see of these blocks.
-    fn decrypted(&self, volume: usize, lba: u64, bytes: &[u8]) -> Vec<u8> {
+    pub(super) fn decrypted(&self, volume: usize, lba: u64, bytes: &[u8]) -> Vec<u8> {
         let mut bytes = bytes.to_vec();
         if self.config.encrypted {
             keys(volume).0.decrypt(Lba(lba), BlockSize::B4096, &mut bytes);

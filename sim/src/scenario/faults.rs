@@ -28,7 +28,8 @@ impl Run {
     pub(super) fn needs_help(&self) -> bool {
         let f = self.faults;
         let several = f.everywhere || f.takeover || f.pause || f.partition || f.blackout || f.storm;
-        several || self.operator.is_some() || self.cluster.voters() < 3
+        // One error may take the pool offline of which there is no other.
+        several || f.slips || self.operator.is_some() || self.cluster.voters() < 3
     }
 
     pub(super) fn restart_victim(&mut self) {
