@@ -1,14 +1,14 @@
 //! How children and the volume stand: who is taken out and comes back, and when the volume is online,
 //! degraded, suspended or fenced.
 
-use cairn_block::IoStatus;
 use cairn_block::mutants::{Mutant, on};
+use cairn_block::{IoOp, IoStatus};
 
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::nexus::Nexus;
 use crate::register::Register;
-use crate::slots::{ChildSet, Phase};
+use crate::slots::{ChildSet, Phase, Slot};
 use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
 
 impl Nexus {
@@ -119,6 +119,9 @@ impl Nexus {
                     // Nobody else is left. What it lost was copied to the target perhaps, and is taken back.
                     self.fail_child(target, FaultReason::Behind);
                 }
+                if lost && self.in_sync.has(child) {
+                    self.forget_what_it_did(child);
+                }
                 if self.in_sync.has(child) {
                     self.push_event(Event::ChildOnline(child));
                 }
@@ -148,6 +151,23 @@ impl Nexus {
             Err(IoStatus::Fenced) if !self.voters.has(child) => self.voter_refused(child),
             Err(IoStatus::Fenced) => self.fence(),
             Err(_) => self.push_event(Event::ResetChild(child)),
+        }
+    }
+
+    /// A member lost power, and nobody else is left: what it had done of requests that are not answered yet
+    /// is not done, and they are done again.
+    fn forget_what_it_did(&mut self, child: ChildId) {
+        let lost = |s: &Slot| {
+            let changes = s.request.op.is_mutation() || s.request.op == IoOp::Flush;
+            s.phase == Phase::Running && changes && s.ok.has(child)
+        };
+        let lost: Vec<u16> =
+            self.slots.iter().filter(|(_, slot)| lost(slot)).map(|(at, _)| at).collect();
+        for at in lost {
+            let slot = self.slots.slot(at);
+            slot.ok = slot.ok.without(ChildSet::of(child));
+            slot.failed = slot.failed.with(child);
+            self.ready.push_back(at);
         }
     }
 
