@@ -388,7 +388,8 @@ impl History {
                 write.maybe = false;
                 won = std::mem::take(&mut write.lottery);
             }
-            let lost = |w: &Write| won != 0 && w.lottery == won;
+            // One that is still on its way is done later perhaps.
+            let lost = |w: &Write| won != 0 && w.lottery == won && w.ended != OPEN;
             ghosts.extend(block.writes.extract_if(.., |w| lost(w)));
             self.judged += 1;
         }
