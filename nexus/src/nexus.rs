@@ -445,8 +445,10 @@ impl Nexus {
         let late = late.or(self.late_in_joining(now_ms)).or(self.late_in_upkeep(now_ms));
         let late = late.or(self.late_in_copies(now_ms));
         self.give_up_mirror(late.or(self.late_at_mirror(now_ms)));
-        // Where everybody is late nobody is given up: there would be nobody to serve instead.
-        if !self.in_sync.without(self.failing()).without(late).is_empty() {
+        // Where everybody who is there is late nobody is given up: there would be nobody to serve instead. One
+        // that is away may come back without what it had not flushed.
+        let left = self.in_sync.without(self.failing()).without(late);
+        if left.iter().any(|c| self.children[usize::from(c.0)].connected) {
             self.give_up(late, now_ms);
         }
         self.ask_again();

@@ -839,3 +839,17 @@ fn a_read_that_has_its_range_for_itself_gives_it_back_where_nobody_can_answer() 
     }
     assert_eq!((b.status_of(1), b.status_of(3)), (Some(IoStatus::Ok), Some(IoStatus::Ok)));
 }
+
+/// It may have lost power meanwhile, and they have all.
+#[test]
+fn members_that_are_late_are_not_given_up_for_one_that_is_away() {
+    let mut b = Bench::online(3);
+    b.write(1, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    b.disconnect(0);
+    b.pass(DEADLINE * 2);
+    assert_eq!(b.nexus.in_sync.iter().count(), 3);
+    b.answer(1, IoStatus::Ok);
+    b.answer(2, IoStatus::Ok);
+    assert_eq!(b.status_of(1), Some(IoStatus::Ok));
+}

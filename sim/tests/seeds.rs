@@ -52,6 +52,14 @@ fn nothing_fails_where_nothing_goes_wrong() {
     }
 }
 
+/// Members that were late were given up for one that was away, and came back without what it had acked
+/// (3007377); lives of machines, and writes on their way, were told wrongly (4006128, 554).
+#[test]
+fn seeds_of_losses_of_power() {
+    check([3_007_377].into_iter(), |seed| run_at(seed, Focus::Everything, None));
+    check([554, 4_006_128].into_iter(), |seed| run(seed, None));
+}
+
 /// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild, reads
 /// that held the memory which they waited for.
 #[test]

@@ -21,7 +21,8 @@ impl Cluster {
         ShardConfig {
             node_nqn: format!("nqn.2026-11.io.cairn:node:{}", machine.0),
             node_id: machine.0 as u128 + 1,
-            incarnation: self.lives[machine.0],
+            // 0 would say that it is not told.
+            incarnation: self.lives[machine.0] + 1,
             cntlid_min: 1 + number * 1000,
             cntlid_max: 1000 + number * 1000,
             replica_kato_ms: self.config.replica_kato_ms,
