@@ -240,7 +240,9 @@ impl Nexus {
     fn ask_to_grow(&mut self, child: ChildId, blocks: u64, rejoins: bool) {
         self.round += 1;
         let (round, epoch) = (self.round, self.epoch);
-        self.child(child).growing = Some((round, rejoins));
+        // One that waits for a smaller size to be taken up again waits for this one.
+        let waits = self.child(child).growing.is_some_and(|(_, rejoins)| rejoins);
+        self.child(child).growing = Some((round, rejoins || waits));
         self.ask(child, round, ChildOp::Resize { epoch, blocks });
     }
 

@@ -60,6 +60,12 @@ fn seeds_of_losses_of_power() {
     check([554, 4_006_128].into_iter(), |seed| run(seed, None));
 }
 
+/// A volume grew twice while a member that had come back grew: it was not taken up again.
+#[test]
+fn a_member_grows_twice() {
+    check([5_000_645].into_iter(), |seed| run(seed, None));
+}
+
 /// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild, reads
 /// that held the memory which they waited for.
 #[test]

@@ -356,3 +356,26 @@ fn a_nexus_finds_stored_that_the_volume_is_being_taken_back() {
     (0..3).for_each(|i| b.connect(i));
     assert!(b.events.iter().all(|e| !matches!(e, Event::Restoring(_))));
 }
+
+/// It is taken up again once it has grown, also where it is asked for more meanwhile.
+#[test]
+fn a_replica_that_comes_back_is_asked_to_grow_twice() {
+    let mut b = sized(3);
+    b.disconnect(2);
+    b.write(1, 0, 1);
+    (0..2).for_each(|i| b.answer(i, IoStatus::Ok));
+    resize(&mut b, 1500).unwrap();
+    b.hold_registers = true;
+    b.connect(2);
+    // The promise.
+    let io = b.held.pop_front().unwrap();
+    let reply = b.obey(&io);
+    b.nexus.handle_register(io.child, io.ticket, reply, b.now);
+    b.pump();
+    assert!(matches!(b.held[0].op, ChildOp::Resize { blocks: 1500, .. }));
+    resize(&mut b, 2000).unwrap();
+    b.answer_registers();
+    b.hold_registers = false;
+    assert_eq!(b.nexus.blocks(), 2000);
+    assert!(b.nexus.children[2].bound, "it is rebuilt");
+}
