@@ -103,7 +103,7 @@ fn a_full_pool_leaves_the_replicas_alike() {
 fn members_change_and_volumes_are_started_by_force() {
     let (changes, forced) = (Cell::new(0), Cell::new(0));
     check(8000..8120, |seed| {
-        let outcome = run(seed, None);
+        let outcome = run_at(seed, Focus::Everything, None);
         changes.set(changes.get() + outcome.changes);
         forced.set(forced.get() + outcome.forced);
         outcome

@@ -113,8 +113,9 @@ struct Bench<'a> {
     release: &'a OnceCell<bool>,
 }
 
-/// How long the simulator begins new seeds.
+/// How long the simulator begins new seeds, and how many at most.
 const SIM_SECONDS: u64 = 120;
+const SIM_SEEDS: u64 = 4_500;
 const BUILD_LIMIT: Duration = Duration::from_secs(1_800);
 
 impl Bench<'_> {
@@ -284,9 +285,9 @@ fn crash(bench: &Bench) -> Result<Counts> {
 }
 
 fn sim(bench: &Bench) -> Result<Counts> {
-    let seconds = SIM_SECONDS.to_string();
+    let (seconds, seeds) = (SIM_SECONDS.to_string(), SIM_SEEDS.to_string());
     let args = ["run", "-q", "--release", "-p", "cairn-sim", "--", "--seconds", &seconds];
-    let ended = bench.cargo(&args)?;
+    let ended = bench.cargo(&[&args[..], &["--seeds", &seeds]].concat())?;
     Ok(last_line(&bench.output()).checked(ended))
 }
 

@@ -101,7 +101,9 @@ impl<D: Driver> Shard<D> {
             if local.register_busy {
                 return;
             }
-            let Some(&Asked { origin, slot, .. }) = local.registers.front() else { return };
+            let Some(&Asked { origin, slot, ref op }) = local.registers.front() else { return };
+            // Reads wait for leases: nothing is copied for one.
+            let renews = matches!(op, RegisterOp::Renew { .. });
             // Whoever asked is gone, and with it perhaps the replica: the slot may be another's now.
             if let Origin::Host { conn, generation, .. } = origin
                 && self.host_queue(conn, generation).is_none()
@@ -109,10 +111,14 @@ impl<D: Driver> Shard<D> {
                 self.pools[usize::from(pool)].registers.pop_front();
                 continue;
             }
-            let (blocks, now) = (self.replica_blocks(pool, slot), self.now_ms());
+            let blocks = if renews { 0 } else { self.replica_blocks(pool, slot) };
+            let now = self.now_ms();
             let local = &mut self.pools[usize::from(pool)];
             let Some(asked) = local.registers.front() else { return };
-            let held = local.pool.register(slot).map(|r| to_nexus(r, life, blocks));
+            let held = local.pool.register(slot).map(|r| match renews {
+                true => Register { promised_epoch: r.promised_epoch, ..Register::default() },
+                false => to_nexus(r, life, blocks),
+            });
             let verdict = match held {
                 Some(held) => consider(held, &asked.op),
                 None => Verdict::Answer(Err(IoStatus::NotReady)),
