@@ -293,7 +293,7 @@ fn sim(bench: &Bench) -> Result<Counts> {
 
 fn check(bench: &Bench) -> Result<Counts> {
     let mut check = Command::new(bench.cairn()?);
-    bench.run(check.args(["up", "--check"]), Duration::from_secs(300)).map(Counts::of)
+    bench.run(check.args(["up", "--check"]), Duration::from_secs(600)).map(Counts::of)
 }
 
 fn rot(bench: &Bench) -> Result<Counts> {
