@@ -347,10 +347,13 @@ impl MultiPool {
             if status == IoStatus::NoSpace
                 && !self.member(part.member).pool.maps(slot, part.logical)
             {
-                // It got no extent there; another device may have room.
+                // It got no extent there; another device may have room, or give it to a part that waited with
+                // this one.
                 part.tried |= 1 << part.member;
                 let next = self.choose(Some(part.slot), part.tried);
-                if next.is_some_and(|m| self.has_room(m, part.slot)) {
+                if self.holder(part.slot, part.logical).is_some()
+                    || next.is_some_and(|m| self.has_room(m, part.slot))
+                {
                     self.rerun(part, mem);
                     return;
                 }

@@ -386,6 +386,42 @@ fn a_thick_replica_has_room_on_all_devices_together() {
     }
 }
 
+/// Requests that ask one device for more than it has left, because they wait there together behind one that
+/// waits for room to come back, get it on another: also those that wait for one and the same extent.
+#[test]
+fn requests_that_wait_together_get_the_room_of_another_device() {
+    for seed in 0..12 {
+        let mut set = Set::formatted(&[DISK, DISK], seed);
+        let total = set.pool.usage().extents_total;
+        let thin = set.create(1, 4 * total);
+        let slot = thick(&mut set, 2, 6).unwrap();
+        assert_eq!(fill_up(&mut set, thin, 0), total - 6);
+        let buf = set.mem.alloc(4096).unwrap();
+        let mut tags = Vec::new();
+        let write = IoOp::Write { fua: false };
+        let late = 2 * total;
+        let asked = [(thin, IoOp::Discard, seed / 2), (thin, write, late), (thin, write, late + 1)];
+        for (of, op, extent) in asked.into_iter().chain((0..12).map(|n| (slot, write, n / 2))) {
+            let tag = set.tag();
+            let part =
+                if op == write { (1, buf.slice()) } else { (EXTENT_BLOCKS, BufSlice::EMPTY) };
+            let range = LbaRange::new(Lba(extent * EXTENT_BLOCKS), part.0).unwrap();
+            set.pool.submit(tag, of, IoRequest { op, range, buf: part.1 }, &mut set.mem);
+            tags.extend((of == slot).then_some(tag));
+            if op == IoOp::Discard {
+                // The extent is on its way back.
+                (0..seed % 2).for_each(|_| assert!(set.step()));
+            }
+        }
+        let done = set.settle();
+        for tag in tags {
+            let done = done.iter().find(|d| d.tag == tag).unwrap();
+            assert_eq!(done.status, IoStatus::Ok, "seed {seed}");
+        }
+        set.mem.release(buf);
+    }
+}
+
 #[test]
 fn a_thick_replica_with_snapshots_has_room_where_they_are() {
     for devices in 2..=3 {
