@@ -476,7 +476,9 @@ impl Nexus {
         let (blocks, encryption) = (config.blocks, config.encryption.clone());
         self.voters = voters;
         self.restoring = config.restoring;
-        self.wanted = Wanted { blocks, encryption, voters, restoring: config.restoring };
+        self.deleted.clone_from(&config.deleted);
+        let (restoring, deleted) = (config.restoring, config.deleted.clone());
+        self.wanted = Wanted { blocks, encryption, voters, restoring, deleted };
         self.in_sync = ChildSet::EMPTY;
         let old = self.of_older_lineage(config.lineage);
         for at in 0..self.children.len() {

@@ -73,6 +73,7 @@ impl Nexus {
             encryption: self.wanted.encryption.clone(),
             holder: self.config.holder,
             restoring: self.wanted.restoring,
+            deleted: self.wanted.deleted.clone(),
             members: members.clone(),
         };
         let register = Register {

@@ -23,6 +23,10 @@ const SECTION_ENCRYPTION: u16 = 1;
 const SECTION_HOLDER: u16 = 2;
 /// A section: to which snapshot the volume is being taken back.
 const SECTION_RESTORING: u16 = 3;
+/// A section: snapshots that were deleted, and that a replica may still have.
+const SECTION_DELETED: u16 = 5;
+/// Deleted snapshots that a configuration names at most: so many fit in a register beside the rest.
+pub const MAX_DELETED: usize = 32;
 
 /// A voter of the volume, as its configuration has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -64,6 +68,9 @@ pub struct Config {
     /// The snapshot that the volume is being taken back to. Some replicas may have done it and others not:
     /// all do it before hosts are served.
     pub restoring: Option<SnapshotId>,
+    /// Snapshots that were deleted, and that a replica which was away may still have: at most
+    /// [`MAX_DELETED`].
+    pub deleted: Vec<SnapshotId>,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -111,7 +118,8 @@ impl Config {
     /// ```
     ///
     /// Section 1: encryption. Section 2: the holder (16 bytes), where it is told. Section 3: the snapshot that
-    /// the volume is being taken back to (16 bytes), where it is.
+    /// the volume is being taken back to (16 bytes), where it is. Section 5: the deleted snapshots that a
+    /// replica may still have (16 bytes each), where there are any.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -141,6 +149,10 @@ impl Config {
         if let Some(id) = self.restoring {
             push_section(&mut out, SECTION_RESTORING, &id.to_bytes());
         }
+        if !self.deleted.is_empty() {
+            let ids: Vec<u8> = self.deleted.iter().flat_map(|id| id.to_bytes()).collect();
+            push_section(&mut out, SECTION_DELETED, &ids);
+        }
         out
     }
 
@@ -165,7 +177,8 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let Sections { encryption, holder, restoring } = decode_sections(sections, expected)?;
+        let Sections { encryption, holder, restoring, deleted } =
+            decode_sections(sections, expected)?;
         let mut members = Vec::with_capacity(count);
         for m in head[HEADER..].chunks_exact(MEMBER) {
             if m[16] & !(IN_SYNC | WITNESS) != 0 {
@@ -189,6 +202,7 @@ impl Config {
             encryption,
             holder,
             restoring,
+            deleted,
             members,
         })
     }
@@ -219,6 +233,12 @@ struct Sections {
     encryption: Vec<u8>,
     holder: u128,
     restoring: Option<SnapshotId>,
+    deleted: Vec<SnapshotId>,
+}
+
+/// Whether these are some ids, and not too many.
+fn is_list(ids: &[u8]) -> bool {
+    !ids.is_empty() && ids.len().is_multiple_of(16) && ids.len() / 16 <= MAX_DELETED
 }
 
 /// What the sections say. They begin `at` bytes into the configuration.
@@ -242,6 +262,10 @@ fn decode_sections(mut rest: &[u8], at: usize) -> Result<Sections, ConfigError> 
             (SECTION_RESTORING, Ok(id)) if found.restoring.is_none() => {
                 found.restoring = Some(SnapshotId::from_bytes(id));
             }
+            (SECTION_DELETED, _) if found.deleted.is_empty() && is_list(bytes) => {
+                let ids = bytes.as_chunks().0.iter();
+                found.deleted = ids.map(|&id| SnapshotId::from_bytes(id)).collect();
+            }
             _ => return Err(ConfigError::Section(kind)),
         }
         rest = &rest[end..];
@@ -262,6 +286,7 @@ mod tests {
             encryption: Vec::new(),
             holder: 0,
             restoring: None,
+            deleted: Vec::new(),
             generation: 41,
             members: vec![
                 Member {
@@ -311,7 +336,11 @@ mod tests {
         let held = Config { holder: 5, ..Config::decode(&bytes).unwrap() };
         assert_eq!(Config::decode(&held.encode()), Ok(held.clone()));
         let restoring = Config { restoring: Some(SnapshotId(6)), ..held };
-        assert_eq!(Config::decode(&restoring.encode()), Ok(restoring));
+        assert_eq!(Config::decode(&restoring.encode()), Ok(restoring.clone()));
+        let mut deleted = Config { deleted: vec![SnapshotId(8), SnapshotId(9)], ..restoring };
+        assert_eq!(Config::decode(&deleted.encode()), Ok(deleted.clone()));
+        deleted.deleted = vec![SnapshotId(8); MAX_DELETED + 1];
+        assert_eq!(Config::decode(&deleted.encode()), Err(ConfigError::Section(SECTION_DELETED)));
         let mut long = bytes.clone();
         long[end + 4..end + 8].fill(0xff);
         assert!(Config::decode(&long).is_err());

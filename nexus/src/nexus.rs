@@ -55,6 +55,8 @@ pub struct Nexus {
     pub(crate) growing: Option<Growing>,
     /// By the configuration committed last: see [`Config::restoring`](crate::Config::restoring).
     pub(crate) restoring: Option<cairn_block::SnapshotId>,
+    /// By the configuration committed last: see [`Config::deleted`](crate::Config::deleted).
+    pub(crate) deleted: Vec<cairn_block::SnapshotId>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
@@ -123,10 +125,12 @@ impl Nexus {
                 encryption: encryption.clone(),
                 voters: ChildSet::EMPTY,
                 restoring: None,
+                deleted: Vec::new(),
             },
             changing: None,
             encryption,
             restoring: None,
+            deleted: Vec::new(),
             growing: None,
             round: 0,
             commit: None,

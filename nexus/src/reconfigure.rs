@@ -1,5 +1,5 @@
-//! What a configuration says besides who is in sync: the volume's size, its wrapped key, and the snapshot
-//! that it is being taken back to.
+//! What a configuration says besides who is in sync: the volume's size, its wrapped key, the snapshot that
+//! it is being taken back to, and which snapshots were deleted.
 //!
 //! All change by a commit like any other. A larger size is committed only once every replica that is
 //! there has grown to it; one that is not there grows when it comes back, before it is used. So the
@@ -8,6 +8,7 @@
 use cairn_block::{IoStatus, ReplicaId, SnapshotId};
 
 use crate::children::{ChildState, FaultReason};
+use crate::config::MAX_DELETED;
 use crate::nexus::Nexus;
 use crate::slots::ChildSet;
 use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
@@ -20,6 +21,7 @@ pub(crate) struct Wanted {
     /// While these are not those that vote, a majority of each has to store what is committed.
     pub(crate) voters: ChildSet,
     pub(crate) restoring: Option<SnapshotId>,
+    pub(crate) deleted: Vec<SnapshotId>,
 }
 
 /// A size that replicas are growing to.
@@ -163,6 +165,7 @@ impl Nexus {
             && self.wanted.encryption == self.encryption
             && self.wanted.voters == self.voters
             && self.wanted.restoring == self.restoring
+            && self.wanted.deleted == self.deleted
             && self.changing.is_none()
             && self.growing.is_none();
         if current { Ok(()) } else { Err(ChangeError::Busy) }
@@ -204,6 +207,42 @@ impl Nexus {
         self.commit_wanted();
         self.settle(now_ms);
         Ok(())
+    }
+
+    // ---- deleted snapshots
+
+    /// The deleted snapshots that a replica may still have, as it is stored.
+    #[must_use]
+    pub fn deleted(&self) -> &[SnapshotId] {
+        &self.deleted
+    }
+
+    /// Stores which deleted snapshots a replica may still have: one more before any replica is asked to
+    /// delete it, one less once all have. [`Event::Committed`] tells that it is stored.
+    ///
+    /// # Errors
+    /// [`ChangeError`] where it cannot be now; then nothing was begun.
+    ///
+    /// # Panics
+    /// With more than [`MAX_DELETED`](crate::MAX_DELETED).
+    pub fn set_deleted(
+        &mut self,
+        deleted: Vec<SnapshotId>,
+        now_ms: u64,
+    ) -> Result<(), ChangeError> {
+        assert!(deleted.len() <= MAX_DELETED, "so many do not fit");
+        self.check_change()?;
+        self.wanted.deleted = deleted;
+        self.commit_wanted();
+        self.settle(now_ms);
+        Ok(())
+    }
+
+    /// Whether every member that holds data is in sync.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let mut data = self.voters.iter().filter(|&c| self.holds_data(c));
+        self.wanted.voters == self.voters && data.all(|c| self.in_sync.has(c))
     }
 
     // ---- the size
@@ -336,6 +375,7 @@ impl Nexus {
             self.restoring = stored.restoring;
             self.push_event(Event::Restoring(stored.restoring));
         }
+        self.deleted = stored.deleted;
         if stored.encryption != self.encryption {
             self.encryption = stored.encryption;
             self.push_event(Event::KeyChanged);

@@ -167,6 +167,9 @@ pub struct Cluster {
     snapshots: Vec<AskedSnapshot>,
     /// Snapshots that were taken: of which replica, and what each holds.
     taken: Vec<(usize, SnapshotId, ReplicaId, Vec<u8>)>,
+    /// Snapshots that were asked to be deleted, and those of them that were.
+    dropped: Vec<(usize, SnapshotId, Answer)>,
+    deleted: Vec<(usize, SnapshotId)>,
     /// The replicas of each volume, whatever became of them.
     seats: Vec<Vec<Seat>>,
     /// Those that each of the machines that serve volumes is told of.
@@ -260,6 +263,8 @@ impl Cluster {
             starts: 0,
             snapshots: Vec::new(),
             taken: Vec::new(),
+            dropped: Vec::new(),
+            deleted: Vec::new(),
             named: [seats.clone(), seats.clone()],
             lineages: vec![0; config.volumes],
             forced: vec![None; config.volumes],

@@ -510,6 +510,21 @@ impl Run {
         }
         self.cluster.compare(deep && self.small.is_none());
         self.cluster.check_snapshots();
+        self.check_deletions();
+    }
+
+    /// A snapshot that was deleted goes from replicas that were away, too.
+    fn check_deletions(&mut self) {
+        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
+        while let Some((id, replica)) = self.cluster.snapshot_left() {
+            let now = self.cluster.world().now_ns();
+            check!(
+                Check::Snapshots,
+                now < limit,
+                "replica {replica} has deleted snapshot {id} still"
+            );
+            self.cluster.run_until(now + 200 * MS);
+        }
     }
 
     /// Every member is back in sync, and nothing that a nexus left different is open any more.
@@ -523,7 +538,7 @@ impl Run {
         loop {
             let now = self.cluster.world().now_ns();
             let state = self.cluster.volumes().expect("the nexus runs");
-            // A pool may be full: volumes grow, and snapshots that it was not there to delete stay.
+            // A pool may be full: volumes grow.
             let is_full = |c: &ChildReport| c.reason.contains("NoSpace");
             let is_settled = |c: &ChildReport| is_whole(c) || !is_member(c);
             let all = state

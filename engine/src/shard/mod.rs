@@ -4,6 +4,7 @@
 //! any more, and then sends what has piled up on each connection as one batch.
 
 mod commands;
+mod deletions;
 mod hosts;
 mod io;
 mod keys;
@@ -377,6 +378,7 @@ impl<D: Driver> Shard<D> {
             let next = volume.nexus.poll_timeout(now);
             self.wants_timeout(next);
             self.retry_restore(at, now);
+            self.retry_deletions(at, now);
             self.touch_volume(at);
         }
         let mut from = 0;

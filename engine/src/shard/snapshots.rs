@@ -61,6 +61,8 @@ pub(super) enum Told {
     Caller(Reply<()>),
     /// The volume that goes back to a snapshot.
     Restore,
+    /// The volume whose snapshot is deleted.
+    Delete,
 }
 
 impl SnapshotWork {
@@ -96,8 +98,23 @@ impl<D: Driver> Shard<D> {
             Ok(volumes) => volumes,
             Err(error) => return reply.send(Err(error)),
         };
-        if let (SnapshotVerb::Restore, &[(at, _)]) = (verb, volumes.as_slice()) {
-            return self.begin_restore(at, call.spec.id, reply, now);
+        match (verb, volumes.as_slice()) {
+            (SnapshotVerb::Restore, &[(at, _)]) => {
+                return self.begin_restore(at, call.spec.id, reply, now);
+            }
+            (SnapshotVerb::Delete, &[(at, _)]) => {
+                return self.begin_deletion(at, call.spec.id, reply, now);
+            }
+            _ => {}
+        }
+        let id = call.spec.id;
+        let left = |&&(at, _): &&(u32, u32)| self.volumes[at].nexus.deleted().contains(&id);
+        if let (SnapshotVerb::Create, Some(&(at, _))) = (verb, volumes.iter().find(left)) {
+            let name = &self.volumes[at].spec.name;
+            return reply.send(Err(EngineError::Busy(format!(
+                "volume `{name}` had a snapshot {id} that was deleted, and a replica may still have it: \
+                 use another id, or try again when every replica is in sync"
+            ))));
         }
         let memory = self.driver.memory();
         let Some(page) = memory.alloc(snapshot::PAGE) else {
@@ -134,9 +151,9 @@ impl<D: Driver> Shard<D> {
                 names.len()
             )));
         }
-        if verb == SnapshotVerb::Restore && names.len() != 1 {
-            let one = "volumes are taken back to a snapshot one at a time".to_owned();
-            return Err(EngineError::Invalid(one));
+        if matches!(verb, SnapshotVerb::Restore | SnapshotVerb::Delete) && names.len() != 1 {
+            let one = "snapshots are deleted, and volumes taken back to them, one volume at a time";
+            return Err(EngineError::Invalid(one.to_owned()));
         }
         let mut volumes: Vec<(u32, u32)> = Vec::new();
         for name in names {
@@ -266,7 +283,10 @@ impl<D: Driver> Shard<D> {
             (Told::Restore, &[at], status) => {
                 self.restore_answered(at, status.unwrap_or(IoStatus::Ok), now);
             }
-            (Told::Restore, ..) => {}
+            (Told::Delete, &[at], status) => {
+                self.deletion_answered(at, status.unwrap_or(IoStatus::Ok), now);
+            }
+            (Told::Restore | Told::Delete, ..) => {}
         }
     }
 
@@ -547,8 +567,14 @@ impl<D: Driver> Shard<D> {
             return;
         }
         let replicas = work.found.len();
+        let volume = self.volumes.get(work.volume);
+        let deleted = volume.map_or(&[][..], |v| v.nexus.deleted());
         let mut reports: Vec<SnapshotReport> = Vec::new();
         for entry in work.found.into_iter().flatten() {
+            // A replica that missed its deletion has it still; it is deleted there, too.
+            if deleted.contains(&entry.id) {
+                continue;
+            }
             match reports.iter_mut().find(|r| r.id == entry.id) {
                 Some(report) => {
                     report.replicas += 1;

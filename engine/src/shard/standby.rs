@@ -179,7 +179,9 @@ impl<D: Driver> Shard<D> {
     fn begin_hand_over(&mut self, at: u32, reply: Option<Reply<()>>, now: u64) {
         let deadline_ms = now + QUIESCE_MS;
         self.volumes[at].hand_over = Some(HandOver { reply, deadline_ms, stage: Stage::Quiesce });
-        self.forget_restore(at, "the volume is handed over; whoever serves it goes on with it");
+        let why = "the volume is handed over; whoever serves it goes on with it";
+        self.forget_restore(at, why);
+        self.forget_deletions(at, why);
         self.update_ana(at);
         self.wants_timeout(Some(deadline_ms));
         self.touch_volume(at);

@@ -16,6 +16,7 @@ use cairn_reactor::Driver;
 use cairn_replica::ReplicaSlot;
 
 use super::Shard;
+use super::deletions::Deletions;
 use super::io::Export;
 use super::keys;
 use super::pools::{Owner, serial_of};
@@ -88,6 +89,8 @@ pub(super) struct Volume {
     pub(super) frozen: bool,
     /// It is being taken back to a snapshot.
     pub(super) restore: Option<Restore>,
+    /// Snapshots of it that are being deleted.
+    pub(super) deletions: Deletions,
     /// It is being handed over to another process.
     pub(super) hand_over: Option<HandOver>,
     /// Who waits for it to be taken over.
@@ -186,6 +189,7 @@ impl<D: Driver> Shard<D> {
             key,
             frozen: false,
             restore: None,
+            deletions: Deletions::default(),
             hand_over: None,
             activation: None,
             busy: false,
@@ -388,6 +392,7 @@ impl<D: Driver> Shard<D> {
     fn drop_volume(&mut self, at: u32) {
         let gone = "the volume was removed meanwhile";
         self.forget_restore(at, gone);
+        self.forget_deletions(at, gone);
         let Some(mut volume) = self.volumes.remove(at) else { return };
         volume.fail_change(gone);
         if let Some(reply) = volume.activation.take() {
@@ -539,6 +544,7 @@ impl<D: Driver> Shard<D> {
                     let why = format!("the volume is {word}: {detail}");
                     volume.fail_change(&why);
                     self.forget_restore(at, &why);
+                    self.forget_deletions(at, &why);
                 }
                 self.export_if_due(at);
                 self.update_ana(at);
@@ -554,9 +560,11 @@ impl<D: Driver> Shard<D> {
             ),
             Event::ChildOnline(c) => {
                 tracing::info!(volume = %name, replica = %child(c), "replica is online");
+                self.deletions_missed(at, now);
             }
             Event::Committed { epoch, seq } => {
                 tracing::info!(volume = %name, %epoch, seq, "configuration stored");
+                self.advance_deletions(at, now);
             }
             Event::Locked if volume.removing.is_none() => self.volume_locked(at, now),
             Event::Locked => {}

@@ -357,6 +357,33 @@ fn a_nexus_finds_stored_that_the_volume_is_being_taken_back() {
     assert!(b.events.iter().all(|e| !matches!(e, Event::Restoring(_))));
 }
 
+#[test]
+fn deleted_snapshots_are_stored_until_they_are_forgotten() {
+    let ids = vec![cairn_block::SnapshotId(7), cairn_block::SnapshotId(8)];
+    let mut b = sized(3);
+    b.hold_registers = true;
+    b.nexus.set_deleted(ids.clone(), b.now).unwrap();
+    b.pump();
+    // Not before a majority has it.
+    assert!(b.nexus.deleted().is_empty());
+    assert_eq!(b.nexus.set_deleted(Vec::new(), b.now), Err(ChangeError::Busy));
+    b.answer_registers();
+    b.hold_registers = false;
+    assert_eq!((b.nexus.deleted(), &stored(&b, 0).deleted), (&ids[..], &ids));
+    assert!(b.nexus.is_whole());
+    b.disconnect(2);
+    b.write(1, 0, 1);
+    (0..2).for_each(|i| b.answer(i, IoStatus::Ok));
+    assert!(!b.nexus.is_whole());
+
+    let mut b = b.restarted();
+    (0..3).for_each(|i| b.connect(i));
+    assert_eq!((b.nexus.deleted(), b.nexus.is_whole()), (&ids[..], false));
+    b.nexus.set_deleted(ids[1..].to_vec(), b.now).unwrap();
+    b.pump();
+    assert_eq!((b.nexus.deleted(), &stored(&b, 1).deleted[..]), (&ids[1..], &ids[1..]));
+}
+
 /// It is taken up again once it has grown, also where it is asked for more meanwhile.
 #[test]
 fn a_replica_that_comes_back_is_asked_to_grow_twice() {

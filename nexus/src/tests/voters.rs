@@ -224,6 +224,7 @@ fn a_replica_of_another_volume_is_not_added() {
         encryption: Vec::new(),
         holder: 0,
         restoring: None,
+        deleted: Vec::new(),
         members: vec![Member { replica: id(1), in_sync: true, ..Member::default() }],
     };
     b.registers[1].config = other.encode();

@@ -88,6 +88,8 @@ impl Cluster {
         self.forced[volume] = Some(Forced { source, random, serves: false });
         self.snapshots.retain(|asked| asked.volume != volume);
         self.taken.retain(|(of, ..)| *of != volume);
+        self.dropped.retain(|(of, ..)| *of != volume);
+        self.deleted.retain(|(of, _)| *of != volume);
         self.remove_volume(self.active, volume);
     }
 

@@ -1,5 +1,7 @@
 //! What is looked at from outside: disks as after a crash at that moment, registers, epochs.
 
+use std::sync::mpsc::TryRecvError;
+
 use cairn_block::{
     BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId, SnapshotId,
 };
@@ -96,7 +98,6 @@ impl Cluster {
     /// # Panics
     /// Where it holds what such a read could not have returned, or members differ.
     pub fn look_at_snapshots(&mut self) {
-        use std::sync::mpsc::TryRecvError;
         let mut answered = Vec::new();
         self.snapshots.retain_mut(|asked| match asked.answer.try_recv() {
             Ok(Ok(())) => {
@@ -157,6 +158,40 @@ impl Cluster {
                 "snapshot {id} of replica {at} of volume {volume} has changed, or is gone"
             );
         }
+    }
+
+    /// A snapshot whose deletion was answered, and a replica of a volume that is whole which has it still.
+    pub fn snapshot_left(&mut self) -> Option<(SnapshotId, ReplicaId)> {
+        let reports = self.volumes().ok()?;
+        // What was not answered yet is looked at again; what failed is nobody's promise.
+        let mut done = Vec::new();
+        self.dropped.retain(|(volume, id, answer)| match answer.try_recv() {
+            Ok(Ok(())) => {
+                done.push((*volume, *id));
+                false
+            }
+            Ok(Err(_)) | Err(TryRecvError::Disconnected) => false,
+            Err(TryRecvError::Empty) => true,
+        });
+        self.deleted.extend(done);
+        let whole = |volume: usize| {
+            let report = reports.iter().find(|r| volume_of(r.id) == volume && r.serving);
+            report.is_some_and(|r| r.children.iter().all(|c| c.in_sync || c.witness))
+        };
+        let seats = |volume: usize| self.seats[volume].iter().filter(|s| !s.witness);
+        let there = |of: ReplicaId, id| {
+            let lost = self.gone.contains(&pool_of(of)) || self.is_wide(pool_of(of));
+            !lost && self.read_pool(pool_of(of), |pool| pool.find_snapshot(of, id)).is_some()
+        };
+        let mut deleted = self.deleted.iter().filter(|(volume, _)| whole(*volume));
+        deleted
+            .find_map(|&(volume, id)| seats(volume).find(|s| there(s.id, id)).map(|s| (id, s.id)))
+    }
+
+    /// How many snapshots were deleted, as far as [`Cluster::snapshot_left`] has looked.
+    #[must_use]
+    pub fn snapshots_deleted(&self) -> usize {
+        self.deleted.len()
     }
 
     /// Where members in sync differ now that their nexus is dead, one of them says that the extent is open,

@@ -285,7 +285,8 @@ impl Cluster {
         let Some((volume, id, ..)) = self.taken.first() else { return };
         let (volume, id) = (*volume, *id);
         self.taken.retain(|(v, i, ..)| (*v, *i) != (volume, id));
-        // Whether it is done does not matter.
-        self.snapshot_call(volume, id, SnapshotVerb::Delete);
+        if let Some(answer) = self.snapshot_call(volume, id, SnapshotVerb::Delete) {
+            self.dropped.push((volume, id, answer));
+        }
     }
 }
