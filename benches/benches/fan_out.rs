@@ -2,7 +2,7 @@
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 
 use cairn_block::{BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, ReplicaId, VolumeId};
-use cairn_nexus::{ChildId, ChildOp, ChildSpec, Nexus, NexusConfig, Purpose, Register};
+use cairn_nexus::{ChildId, ChildOp, ChildSpec, Nexus, NexusConfig, Purpose, Register, RegisterOp};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// A nexus of three children that promise and accept everything.
@@ -27,10 +27,10 @@ fn online() -> Nexus {
     (0..3).for_each(|i| nexus.handle_child_up(ChildId(i), 0));
     while let Some(io) = nexus.poll_child() {
         let register = match io.op {
-            ChildOp::Promise { epoch, .. } => {
+            ChildOp::Register(RegisterOp::Promise { epoch, .. }) => {
                 Register { promised_epoch: epoch, ..Register::default() }
             }
-            ChildOp::Accept(register) => register,
+            ChildOp::Register(RegisterOp::Accept(register)) => register,
             _ => Register { promised_epoch: Epoch(0), ..Register::default() },
         };
         nexus.handle_register(io.child, io.ticket, Ok(register), 0);

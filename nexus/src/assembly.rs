@@ -14,9 +14,9 @@ use crate::config::{Config, Member};
 use crate::lease::clock_margin;
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
-use crate::register::Register;
+use crate::register::{Register, RegisterOp};
 use crate::slots::ChildSet;
-use crate::types::{ChildId, ChildOp, ChildReply, Event, Purpose, VolumeState};
+use crate::types::{ChildId, ChildReply, Event, Purpose, VolumeState};
 
 /// How long to wait before asking again after somebody else took a newer epoch.
 const RETRY_MS: u64 = 200;
@@ -100,7 +100,7 @@ impl Nexus {
             // Those that were heard are not asked again, or one that comes and goes would hold
             // the others up for ever.
             Stage::Gather if round > 0 => {
-                self.ask(child, round, ChildOp::ReadRegister);
+                self.ask(child, round, RegisterOp::Read);
                 self.tell_what_is_missing();
             }
             Stage::Gather | Stage::Stuck => self.gather(),
@@ -145,7 +145,7 @@ impl Nexus {
         assembly.deadline_ms = None;
         self.commit = None;
         for child in self.connected().iter() {
-            self.ask(child, round, ChildOp::ReadRegister);
+            self.ask(child, round, RegisterOp::Read);
         }
         self.tell_what_is_missing();
     }
@@ -329,7 +329,7 @@ impl Nexus {
         self.epoch = Epoch(highest.0 + u64::from(!again));
         let epoch = self.epoch;
         for child in heard.iter() {
-            self.ask(child, round, ChildOp::Promise { epoch, again });
+            self.ask(child, round, RegisterOp::Promise { epoch, again });
         }
     }
 

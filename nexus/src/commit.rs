@@ -7,9 +7,9 @@ use crate::children::ChildState;
 use crate::config::{Config, Member};
 use crate::nexus::Nexus;
 use crate::reconfigure::Wanted;
-use crate::register::Register;
+use crate::register::{Register, RegisterOp};
 use crate::slots::ChildSet;
-use crate::types::{ChildId, ChildOp, ChildReply, Event};
+use crate::types::{ChildId, ChildReply, Event};
 
 /// A configuration on its way to the voters.
 #[derive(Debug)]
@@ -152,7 +152,7 @@ impl Nexus {
         commit.asked = commit.asked.with(child);
         commit.refused = commit.refused.without(ChildSet::of(child));
         let (round, register) = (commit.round, commit.register.clone());
-        self.ask(child, round, ChildOp::Accept(register));
+        self.ask(child, round, RegisterOp::Accept(register));
     }
 
     /// Voters that are there and could not store the configuration.

@@ -25,8 +25,9 @@ use cairn_block::mutants::{Mutant, on};
 
 use crate::children::ChildState;
 use crate::nexus::Nexus;
+use crate::register::RegisterOp;
 use crate::slots::{ChildSet, Phase};
-use crate::types::{ChildId, ChildOp, ChildReply, MAX_CHILDREN, VolumeState};
+use crate::types::{ChildId, ChildReply, MAX_CHILDREN, VolumeState};
 
 /// Where nobody answers, renewals are sent again after this part of the lease.
 const AGAIN: u64 = 8;
@@ -108,7 +109,7 @@ impl Nexus {
             self.round += 1;
             let (round, epoch) = (self.round, self.epoch);
             self.lease.asked[place] = Some((round, now_ms));
-            self.ask(child, round, ChildOp::Renew { epoch, lease_ms });
+            self.ask(child, round, RegisterOp::Renew { epoch, lease_ms });
         }
     }
 
@@ -213,7 +214,7 @@ impl Nexus {
             self.round += 1;
             let (round, epoch) = (self.round, self.epoch);
             self.lease.asked[usize::from(child.0)] = Some((round, 0));
-            self.ask(child, round, ChildOp::Renew { epoch, lease_ms: 0 });
+            self.ask(child, round, RegisterOp::Renew { epoch, lease_ms: 0 });
         }
     }
 }

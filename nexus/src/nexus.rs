@@ -15,6 +15,7 @@ use crate::ranges::Ranges;
 use crate::rebuild::{Rebuild, RebuildRecord};
 use crate::reconcile::Reconcile;
 use crate::reconfigure::{Growing, Wanted};
+use crate::register::RegisterOp;
 use crate::scrub::Scrub;
 use crate::settle::Settle;
 use crate::slots::{ChildSet, Phase, Slot, Slots};
@@ -532,10 +533,10 @@ impl Nexus {
         self.events.push_back(event);
     }
 
-    pub(crate) fn ask(&mut self, child: ChildId, round: u32, op: ChildOp) {
+    pub(crate) fn ask(&mut self, child: ChildId, round: u32, op: RegisterOp) {
         let ticket = Ticket::register(round);
         self.child(child).asked += 1;
-        self.child_ios.push_back(ChildIo { child, ticket, op });
+        self.child_ios.push_back(ChildIo { child, ticket, op: ChildOp::Register(op) });
     }
 
     /// Children with a request that has missed its deadline.

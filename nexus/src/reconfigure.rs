@@ -10,8 +10,9 @@ use cairn_block::{IoStatus, ReplicaId, SnapshotId};
 use crate::children::{ChildState, FaultReason};
 use crate::config::MAX_DELETED;
 use crate::nexus::Nexus;
+use crate::register::RegisterOp;
 use crate::slots::ChildSet;
-use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
+use crate::types::{ChildId, ChildReply, Event, VolumeState};
 
 /// What the next configuration is to say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -282,7 +283,7 @@ impl Nexus {
         // One that waits for a smaller size to be taken up again waits for this one.
         let waits = self.child(child).growing.is_some_and(|(_, rejoins)| rejoins);
         self.child(child).growing = Some((round, rejoins || waits));
-        self.ask(child, round, ChildOp::Resize { epoch, blocks });
+        self.ask(child, round, RegisterOp::Resize { epoch, blocks });
     }
 
     /// Has a child that is bound to the epoch grow, where it is too small: `held` is its size, 0 where it

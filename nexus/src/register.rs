@@ -7,7 +7,7 @@
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus};
 
-use crate::types::{ChildOp, ChildReply};
+use crate::types::ChildReply;
 
 /// A longer lease is not granted: nobody is made to wait for ever.
 pub const MAX_LEASE_MS: u64 = 60_000;
@@ -36,50 +36,35 @@ pub struct Register {
 /// What a nexus asks of a holder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RegisterOp {
-    /// See [`ChildOp::ReadRegister`].
+    /// Tell what the register holds.
     Read,
-    /// See [`ChildOp::Promise`]. What the holder has in hand for nexuses of earlier epochs ends before it
-    /// answers; from then on it takes nothing of theirs.
+    /// Promise to accept nothing older than this epoch, and bind the session to it. The epoch must be newer
+    /// than the one that was promised; with `again`, it may be that one. What the holder has in hand for
+    /// nexuses of earlier epochs ends before it answers; from then on it takes nothing of theirs.
     Promise {
         /// The epoch.
         epoch: Epoch,
-        /// Whether it may be the one that is promised.
+        /// Whether the nexus has the epoch already: this holder may have promised it before, or have been
+        /// away when a majority did.
         again: bool,
     },
-    /// See [`ChildOp::Accept`].
+    /// Store this register durably, unless a newer epoch was promised.
     Accept(Register),
-    /// See [`ChildOp::Renew`].
+    /// Promise nothing newer without telling for how long this lasts: a lease of so many milliseconds; 0: the
+    /// nexus answers no reads any more. Refused where a newer epoch was promised.
     Renew {
         /// The epoch.
         epoch: Epoch,
         /// For how long.
         lease_ms: u64,
     },
-    /// See [`ChildOp::Resize`].
+    /// Grow to this size, unless a newer epoch was promised.
     Resize {
         /// The epoch.
         epoch: Epoch,
         /// The size in blocks.
         blocks: u64,
     },
-}
-
-impl RegisterOp {
-    /// The operation that a child is asked for, where it is one on its register.
-    #[must_use]
-    pub fn of(op: ChildOp) -> Option<Self> {
-        Some(match op {
-            ChildOp::ReadRegister => Self::Read,
-            ChildOp::Promise { epoch, again } => Self::Promise { epoch, again },
-            ChildOp::Accept(register) => Self::Accept(register),
-            ChildOp::Renew { epoch, lease_ms } => Self::Renew { epoch, lease_ms },
-            ChildOp::Resize { epoch, blocks } => Self::Resize { epoch, blocks },
-            ChildOp::Io(_)
-            | ChildOp::Changes { .. }
-            | ChildOp::SettleBegin { .. }
-            | ChildOp::SettleEnd { .. } => return None,
-        })
-    }
 }
 
 /// What a holder does with an operation.

@@ -7,9 +7,9 @@ use cairn_block::{IoOp, IoStatus};
 use crate::children::{ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::nexus::Nexus;
-use crate::register::Register;
+use crate::register::{Register, RegisterOp};
 use crate::slots::{ChildSet, Phase, Slot};
-use crate::types::{ChildId, ChildOp, ChildReply, Event, VolumeState};
+use crate::types::{ChildId, ChildReply, Event, VolumeState};
 
 impl Nexus {
     /// Whether nobody but this member would be left once those that are failing are out. It is not
@@ -46,8 +46,7 @@ impl Nexus {
         self.child(child).rejoining = Some(round);
         // A promise would take another volume from its nexus, where this is a replica of that.
         let known = self.voters.has(child) || self.child(child).looked;
-        let op =
-            if known { ChildOp::Promise { epoch, again: true } } else { ChildOp::ReadRegister };
+        let op = if known { RegisterOp::Promise { epoch, again: true } } else { RegisterOp::Read };
         self.ask(child, round, op);
     }
 

@@ -212,7 +212,9 @@ impl Bench {
             return Err(IoStatus::PathError);
         }
         let held = self.registers[at].clone();
-        let op = RegisterOp::of(io.op.clone()).expect("an operation on the register");
+        let ChildOp::Register(op) = io.op.clone() else {
+            panic!("{:?} is not of a register", io.op)
+        };
         let changed = match consider(held.clone(), &op) {
             Verdict::Answer(answer) => return answer,
             _ if broken => return Err(IoStatus::MediaError),
@@ -725,7 +727,7 @@ fn a_replica_that_comes_back_while_the_first_configuration_is_stored() {
     b.hold_registers = true;
     b.connect(2);
     // The registers are read and promised; then the answers to the commit are lost.
-    while !b.held.iter().any(|io| matches!(io.op, ChildOp::Accept(_))) {
+    while !b.held.iter().any(|io| matches!(io.op, ChildOp::Register(RegisterOp::Accept(_)))) {
         let io = b.held.pop_front().unwrap();
         let reply = b.obey(&io);
         b.nexus.handle_register(io.child, io.ticket, reply, b.now);
@@ -741,7 +743,7 @@ fn a_replica_that_comes_back_while_the_first_configuration_is_stored() {
     b.connect(2);
     let mut bound = Vec::new();
     while let Some(io) = b.held.pop_front() {
-        if matches!(io.op, ChildOp::Promise { again: true, .. }) {
+        if matches!(io.op, ChildOp::Register(RegisterOp::Promise { again: true, .. })) {
             bound.push(io.child.0);
         }
         let reply = b.obey(&io);

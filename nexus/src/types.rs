@@ -3,7 +3,7 @@
 use cairn_block::{BufSlice, Epoch, IoRequest, IoStatus, Lba, ReplicaId, SnapshotId, VolumeId};
 
 use crate::children::{ChildState, FaultReason};
-use crate::register::Register;
+use crate::register::{Register, RegisterOp};
 use crate::scrub::Found;
 
 /// Replicas of a volume at most.
@@ -195,34 +195,8 @@ pub(crate) enum TicketKind {
 pub enum ChildOp {
     /// A block request.
     Io(IoRequest),
-    /// Tell what the register holds.
-    ReadRegister,
-    /// Promise to accept nothing older than this epoch, and bind the session to it. The epoch must be
-    /// newer than the one that was promised; with `again`, it may be that one.
-    Promise {
-        /// The epoch.
-        epoch: Epoch,
-        /// Whether the nexus has the epoch already: this child may have promised it before, or have
-        /// been away when a majority did.
-        again: bool,
-    },
-    /// Store this register durably, unless a newer epoch was promised.
-    Accept(Register),
-    /// Promise nothing newer without telling for how long this lasts: a lease of so many milliseconds; 0: the
-    /// nexus answers no reads any more. Refused where a newer epoch was promised.
-    Renew {
-        /// The epoch.
-        epoch: Epoch,
-        /// For how long.
-        lease_ms: u64,
-    },
-    /// Grow to this size, unless a newer epoch was promised.
-    Resize {
-        /// The epoch.
-        epoch: Epoch,
-        /// The size in blocks.
-        blocks: u64,
-    },
+    /// Something of its register.
+    Register(RegisterOp),
     /// Tell of each logical extent from `first` on, in a byte each as far as `buf` goes, whether it is
     /// mapped, open, and settled with a stamp of `since` or later: see [`change`]. Answered as a block request.
     Changes {

@@ -186,7 +186,7 @@ impl<D: Driver> Shard<D> {
     /// The volume is not this process's any more, or cannot store anything: what is noted is deleted by
     /// whoever serves it.
     pub(super) fn forget_deletions(&mut self, at: u32, why: &str) {
-        for (_, reply) in std::mem::take(&mut self.volumes[at].deletions.waiting) {
+        for (_, reply) in std::mem::take(&mut self.volumes[at].deletions).waiting {
             reply.send(Err(EngineError::Storage(why.to_owned())));
         }
     }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use cairn_block::{Buf, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
-use cairn_nexus::{ChildId, ChildOp, Register, Ticket};
+use cairn_nexus::{ChildId, ChildOp, Register, RegisterOp, Ticket};
 use cairn_nvmf::initiator::{
     Completed, NamespaceInfo, QueueIndex, Session, SessionConfig, SessionEvent, Submit,
     SubmitError, VendorData,
@@ -408,7 +408,7 @@ impl<D: Driver> Shard<D> {
             ChildOp::Changes { .. } | ChildOp::SettleBegin { .. } | ChildOp::SettleEnd { .. } => {
                 self.send_upkeep(at, ticket, op, now);
             }
-            op => {
+            ChildOp::Register(op) => {
                 if self.send_register(at, ticket, &op).is_none() {
                     self.register_reply(volume, child, ticket, Err(IoStatus::PathError));
                 }
@@ -416,35 +416,35 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    fn send_register(&mut self, at: u32, ticket: Ticket, op: &ChildOp) -> Option<()> {
+    fn send_register(&mut self, at: u32, ticket: Ticket, op: &RegisterOp) -> Option<()> {
         let link = self.links.get_mut(at)?;
         let session = link.session.as_mut().filter(|_| link.stage == Stage::Ready)?;
         let memory = self.driver.memory();
         let page = memory.alloc(register::PAGE)?;
         let window = page.slice();
         let (opcode, cdw10, cdw11, data) = match op {
-            ChildOp::Promise { epoch, again } => {
+            RegisterOp::Promise { epoch, again } => {
                 let [low, high] = halves(epoch.0);
                 let high = if *again { high | register::AGAIN } else { high };
                 (register::OPCODE_PROMISE, low, high, VendorData::In(window))
             }
-            ChildOp::Accept(register) => {
+            RegisterOp::Accept(register) => {
                 register::encode(register, memory.bytes_mut(window));
                 (register::OPCODE_ACCEPT, 0, 0, VendorData::Out(window))
             }
-            ChildOp::Renew { epoch, lease_ms } => {
+            RegisterOp::Renew { epoch, lease_ms } => {
                 let asked =
                     Register { accepted_epoch: *epoch, lease_ms: *lease_ms, ..Register::default() };
                 register::encode(&asked, memory.bytes_mut(window));
                 (register::OPCODE_RENEW, 0, 0, VendorData::Out(window))
             }
-            ChildOp::Resize { epoch, blocks } => {
+            RegisterOp::Resize { epoch, blocks } => {
                 let asked =
                     Register { accepted_epoch: *epoch, blocks: *blocks, ..Register::default() };
                 register::encode(&asked, memory.bytes_mut(window));
                 (register::OPCODE_RESIZE, 0, 0, VendorData::Out(window))
             }
-            _ => (register::OPCODE_READ, 0, 0, VendorData::In(window)),
+            RegisterOp::Read => (register::OPCODE_READ, 0, 0, VendorData::In(window)),
         };
         let command = Submit::Vendor { opcode, cdw10, cdw11, data };
         let submitted = session.submit(ADMIN_QUEUE, ticket.0, command, memory);

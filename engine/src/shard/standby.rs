@@ -11,9 +11,11 @@ use cairn_nvmf::target::Port;
 use cairn_reactor::Driver;
 
 use super::Shard;
-use super::volumes::{Route, Volume};
+use super::volumes::Volume;
 use crate::control::{EngineError, Reply, Sharing, VolumeSpec};
 
+/// What whoever waits for something hears.
+const HANDED_OVER: &str = "the volume is handed over; whoever serves it goes on with it";
 /// What is in hand has so long to end before it is answered as an error of the path.
 const QUIESCE_MS: u64 = 2_000;
 
@@ -179,9 +181,8 @@ impl<D: Driver> Shard<D> {
     fn begin_hand_over(&mut self, at: u32, reply: Option<Reply<()>>, now: u64) {
         let deadline_ms = now + QUIESCE_MS;
         self.volumes[at].hand_over = Some(HandOver { reply, deadline_ms, stage: Stage::Quiesce });
-        let why = "the volume is handed over; whoever serves it goes on with it";
-        self.forget_restore(at, why);
-        self.forget_deletions(at, why);
+        self.forget_restore(at, HANDED_OVER);
+        self.forget_deletions(at, HANDED_OVER);
         self.update_ana(at);
         self.wants_timeout(Some(deadline_ms));
         self.touch_volume(at);
@@ -225,12 +226,7 @@ impl<D: Driver> Shard<D> {
         self.volumes[at].nexus.hand_over();
         self.send_children(at, now);
         self.flush_links();
-        for child in 0..self.volumes[at].routes.len() {
-            if let Route::Remote { link } = self.volumes[at].routes[child] {
-                self.volumes[at].routes[child] = Route::Gone;
-                self.retire_link(link);
-            }
-        }
+        self.retire_links(at);
         self.update_ana(at);
         self.touch_volume(at);
     }
@@ -239,6 +235,7 @@ impl<D: Driver> Shard<D> {
     fn watch_from_now(&mut self, at: u32, now: u64) {
         // What the old one's links still answer is for nobody.
         self.detach_links(at);
+        self.forget_deletions(at, HANDED_OVER);
         self.next_generation = self.next_generation.wrapping_add(1);
         let generation = self.next_generation;
         let volume = &self.volumes[at];

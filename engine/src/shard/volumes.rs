@@ -5,8 +5,7 @@ use std::collections::VecDeque;
 use cairn_block::{BlockSize, Epoch, IoOp, IoRequest, IoStatus, Memory, ReplicaId};
 use cairn_crypt::VolumeKey;
 use cairn_nexus::{
-    ChildId, ChildOp, ChildReply, Event, MEND_RESERVE, Nexus, Purpose, RegisterOp, Ticket,
-    VolumeState,
+    ChildId, ChildOp, ChildReply, Event, MEND_RESERVE, Nexus, Purpose, Ticket, VolumeState,
 };
 use cairn_nvmf::ana::AnaState;
 use cairn_nvmf::target::{
@@ -270,13 +269,18 @@ impl<D: Driver> Shard<D> {
         self.volumes[at].nexus.close();
         self.send_children(at, now);
         self.flush_links();
+        self.retire_links(at);
+        self.touch_volume(at);
+    }
+
+    /// The links to a volume's replicas end once what was sent on them is out.
+    pub(super) fn retire_links(&mut self, at: u32) {
         for child in 0..self.volumes[at].routes.len() {
             if let Route::Remote { link } = self.volumes[at].routes[child] {
                 self.volumes[at].routes[child] = Route::Gone;
                 self.retire_link(link);
             }
         }
-        self.touch_volume(at);
     }
 
     pub(super) fn submit_to_volume(&mut self, at: u32, tag: u64, request: IoRequest, now: u64) {
@@ -439,9 +443,9 @@ impl<D: Driver> Shard<D> {
                 let generation = self.volumes[at].generation;
                 let (child, ticket) = (io.child, io.ticket);
                 let origin = Origin::Volume { volume: at, generation, child, ticket };
-                match RegisterOp::of(op.clone()) {
-                    Some(op) => self.register_op(origin, pool, slot, op),
-                    None => self.upkeep_on_local((pool, slot), (at, child, ticket), &op, now),
+                match op {
+                    ChildOp::Register(op) => self.register_op(origin, pool, slot, op),
+                    op => self.upkeep_on_local((pool, slot), (at, child, ticket), &op, now),
                 }
             }
             (Route::Remote { link }, op) => self.send_remote(link, io.ticket, op, now),

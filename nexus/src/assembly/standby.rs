@@ -11,8 +11,9 @@ use cairn_block::Epoch;
 
 use super::Stage;
 use crate::nexus::Nexus;
+use crate::register::RegisterOp;
 use crate::slots::ChildSet;
-use crate::types::{ChildId, ChildOp, ChildReply, Event, Purpose, VolumeState};
+use crate::types::{ChildId, ChildReply, Event, Purpose, VolumeState};
 
 /// What a nexus that stands by has seen.
 #[derive(Debug, Default)]
@@ -65,7 +66,7 @@ impl Nexus {
     /// One more child can be looked at.
     pub(crate) fn watch_child(&mut self, child: ChildId) {
         let round = self.assembling().round;
-        self.ask(child, round, ChildOp::ReadRegister);
+        self.ask(child, round, RegisterOp::Read);
     }
 
     pub(crate) fn watched(&mut self, child: ChildId, reply: ChildReply) {
@@ -111,7 +112,7 @@ impl Nexus {
         assembly.deadline_ms = Some(now_ms + watch_ms);
         self.watch.heard = ChildSet::EMPTY;
         for child in self.connected().iter() {
-            self.ask(child, round, ChildOp::ReadRegister);
+            self.ask(child, round, RegisterOp::Read);
         }
     }
 

@@ -4,13 +4,16 @@ use super::*;
 
 /// Renewals that are waiting to be answered, as children.
 fn renewals(b: &Bench) -> Vec<u8> {
-    let renewals = b.held.iter().filter(|io| matches!(io.op, ChildOp::Renew { .. }));
+    let renewals =
+        b.held.iter().filter(|io| matches!(io.op, ChildOp::Register(RegisterOp::Renew { .. })));
     renewals.map(|io| io.child.0).collect()
 }
 
 /// Answers one of them.
 fn renew(b: &mut Bench, child: u8, reply: ChildReply) {
-    let is = |io: &ChildIo| io.child.0 == child && matches!(io.op, ChildOp::Renew { .. });
+    let is = |io: &ChildIo| {
+        io.child.0 == child && matches!(io.op, ChildOp::Register(RegisterOp::Renew { .. }))
+    };
     let at = b.held.iter().position(is).expect("a renewal");
     let io = b.held.remove(at).unwrap();
     b.nexus.handle_register(io.child, io.ticket, reply, b.now);
@@ -158,7 +161,11 @@ fn a_nexus_that_closes_gives_its_lease_back() {
     b.nexus.close();
     b.pump();
     assert_eq!(renewals(&b), [0, 1, 2]);
-    assert!(b.held.iter().all(|io| matches!(io.op, ChildOp::Renew { lease_ms: 0, .. })));
+    assert!(
+        b.held
+            .iter()
+            .all(|io| matches!(io.op, ChildOp::Register(RegisterOp::Renew { lease_ms: 0, .. })))
+    );
     assert_eq!(b.status_of(2), Some(IoStatus::NotReady));
     // One that answered no reads has none to give back.
     let mut b = Bench::online(3);

@@ -555,7 +555,9 @@ fn who_joins_by_a_configuration_that_was_given_up_leaves_by_one_that_is_stored()
     }
     w.b.hold_registers = true;
     let joins = |io: &ChildIo| match &io.op {
-        ChildOp::Accept(new) => Config::decode(&new.config).unwrap().members[1].in_sync,
+        ChildOp::Register(RegisterOp::Accept(new)) => {
+            Config::decode(&new.config).unwrap().members[1].in_sync
+        }
         _ => false,
     };
     while !w.b.held.iter().any(joins) {
@@ -705,7 +707,9 @@ fn nobody_joins_while_members_are_made_alike() {
     w.run();
     w.b.connect(1);
     let joins = |io: &ChildIo| match &io.op {
-        ChildOp::Accept(new) => Config::decode(&new.config).unwrap().members[1].in_sync,
+        ChildOp::Register(RegisterOp::Accept(new)) => {
+            Config::decode(&new.config).unwrap().members[1].in_sync
+        }
         _ => false,
     };
     while !w.b.held.iter().any(joins) {

@@ -34,7 +34,11 @@ fn replicas_grow_before_the_size_is_committed_and_it_before_it_is_served() {
     assert_eq!(b.status_of(1), Some(IoStatus::OutOfRange));
     b.hold_registers = true;
     resize(&mut b, 2000).unwrap();
-    assert!(b.held.iter().all(|io| matches!(io.op, ChildOp::Resize { blocks: 2000, .. })));
+    assert!(
+        b.held
+            .iter()
+            .all(|io| matches!(io.op, ChildOp::Register(RegisterOp::Resize { blocks: 2000, .. })))
+    );
     assert_eq!(b.held.len(), 3);
     assert_eq!(resize(&mut b, 3000), Err(ChangeError::Busy));
     // Two have grown: nothing is committed yet.
@@ -399,7 +403,7 @@ fn a_replica_that_comes_back_is_asked_to_grow_twice() {
     let reply = b.obey(&io);
     b.nexus.handle_register(io.child, io.ticket, reply, b.now);
     b.pump();
-    assert!(matches!(b.held[0].op, ChildOp::Resize { blocks: 1500, .. }));
+    assert!(matches!(b.held[0].op, ChildOp::Register(RegisterOp::Resize { blocks: 1500, .. })));
     resize(&mut b, 2000).unwrap();
     b.answer_registers();
     b.hold_registers = false;

@@ -132,7 +132,11 @@ fn a_volume_that_others_stand_by_for_keeps_its_lease() {
     let mut renewed = 0;
     for _ in 0..20 {
         b.pass(LEASE / 4);
-        renewed += b.held.iter().filter(|io| matches!(io.op, ChildOp::Renew { .. })).count();
+        renewed += b
+            .held
+            .iter()
+            .filter(|io| matches!(io.op, ChildOp::Register(RegisterOp::Renew { .. })))
+            .count();
         b.answer_registers();
         b.hold_registers = true;
     }
