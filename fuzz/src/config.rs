@@ -22,6 +22,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         blocks: 1 << 20,
         holder: 9,
         restoring: Some(cairn_block::SnapshotId(4)),
+        deleted: vec![cairn_block::SnapshotId(6), cairn_block::SnapshotId(7)],
         lineage: 1,
         generation: 7,
         encryption,
