@@ -53,6 +53,9 @@ Examples:
         /// Though hosts are connected: they go on with what they have in memory.
         #[arg(long)]
         force: bool,
+        /// Though some replicas do not have it: they leave the volume, and are rebuilt from the others.
+        #[arg(long)]
+        partial: bool,
     },
     /// Make a volume that begins with what a snapshot holds, without copying it.
     #[command(after_help = "\
@@ -68,6 +71,9 @@ Example:
         /// A host that may connect to it. Default: any.
         #[arg(long, value_name = "NQN")]
         allow_host: Vec<String>,
+        /// Though some replicas do not have it: the clone has fewer replicas than the volume.
+        #[arg(long)]
+        partial: bool,
     },
 }
 
@@ -89,24 +95,25 @@ pub(crate) fn run(global: &Global, command: SnapshotCommand) -> Result<ExitCode>
                 let request = v1::DeleteSnapshotRequest { volume, snapshot };
                 client.delete_snapshot(request).await.map_err(|s| said(&s))?;
             }
-            SnapshotCommand::Restore { volume, snapshot, yes, force } => {
+            SnapshotCommand::Restore { volume, snapshot, yes, force, partial } => {
                 if !yes {
                     bail!(
                         "this gives up all that was written to volume `{volume}` since snapshot \
                          `{snapshot}`; say --yes to do it"
                     );
                 }
-                let request = v1::RestoreSnapshotRequest { volume, snapshot, force };
+                let request = v1::RestoreSnapshotRequest { volume, snapshot, force, partial };
                 let volume = client.restore_snapshot(request).await.map_err(|s| said(&s))?;
                 show_volume(global.output, &volume.into_inner())?;
             }
-            SnapshotCommand::Clone { volume, snapshot, name, allow_host } => {
+            SnapshotCommand::Clone { volume, snapshot, name, allow_host, partial } => {
                 let request = v1::CloneSnapshotRequest {
                     volume,
                     snapshot,
                     name,
                     id: String::new(),
                     allowed_hosts: allow_host,
+                    partial,
                 };
                 let volume = client.clone_snapshot(request).await.map_err(|s| said(&s))?;
                 show_volume(global.output, &volume.into_inner())?;

@@ -389,10 +389,18 @@ pub struct SnapshotReport {
     pub own_bytes: u64,
     /// It is being deleted, or waits for its clones to be.
     pub deleting: bool,
-    /// How many replicas have it.
-    pub replicas: usize,
+    /// The replicas in sync that have it.
+    pub holders: Vec<ReplicaId>,
     /// Of how many that were asked.
     pub of_replicas: usize,
+}
+
+impl SnapshotReport {
+    /// Whether a replica in sync does not have it.
+    #[must_use]
+    pub fn is_partial(&self) -> bool {
+        self.holders.len() < self.of_replicas
+    }
 }
 
 /// What to do about a volume's scrub.

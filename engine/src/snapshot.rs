@@ -21,6 +21,7 @@
 //! 104 clone: replica id                     44 1: being deleted (u32)  48 name
 //! 120 clone: volume id
 //! 136 clone: size in blocks
+//! 144 clone: 1: a replica without the snapshot has nothing to do (u8)
 //! ```
 
 use cairn_block::{ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
@@ -54,8 +55,19 @@ const ENTRY: usize = 128;
 pub struct SnapshotCall {
     /// Which snapshot, and what a new one is called.
     pub spec: SnapshotSpec,
-    /// What a clone is to be. The id of its replica is made of these and of the replica asked.
-    pub clone: Option<(VolumeId, u64)>,
+    /// What a clone is to be.
+    pub clone: Option<CloneSpec>,
+}
+
+/// What a clone is to be. The id of its replica is made of the volume's and that of the replica asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CloneSpec {
+    /// The new volume.
+    pub volume: VolumeId,
+    /// Its size in blocks.
+    pub blocks: u64,
+    /// A replica that does not have the snapshot has nothing to do; otherwise it refuses.
+    pub partial: bool,
 }
 
 /// A snapshot of a replica, as it tells.
@@ -138,9 +150,10 @@ pub fn encode(call: &SnapshotCall, out: &mut [u8]) {
     out[8..24].copy_from_slice(&call.spec.id.to_bytes());
     out[24..32].copy_from_slice(&call.spec.created.to_le_bytes());
     put_name(out, 32, NAME_AT, &call.spec.name);
-    if let Some((volume, blocks)) = call.clone {
-        out[CLONE_AT + 16..CLONE_AT + 32].copy_from_slice(&volume.to_bytes());
-        out[CLONE_AT + 32..CLONE_AT + 40].copy_from_slice(&blocks.to_le_bytes());
+    if let Some(clone) = call.clone {
+        out[CLONE_AT + 16..CLONE_AT + 32].copy_from_slice(&clone.volume.to_bytes());
+        out[CLONE_AT + 32..CLONE_AT + 40].copy_from_slice(&clone.blocks.to_le_bytes());
+        out[CLONE_AT + 40] = u8::from(clone.partial);
     }
 }
 
@@ -157,7 +170,8 @@ pub fn decode(page: &[u8]) -> Option<SnapshotCall> {
     };
     let volume = VolumeId::from_bytes(id_at(page, CLONE_AT + 16)?);
     let blocks = u64_at(page, CLONE_AT + 32)?;
-    Some(SnapshotCall { spec, clone: (volume.0 != 0).then_some((volume, blocks)) })
+    let clone = CloneSpec { volume, blocks, partial: page[CLONE_AT + 40] != 0 };
+    Some(SnapshotCall { spec, clone: (volume.0 != 0).then_some(clone) })
 }
 
 /// Writes the entries from `first` on over the list page `out`.
@@ -209,7 +223,8 @@ mod tests {
     fn calls_and_lists_survive_their_pages() {
         let mut page = vec![0xff; PAGE as usize];
         let spec = SnapshotSpec { id: SnapshotId(7), name: "täglich".to_owned(), created: 9 };
-        for clone in [None, Some((VolumeId(8), 77))] {
+        let whole = CloneSpec { volume: VolumeId(8), blocks: 77, partial: false };
+        for clone in [None, Some(whole), Some(CloneSpec { partial: true, ..whole })] {
             let call = SnapshotCall { spec: spec.clone(), clone };
             encode(&call, &mut page);
             assert_eq!(decode(&page), Some(call));

@@ -35,8 +35,9 @@ pub fn pages(data: &[u8]) {
 pub fn seeds() -> Vec<Vec<u8>> {
     let page = || vec![0; snapshot::PAGE as usize];
     let spec = SnapshotSpec { id: SnapshotId(7), name: "nightly".to_owned(), created: 9 };
+    let clone = snapshot::CloneSpec { volume: VolumeId(3), blocks: 77, partial: true };
     let mut call = page();
-    snapshot::encode(&SnapshotCall { spec, clone: Some((VolumeId(3), 77)) }, &mut call);
+    snapshot::encode(&SnapshotCall { spec, clone: Some(clone) }, &mut call);
     let entry = SnapshotEntry {
         id: SnapshotId(7),
         name: "nightly".to_owned(),

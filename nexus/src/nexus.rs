@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use cairn_block::mutants::{Mutant, on};
-use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, ReplicaId, VolumeId};
+use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, ReplicaId, SnapshotVerb, VolumeId};
 
 use crate::assembly::{Assembly, Watch};
 use crate::children::{Child, ChildState, FaultReason};
@@ -263,6 +263,7 @@ impl Nexus {
             mending: false,
             fault: IoStatus::PathError,
             refused: false,
+            declined: false,
             unsure: false,
             alone: false,
             started_ms: now_ms,
@@ -395,10 +396,12 @@ impl Nexus {
             } else if harmless_refusal(op, status) {
                 // It has done nothing, and is as good a member as before.
                 slot.ok = slot.ok.with(child);
-                (slot.fault, slot.refused) = (status, true);
+                (slot.fault, slot.declined) = (status, true);
             } else {
                 slot.failed = slot.failed.with(child);
-                slot.fault = status;
+                if !slot.declined {
+                    slot.fault = status;
+                }
                 match status {
                     IoStatus::MediaError => slot.bad = slot.bad.with(child),
                     IoStatus::NoSpace if op.is_mutation() => slot.full = slot.full.with(child),
@@ -664,7 +667,7 @@ impl Nexus {
         if self.joins(op) {
             return false;
         }
-        if op == IoOp::Snapshot(cairn_block::SnapshotVerb::Restore) {
+        if op == IoOp::Snapshot(SnapshotVerb::Restore) {
             if self.forget_what_is_settled() {
                 self.commit_wanted();
             }
@@ -801,8 +804,9 @@ impl Nexus {
             return;
         }
         if missing.is_empty() {
-            let refused = slot.refused && matches!(slot.request.op, IoOp::Snapshot(_));
-            self.answer(at, if refused { fault } else { IoStatus::Ok });
+            // Those that failed otherwise are out of sync by now, and the others did it.
+            let declined = slot.declined;
+            self.answer(at, if declined { fault } else { IoStatus::Ok });
             return;
         }
         if !missing.without(failed).is_empty() {
@@ -979,7 +983,7 @@ impl Nexus {
 /// Whether a replica that answers so has refused what the others may have done, and differs from them in
 /// nothing that is read from the volume: a snapshot that it did not take, say.
 fn harmless_refusal(op: IoOp, status: IoStatus) -> bool {
-    use cairn_block::SnapshotVerb::{Clone, Create, Delete};
+    use SnapshotVerb::{Clone, Create, Delete};
     match op {
         IoOp::Snapshot(Create | Delete | Clone) => {
             matches!(status, IoStatus::InvalidField | IoStatus::NoSpace | IoStatus::Unsupported)

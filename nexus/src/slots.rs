@@ -95,6 +95,8 @@ pub(crate) struct Slot {
     pub(crate) fault: cairn_block::IoStatus,
     /// A child answered, and refused: not only its session was lost.
     pub(crate) refused: bool,
+    /// A child did nothing, and is none the worse for it: see `harmless_refusal`.
+    pub(crate) declined: bool,
     /// A child may have done it, or a part of it, and has not said so.
     pub(crate) unsure: bool,
     /// A read that nothing may overtake: it has its range for itself.

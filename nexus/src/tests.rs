@@ -418,6 +418,38 @@ fn a_failure_of_all_is_the_hosts_to_know_and_nobody_is_dropped() {
     assert_eq!(b.status_of(2), Some(IoStatus::InvalidField));
 }
 
+/// A snapshot call: one that has it not to do is as good a member as before, one that fails is out.
+#[test]
+fn snapshot_calls_tell_a_refusal_from_a_failure() {
+    use cairn_block::SnapshotVerb::{Clone, Create, Restore};
+    let call = |b: &mut Bench, tag, verb, second| {
+        let blocks = b.nexus.blocks();
+        b.submit(tag, IoOp::Snapshot(verb), 0, blocks);
+        b.answer(0, IoStatus::Ok);
+        b.answer(1, second);
+        (b.status_of(tag), b.nexus.is_whole())
+    };
+    for verb in [Create, Clone] {
+        let mut b = Bench::online(3);
+        b.disconnect(2);
+        b.write(1, 0, 1);
+        (0..2).for_each(|i| b.answer(i, IoStatus::Ok));
+        let told = call(&mut b, 2, verb, IoStatus::InvalidField);
+        assert_eq!(told.0, Some(IoStatus::InvalidField), "{verb:?}");
+        assert_eq!(b.nexus.status().children.iter().filter(|c| c.in_sync).count(), 2);
+    }
+    for (verb, status) in [(Create, IoStatus::MediaError), (Restore, IoStatus::InvalidField)] {
+        let mut b = Bench::online(3);
+        b.disconnect(2);
+        b.write(1, 0, 1);
+        (0..2).for_each(|i| b.answer(i, IoStatus::Ok));
+        b.connect(2);
+        let told = call(&mut b, 2, verb, status);
+        assert_eq!(told.0, Some(IoStatus::Ok), "{verb:?}: whoever is in sync has done it");
+        assert_eq!(b.nexus.status().children.iter().filter(|c| c.in_sync).count(), 1);
+    }
+}
+
 #[test]
 fn overlapping_writes_reach_every_replica_in_one_order() {
     let mut b = Bench::online(2);

@@ -22,6 +22,8 @@ const SIZE: u64 = 16 << 20;
 /// How much of it is written at a time.
 const UNITS: u64 = (4 << 20) / UNIT as u64;
 const PAIR: &str = "pair";
+const COPY: &str = "pair-copy";
+const SNAPSHOT: &str = "before";
 /// A pool in the nexus' process, for the witness.
 const SMALL: &str = "small";
 /// What is waited for happens within this time.
@@ -146,7 +148,14 @@ pub(super) async fn run(
 
     let seed = u64::from(std::process::id()) << 32 | 0x9a1;
     let pair = spare(cluster, folder, victim, seed).await?;
+    let request = v1::CreateSnapshotRequest {
+        volumes: vec![PAIR.to_owned()],
+        name: SNAPSHOT.to_owned(),
+        id: String::new(),
+    };
+    cluster.client.create_snapshot(request).await.map_err(|s| said(&s))?;
     let pair = replaced(cluster, folder, pair, seed).await?;
+    partial(cluster, &pair, seed).await?;
     forced(cluster, folder, pair, seed).await
 }
 
@@ -241,6 +250,59 @@ async fn replaced(
     read(&new.uri, 2, seed)?;
     say!("  a replica was replaced by a fresh one, though the nexus was killed meanwhile");
     Ok((pair, new))
+}
+
+/// A snapshot that the fresh replica does not have: it is cloned, and the volume taken back to it.
+async fn partial(
+    cluster: &mut Cluster,
+    (pair, new): &(Pair, v1::Replica),
+    seed: u64,
+) -> Result<()> {
+    write(cluster, 0, seed + 2).await?;
+    let mut clone = v1::CloneSnapshotRequest {
+        volume: PAIR.to_owned(),
+        snapshot: SNAPSHOT.to_owned(),
+        name: COPY.to_owned(),
+        ..v1::CloneSnapshotRequest::default()
+    };
+    let mut restore = v1::RestoreSnapshotRequest {
+        volume: PAIR.to_owned(),
+        snapshot: SNAPSHOT.to_owned(),
+        // A host that has just gone may not have been missed yet.
+        force: true,
+        partial: false,
+    };
+    let refused = [
+        cluster.client.clone_snapshot(clone.clone()).await.err(),
+        cluster.client.restore_snapshot(restore.clone()).await.err(),
+    ];
+    for status in refused {
+        let said = status.context("a snapshot that not all replicas have was used")?;
+        ensure!(said.message().contains("is on 1 of 2 replicas"), "{}", said.message());
+    }
+    (clone.partial, restore.partial) = (true, true);
+    let copy = cluster.client.clone_snapshot(clone).await.map_err(|s| said(&s))?.into_inner();
+    ensure!(copy.children.len() == 1, "the clone has {} replicas", copy.children.len());
+    let mut host = keep::host(cluster, COPY).await?;
+    transfer(&mut host, 0..2 * UNITS, seed, false, &ProgressBar::hidden())?;
+    drop(host);
+    let request = v1::DeleteVolumeRequest { name: COPY.to_owned() };
+    cluster.client.delete_volume(request).await.map_err(|s| said(&s))?;
+    let mut client = connect(&cluster.socket(&format!("r{}", SPARE + 1))).await?;
+    let request = v1::DeleteReplicaRequest { id: copy.children[0].replica_id.clone() };
+    client.delete_replica(request).await.map_err(|s| said(&s))?;
+
+    let volume = cluster.client.restore_snapshot(restore).await.map_err(|s| said(&s))?;
+    ensure!(volume.get_ref().serving, "{:?}", volume.get_ref());
+    until(cluster, PAIR, "whole after it was restored", |v| in_sync(v) == 2).await?;
+    for uri in [&pair.spare_uri, &new.uri] {
+        read(uri, 2, seed)?;
+    }
+    let request =
+        v1::DeleteSnapshotRequest { volume: PAIR.to_owned(), snapshot: SNAPSHOT.to_owned() };
+    cluster.client.delete_snapshot(request).await.map_err(|s| said(&s))?;
+    say!("  a snapshot that one of two replicas had was cloned, and the volume taken back to it");
+    Ok(())
 }
 
 /// The only replica with all writes is gone: the volume is taken from the other one.

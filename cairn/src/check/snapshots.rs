@@ -41,6 +41,7 @@ async fn restore(cluster: &mut Cluster, volume: &str, snapshot: &str) -> Result<
         volume: volume.to_owned(),
         snapshot: snapshot.to_owned(),
         force: false,
+        partial: false,
     };
     // A host that has just gone may not have been missed yet.
     let until = Instant::now() + Duration::from_secs(10);
@@ -128,6 +129,7 @@ async fn cut_off(cluster: &mut Cluster) -> Result<()> {
             volume: NAMES[0].to_owned(),
             snapshot: "first".to_owned(),
             force: true,
+            partial: false,
         };
         let asked = tokio::spawn(async move { client.restore_snapshot(request).await });
         tokio::time::sleep(Duration::from_millis(delay_ms)).await;

@@ -6,7 +6,7 @@ use cairn_api::v1;
 use cairn_engine::block::{ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_engine::control::{Command, SnapshotReport};
 use cairn_engine::replica::SnapshotSpec;
-use cairn_engine::snapshot::{SnapshotCall, clone_id};
+use cairn_engine::snapshot::{CloneSpec, SnapshotCall, clone_id};
 use cairn_engine::{ChildAddress, VolumeReport};
 use tonic::Status;
 
@@ -102,10 +102,10 @@ impl Service {
     ) -> Result<v1::Volume, Status> {
         let name = request.volume;
         let found = self.find(&name, &request.snapshot).await?;
-        if found.replicas < found.of_replicas {
+        if found.is_partial() && !request.partial {
             return Err(Status::failed_precondition(format!(
-                "snapshot `{}` is on {} of {} replicas: those without it would be lost",
-                found.name, found.replicas, found.of_replicas
+                "{}; with --partial the others leave the volume, and are rebuilt once it is restored",
+                where_it_is(&found)
             )));
         }
         let volumes = vec![name.clone()];
@@ -125,10 +125,16 @@ impl Service {
             return Err(Status::already_exists(format!("volume `{name}` exists already")));
         }
         let found = self.find(&request.volume, &request.snapshot).await?;
+        if found.is_partial() && !request.partial {
+            return Err(Status::failed_precondition(format!(
+                "{}; with --partial the clone has no more replicas than that",
+                where_it_is(&found)
+            )));
+        }
         let origin = self.known(&request.volume).await?;
         let id = VolumeId(id_or_new(&request.id)?);
         let mut call = call(found.id, &request.name);
-        call.clone = Some((id, found.blocks));
+        call.clone = Some(CloneSpec { volume: id, blocks: found.blocks, partial: request.partial });
         let of = self.state.lock().volumes.iter().find(|v| v.name == request.volume).cloned();
         let encryption = match (of.and_then(|v| v.encryption), &origin.encryption) {
             (Some(saved), Some(report)) => Some(saved.for_clone(&report.envelope)),
@@ -139,7 +145,7 @@ impl Service {
             name: request.name.clone(),
             size_bytes: found.blocks * BLOCK,
             block_size: origin.block_size.bytes(),
-            replicas: replicas_of(&origin, id),
+            replicas: replicas_of(&origin, id, &found.holders),
             allowed_hosts: request.allowed_hosts,
             encryption,
             ..SavedVolume::default()
@@ -195,9 +201,14 @@ impl Service {
     }
 }
 
-/// Where the replicas of a clone are: beside those that were in sync.
-fn replicas_of(origin: &VolumeReport, clone: VolumeId) -> Vec<String> {
-    let members = origin.children.iter().filter(|c| c.in_sync);
+fn where_it_is(found: &SnapshotReport) -> String {
+    let (here, all) = (found.holders.len(), found.of_replicas);
+    format!("snapshot `{}` is on {here} of {all} replicas in sync", found.name)
+}
+
+/// Where the replicas of a clone are: beside those that have the snapshot.
+fn replicas_of(origin: &VolumeReport, clone: VolumeId, holders: &[ReplicaId]) -> Vec<String> {
+    let members = origin.children.iter().filter(|c| holders.contains(&c.replica));
     members
         .map(|child| {
             let id = clone_id(clone, child.replica);
@@ -218,7 +229,7 @@ fn nqn_beside(nqn: &str, id: ReplicaId) -> String {
 }
 
 fn message(volume: &str, report: SnapshotReport) -> v1::Snapshot {
-    let state = match (report.deleting, report.replicas < report.of_replicas) {
+    let state = match (report.deleting, report.is_partial()) {
         (true, _) => "deleting",
         (false, true) => "partial",
         (false, false) => "complete",
@@ -231,7 +242,7 @@ fn message(volume: &str, report: SnapshotReport) -> v1::Snapshot {
         size_bytes: report.blocks * BLOCK,
         own_bytes: report.own_bytes,
         state: state.to_owned(),
-        replicas: u32::try_from(report.replicas).unwrap_or(u32::MAX),
+        replicas: u32::try_from(report.holders.len()).unwrap_or(u32::MAX),
         of_replicas: u32::try_from(report.of_replicas).unwrap_or(u32::MAX),
     }
 }

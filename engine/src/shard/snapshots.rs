@@ -78,10 +78,19 @@ impl SnapshotWork {
 pub(super) struct ListWork {
     ticket: u32,
     volume: u32,
-    /// Links that have not answered, what each has told, and the page that it fills.
-    links: Vec<(u32, Vec<SnapshotEntry>, Option<Buf>)>,
-    found: Vec<Vec<SnapshotEntry>>,
+    /// Links that have not answered.
+    links: Vec<ListedLink>,
+    found: Vec<(ReplicaId, Vec<SnapshotEntry>)>,
     reply: Option<Reply<Vec<SnapshotReport>>>,
+}
+
+struct ListedLink {
+    link: u32,
+    replica: ReplicaId,
+    /// What it has told.
+    entries: Vec<SnapshotEntry>,
+    /// That it fills next.
+    page: Option<Buf>,
 }
 
 impl<D: Driver> Shard<D> {
@@ -310,11 +319,11 @@ impl<D: Driver> Shard<D> {
         };
         let id = call.spec.id;
         let found = local.find_snapshot(of.id, id);
-        let clone = call.clone.map(|(volume, blocks)| ReplicaSpec {
-            id: snapshot::clone_id(volume, of.id),
-            volume,
+        let clone = call.clone.map(|clone| ReplicaSpec {
+            id: snapshot::clone_id(clone.volume, of.id),
+            volume: clone.volume,
             name: call.spec.name.clone(),
-            blocks,
+            blocks: clone.blocks,
             block_size: of.block_size,
             thick: of.thick,
             source: Some((of.id, id)),
@@ -323,7 +332,10 @@ impl<D: Driver> Shard<D> {
         let done = match (verb, &clone) {
             (SnapshotVerb::Create, _) => found.is_some(),
             (SnapshotVerb::Delete, _) => found.is_none(),
-            (SnapshotVerb::Clone, Some(spec)) => local.find(spec.id).is_some(),
+            (SnapshotVerb::Clone, Some(spec)) => {
+                let missing = found.is_none() && call.clone.is_some_and(|clone| clone.partial);
+                missing || local.find(spec.id).is_some()
+            }
             _ => false,
         };
         if done {
@@ -466,13 +478,17 @@ impl<D: Driver> Shard<D> {
             }
             match route {
                 Route::Local(LocalRoute { pool, slot, .. }) => {
-                    work.found.push(entries_of(&self.pools[usize::from(pool)].pool, slot));
+                    let entries = entries_of(&self.pools[usize::from(pool)].pool, slot);
+                    work.found.push((child.replica, entries));
                 }
-                Route::Remote { link } => work.links.push((link, Vec::new(), None)),
+                Route::Remote { link } => {
+                    let (replica, entries) = (child.replica, Vec::new());
+                    work.links.push(ListedLink { link, replica, entries, page: None });
+                }
                 Route::Gone => {}
             }
         }
-        let links: Vec<u32> = work.links.iter().map(|(link, ..)| *link).collect();
+        let links: Vec<u32> = work.links.iter().map(|one| one.link).collect();
         let ticket = work.ticket;
         self.lists.push(work);
         for link in links {
@@ -487,8 +503,8 @@ impl<D: Driver> Shard<D> {
         let Some(work) = self.lists.iter_mut().find(|work| work.ticket == ticket) else {
             return false;
         };
-        let Some(one) = work.links.iter_mut().find(|(link, ..)| *link == at) else { return false };
-        let first = u32::try_from(one.1.len()).expect("at most 4096 slots");
+        let Some(one) = work.links.iter_mut().find(|one| one.link == at) else { return false };
+        let first = u32::try_from(one.entries.len()).expect("at most 4096 slots");
         let memory = self.driver.memory();
         let Some(page) = memory.alloc(snapshot::PAGE) else { return false };
         let command = Submit::Vendor {
@@ -506,7 +522,7 @@ impl<D: Driver> Shard<D> {
             memory.release(page);
             return false;
         }
-        one.2 = Some(page);
+        one.page = Some(page);
         self.touch_link(at);
         true
     }
@@ -519,8 +535,8 @@ impl<D: Driver> Shard<D> {
     /// A link has answered a list, or cannot any more.
     pub(super) fn list_answered(&mut self, at: u32, ticket: u32, status: Option<Status>) {
         let Some(work) = self.lists.iter_mut().find(|work| work.ticket == ticket) else { return };
-        let Some(one) = work.links.iter_mut().find(|(link, ..)| *link == at) else { return };
-        let Some(page) = one.2.take() else { return };
+        let Some(one) = work.links.iter_mut().find(|one| one.link == at) else { return };
+        let Some(page) = one.page.take() else { return };
         let memory = self.driver.memory();
         let told = snapshot::decode_list(memory.bytes(page.slice()));
         memory.release(page);
@@ -533,8 +549,8 @@ impl<D: Driver> Shard<D> {
             }
             Some((total, entries)) => {
                 let some = !entries.is_empty();
-                one.1.extend(entries);
-                some && one.1.len() < total.min(MAX_LISTED)
+                one.entries.extend(entries);
+                some && one.entries.len() < total.min(MAX_LISTED)
             }
         };
         if !more || !self.ask_list(ticket, at) {
@@ -545,10 +561,10 @@ impl<D: Driver> Shard<D> {
 
     fn listed(&mut self, ticket: u32, at: u32, all: Option<()>) {
         let Some(work) = self.lists.iter_mut().find(|work| work.ticket == ticket) else { return };
-        let Some(i) = work.links.iter().position(|(link, ..)| *link == at) else { return };
-        let (_, entries, _) = work.links.swap_remove(i);
+        let Some(i) = work.links.iter().position(|one| one.link == at) else { return };
+        let one = work.links.swap_remove(i);
         if all.is_some() {
-            work.found.push(entries);
+            work.found.push((one.replica, one.entries));
         }
     }
 
@@ -566,18 +582,20 @@ impl<D: Driver> Shard<D> {
             ))));
             return;
         }
-        let replicas = work.found.len();
+        let of_replicas = work.found.len();
         let volume = self.volumes.get(work.volume);
         let deleted = volume.map_or(&[][..], |v| v.nexus.deleted());
         let mut reports: Vec<SnapshotReport> = Vec::new();
-        for entry in work.found.into_iter().flatten() {
+        let found = work.found.into_iter();
+        let found = found.flat_map(|(of, entries)| entries.into_iter().map(move |e| (of, e)));
+        for (holder, entry) in found {
             // A replica that missed its deletion has it still; it is deleted there, too.
             if deleted.contains(&entry.id) {
                 continue;
             }
             match reports.iter_mut().find(|r| r.id == entry.id) {
                 Some(report) => {
-                    report.replicas += 1;
+                    report.holders.push(holder);
                     report.own_bytes = report.own_bytes.max(entry.own_bytes);
                     report.deleting |= entry.deleting;
                 }
@@ -588,8 +606,8 @@ impl<D: Driver> Shard<D> {
                     blocks: entry.blocks,
                     own_bytes: entry.own_bytes,
                     deleting: entry.deleting,
-                    replicas: 1,
-                    of_replicas: replicas,
+                    holders: vec![holder],
+                    of_replicas,
                 }),
             }
         }
