@@ -2,9 +2,8 @@
 
 use crate::control::register_of;
 use crate::disk::{
-    BLOCK, BLOCK_LEN, BlockError, CatalogPage, CatalogState, EntryState, FLAG_SNAPSHOT,
-    INCOMPAT_CHECKSUMS, INCOMPAT_KNOWN, JournalBlock, SUPERBLOCK_MAGIC, Segment, Superblock,
-    TablePage, VERSION,
+    BLOCK, BLOCK_LEN, BlockError, CatalogPage, CatalogState, Claim, EntryState, INCOMPAT_CHECKSUMS,
+    INCOMPAT_KNOWN, JournalBlock, SUPERBLOCK_MAGIC, Segment, Superblock, TablePage, VERSION,
 };
 use crate::extents::{ExtentState, Extents, Page, page_of};
 use crate::format::{CHUNK_PAGES, digest_of, entries_of_page};
@@ -269,8 +268,9 @@ fn replay<D: Device>(
 
 /// Gives every slot its layer, and every layer its parent.
 ///
-/// A slot whose page takes the layer that a live replica still has is what a crash left of a snapshot
-/// that was being taken: it is released. It and the free slots get the numbers that nobody has.
+/// A snapshot whose page takes the layer that its replica still has is what a crash left of one that was
+/// being taken, whether the replica lives or has been deleted since: it is released. It and the free slots
+/// get the numbers that nobody has.
 fn assign_layers(slots: &mut [Slot]) -> Result<Vec<Layer>, PoolError> {
     let other = |s: &&Slot| {
         s.page.state != CatalogState::Free && s.page.block_size != cairn_block::BlockSize::B4096
@@ -281,13 +281,13 @@ fn assign_layers(slots: &mut [Slot]) -> Result<Vec<Layer>, PoolError> {
     let mut layers: Vec<Layer> = slots.iter().map(|_| Layer::default()).collect();
     let mut owned = vec![false; slots.len()];
     let mut without = Vec::new();
-    let order = [CatalogState::Live, CatalogState::Snapshot, CatalogState::Deleting];
-    for state in order {
-        for (index, slot) in (0u16..).zip(&mut *slots).filter(|(_, s)| s.page.state == state) {
+    for claim in Claim::ORDER {
+        let of = |(_, slot): &(u16, &mut Slot)| slot.page.claim() == Some(claim);
+        for (index, slot) in (0u16..).zip(&mut *slots).filter(of) {
             let layer = usize::from(slot.page.layer);
             match owned.get_mut(layer) {
                 Some(owned) if !*owned => *owned = true,
-                Some(_) if state != CatalogState::Live && slot.page.flags & FLAG_SNAPSHOT != 0 => {
+                Some(_) if claim.may_be_void() => {
                     slot.deleting = true;
                     slot.deletion = Deletion::Checkpoint(0);
                     without.push(index);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::disk::{
-    BLOCK, BLOCK_LEN, BlockError, CatalogPage, CatalogState, Entry, EntryState, FLAG_SNAPSHOT,
+    BLOCK, BLOCK_LEN, BlockError, CatalogPage, CatalogState, Claim, Entry, EntryState,
     JournalBlock, Superblock, TablePage,
 };
 use crate::format::{CHUNK_PAGES, digest_of, entries_of_page};
@@ -315,21 +315,19 @@ impl Survey {
     }
 
     fn assign_layers(&mut self) {
-        let order = [CatalogState::Live, CatalogState::Snapshot, CatalogState::Deleting];
-        for state in order {
+        for claim in Claim::ORDER {
             for slot in 0..self.superblock.slots {
                 let Some((page, _)) = self.page(slot) else { continue };
-                if page.state != state {
+                if page.claim() != Some(claim) {
                     continue;
                 }
                 let (layer, parent) = (usize::from(page.layer), page.parent);
-                let snapshot = page.flags & FLAG_SNAPSHOT != 0;
                 match self.layers.get_mut(layer) {
                     Some(facts) if facts.owner.is_none() => {
                         facts.owner = Some(slot);
                         facts.parent = parent;
                     }
-                    Some(_) if state != CatalogState::Live && snapshot => self.released.push(slot),
+                    Some(_) if claim.may_be_void() => self.released.push(slot),
                     _ => self.clashes.push(slot),
                 }
             }

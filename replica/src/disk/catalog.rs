@@ -92,7 +92,44 @@ pub struct CatalogPage {
     pub config: Vec<u8>,
 }
 
+/// What a page that names a layer is, where a crash may have left two that name the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claim {
+    /// A replica that lives: its page decides.
+    Live,
+    /// A replica that is being deleted, and whose snapshot, if one was being taken, never came to be.
+    Deleting,
+    /// A snapshot.
+    Snapshot,
+    /// A snapshot that is being deleted, or what a replica had before it went back to one.
+    Leaving,
+}
+
+impl Claim {
+    /// From the strongest to the weakest.
+    pub const ORDER: [Self; 4] = [Self::Live, Self::Deleting, Self::Snapshot, Self::Leaving];
+
+    /// Whether a page of which another has the layer is what a crash left of a snapshot that was being taken,
+    /// or of a way back to one; of others it is damage.
+    #[must_use]
+    pub const fn may_be_void(self) -> bool {
+        matches!(self, Self::Snapshot | Self::Leaving)
+    }
+}
+
 impl CatalogPage {
+    /// What claim it has to its layer; none where the slot is free.
+    #[must_use]
+    pub const fn claim(&self) -> Option<Claim> {
+        match self.state {
+            CatalogState::Free => None,
+            CatalogState::Live => Some(Claim::Live),
+            CatalogState::Snapshot => Some(Claim::Snapshot),
+            CatalogState::Deleting if self.flags & FLAG_SNAPSHOT != 0 => Some(Claim::Leaving),
+            CatalogState::Deleting => Some(Claim::Deleting),
+        }
+    }
+
     /// Its size in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {

@@ -11,7 +11,7 @@ mod superblock;
 mod table;
 
 pub use catalog::{
-    CATALOG_MAGIC, CONFIG_MAX, CatalogPage, CatalogState, FLAG_REVERTED, FLAG_REVERTING,
+    CATALOG_MAGIC, CONFIG_MAX, CatalogPage, CatalogState, Claim, FLAG_REVERTED, FLAG_REVERTING,
     FLAG_SNAPSHOT, FLAG_THICK, MAX_REPLICA_BYTES, NAME_MAX,
 };
 pub use journal::{JOURNAL_MAGIC, JournalBlock, RECORDS_PER_BLOCK, Record};

@@ -334,6 +334,31 @@ fn what_is_kept_for_clones_moves_to_a_device_that_joined_later() {
     assert_eq!(set.pool.usage().extents_allocated, 6);
 }
 
+/// A crash cuts a snapshot off, and the next one cuts off the deletion of its replica: what is left of the
+/// snapshot is no damage.
+#[test]
+fn a_deletion_after_a_snapshot_that_was_cut_off_may_be_cut_off_too() {
+    for (seed, power) in (0..6).flat_map(|seed| [(seed, false), (seed, true)]) {
+        for (taken, deleted) in (0..8).flat_map(|taken| (0..8).map(move |deleted| (taken, deleted)))
+        {
+            let mut set = Set::formatted(&[MIB * 8], seed);
+            let slot = set.create(7, 1);
+            fill(&mut set, slot, 1, 1);
+            let tag = set.tag();
+            let spec = SnapshotSpec { id: SnapshotId(5), name: "s".to_owned(), created: 1 };
+            set.pool.create_snapshot(tag, slot, spec, &mut set.mem);
+            (0..taken).for_each(|_| _ = set.step());
+            let mut set = Set::open(set.cut(power).0, seed, &[]).unwrap();
+            let slot = set.pool.find(ReplicaId(7)).unwrap();
+            let tag = set.tag();
+            set.pool.delete_replica(tag, slot, &mut set.mem);
+            (0..deleted).for_each(|_| _ = set.step());
+            let set = Set::open(set.cut(power).0, seed, &[]);
+            assert!(set.is_ok(), "seed {seed}, {taken} and {deleted} steps: {:?}", set.err());
+        }
+    }
+}
+
 fn thick(set: &mut Set, id: u128, extents: u64) -> Result<ReplicaSlot, ControlError> {
     let tag = set.tag();
     let mut spec = spec(id, extents * EXTENT_BLOCKS);
