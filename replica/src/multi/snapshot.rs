@@ -202,19 +202,19 @@ impl MultiPool {
                 }
                 Step::Clear
             }
-            Step::Clear => return self.revert_ended(job),
+            Step::Clear => return self.revert_ended(job, revert.slot),
         };
         if ok == 0 && job.error.is_none() && !(revert.resumed && step == Step::Clear) {
             job.error = Some((IoStatus::MediaError, None));
         }
         let revert = Revert { step, ..revert };
         if self.state != PoolState::Online {
-            return self.revert_ended(job);
+            return self.revert_ended(job, revert.slot);
         }
         job.waiting = self.ask_revert(&revert, job.id, mem);
         (job.ok, job.refused) = (0, 0);
         if job.waiting == 0 {
-            return self.revert_ended(job);
+            return self.revert_ended(job, revert.slot);
         }
         job.kind = Kind::Revert(revert);
         self.active.push(job);
@@ -229,7 +229,12 @@ impl MultiPool {
         }
     }
 
-    fn revert_ended(&mut self, job: Job) {
+    fn revert_ended(&mut self, job: Job, slot: u16) {
+        // A device that failed tells what the replica had there before, not what the snapshot has.
+        if self.present().any(|m| !m.is_online()) {
+            self.lost.set_lost(slot, true);
+            self.refresh_direct();
+        }
         let (status, error) = job.error.unwrap_or((IoStatus::Ok, None));
         self.finish(job.tag, status, error);
     }

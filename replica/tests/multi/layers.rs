@@ -529,6 +529,42 @@ fn what_is_made_while_a_device_dies_reads_as_errors_there() {
     assert!(lost > 0);
 }
 
+/// A replica goes back to what was on a device that fails meanwhile, or has failed before.
+#[test]
+fn what_is_gone_back_to_reads_as_errors_where_its_device_is_dead() {
+    let mut lost = 0;
+    for seed in 0..60 {
+        let mut set = Set::formatted(&[DISK, DISK], seed);
+        let slot = set.create(1, 6);
+        taken(&mut set, slot, 1, 100);
+        fill(&mut set, slot, 6, 1);
+        taken(&mut set, slot, 1, 101);
+        assert_eq!(revert(&mut set, slot, 100).error, None);
+        let dead = set.number(2);
+        set.disks[dead].as_mut().unwrap().fail_flush = true;
+        if seed % 3 == 0 {
+            set.write(slot, 0, 1, 2);
+            set.flush(slot);
+            set.settle();
+        }
+        let tag = set.tag();
+        set.pool.revert(tag, slot, SnapshotId(101), &mut set.mem);
+        let done = set.settle().into_iter().find(|d| d.tag == tag).unwrap();
+        assert_eq!(set.state(2), Some(MemberState::Failed));
+        if done.error.is_some() {
+            continue;
+        }
+        for extent in 0..6 {
+            set.write(slot, extent * EXTENT_BLOCKS + 9, 1, 7);
+            match set.read(slot, extent * EXTENT_BLOCKS) {
+                Ok(byte) => assert_eq!(byte, 1, "seed {seed}, extent {extent}"),
+                Err(_) => lost += 1,
+            }
+        }
+    }
+    assert!(lost > 0);
+}
+
 /// What a replica goes back to may be on another device than what it gives up, and a crash leaves both.
 #[test]
 fn a_way_back_that_is_cut_off_is_no_extent_on_two_devices() {
