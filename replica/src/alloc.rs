@@ -23,7 +23,7 @@ pub(crate) struct Alloc {
     /// The parts that wait for it.
     pub(crate) first: u32,
     pub(crate) last: u32,
-    /// It has a free extent that is kept for what can be nowhere but here.
+    /// What it wants can be nowhere but here.
     pub(crate) bound: bool,
     /// It was asked for by itself, not by a write.
     pub(crate) import: Option<Import>,
@@ -33,6 +33,11 @@ impl Alloc {
     /// Whether it is for a copy of what another device holds, and has its reserve there.
     fn is_copy(&self) -> bool {
         self.import.is_some_and(|import| import.incoming)
+    }
+
+    /// Whether it has a free extent, and its replica needs no reserve for it any more.
+    pub(crate) fn has_taken(&self) -> bool {
+        self.extent != NIL && self.from.is_none() && !self.is_copy()
     }
 }
 
@@ -80,7 +85,6 @@ impl Pool {
             } else {
                 self.may_allocate(alloc.layer, bound)
             };
-            let bound = bound && !alloc.is_copy() && self.is_reserving(alloc.layer);
             let taken = if may { self.extents.take_free() } else { None };
             let Some((extent, zeroed)) = taken else {
                 if self.extents_are_returning() {
@@ -92,9 +96,12 @@ impl Pool {
             };
             self.need_extent.pop_front();
             let alloc = self.allocs.get_mut(id);
-            alloc.extent = extent;
-            alloc.bound = bound;
-            self.bound_taken += u64::from(bound);
+            (alloc.extent, alloc.bound) = (extent, bound);
+            let (layer, taken) = (alloc.layer, alloc.has_taken());
+            if taken {
+                self.layer_mut(layer).taken += 1;
+                self.use_reserve(layer, bound);
+            }
             if zeroed || on(Mutant::StaleExtent) {
                 self.log_alloc(id);
             } else {
@@ -148,7 +155,10 @@ impl Pool {
 
     fn abandon_alloc<M: Memory>(&mut self, id: u32, status: IoStatus, mem: &mut M) {
         let alloc = self.allocs.remove(id);
-        self.bound_taken -= u64::from(alloc.bound);
+        if alloc.has_taken() {
+            self.layer_mut(alloc.layer).taken -= 1;
+            self.reserve_again(alloc.layer, alloc.bound);
+        }
         let layer = self.layer_mut(alloc.layer);
         layer.map_to(alloc.logical, HOLE);
         layer.allocs -= 1;
@@ -193,13 +203,14 @@ impl Pool {
             self.note_open(alloc.extent);
         }
         self.dirty_page(alloc.extent);
+        let taken = u32::from(alloc.has_taken());
         let layer = self.layer_mut(alloc.layer);
         layer.map_to(alloc.logical, alloc.extent);
         layer.allocs -= 1;
+        layer.taken -= taken;
         layer.allocated += 1;
-        if !alloc.is_copy() {
-            self.bound_taken -= u64::from(alloc.bound);
-            self.use_reserve(alloc.layer, alloc.bound || alloc.from.is_some());
+        if alloc.from.is_some() {
+            self.use_reserve(alloc.layer, true);
         }
         if let Some(import) = alloc.import {
             if import.incoming {

@@ -18,7 +18,7 @@ impl Pool {
         let mut mapped = 0;
         for (i, layer) in (0u16..).zip(&self.layers) {
             assert_eq!(self.layer_of(layer.owner), i, "layer {i} and its slot know each other");
-            let (mut allocated, mut pending, mut leaving) = (0, 0, 0);
+            let (mut allocated, mut pending, mut taken, mut leaving) = (0, 0, 0, 0);
             for logical in 0..layer.map.len() {
                 let logical = u32::try_from(logical).expect("a map has at most 2^31 entries");
                 match layer.mapping(logical) {
@@ -31,6 +31,7 @@ impl Pool {
                             "a stray allocation"
                         );
                         pending += 1;
+                        taken += u32::from(alloc.has_taken());
                     }
                     Mapping::Extent(extent) => {
                         assert!(!referenced[extent as usize], "extent {extent} is mapped twice");
@@ -49,7 +50,8 @@ impl Pool {
                 }
             }
             assert_eq!(allocated, layer.allocated, "layer {i} counts its extents");
-            assert_eq!(pending, layer.allocs, "layer {i} counts its allocations");
+            let counted = (layer.allocs, layer.taken);
+            assert_eq!((pending, taken), counted, "layer {i} counts its allocations");
             assert_eq!(leaving, layer.leaving, "layer {i} counts what it hands over");
             let on_top = self.layers.iter().filter(|l| l.parent == Some(i)).count();
             // A clone or a way back under way counts already.

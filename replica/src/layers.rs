@@ -6,7 +6,7 @@
 //! snapshot's. Every slot of the catalog has one layer, and they are never shared.
 
 use crate::extents::NIL;
-use crate::pool::{HOLE, Mapping, PENDING, Pool, Slot};
+use crate::pool::{HOLE, Mapping, PENDING, Pool, PoolState, Slot};
 
 /// Layers that a read may have to look through. More snapshots in a row are refused.
 pub(crate) const MAX_DEPTH: usize = 64;
@@ -20,6 +20,8 @@ pub(crate) struct Layer {
     pub(crate) returning: u32,
     /// Allocations, and extents on their way here from the parent.
     pub(crate) allocs: u32,
+    /// Those of them that have a free extent.
+    pub(crate) taken: u32,
     /// Extents on their way to the layer on top.
     pub(crate) leaving: u32,
     /// Copies into it from the parent that are under way.
@@ -38,6 +40,11 @@ impl Layer {
             entry if entry & PENDING != 0 => Mapping::Pending(entry & !PENDING),
             entry => Mapping::Extent(entry),
         }
+    }
+
+    /// Extents that it has, or is about to.
+    pub(crate) fn extents(&self) -> u64 {
+        u64::from(self.allocated) + u64::from(self.taken)
     }
 
     pub(crate) fn map_to(&mut self, logical: u32, entry: u32) {
@@ -80,7 +87,7 @@ impl Pool {
     /// Takes an extent out of its layer's map. The caller says so in the journal, or the catalog does.
     pub(crate) fn unmap(&mut self, layer: u16, logical: u32) {
         self.take_out(layer, logical);
-        self.reserve_again(layer);
+        self.reserve_again(layer, false);
     }
 
     /// The same where another device of the pool has it instead.
@@ -113,7 +120,7 @@ impl Pool {
             // It is about to begin anew.
             return of.extents();
         }
-        of.extents().saturating_sub(u64::from(self.layer(of.layer).allocated))
+        of.extents().saturating_sub(self.layer(of.layer).extents())
     }
 
     pub(crate) fn is_reserving(&self, layer: u16) -> bool {
@@ -126,8 +133,8 @@ impl Pool {
         self.is_reserving(layer) && !self.slots[usize::from(self.layer(layer).owner)].frozen
     }
 
-    /// An extent of the layer was allocated: it needs no reserve any more. `bound` says that it could be nowhere
-    /// but here.
+    /// The layer has taken an extent: it needs no reserve any more. `bound` says that it could be nowhere but
+    /// here.
     pub(crate) fn use_reserve(&mut self, layer: u16, bound: bool) {
         if !self.is_counted(layer) {
             return;
@@ -141,9 +148,11 @@ impl Pool {
         }
     }
 
-    fn reserve_again(&mut self, layer: u16) {
+    /// The layer has given an extent back.
+    pub(crate) fn reserve_again(&mut self, layer: u16, bound: bool) {
         if self.is_counted(layer) {
             self.reserved += 1;
+            self.bound += u64::from(bound && self.shared);
         }
     }
 
@@ -167,7 +176,7 @@ impl Pool {
     /// nowhere else.
     pub(crate) fn bound_by(&self, slot: u16) -> u64 {
         let of = &self.slots[usize::from(slot)];
-        if !of.is_live() || !of.is_thick() {
+        if !of.is_live() || !of.is_thick() || self.state != PoolState::Online {
             return 0;
         }
         self.bound_above(self.layer(of.layer).parent, of.layer)
@@ -179,7 +188,11 @@ impl Pool {
         let own = self.layer(own);
         let end = self.mapped_end_of(top);
         let there = |l: &u32| self.chain(top).any(|at| self.layer(at).mapping(*l) != Mapping::Hole);
-        let lacks = |l: &u32| !matches!(own.mapping(*l), Mapping::Extent(_));
+        let lacks = |l: &u32| match own.mapping(*l) {
+            Mapping::Hole => true,
+            Mapping::Pending(alloc) => !self.allocs.get(alloc).has_taken(),
+            Mapping::Extent(_) => false,
+        };
         (0..end).filter(lacks).filter(there).count() as u64
     }
 
@@ -201,20 +214,15 @@ impl Pool {
         let free = u64::from(self.extents.free());
         match (self.is_reserving(layer), bound) {
             (false, _) => free > self.reserved,
-            (true, false) => free > self.bound_free(),
+            (true, false) => free > self.bound,
             (true, true) => free > 0,
         }
-    }
-
-    /// Free extents that are kept for what can be nowhere but here.
-    fn bound_free(&self) -> u64 {
-        self.bound.saturating_sub(self.bound_taken)
     }
 
     /// Free extents that an extent of a slot that may be on any device may have.
     pub(crate) fn extents_for(&self, slot: u16) -> u64 {
         let of = &self.slots[usize::from(slot)];
-        let kept = if of.is_live() && of.is_thick() { self.bound_free() } else { self.reserved };
+        let kept = if of.is_live() && of.is_thick() { self.bound } else { self.reserved };
         u64::from(self.extents.free()).saturating_sub(kept)
     }
 

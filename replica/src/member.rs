@@ -54,10 +54,10 @@ impl Pool {
         })
     }
 
-    /// A thick replica's size in extents, and how many of them are here.
+    /// A thick replica's size in extents, and how many of them it has here, or is about to.
     pub(crate) fn thick(&self, slot: u16) -> Option<(u64, u64)> {
         let of = self.slots.get(usize::from(slot)).filter(|s| s.is_live() && s.is_thick())?;
-        Some((of.extents(), u64::from(self.layer(of.layer).allocated)))
+        Some((of.extents(), self.layer(of.layer).extents()))
     }
 
     /// What is to be kept free here for thick replicas: as one device of several.

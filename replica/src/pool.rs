@@ -320,8 +320,6 @@ pub struct Pool {
     pub(crate) reserved: u64,
     /// Those of them that must be here: for what a thick replica may write over a snapshot's extents.
     pub(crate) bound: u64,
-    /// Those of them whose record is not durable yet.
-    pub(crate) bound_taken: u64,
     /// It is one device of several, and what it keeps free is said by [`crate::MultiPool`].
     pub(crate) shared: bool,
     /// Extents that the live replicas would take if they were full.
@@ -403,7 +401,6 @@ impl Pool {
             layers,
             reserved: 0,
             bound: 0,
-            bound_taken: 0,
             shared: false,
             provisioned: 0,
             swaps: Vec::new(),
@@ -721,7 +718,9 @@ impl Pool {
         self.clear_merges(mem);
         self.parts.clear();
         self.allocs.clear();
-        self.bound_taken = 0;
+        for layer in &mut self.layers {
+            layer.taken = 0;
+        }
         self.need_extent.clear();
         self.to_clean.clear();
         self.journal.clear();

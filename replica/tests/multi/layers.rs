@@ -447,6 +447,41 @@ fn requests_that_wait_together_get_the_room_of_another_device() {
     }
 }
 
+/// What a thick replica is just being given is not kept for it once more, and the rest not where there is none:
+/// nobody else gets it.
+#[test]
+fn the_reserve_is_counted_anew_while_extents_are_being_taken() {
+    for (seed, steps) in (0..6).flat_map(|seed| (0..6).map(move |steps| (seed, steps))) {
+        let mut set = Set::formatted(&[DISK, DISK], seed);
+        let total = set.pool.usage().extents_total;
+        let thin = set.create(1, 4 * total);
+        let slot = thick(&mut set, 2, 6).unwrap();
+        assert_eq!(fill_up(&mut set, thin, 0), total - 6);
+        let buf = set.mem.alloc(4096).unwrap();
+        let write = |set: &mut Set, extent: u64| {
+            let tag = set.tag();
+            let range = LbaRange::new(Lba(extent * EXTENT_BLOCKS), 1).unwrap();
+            let op = IoOp::Write { fua: false };
+            let request = IoRequest { op, range, buf: buf.slice() };
+            set.pool.submit(tag, slot, request, &mut set.mem);
+            tag
+        };
+        let mut tags: Vec<u64> = (0..4).map(|extent| write(&mut set, extent)).collect();
+        (0..steps).for_each(|_| _ = set.step());
+        let other = set.tag();
+        set.pool.create_replica(other, spec(3, EXTENT_BLOCKS), &mut set.mem);
+        let mut done = set.settle();
+        assert_eq!(fill_up(&mut set, thin, 2 * total), 0, "seed {seed}, {steps} steps");
+        tags.extend((4..6).map(|extent| write(&mut set, extent)));
+        done.extend(set.settle());
+        for tag in tags {
+            let done = done.iter().find(|d| d.tag == tag).unwrap();
+            assert_eq!(done.status, IoStatus::Ok, "seed {seed}, {steps} steps");
+        }
+        set.mem.release(buf);
+    }
+}
+
 #[test]
 fn a_thick_replica_with_snapshots_has_room_where_they_are() {
     for devices in 2..=3 {
