@@ -288,6 +288,9 @@ impl Nexus {
                 self.stuck(now_ms);
                 return;
             }
+            if let Some(why) = self.other_block_size(&found.config) {
+                return self.refuse(&why);
+            }
             if !self.admits(&found.config.encryption) {
                 self.lock(&found.config.encryption);
                 return;
@@ -469,7 +472,11 @@ impl Nexus {
 
     /// What a configuration says is so from here on.
     fn take_config(&mut self, config: &Config, voters: ChildSet) {
+        self.learn_blocks(config.blocks);
         self.config.blocks = config.blocks;
+        if config.block_size != 0 {
+            self.config.block_size = config.block_size;
+        }
         self.encryption.clone_from(&config.encryption);
         (self.lineage, self.generation, self.seq) = (config.lineage, config.generation, 0);
         self.stored_seq = 0;

@@ -23,6 +23,30 @@ const SECTION_ENCRYPTION: u16 = 1;
 const SECTION_HOLDER: u16 = 2;
 /// A section: to which snapshot the volume is being taken back.
 const SECTION_RESTORING: u16 = 3;
+/// A section: where the members are.
+const SECTION_PLACES: u16 = 4;
+/// A section: the blocks that hosts see.
+const SECTION_BLOCK_SIZE: u16 = 5;
+/// Bytes of a [`Place`].
+pub const PLACE: usize = 18;
+
+/// Where a member is reached, opaque here; zeros where that is not told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct Place(pub [u8; PLACE]);
+
+impl Place {
+    /// Whether it says where.
+    #[must_use]
+    pub fn is_told(self) -> bool {
+        self != Self::default()
+    }
+
+    /// This, or the other where this says nothing.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        if self.is_told() { self } else { other }
+    }
+}
 
 /// A voter of the volume, as its configuration has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,6 +67,8 @@ pub struct Member {
     pub copied_since: u64,
     /// The life of its machine when this was stored; 0 where it was not there.
     pub incarnation: u128,
+    /// Where whoever stored this reaches it.
+    pub place: Place,
 }
 
 /// Who holds the volume's data, and how large it is.
@@ -64,6 +90,8 @@ pub struct Config {
     /// The snapshot that the volume is being taken back to. Some replicas may have done it and others not:
     /// all do it before hosts are served.
     pub restoring: Option<SnapshotId>,
+    /// Bytes of the blocks that hosts see; 0 where that is not told.
+    pub block_size: u32,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -111,7 +139,8 @@ impl Config {
     /// ```
     ///
     /// Section 1: encryption. Section 2: the holder (16 bytes), where it is told. Section 3: the snapshot that
-    /// the volume is being taken back to (16 bytes), where it is.
+    /// the volume is being taken back to (16 bytes), where it is. Section 4: the place of each member, in their
+    /// order, where one is told. Section 5: bytes of the blocks that hosts see, u32, where they are told.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -141,6 +170,13 @@ impl Config {
         if let Some(id) = self.restoring {
             push_section(&mut out, SECTION_RESTORING, &id.to_bytes());
         }
+        if self.members.iter().any(|m| m.place.is_told()) {
+            let places: Vec<u8> = self.members.iter().flat_map(|m| m.place.0).collect();
+            push_section(&mut out, SECTION_PLACES, &places);
+        }
+        if self.block_size != 0 {
+            push_section(&mut out, SECTION_BLOCK_SIZE, &self.block_size.to_le_bytes());
+        }
         out
     }
 
@@ -165,7 +201,9 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let Sections { encryption, holder, restoring } = decode_sections(sections, expected)?;
+        let Sections { encryption, holder, restoring, places, block_size } =
+            decode_sections(sections, expected, count)?;
+        let mut places = places.chunks_exact(PLACE);
         let mut members = Vec::with_capacity(count);
         for m in head[HEADER..].chunks_exact(MEMBER) {
             if m[16] & !(IN_SYNC | WITNESS) != 0 {
@@ -179,6 +217,7 @@ impl Config {
                 copied: u64::from_le_bytes(bytes_at(m, 32)),
                 copied_since: u64::from_le_bytes(bytes_at(m, 40)),
                 incarnation: u128::from_le_bytes(bytes_at(m, 48)),
+                place: places.next().map_or(Place::default(), |place| Place(bytes_at(place, 0))),
             });
         }
         Ok(Self {
@@ -189,6 +228,7 @@ impl Config {
             encryption,
             holder,
             restoring,
+            block_size,
             members,
         })
     }
@@ -219,10 +259,13 @@ struct Sections {
     encryption: Vec<u8>,
     holder: u128,
     restoring: Option<SnapshotId>,
+    /// Of each member.
+    places: Vec<u8>,
+    block_size: u32,
 }
 
-/// What the sections say. They begin `at` bytes into the configuration.
-fn decode_sections(mut rest: &[u8], at: usize) -> Result<Sections, ConfigError> {
+/// What the sections say of so many members. They begin `at` bytes into the configuration.
+fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Sections, ConfigError> {
     let whole = rest.len();
     let mut found = Sections::default();
     while !rest.is_empty() {
@@ -241,6 +284,13 @@ fn decode_sections(mut rest: &[u8], at: usize) -> Result<Sections, ConfigError> 
             (SECTION_HOLDER, Ok(id)) if found.holder == 0 => found.holder = u128::from_le_bytes(id),
             (SECTION_RESTORING, Ok(id)) if found.restoring.is_none() => {
                 found.restoring = Some(SnapshotId::from_bytes(id));
+            }
+            (SECTION_PLACES, _) if bytes.len() == members * PLACE && found.places.is_empty() => {
+                found.places = bytes.to_vec();
+            }
+            (SECTION_BLOCK_SIZE, _) if found.block_size == 0 => {
+                let size = bytes.try_into().map_err(|_| ConfigError::Section(kind))?;
+                found.block_size = u32::from_le_bytes(size);
             }
             _ => return Err(ConfigError::Section(kind)),
         }
@@ -262,6 +312,7 @@ mod tests {
             encryption: Vec::new(),
             holder: 0,
             restoring: None,
+            block_size: 0,
             generation: 41,
             members: vec![
                 Member {
@@ -311,7 +362,20 @@ mod tests {
         let held = Config { holder: 5, ..Config::decode(&bytes).unwrap() };
         assert_eq!(Config::decode(&held.encode()), Ok(held.clone()));
         let restoring = Config { restoring: Some(SnapshotId(6)), ..held };
-        assert_eq!(Config::decode(&restoring.encode()), Ok(restoring));
+        assert_eq!(Config::decode(&restoring.encode()), Ok(restoring.clone()));
+        let mut placed = Config { block_size: 512, ..restoring };
+        placed.members[1].place = Place([7; PLACE]);
+        let told = placed.encode();
+        assert_eq!(Config::decode(&told), Ok(placed.clone()));
+        assert!(
+            Config { members: vec![placed.members[1]; MAX_CHILDREN], ..placed }.encode().len()
+                < 1024
+        );
+        let fewer = told.len() - SECTION - 4 - PLACE;
+        let mut short = told[..fewer].to_vec();
+        let places = fewer - 2 * PLACE;
+        short[places - 4..places].copy_from_slice(&36u32.to_le_bytes());
+        assert_eq!(Config::decode(&short), Err(ConfigError::Section(SECTION_PLACES)));
         let mut long = bytes.clone();
         long[end + 4..end + 8].fill(0xff);
         assert!(Config::decode(&long).is_err());

@@ -53,6 +53,8 @@ pub(super) struct Link {
     child: ChildId,
     replica: ReplicaId,
     peer: SocketAddr,
+    /// Where it may be instead: tried in turn.
+    other: Option<SocketAddr>,
     nqn: String,
     stage: Stage,
     session: Option<Session>,
@@ -83,6 +85,13 @@ impl Link {
         (self.volume, self.child)
     }
 
+    /// The replica may be there.
+    pub(super) fn try_also(&mut self, peer: SocketAddr) {
+        if peer != self.peer {
+            self.other = Some(peer);
+        }
+    }
+
     pub(super) fn new(
         volume: u32,
         child: ChildId,
@@ -96,6 +105,7 @@ impl Link {
             child,
             replica,
             peer,
+            other: None,
             nqn,
             stage: Stage::Idle,
             session: None,
@@ -316,8 +326,12 @@ impl<D: Driver> Shard<D> {
         link.stage = Stage::Idle;
         link.queues = [LinkQueue::default(); 2];
         // One that comes up and is given up at once is not tried again and again: its pool is offline, say.
-        if link.ready_ms.take().is_some_and(|since| now >= since + BACKOFF_MAX_MS) {
+        let ready_ms = link.ready_ms.take();
+        if ready_ms.is_some_and(|since| now >= since + BACKOFF_MAX_MS) {
             link.backoff_ms = BACKOFF_MIN_MS;
+        }
+        if let (None, Some(other)) = (ready_ms, link.other.as_mut()) {
+            std::mem::swap(&mut link.peer, other);
         }
         link.retry_at_ms = now + link.backoff_ms;
         link.backoff_ms = (link.backoff_ms * 2).min(BACKOFF_MAX_MS);
@@ -514,6 +528,7 @@ impl<D: Driver> Shard<D> {
             self.fail_link(at, &why);
             return;
         }
+        let peer = link.peer;
         link.stage = Stage::Ready;
         link.ready_ms = Some(now);
         if !link.last_error.is_empty() {
@@ -521,6 +536,7 @@ impl<D: Driver> Shard<D> {
             link.last_error.clear();
         }
         v.nexus.handle_child_up(child, now);
+        self.child_moved(volume, child, peer);
         self.touch_volume(volume);
     }
 

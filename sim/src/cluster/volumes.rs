@@ -110,7 +110,7 @@ impl Cluster {
             name: format!("volume{volume}"),
             nqn: volume_nqn(volume),
             blocks: self.config.blocks,
-            block_size: BlockSize::B4096,
+            block_size: Some(BlockSize::B4096),
             sharing: None,
             children: children.collect(),
             purpose,
