@@ -12,6 +12,7 @@ use cairn_nvmf::initiator::{
 use cairn_reactor::{Chunk, Driver, Op, SocketFault, SocketId};
 
 use super::upkeep::Upkeep;
+use super::volumes::Route;
 use super::{Shard, Subject, token};
 use crate::{register, snapshot};
 
@@ -280,8 +281,22 @@ impl<D: Driver> Shard<D> {
     fn drop_link(&mut self, at: u32) {
         let Some(link) = self.links.remove(at) else { return };
         let (volume, child) = (link.volume, link.child);
+        if !self.is_way_to(at, volume, child) {
+            return;
+        }
         if let Some(v) = self.volumes.get_mut(volume).filter(|v| !v.removing()) {
             v.nexus.forget_child(child);
+        }
+    }
+
+    /// Whether a link is the way to its child still, or was the last: one that had nothing in hand is retired
+    /// while its child's place is another's already.
+    fn is_way_to(&self, at: u32, volume: u32, child: ChildId) -> bool {
+        let routes = self.volumes.get(volume).map(|v| v.routes.as_slice());
+        match routes.and_then(|routes| routes.get(usize::from(child.0))) {
+            Some(Route::Remote { link }) => *link == at,
+            Some(Route::Gone) => true,
+            Some(Route::Local(_)) | None => false,
         }
     }
 
@@ -318,7 +333,8 @@ impl<D: Driver> Shard<D> {
         while let Some((ticket, _)) = self.links[at].upkeep.waiting.pop_front() {
             self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
         }
-        if let Some(v) = self.volumes.get_mut(volume) {
+        let current = self.is_way_to(at, volume, child);
+        if let Some(v) = self.volumes.get_mut(volume).filter(|_| current) {
             v.nexus.handle_child_down(child, now);
             self.touch_volume(volume);
         }
