@@ -4,6 +4,7 @@
 //! namespace says. A process that hands a volume over first has hosts hold what they send (Change), then lets
 //! what is in hand end, gives its lease back, and starts a new nexus that only looks (Inaccessible).
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{BlockSize, IoStatus};
 use cairn_nexus::{ChildId, Nexus, NexusConfig, Purpose, VolumeState};
 use cairn_nvmf::ana::AnaState;
@@ -214,7 +215,8 @@ impl<D: Driver> Shard<D> {
         let deadline_ms = hand_over.deadline_ms;
         let waits = serves && now < deadline_ms;
         if hand_over.stage == Stage::Quiesce {
-            if waits && !(quiet && volume.sectors.is_empty()) {
+            let drained = quiet && volume.sectors.is_empty() || on(Mutant::HandOverDoesNotDrain);
+            if waits && !drained {
                 return self.wants_timeout(Some(deadline_ms));
             }
             hand_over.stage = Stage::Release;
@@ -238,6 +240,12 @@ impl<D: Driver> Shard<D> {
 
     /// Ends the nexus and its sessions.
     fn close_nexus(&mut self, at: u32, now: u64) {
+        let volume = &mut self.volumes[at];
+        let left = volume.nexus.in_flight();
+        if left > 0 && volume.nexus.state().is_serving() {
+            tracing::warn!(volume = %volume.spec.name, left, "handed over with requests in hand: hosts try them elsewhere");
+            volume.cut_off += left as u64;
+        }
         self.drop_sectors(at, IoStatus::PathError, now);
         self.volumes[at].fail_change("the volume is handed over");
         self.volumes[at].nexus.hand_over();

@@ -92,6 +92,8 @@ pub(super) struct Volume {
     pub(super) restore: Option<Restore>,
     /// It is being handed over to another process.
     pub(super) hand_over: Option<HandOver>,
+    /// Requests that were cut off when it was handed over.
+    pub(super) cut_off: u64,
     /// Who waits for it to be taken over.
     pub(super) activation: Option<Reply<()>>,
     /// Why it could not be taken over the last time.
@@ -193,6 +195,7 @@ impl<D: Driver> Shard<D> {
             frozen: false,
             restore: None,
             hand_over: None,
+            cut_off: 0,
             activation: None,
             refusal: None,
             busy: false,

@@ -8,6 +8,7 @@
 //! take over at once cost time and nothing else.
 
 use cairn_block::Epoch;
+use cairn_block::mutants::{Mutant, on};
 
 use super::Stage;
 use crate::config::Config;
@@ -183,7 +184,7 @@ impl Nexus {
         let registers = self.assembly.as_ref().map_or(&[][..], |a| &a.registers);
         let of = |c: ChildId| registers[usize::from(c.0)].as_ref();
         let left_ms = heard.iter().filter_map(of).map(|r| r.lease_ms).max().unwrap_or(0);
-        if left_ms > 0 {
+        if left_ms > 0 && !on(Mutant::StandbyIgnoresLeases) {
             return Seen::Served { left_ms };
         }
         if heard.len() <= (voters.len() + unknown.len()) / 2 {
