@@ -209,7 +209,8 @@ impl<D: Driver> Shard<D> {
     /// Goes on with handing a volume over.
     pub(super) fn advance_hand_over(&mut self, at: u32, now: u64) {
         let volume = &mut self.volumes[at];
-        let quiet = volume.nexus.in_flight() == 0;
+        // What the nexus does on its own account, a rebuild for one, goes on elsewhere.
+        let quiet = volume.nexus.unanswered() == 0 && volume.waiting.is_empty();
         let serves = volume.nexus.state().is_serving();
         let Some(hand_over) = volume.hand_over.as_mut() else { return };
         let deadline_ms = hand_over.deadline_ms;
@@ -241,7 +242,7 @@ impl<D: Driver> Shard<D> {
     /// Ends the nexus and its sessions.
     fn close_nexus(&mut self, at: u32, now: u64) {
         let volume = &mut self.volumes[at];
-        let left = volume.nexus.in_flight();
+        let left = volume.nexus.unanswered() + volume.waiting.len();
         if left > 0 && volume.nexus.state().is_serving() {
             tracing::warn!(volume = %volume.spec.name, left, "handed over with requests in hand: hosts try them elsewhere");
             volume.cut_off += left as u64;

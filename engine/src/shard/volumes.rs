@@ -77,7 +77,7 @@ pub(super) struct Volume {
     pub(super) counters: ExportCounters,
     pub(super) register_replies: VecDeque<(ChildId, Ticket, ChildReply)>,
     /// Host requests that the nexus has no room for.
-    waiting: VecDeque<(u64, IoRequest)>,
+    pub(super) waiting: VecDeque<(u64, IoRequest)>,
     /// Requests in blocks of 512 bytes that wait for others, or for memory.
     pub(super) sectors: sectors::Waiting,
     removing: Option<Reply<()>>,
