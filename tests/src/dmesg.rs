@@ -49,6 +49,9 @@ const RECONNECT: &[&str] = &[
     "failed to send request -32",
     "failed to send request -104",
     "failed nvme_keep_alive_end_io error=",
+    // A path that is given up for good: requests go to another one, and there is nobody to be told.
+    "failfast expired",
+    "property set error: 880,",
 ];
 
 /// The messages that should not be there.

@@ -39,9 +39,9 @@ pub(crate) const SMOKE: Job = Job {
 };
 
 /// The jobs whose volume grows, is copied, or moves: the kernel's target is not asked to.
-pub(crate) const OURS: [&str; 4] = ["grow", "snapshot", "takeover", "rolling"];
+pub(crate) const OURS: [&str; 5] = ["grow", "snapshot", "takeover", "rolling", "hosts"];
 
-pub(crate) const JOBS: [Job; 7] = [
+pub(crate) const JOBS: [Job; 8] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -112,6 +112,15 @@ pub(crate) const JOBS: [Job; 7] = [
         reconnects: true,
         encrypted: false,
         layout: Layout::Together,
+        limit: Duration::from_secs(420),
+    },
+    Job {
+        name: OURS[4],
+        script: include_str!("../guest/hosts.sh"),
+        cases: &["host-settings", "stale-path"],
+        reconnects: true,
+        encrypted: false,
+        layout: Layout::Apart,
         limit: Duration::from_secs(420),
     },
 ];
