@@ -192,6 +192,9 @@ impl Nexus {
                 self.try_decide(now_ms);
             }
             (Stage::Promise, Err(IoStatus::Fenced)) => {
+                if self.gives_way(true, now_ms) {
+                    return;
+                }
                 // Somebody took a newer epoch between the read and the promise: look again.
                 let assembly = self.assembling();
                 assembly.stage = Stage::Stuck;
@@ -280,6 +283,9 @@ impl Nexus {
     }
 
     fn promise(&mut self, now_ms: u64) {
+        if self.gives_way(false, now_ms) {
+            return;
+        }
         // Before any nexus that serves is fenced: this one has to be able to take its place. A node
         // without the key takes the volume from nobody.
         let found = self.highest();

@@ -49,6 +49,8 @@ const RECONNECT: &[&str] = &[
     "failed to send request -32",
     "failed to send request -104",
     "failed nvme_keep_alive_end_io error=",
+    // A keep alive that a process which hangs does not answer.
+    "type 4 opcode 0x18 (admin cmd) qid 0 timeout",
     // A path that is given up for good: requests go to another one, and there is nobody to be told.
     "failfast expired",
     "property set error: 880,",

@@ -39,9 +39,9 @@ pub(crate) const SMOKE: Job = Job {
 };
 
 /// The jobs whose volume grows, is copied, or moves: the kernel's target is not asked to.
-pub(crate) const OURS: [&str; 5] = ["grow", "snapshot", "takeover", "rolling", "hosts"];
+pub(crate) const OURS: [&str; 6] = ["grow", "snapshot", "takeover", "rolling", "hosts", "failures"];
 
-pub(crate) const JOBS: [Job; 8] = [
+pub(crate) const JOBS: [Job; 9] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -121,6 +121,15 @@ pub(crate) const JOBS: [Job; 8] = [
         reconnects: true,
         encrypted: false,
         layout: Layout::Apart,
+        limit: Duration::from_secs(420),
+    },
+    Job {
+        name: OURS[5],
+        script: include_str!("../guest/failures.sh"),
+        cases: &["failures"],
+        reconnects: true,
+        encrypted: false,
+        layout: Layout::Together,
         limit: Duration::from_secs(420),
     },
 ];

@@ -27,6 +27,8 @@ pub(crate) struct Watch {
     auto: bool,
     /// The highest epoch that was promised, when it was seen first that nobody serves.
     idle: Option<Epoch>,
+    /// It takes over by itself: the epoch that it had seen then, and what it stands by as.
+    by_itself: Option<(Epoch, Option<u64>)>,
     /// What was told of who serves.
     told: String,
     /// Why it could not serve the volume.
@@ -55,9 +57,36 @@ impl Nexus {
             return false;
         }
         self.config.purpose = Purpose::Assemble;
+        self.watch.by_itself = None;
         self.set_state(VolumeState::Assembling("taking the volume over".to_owned()));
         self.assembly_restart();
         self.settle(now_ms);
+        true
+    }
+
+    /// Whether another nexus has come first since this one began to take the volume over by itself, by what was
+    /// heard: then it stands by again. What it has promised to itself takes the volume from nobody.
+    pub(super) fn gives_way(&mut self, refused: bool, now_ms: u64) -> bool {
+        let Some((idle, auto_after_ms)) = self.watch.by_itself else { return false };
+        let ours = idle.max(self.epoch);
+        let registers = self.assembly.iter().flat_map(|a| a.registers.iter().flatten());
+        let mut others = registers.filter(|r| r.lease_ms > 0 || r.promised_epoch > ours);
+        if !refused && others.next().is_none() || on(Mutant::StandbyIgnoresLeases) {
+            return false;
+        }
+        self.watch.by_itself = None;
+        self.config.purpose = Purpose::StandBy { auto_after_ms };
+        self.round += 1;
+        let round = self.round;
+        let assembly = self.assembling();
+        (assembly.stage, assembly.round) = (Stage::Watch, round);
+        assembly.registers.fill(None);
+        assembly.promised = ChildSet::EMPTY;
+        assembly.deadline_ms = Some(now_ms);
+        self.watch.heard = ChildSet::EMPTY;
+        self.watch.idle = None;
+        "another nexus is taking the volume over".clone_into(&mut self.watch.told);
+        self.tell_watch();
         true
     }
 
@@ -160,6 +189,7 @@ impl Nexus {
             // Twice, and nobody has begun to come up meanwhile: its first lease may be on its way.
             if self.watch.auto && before == Some(epoch) && self.watch.unfit.is_none() {
                 self.activate(now_ms);
+                self.watch.by_itself = Some((epoch, auto_after_ms));
                 return;
             }
             self.watch.idle = Some(epoch);

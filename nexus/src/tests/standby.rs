@@ -282,3 +282,48 @@ fn it_tells_why_it_was_refused_the_last_time() {
     look(&mut b, 1);
     assert!(stands_by(&b).contains("two of them differ"), "{}", stands_by(&b));
 }
+
+#[test]
+fn of_two_that_take_over_by_themselves_one_gives_way() {
+    let mut b = standing_by(Bench::online(3), AUTO);
+    // One replica hangs: its register is waited for.
+    b.hold_registers = true;
+    look(&mut b, 1);
+    let answer = |b: &mut Bench| {
+        let held: Vec<ChildIo> = b.held.drain(..).collect();
+        for io in held {
+            if io.child == ChildId(2) {
+                b.held.push_back(io);
+                continue;
+            }
+            let reply = b.obey(&io);
+            b.nexus.handle_register(io.child, io.ticket, reply, b.now);
+            b.pump();
+        }
+    };
+    while matches!(b.nexus.state(), VolumeState::StandBy(_)) {
+        answer(&mut b);
+        b.pass(LEASE / 8);
+    }
+    answer(&mut b);
+    assert!(matches!(b.nexus.state(), VolumeState::Assembling(_)), "{:?}", b.nexus.state());
+    // Meanwhile another one has come up.
+    for register in &mut b.registers[..2] {
+        register.promised_epoch.0 += 1;
+        register.lease_ms = LEASE;
+    }
+    let promised = b.registers[0].promised_epoch;
+    for _ in 0..8 {
+        b.pass(WAIT / 2);
+        answer(&mut b);
+    }
+    assert!(stands_by(&b).contains("another nexus serves"), "{}", stands_by(&b));
+    assert_eq!(b.registers[0].promised_epoch, promised, "it was left alone");
+    // Told to by hand it does take over.
+    assert!(b.nexus.activate(b.now));
+    for _ in 0..8 {
+        b.pass(WAIT / 2);
+        answer(&mut b);
+    }
+    assert!(b.registers[0].promised_epoch > promised);
+}

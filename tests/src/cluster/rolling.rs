@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::{Cluster, REPLICAS, STATE, VOLUME, text};
-use crate::host::wait_for;
+use crate::host::{run, wait_for};
 
 /// What is written to at all while a process is away, and so what a rebuild may copy at most: fio's part of the
 /// volume. Far more is mapped.
@@ -32,6 +32,26 @@ impl Cluster<'_> {
                 self.active = next;
                 Ok(moved)
             }
+            "kill" => self.kill(name).map(|()| format!("killed {name}")),
+            "kill-active" => self.kill(self.active).map(|()| format!("killed {}", self.active)),
+            "kill-all" => {
+                let all: Vec<_> = self.running.keys().copied().collect();
+                all.into_iter().try_for_each(|name| self.kill(name))?;
+                Ok("killed all".to_owned())
+            }
+            "start" => self.launch(name).map(|()| format!("{name} runs again")),
+            "start-missing" => {
+                for (name, _) in REPLICAS {
+                    if !self.running.contains_key(name) {
+                        self.launch(name)?;
+                    }
+                }
+                Ok("all run".to_owned())
+            }
+            "pause" => self.signal(name, "STOP"),
+            "resume" => self.signal(name, "CONT"),
+            "expect-served" => self.find_active(Some(name), "degraded"),
+            "expect-online" => self.find_active(None, "online"),
             "stop" => self.stop(name).map(|()| format!("stopped {name}")),
             "start-newer" => {
                 let to = self.newer_program();
@@ -45,6 +65,36 @@ impl Cluster<'_> {
             "expect-whole" => self.expect_whole(name),
             _ => bail!("the cluster knows no {verb}"),
         }
+    }
+
+    fn signal(&self, name: &str, signal: &str) -> Result<String> {
+        let child = self.running.get(name).with_context(|| format!("{name} is not running"))?;
+        run(&format!("kill -{signal} {}", child.id()))
+    }
+
+    /// Waits until a process serves the volume in this state, and not the one that is left out.
+    fn find_active(&mut self, without: Option<&str>, state: &str) -> Result<String> {
+        let mut last = Vec::new();
+        let waited = wait_for(&format!("process that serves, '{state}'"), STATE, || {
+            last.clear();
+            for (name, _) in REPLICAS {
+                if Some(name) == without || !self.running.contains_key(name) {
+                    continue;
+                }
+                let status = self.call(name, &["volume", "status", VOLUME])?;
+                if text(&status, "state")? == state {
+                    return Ok(Some(name));
+                }
+                last.push(format!(
+                    "{name}: {}, {}",
+                    text(&status, "state")?,
+                    text(&status, "detail")?
+                ));
+            }
+            Ok(None)
+        });
+        self.active = waited.with_context(|| last.join("; "))?;
+        Ok(format!("{} serves it", self.active))
     }
 
     /// All others stand by for the volume.
