@@ -280,6 +280,8 @@ impl<D: Driver> Shard<D> {
             volume.nexus.note_refusal(why);
         }
         volume.register_replies.clear();
+        // A snapshot of several volumes that waited for this one is given up, and holds it no longer.
+        volume.frozen = false;
         let reply = volume.hand_over.take().and_then(|h| h.reply);
         tracing::info!(volume = %volume.spec.name, "standing by");
         for child in 0..volume.routes.len() {
