@@ -14,7 +14,7 @@ use cairn_engine::block::{
     BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory as _, PoolId,
     ReplicaId, VolumeId,
 };
-use cairn_engine::control::{Command, Reply, ScrubAction};
+use cairn_engine::control::{Command, Reply, ScrubAction, Sharing};
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::{Purpose, ScrubReport, change};
 use cairn_engine::nvmf::initiator::{
@@ -91,6 +91,15 @@ impl Engine {
     }
 
     fn add_volume(&self, purpose: Purpose, children: Vec<(ReplicaId, ChildAddress)>) {
+        self.add_shared(purpose, children, None);
+    }
+
+    fn add_shared(
+        &self,
+        purpose: Purpose,
+        children: Vec<(ReplicaId, ChildAddress)>,
+        sharing: Option<Sharing>,
+    ) {
         let spec = VolumeSpec {
             id: VolumeId(99),
             name: "v".to_owned(),
@@ -101,7 +110,7 @@ impl Engine {
             purpose,
             child_deadline_ms: 2_000,
             allowed_hosts: None,
-            sharing: None,
+            sharing,
             encryption: None,
         };
         self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
@@ -540,4 +549,32 @@ fn changes_are_told_and_settled_over_the_wire() {
     assert_eq!(client.settle(SettleCall::Begin { round: 10 }), IoStatus::Fenced);
     assert_eq!(client.changes(0, 4, 8), Err(IoStatus::Fenced));
     assert_eq!(next.changes(0, 0, 1).unwrap(), [open | change::SINCE]);
+}
+
+/// A takeover that was refused left the volume refused, until somebody asked for another.
+#[test]
+fn a_process_that_was_refused_stands_by_again_and_says_why() {
+    let engine = Engine::with_replica(1);
+    let local = (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() });
+    let by_hand = Purpose::StandBy { auto_after_ms: None };
+    engine.add_shared(by_hand, vec![local.clone()], Some(Sharing::default()));
+    let take = || engine.call(|reply| Command::TakeOver { name: "v".to_owned(), reply });
+    for _ in 0..2 {
+        // Nothing was ever stored there.
+        let refused = take().unwrap_err();
+        assert!(refused.to_string().contains("no replica holds a configuration"), "{refused}");
+        let told = |v: &VolumeReport| v.detail.contains("no replica holds a configuration");
+        engine.wait("told", |v| v.state == "standby" && told(v));
+    }
+    engine.remove_volume();
+    // Once there is something to be taken over it is.
+    engine.add_volume(Purpose::Create, vec![local.clone()]);
+    engine.wait("created", |v| v.serving);
+    engine.remove_volume();
+    engine.add_shared(by_hand, vec![local], Some(Sharing::default()));
+    take().unwrap();
+    assert!(engine.volume().serving);
+    engine.call(|reply| Command::StandBy { name: "v".to_owned(), reply }).unwrap();
+    let volume = engine.wait("looked at", |v| v.blocks == BLOCKS);
+    assert_eq!((volume.state.as_str(), volume.unfit.as_str()), ("standby", ""), "{volume:#?}");
 }
