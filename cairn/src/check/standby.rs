@@ -134,6 +134,7 @@ pub(super) async fn run(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     let stands =
         until(&mut second, "in want of the key", |v| v.detail.contains("expected key id")).await?;
     ensure!(stands.state == "standby", "it is {}: {}", stands.state, stands.detail);
+    ensure!(stands.unfit.contains("expected key id"), "it is unfit: {}", stands.unfit);
     let take = v1::TakeOverVolumeRequest { name: NAME.to_owned() };
     let taken = second.take_over_volume(take.clone()).await;
     let said_why = taken.as_ref().is_err_and(|s| s.message().contains("expected key id"));
@@ -142,7 +143,7 @@ pub(super) async fn run(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     let unlock = v1::UnlockVolumeRequest { name: NAME.to_owned(), key };
     second.unlock_volume(unlock).await.map_err(|s| said(&s)).context("unlocking a standby")?;
     let all = until(&mut second, "told of all members", |v| v.children.len() == REPLICAS).await?;
-    ensure!(!all.detail.contains("key"), "it says: {}", all.detail);
+    ensure!(all.unfit.is_empty() && !all.detail.contains("key"), "it says: {}", all.detail);
 
     // A member comes, and another one is elsewhere now.
     let mut r3 = connect(&cluster.socket("r3")).await?;

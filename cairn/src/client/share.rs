@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use cairn_api::v1::{self, cairn_client::CairnClient};
 use clap::Args;
 use tonic::transport::Channel;
@@ -168,19 +168,44 @@ pub(crate) async fn learn_from(
 pub(super) async fn take_over(global: &Global, name: String, to: Option<PathBuf>) -> Result<()> {
     let target = to.as_ref().unwrap_or(&global.socket);
     let mut taker = connect(target).await?;
+    let mut handed_by = None;
     if to.is_some() {
-        let handed = match connect(&global.socket).await {
-            Ok(mut serving) => {
-                let request = v1::HandOverVolumeRequest { name: name.clone() };
-                serving.hand_over_volume(request).await.map(drop).map_err(|s| said(&s))
+        // Nobody lets go of a volume that the other could not serve.
+        let there = named(volumes(&mut taker).await?, &name)?;
+        if !there.unfit.is_empty() {
+            bail!(
+                "volume `{name}` cannot be taken over there, and stays where it is: {}",
+                there.unfit
+            );
+        }
+        match hand_over(global, &name).await {
+            Ok(serving) => handed_by = Some(serving),
+            Err(error) if global.output == Output::Table => {
+                say!("not handed over, it is taken from whoever serves it: {error:#}");
             }
-            Err(error) => Err(error),
-        };
-        if let (Err(error), Output::Table) = (handed, global.output) {
-            say!("not handed over, it is taken from whoever serves it: {error:#}");
+            Err(_) => {}
         }
     }
     let request = v1::TakeOverVolumeRequest { name };
-    let volume = taker.take_over_volume(request).await.map_err(|s| said(&s))?;
-    show_volume(global.output, &volume.into_inner())
+    let taken = taker.take_over_volume(request.clone()).await;
+    let error = match (taken, &mut handed_by) {
+        (Ok(volume), _) => return show_volume(global.output, &volume.into_inner()),
+        (Err(status), None) => return Err(said(&status)),
+        (Err(status), Some(serving)) if status.code() != tonic::Code::DeadlineExceeded => {
+            let back = serving.take_over_volume(request).await;
+            back.map_err(|s| said(&s)).context("it could not be taken back either")?;
+            said(&status)
+                .context("the volume is served where it was; the other could not take it over")
+        }
+        (Err(status), Some(_)) => said(&status),
+    };
+    Err(error)
+}
+
+/// Has the process that serves a volume hand it over.
+async fn hand_over(global: &Global, name: &str) -> Result<CairnClient<Channel>> {
+    let mut serving = connect(&global.socket).await?;
+    let request = v1::HandOverVolumeRequest { name: name.to_owned() };
+    serving.hand_over_volume(request).await.map_err(|s| said(&s))?;
+    Ok(serving)
 }
