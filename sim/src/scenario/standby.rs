@@ -50,7 +50,7 @@ impl Run {
                 let at = self.any_pool();
                 self.leaves(at);
             }
-            self.disturb(old, long);
+            self.disturb(old, long, writing);
         }
         for host in 0..self.cluster.hosts() {
             if self.rng.chance(500) {
@@ -96,11 +96,12 @@ impl Run {
     }
 
     /// Something happens to the one that serves, and perhaps somebody tells the machines to change roles.
-    fn disturb(&mut self, old: usize, long: u64) {
+    fn disturb(&mut self, old: usize, long: u64, writing: Orders) {
         let old_machine = self.cluster.active_machine();
         let mut others = self.machines();
         others.retain(|m| *m != old_machine);
-        match self.rng.below(10) {
+        let kind = self.rng.below(12);
+        match kind {
             0 | 1 => {
                 let patience = [0, 3 * MS, 300 * MS, 3_000 * MS][self.rng.index(4)];
                 self.cluster.hand_over(old, patience);
@@ -125,7 +126,7 @@ impl Run {
                     self.cluster.world().block(old_machine, *other, long);
                 }
             }
-            7 => {
+            7 | 10 | 11 => {
                 // One replica may be cut off with it.
                 let with = self.rng.chance(500).then(|| self.rng.index(others.len()));
                 for (at, other) in others.iter().enumerate() {
@@ -147,6 +148,18 @@ impl Run {
                 self.pass(moment);
                 self.cluster.hand_over(1 - old, 300 * MS);
             }
+        }
+        if matches!(kind, 5..=7 | 10 | 11) && self.rng.chance(600) {
+            // Whoever is told now has to wait: the other answers reads still.
+            let moment = self.moment() * 3;
+            self.pass(moment);
+            self.cluster.tell_to_take_over(1 - old);
+            for host in (1..self.cluster.hosts()).step_by(2) {
+                self.cluster.move_host(host);
+                self.cluster.order(host, writing);
+            }
+            self.pass(1_500 * MS);
+            return;
         }
         if self.rng.chance(300) {
             let moment = 10 * self.moment();
