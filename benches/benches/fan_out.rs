@@ -2,7 +2,9 @@
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 
 use cairn_block::{BufSlice, Epoch, IoOp, IoRequest, IoStatus, Lba, LbaRange, ReplicaId, VolumeId};
-use cairn_nexus::{ChildId, ChildOp, ChildSpec, Nexus, NexusConfig, Purpose, Register, RegisterOp};
+use cairn_nexus::{
+    ChildId, ChildOp, ChildSpec, Nexus, NexusConfig, Place, Purpose, Register, RegisterOp,
+};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// A nexus of three children that promise and accept everything.
@@ -10,9 +12,15 @@ fn online() -> Nexus {
     let mut nexus = Nexus::new(NexusConfig {
         volume: VolumeId(1),
         blocks: 1 << 20,
+        block_size: 0,
         encryption: None,
         children: (1..=3)
-            .map(|i| ChildSpec { replica: ReplicaId(i), local: false, witness: false })
+            .map(|i| ChildSpec {
+                replica: ReplicaId(i),
+                local: false,
+                witness: false,
+                place: Place::default(),
+            })
             .collect(),
         purpose: Purpose::Create,
         child_deadline_ms: 5_000,

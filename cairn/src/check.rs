@@ -5,6 +5,7 @@ mod members;
 mod sectors;
 mod share;
 mod snapshots;
+mod standby;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -61,6 +62,7 @@ async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     snapshots::run(cluster, folder).await?;
     sectors::run(cluster, folder).await?;
     share::run(cluster).await?;
+    standby::run(cluster, folder).await?;
     let volume = cluster.volume(VOLUME_SIZE).await?;
     let address = volume.addresses.first().context("the nexus exports nothing")?;
     let front =

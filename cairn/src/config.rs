@@ -33,6 +33,89 @@ pub(crate) struct Config {
     pub(crate) overcommit: u32,
     #[serde(default, rename = "pool", skip_serializing_if = "Vec::is_empty")]
     pub(crate) pools: Vec<Pool>,
+    #[serde(default, rename = "standby", skip_serializing_if = "Vec::is_empty")]
+    pub(crate) standbys: Vec<Standby>,
+}
+
+/// A volume that this process is to stand by for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Standby {
+    /// Its name.
+    pub(crate) volume: String,
+    /// The API socket of the process that serves it: all else is asked there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) from: Option<PathBuf>,
+    /// Its id, where there is no such socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    /// Members of it as this process reaches them; one is enough, which tells of the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) replicas: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) witnesses: Vec<String>,
+    /// It is taken over by itself once nobody serves it, but not before it was stood by for so long; 0: only when
+    /// this process is told to.
+    #[serde(default = "take_over_after")]
+    pub(crate) take_over_after: Interval,
+    /// Where hosts reach the other processes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) elsewhere: Vec<SocketAddr>,
+    /// The file of its key, where it is encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) key_file: Option<String>,
+    /// Or a program and its arguments, which prints the key.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) key_command: Vec<String>,
+}
+
+fn take_over_after() -> Interval {
+    Interval(10)
+}
+
+impl Standby {
+    fn check(&self) -> Result<()> {
+        let name = &self.volume;
+        if let Some(socket) = &self.from {
+            let known =
+                self.id.is_some() || !self.replicas.is_empty() || !self.witnesses.is_empty();
+            if known {
+                bail!(
+                    "standby \"{name}\": from = ... tells its id and its replicas; leave those out"
+                );
+            }
+            if !socket.is_absolute() {
+                bail!("standby \"{name}\": from = \"{}\": a path from the root", socket.display());
+            }
+        } else {
+            let Some(id) = &self.id else {
+                bail!(
+                    "standby \"{name}\": name the API socket of the process that serves it (from), or its id \
+                     and one replica at least"
+                );
+            };
+            if id.parse::<cairn_engine::block::VolumeId>().is_err() {
+                bail!(
+                    "standby \"{name}\": id = \"{id}\": a UUID, as `cairn volume status` shows it"
+                );
+            }
+            if self.replicas.is_empty() {
+                bail!("standby \"{name}\": replicas = []: one at least, which tells of the others");
+            }
+        }
+        for uri in self.replicas.iter().chain(&self.witnesses) {
+            if !uri.starts_with("nvme+tcp://") && !uri.starts_with("local:") {
+                bail!(
+                    "standby \"{name}\": \"{uri}\" names no replica; write nvme+tcp://HOST:PORT/NQN (from \
+                     `cairn replica list`) or local:POOL/REPLICA-ID"
+                );
+            }
+        }
+        if self.key_file.is_some() && !self.key_command.is_empty() {
+            bail!("standby \"{name}\": name either a key file or a key command");
+        }
+        Ok(())
+    }
 }
 
 /// Thin, but not without bounds.
@@ -403,6 +486,19 @@ impl Config {
         if self.nexus.replace_after.0 > 0 && self.nexus.spares.is_empty() {
             bail!("replace_after is set, and there are no spares: name the pools that may be used");
         }
+        for (i, standby) in self.standbys.iter().enumerate() {
+            let name = &standby.volume;
+            if name.is_empty() || name.len() > 64 || !name.chars().all(plain) {
+                bail!("standby volume \"{name}\": use 1 to 64 letters, digits, '-', '_' and '.'");
+            }
+            if self.standbys[..i].iter().any(|other| other.volume == *name) {
+                bail!("two standbys name volume \"{name}\"");
+            }
+            if standby.from.as_ref().is_some_and(|socket| *socket == self.socket()) {
+                bail!("standby \"{name}\": from names this process's own socket");
+            }
+            standby.check()?;
+        }
         for (i, pool) in self.pools.iter().enumerate() {
             if pool.name.is_empty() || !pool.name.chars().all(plain) {
                 bail!("pool name \"{}\": use letters, digits, '-', '_' and '.'", pool.name);
@@ -480,6 +576,40 @@ mod tests {
         }
         let none = toml::from_str::<Config>(&format!("{text}[nexus]\nreplace_after = \"1m\"\n"));
         assert!(none.unwrap().check().unwrap_err().to_string().contains("no spares"));
+
+        let id = "3f2c1a60-5d1c-4b6e-9f0a-2b7f6f1f9a10";
+        let standby = format!("{text}[[standby]]\nvolume = \"db\"\nfrom = \"/run/a.sock\"\n");
+        let config: Config = toml::from_str(&standby).unwrap();
+        config.check().unwrap();
+        assert_eq!(config.standbys[0].take_over_after, Interval(10));
+        let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again.standbys, config.standbys);
+        let named = format!(
+            "{text}[[standby]]\nvolume = \"db\"\nid = \"{id}\"\nreplicas = [\"local:p/{id}\"]\n\
+             take_over_after = \"0\"\nelsewhere = [\"192.0.2.11:4420\"]\nkey_file = \"/etc/key\"\n"
+        );
+        toml::from_str::<Config>(&named).unwrap().check().unwrap();
+        for (from, to, says) in [
+            ("\"/run/a.sock\"", "\"a.sock\"", "a path from the root"),
+            ("\"/run/a.sock\"", "\"/tmp/r1/api.sock\"", "own socket"),
+            ("from = \"/run/a.sock\"", "take_over_after = \"5s\"", "API socket"),
+            ("from", "replicas = [\"local:p/x\"]\nfrom", "leave those out"),
+            ("\"db\"", "\"d b\"", "letters"),
+            ("from", "key_file = \"a\"\nkey_command = [\"b\"]\nfrom", "either a key file"),
+        ] {
+            let config = toml::from_str::<Config>(&standby.replace(from, to)).unwrap();
+            let error = config.check().unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        for (from, to, says) in [
+            (format!("id = \"{id}\""), "id = \"x\"".to_owned(), "a UUID"),
+            (format!("[\"local:p/{id}\"]"), "[]".to_owned(), "one at least"),
+            (format!("local:p/{id}"), "192.0.2.1:4420".to_owned(), "names no replica"),
+        ] {
+            let config = toml::from_str::<Config>(&named.replace(&from, &to)).unwrap();
+            let error = config.check().unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
 
         let twice = format!("{text}[[pool]]\nname = \"p\"\npath = \"x\"\n");
         let error = toml::from_str::<Config>(&twice).unwrap().check().unwrap_err();

@@ -293,7 +293,7 @@ impl Show for v1::Volume {
         json!({
             "id": self.id, "name": self.name, "nqn": self.nqn, "size_bytes": self.size_bytes,
             "block_size": self.block_size, "state": self.state, "detail": self.detail,
-            "serving": self.serving, "epoch": self.epoch, "children": children, "hosts": hosts,
+            "serving": self.serving, "unfit": self.unfit, "epoch": self.epoch, "children": children, "hosts": hosts,
             "counters": counters(self.counters.as_ref()), "in_flight": self.in_flight,
             "encryption": self.encryption.as_ref().map(|e| {
                 json!({"cipher": e.cipher, "key_id": e.key_id})

@@ -204,6 +204,7 @@ async fn serve(
     tokio::spawn(async move { settling.settle_keys().await });
     let members = Arc::clone(&service);
     tokio::spawn(async move { members.look_after_members().await });
+    tokio::spawn(Arc::clone(&service).look_after_standbys());
     let api = cairn_api::v1::cairn_server::CairnServer::from_arc(service);
     let served = tonic::transport::Server::builder()
         .add_service(api)

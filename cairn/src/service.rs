@@ -9,6 +9,7 @@ mod replace;
 mod share;
 mod snapshots;
 mod spares;
+mod standbys;
 mod uri;
 
 use std::net::SocketAddr;
@@ -57,6 +58,7 @@ pub(crate) struct Service {
     scrubs: Scrubs,
     rebuilds: Rebuilds,
     members: Members,
+    standbys: standbys::Standbys,
     metrics: Mutex<Option<SocketAddr>>,
 }
 
@@ -81,6 +83,7 @@ impl Service {
             scrubs: Scrubs::new(&config.state_dir, &config.nexus),
             rebuilds: Rebuilds::new(&config.state_dir),
             members: Members::new(config),
+            standbys: standbys::Standbys::new(config),
             metrics: Mutex::new(None),
         }
     }
@@ -734,6 +737,7 @@ impl Cairn for Service {
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
         let name = request.into_inner().name;
+        self.standbys.leave_alone(&name);
         let wanted = name.clone();
         let removed = self.ask(|reply| Command::RemoveVolume { name: wanted, reply }).await;
         match removed {

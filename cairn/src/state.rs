@@ -79,7 +79,7 @@ pub(crate) struct SavedVolume {
     pub(crate) id: String,
     pub(crate) name: String,
     pub(crate) size_bytes: u64,
-    /// Bytes of the blocks that hosts see; 0: 4096.
+    /// Bytes of the blocks that hosts see; 0: what the configuration on its replicas says, or 4096.
     #[serde(default)]
     pub(crate) block_size: u32,
     /// As in the API: `nvme+tcp://...` or `local:POOL/ID`. All that the configuration which its replicas
@@ -110,11 +110,12 @@ pub(crate) struct SavedVolume {
 }
 
 impl SavedVolume {
-    /// The blocks that hosts see.
-    pub(crate) fn block_size(&self) -> Result<BlockSize, String> {
+    /// The blocks that hosts see, where that is known.
+    pub(crate) fn block_size(&self) -> Result<Option<BlockSize>, String> {
         match self.block_size {
-            0 | 4096 => Ok(BlockSize::B4096),
-            512 => Ok(BlockSize::B512),
+            0 if self.created => Ok(None),
+            0 | 4096 => Ok(Some(BlockSize::B4096)),
+            512 => Ok(Some(BlockSize::B512)),
             other => Err(format!("blocks of {other} bytes are not possible; 512 and 4096 are")),
         }
     }

@@ -169,6 +169,7 @@ pub(crate) struct Cluster {
 pub(crate) struct NexusSettings {
     pub(crate) nexus: config::Nexus,
     pub(crate) metrics: config::Metrics,
+    pub(crate) standbys: Vec<config::Standby>,
 }
 
 /// The API socket of a process of the cluster. A socket's path is at most 107 bytes.
@@ -316,10 +317,18 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts a replica's process that was killed, where it was.
-    pub(crate) async fn start_replica(&mut self, at: usize) -> Result<()> {
-        let (name, address) = (self.processes[at].name.clone(), self.processes[at].address.clone());
-        let port = address.parse::<SocketAddr>().context("its address")?.port();
+    /// Starts one more process, without pools.
+    pub(crate) async fn start_other(
+        &self,
+        name: &str,
+        settings: &NexusSettings,
+    ) -> Result<(Process, CairnClient<Channel>)> {
+        start_process(&self.data, name, 0, Vec::new(), Some(settings)).await
+    }
+
+    /// Starts a replica's process that was killed, at this port; 0: at one that is free.
+    pub(crate) async fn move_replica(&mut self, at: usize, port: u16) -> Result<()> {
+        let name = self.processes[at].name.clone();
         let path = self.data.join(&name).join("pool.img");
         let pool = config::Pool::new("pool", path.display().to_string(), None, true);
         let (process, _) = start_process(&self.data, &name, port, vec![pool], None).await?;
@@ -327,13 +336,16 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts a replica's process that was killed, where it was.
+    pub(crate) async fn start_replica(&mut self, at: usize) -> Result<()> {
+        let address = &self.processes[at].address;
+        let port = address.parse::<SocketAddr>().context("its address")?.port();
+        self.move_replica(at, port).await
+    }
+
     /// Kills one process at once, as a crash would.
     pub(crate) fn kill(&mut self, at: usize) -> Result<()> {
-        let process = &mut self.processes[at];
-        process.child.kill()?;
-        process.child.wait()?;
-        process.ended = true;
-        Ok(())
+        self.processes[at].kill()
     }
 
     /// A process that has ended of its own accord since the last call.
@@ -381,6 +393,16 @@ impl Cluster {
     }
 }
 
+impl Process {
+    /// Kills it at once, as a crash would.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.ended = true;
+        Ok(())
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         if !self.ended {
@@ -415,6 +437,7 @@ async fn start_process(
         nexus: settings.nexus,
         metrics: settings.metrics,
         pools,
+        standbys: settings.standbys,
     };
     let file = dir.join("config.toml");
     std::fs::write(&file, toml::to_string(&config)?)

@@ -134,8 +134,8 @@ pub struct VolumeSpec {
     pub nqn: String,
     /// Size in blocks of 4096 bytes, which is what its replicas have.
     pub blocks: u64,
-    /// The blocks that hosts see.
-    pub block_size: BlockSize,
+    /// The blocks that hosts see; `None`: those that its configuration tells of, or 4096.
+    pub block_size: Option<BlockSize>,
     /// Its replicas and where they are.
     pub children: Vec<VolumeReplica>,
     /// Whether it is encrypted, and how its key is had.
@@ -310,6 +310,8 @@ pub struct VolumeReport {
     pub state: String,
     /// What the state means, or what is missing.
     pub detail: String,
+    /// Where it is another's to serve: why this process could not take it over; empty where it could.
+    pub unfit: String,
     /// Whether hosts are served.
     pub serving: bool,
     /// The epoch that it serves in.

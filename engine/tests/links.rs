@@ -14,7 +14,7 @@ use cairn_engine::block::{
     BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory as _, PoolId,
     ReplicaId, VolumeId,
 };
-use cairn_engine::control::{Command, Reply, ScrubAction};
+use cairn_engine::control::{Command, Reply, ScrubAction, Sharing};
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::{Purpose, ScrubReport, change};
 use cairn_engine::nvmf::initiator::{
@@ -91,17 +91,26 @@ impl Engine {
     }
 
     fn add_volume(&self, purpose: Purpose, children: Vec<(ReplicaId, ChildAddress)>) {
+        self.add_shared(purpose, children, None);
+    }
+
+    fn add_shared(
+        &self,
+        purpose: Purpose,
+        children: Vec<(ReplicaId, ChildAddress)>,
+        sharing: Option<Sharing>,
+    ) {
         let spec = VolumeSpec {
             id: VolumeId(99),
             name: "v".to_owned(),
             nqn: "nqn.2026-11.io.cairn:v".to_owned(),
             blocks: BLOCKS,
-            block_size: BlockSize::B4096,
+            block_size: Some(BlockSize::B4096),
             children: children.into_iter().map(Into::into).collect(),
             purpose,
             child_deadline_ms: 2_000,
             allowed_hosts: None,
-            sharing: None,
+            sharing,
             encryption: None,
         };
         self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
@@ -337,11 +346,11 @@ fn replicas_are_added_to_a_volume_and_removed() {
 
     // The one that was removed does not know better than those that decided it.
     first.add_volume(Purpose::Assemble, vec![local, remote(2, peers[0])]);
-    let waits = first.wait("assembling", |v| v.detail.contains("not among those named"));
-    assert!(waits.detail.contains(&ReplicaId(4).to_string()), "{waits:#?}");
-    add(remote(4, peers[2]), false).unwrap();
+    // Where the fourth is the configuration tells, and somebody does just then: it is taken up once.
+    let told = add(remote(4, peers[2]), false);
     let volume = first.wait("assembled", |v| v.serving && v.children[1].state == "idle");
     assert!(volume.children[1].reason.contains("not a member"), "{volume:#?}");
+    assert!(volume.children.iter().any(|c| c.replica == ReplicaId(4)), "{told:?}, {volume:#?}");
 }
 
 /// A volume with a replica in a pool of the process was not served at all once that pool was gone, though
@@ -375,7 +384,7 @@ fn children_that_cannot_be_are_refused() {
         name: "v".to_owned(),
         nqn: "nqn.2026-11.io.cairn:v".to_owned(),
         blocks,
-        block_size: BlockSize::B4096,
+        block_size: Some(BlockSize::B4096),
         children: vec![child.into()],
         purpose: Purpose::Create,
         child_deadline_ms: 2_000,
@@ -540,4 +549,32 @@ fn changes_are_told_and_settled_over_the_wire() {
     assert_eq!(client.settle(SettleCall::Begin { round: 10 }), IoStatus::Fenced);
     assert_eq!(client.changes(0, 4, 8), Err(IoStatus::Fenced));
     assert_eq!(next.changes(0, 0, 1).unwrap(), [open | change::SINCE]);
+}
+
+/// A takeover that was refused left the volume refused, until somebody asked for another.
+#[test]
+fn a_process_that_was_refused_stands_by_again_and_says_why() {
+    let engine = Engine::with_replica(1);
+    let local = (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() });
+    let by_hand = Purpose::StandBy { auto_after_ms: None };
+    engine.add_shared(by_hand, vec![local.clone()], Some(Sharing::default()));
+    let take = || engine.call(|reply| Command::TakeOver { name: "v".to_owned(), reply });
+    for _ in 0..2 {
+        // Nothing was ever stored there.
+        let refused = take().unwrap_err();
+        assert!(refused.to_string().contains("no replica holds a configuration"), "{refused}");
+        let told = |v: &VolumeReport| v.detail.contains("no replica holds a configuration");
+        engine.wait("told", |v| v.state == "standby" && told(v));
+    }
+    engine.remove_volume();
+    // Once there is something to be taken over it is.
+    engine.add_volume(Purpose::Create, vec![local.clone()]);
+    engine.wait("created", |v| v.serving);
+    engine.remove_volume();
+    engine.add_shared(by_hand, vec![local], Some(Sharing::default()));
+    take().unwrap();
+    assert!(engine.volume().serving);
+    engine.call(|reply| Command::StandBy { name: "v".to_owned(), reply }).unwrap();
+    let volume = engine.wait("looked at", |v| v.blocks == BLOCKS);
+    assert_eq!((volume.state.as_str(), volume.unfit.as_str()), ("standby", ""), "{volume:#?}");
 }

@@ -192,6 +192,9 @@ impl Nexus {
                 self.try_decide(now_ms);
             }
             (Stage::Promise, Err(IoStatus::Fenced)) => {
+                if self.gives_way(true, now_ms) {
+                    return;
+                }
                 // Somebody took a newer epoch between the read and the promise: look again.
                 let assembly = self.assembling();
                 assembly.stage = Stage::Stuck;
@@ -280,6 +283,9 @@ impl Nexus {
     }
 
     fn promise(&mut self, now_ms: u64) {
+        if self.gives_way(false, now_ms) {
+            return;
+        }
         // Before any nexus that serves is fenced: this one has to be able to take its place. A node
         // without the key takes the volume from nobody.
         let found = self.highest();
@@ -287,6 +293,9 @@ impl Nexus {
             if !self.knows_all(&found.config) {
                 self.stuck(now_ms);
                 return;
+            }
+            if let Some(why) = self.other_block_size(&found.config) {
+                return self.refuse(&why);
             }
             if !self.admits(&found.config.encryption) {
                 self.lock(&found.config.encryption);
@@ -469,7 +478,11 @@ impl Nexus {
 
     /// What a configuration says is so from here on.
     fn take_config(&mut self, config: &Config, voters: ChildSet) {
+        self.learn_blocks(config.blocks);
         self.config.blocks = config.blocks;
+        if config.block_size != 0 {
+            self.config.block_size = config.block_size;
+        }
         self.encryption.clone_from(&config.encryption);
         (self.lineage, self.generation, self.seq) = (config.lineage, config.generation, 0);
         self.stored_seq = 0;

@@ -5,7 +5,7 @@ use core::fmt;
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{IoOp, IoStatus, ReplicaId};
 
-use crate::config::Member;
+use crate::config::{Member, Place};
 use crate::patience::{Latency, Trouble};
 use crate::types::ChildSpec;
 
@@ -88,6 +88,8 @@ pub(crate) struct Child {
     pub(crate) replica: ReplicaId,
     /// As the configuration stored last has it.
     pub(crate) member: Member,
+    /// Where it is reached.
+    pub(crate) place: Place,
     pub(crate) local: bool,
     /// It votes, or is to vote, and holds no data.
     pub(crate) witness: bool,
@@ -137,6 +139,7 @@ impl Child {
         Self {
             replica: spec.replica,
             member: Member { replica: spec.replica, ..Member::default() },
+            place: spec.place,
             local: spec.local,
             witness: spec.witness,
             idle: FaultReason::NotMember,

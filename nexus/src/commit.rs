@@ -74,6 +74,7 @@ impl Nexus {
             holder: self.config.holder,
             restoring: self.wanted.restoring,
             deleted: self.wanted.deleted.clone(),
+            block_size: self.config.block_size,
             members: members.clone(),
         };
         let register = Register {
@@ -121,7 +122,8 @@ impl Nexus {
                 let in_sync = target.has(child);
                 let leaves = !in_sync && self.in_sync.has(child);
                 let (replica, witness) = (c.replica, c.witness);
-                let mut member = Member { replica, witness, in_sync, ..c.member };
+                let place = c.place.or(c.member.place);
+                let mut member = Member { replica, witness, in_sync, place, ..c.member };
                 if leaves {
                     let late = u64::from(on(Mutant::LeavingNotedLate));
                     let since = if restores { 0 } else { self.generation + late };

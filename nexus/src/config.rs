@@ -23,10 +23,34 @@ const SECTION_ENCRYPTION: u16 = 1;
 const SECTION_HOLDER: u16 = 2;
 /// A section: to which snapshot the volume is being taken back.
 const SECTION_RESTORING: u16 = 3;
+/// A section: where the members are.
+const SECTION_PLACES: u16 = 4;
+/// A section: the blocks that hosts see.
+const SECTION_BLOCK_SIZE: u16 = 5;
 /// A section: snapshots that were deleted, and that a replica may still have.
-const SECTION_DELETED: u16 = 5;
+const SECTION_DELETED: u16 = 6;
 /// Deleted snapshots that a configuration names at most: so many fit in a register beside the rest.
 pub const MAX_DELETED: usize = 32;
+/// Bytes of a [`Place`].
+pub const PLACE: usize = 18;
+
+/// Where a member is reached, opaque here; zeros where that is not told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct Place(pub [u8; PLACE]);
+
+impl Place {
+    /// Whether it says where.
+    #[must_use]
+    pub fn is_told(self) -> bool {
+        self != Self::default()
+    }
+
+    /// This, or the other where this says nothing.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        if self.is_told() { self } else { other }
+    }
+}
 
 /// A voter of the volume, as its configuration has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,6 +71,8 @@ pub struct Member {
     pub copied_since: u64,
     /// The life of its machine when this was stored; 0 where it was not there.
     pub incarnation: u128,
+    /// Where whoever stored this reaches it.
+    pub place: Place,
 }
 
 /// Who holds the volume's data, and how large it is.
@@ -71,6 +97,8 @@ pub struct Config {
     /// Snapshots that were deleted, and that a replica which was away may still have: at most
     /// [`MAX_DELETED`].
     pub deleted: Vec<SnapshotId>,
+    /// Bytes of the blocks that hosts see; 0 where that is not told.
+    pub block_size: u32,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -118,8 +146,9 @@ impl Config {
     /// ```
     ///
     /// Section 1: encryption. Section 2: the holder (16 bytes), where it is told. Section 3: the snapshot that
-    /// the volume is being taken back to (16 bytes), where it is. Section 5: the deleted snapshots that a
-    /// replica may still have (16 bytes each), where there are any.
+    /// the volume is being taken back to (16 bytes), where it is. Section 4: the place of each member, in their
+    /// order, where one is told. Section 5: bytes of the blocks that hosts see, u32, where they are told.
+    /// Section 6: the deleted snapshots that a replica may still have (16 bytes each), where there are any.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -153,6 +182,13 @@ impl Config {
             let ids: Vec<u8> = self.deleted.iter().flat_map(|id| id.to_bytes()).collect();
             push_section(&mut out, SECTION_DELETED, &ids);
         }
+        if self.members.iter().any(|m| m.place.is_told()) {
+            let places: Vec<u8> = self.members.iter().flat_map(|m| m.place.0).collect();
+            push_section(&mut out, SECTION_PLACES, &places);
+        }
+        if self.block_size != 0 {
+            push_section(&mut out, SECTION_BLOCK_SIZE, &self.block_size.to_le_bytes());
+        }
         out
     }
 
@@ -177,8 +213,9 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let Sections { encryption, holder, restoring, deleted } =
-            decode_sections(sections, expected)?;
+        let Sections { encryption, holder, restoring, places, block_size, deleted } =
+            decode_sections(sections, expected, count)?;
+        let mut places = places.chunks_exact(PLACE);
         let mut members = Vec::with_capacity(count);
         for m in head[HEADER..].chunks_exact(MEMBER) {
             if m[16] & !(IN_SYNC | WITNESS) != 0 {
@@ -192,6 +229,7 @@ impl Config {
                 copied: u64::from_le_bytes(bytes_at(m, 32)),
                 copied_since: u64::from_le_bytes(bytes_at(m, 40)),
                 incarnation: u128::from_le_bytes(bytes_at(m, 48)),
+                place: places.next().map_or(Place::default(), |place| Place(bytes_at(place, 0))),
             });
         }
         Ok(Self {
@@ -203,6 +241,7 @@ impl Config {
             holder,
             restoring,
             deleted,
+            block_size,
             members,
         })
     }
@@ -234,6 +273,9 @@ struct Sections {
     holder: u128,
     restoring: Option<SnapshotId>,
     deleted: Vec<SnapshotId>,
+    /// Of each member.
+    places: Vec<u8>,
+    block_size: u32,
 }
 
 /// Whether these are some ids, and not too many.
@@ -241,8 +283,8 @@ fn is_list(ids: &[u8]) -> bool {
     !ids.is_empty() && ids.len().is_multiple_of(16) && ids.len() / 16 <= MAX_DELETED
 }
 
-/// What the sections say. They begin `at` bytes into the configuration.
-fn decode_sections(mut rest: &[u8], at: usize) -> Result<Sections, ConfigError> {
+/// What the sections say of so many members. They begin `at` bytes into the configuration.
+fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Sections, ConfigError> {
     let whole = rest.len();
     let mut found = Sections::default();
     while !rest.is_empty() {
@@ -266,6 +308,13 @@ fn decode_sections(mut rest: &[u8], at: usize) -> Result<Sections, ConfigError> 
                 let ids = bytes.as_chunks().0.iter();
                 found.deleted = ids.map(|&id| SnapshotId::from_bytes(id)).collect();
             }
+            (SECTION_PLACES, _) if bytes.len() == members * PLACE && found.places.is_empty() => {
+                found.places = bytes.to_vec();
+            }
+            (SECTION_BLOCK_SIZE, _) if found.block_size == 0 => {
+                let size = bytes.try_into().map_err(|_| ConfigError::Section(kind))?;
+                found.block_size = u32::from_le_bytes(size);
+            }
             _ => return Err(ConfigError::Section(kind)),
         }
         rest = &rest[end..];
@@ -287,6 +336,7 @@ mod tests {
             holder: 0,
             restoring: None,
             deleted: Vec::new(),
+            block_size: 0,
             generation: 41,
             members: vec![
                 Member {
@@ -337,10 +387,24 @@ mod tests {
         assert_eq!(Config::decode(&held.encode()), Ok(held.clone()));
         let restoring = Config { restoring: Some(SnapshotId(6)), ..held };
         assert_eq!(Config::decode(&restoring.encode()), Ok(restoring.clone()));
-        let mut deleted = Config { deleted: vec![SnapshotId(8), SnapshotId(9)], ..restoring };
+        let mut deleted =
+            Config { deleted: vec![SnapshotId(8), SnapshotId(9)], ..restoring.clone() };
         assert_eq!(Config::decode(&deleted.encode()), Ok(deleted.clone()));
         deleted.deleted = vec![SnapshotId(8); MAX_DELETED + 1];
         assert_eq!(Config::decode(&deleted.encode()), Err(ConfigError::Section(SECTION_DELETED)));
+        let mut placed = Config { block_size: 512, ..restoring };
+        placed.members[1].place = Place([7; PLACE]);
+        let told = placed.encode();
+        assert_eq!(Config::decode(&told), Ok(placed.clone()));
+        assert!(
+            Config { members: vec![placed.members[1]; MAX_CHILDREN], ..placed }.encode().len()
+                < 1024
+        );
+        let fewer = told.len() - SECTION - 4 - PLACE;
+        let mut short = told[..fewer].to_vec();
+        let places = fewer - 2 * PLACE;
+        short[places - 4..places].copy_from_slice(&36u32.to_le_bytes());
+        assert_eq!(Config::decode(&short), Err(ConfigError::Section(SECTION_PLACES)));
         let mut long = bytes.clone();
         long[end + 4..end + 8].fill(0xff);
         assert!(Config::decode(&long).is_err());

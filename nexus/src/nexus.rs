@@ -217,9 +217,14 @@ impl Nexus {
     /// Whether [`Nexus::submit`] takes one more.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        let unanswered = self.slots.in_use() - self.lingering;
-        unanswered < usize::from(self.config.max_requests)
+        self.unanswered() < usize::from(self.config.max_requests)
             && self.slots.in_use() < self.slots.capacity()
+    }
+
+    /// Host requests that are not answered yet.
+    #[must_use]
+    pub fn unanswered(&self) -> usize {
+        self.slots.in_use() - self.lingering
     }
 
     /// Requests and mends that still use a buffer or await an answer.

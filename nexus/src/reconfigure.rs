@@ -8,7 +8,7 @@
 use cairn_block::{IoStatus, ReplicaId, SnapshotId};
 
 use crate::children::{ChildState, FaultReason};
-use crate::config::MAX_DELETED;
+use crate::config::{MAX_DELETED, Place};
 use crate::nexus::Nexus;
 use crate::register::RegisterOp;
 use crate::slots::ChildSet;
@@ -87,6 +87,17 @@ pub enum ChangeError {
 }
 
 impl Nexus {
+    /// Bytes of the blocks that hosts see; 0 where that is not known.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.config.block_size
+    }
+
+    /// A child is reached there.
+    pub fn set_place(&mut self, child: ChildId, place: Place) {
+        self.child(child).place = place;
+    }
+
     /// What the configuration says of encryption: opaque here, empty where the volume has none.
     #[must_use]
     pub fn encryption(&self) -> &[u8] {
@@ -119,7 +130,10 @@ impl Nexus {
 
     /// The key in [`Nexus::locked`] is at hand: assembly goes on.
     pub fn unlock(&mut self, now_ms: u64) {
-        if self.assembly.is_some() {
+        if self.watches() {
+            self.admitted = std::mem::take(&mut self.locked);
+            self.watch_key(None);
+        } else if self.assembly.is_some() {
             self.admitted = std::mem::take(&mut self.locked);
             self.set_state(VolumeState::Assembling("its key is at hand".to_owned()));
             self.assembly_restart();
@@ -129,7 +143,9 @@ impl Nexus {
 
     /// There is no key for [`Nexus::locked`]; `why` is for people.
     pub fn refuse_key(&mut self, why: &str) {
-        if self.assembly.is_some() {
+        if self.watches() {
+            self.watch_key(Some(why));
+        } else if self.assembly.is_some() {
             self.refuse(why);
         }
     }

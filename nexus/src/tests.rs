@@ -55,12 +55,14 @@ fn config(n: u8, purpose: Purpose) -> NexusConfig {
     NexusConfig {
         volume: VolumeId(99),
         blocks: 1000,
+        block_size: 0,
         encryption: None,
         children: (0..n)
             .map(|i| ChildSpec {
                 replica: ReplicaId(u128::from(i) + 1),
                 local: false,
                 witness: false,
+                place: Place::default(),
             })
             .collect(),
         purpose,

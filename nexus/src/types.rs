@@ -3,6 +3,7 @@
 use cairn_block::{BufSlice, Epoch, IoRequest, IoStatus, Lba, ReplicaId, SnapshotId, VolumeId};
 
 use crate::children::{ChildState, FaultReason};
+use crate::config::Place;
 use crate::register::{Register, RegisterOp};
 use crate::scrub::Found;
 
@@ -23,6 +24,8 @@ pub struct ChildSpec {
     /// Whether it votes and holds no data, where it becomes a voter: what the stored configuration says of
     /// one that is a voter goes before this.
     pub witness: bool,
+    /// Where it is, for whoever takes the volume over.
+    pub place: Place,
 }
 
 /// Why the nexus comes up.
@@ -55,6 +58,8 @@ pub struct NexusConfig {
     pub volume: VolumeId,
     /// Its size in blocks.
     pub blocks: u64,
+    /// Bytes of the blocks that hosts see, opaque here; 0: what the configuration says that is found.
+    pub block_size: u32,
     /// Whether it is encrypted; then what its first configuration says of it, where the volume is new and
     /// a key is at hand.
     pub encryption: Option<Vec<u8>>,
@@ -282,6 +287,16 @@ pub enum Event {
     /// The configuration that was found is of an encrypted volume, or is not and should be: see
     /// [`Nexus::locked`](crate::Nexus::locked). Assembly waits.
     Locked,
+    /// A member of the configuration that was found, and where it is: either it is no child, and
+    /// [`Nexus::add_child`](crate::Nexus::add_child) is to be called; or it does not come up, and may be there.
+    Place {
+        /// Which.
+        replica: ReplicaId,
+        /// Whether it is a witness.
+        witness: bool,
+        /// Where.
+        place: Place,
+    },
     /// The volume has another size: this many blocks.
     Resized(u64),
     /// The volume could not be grown: a replica refused, or none could be reached any more.

@@ -46,11 +46,14 @@ pub enum Check {
     Liveness,
     /// A volume is as large as was acked, and so are its replicas.
     Sizes,
+    /// Of two processes that stand by for each other one answers nothing that is asked once the other has acked a
+    /// change; a volume stays where it is served well; and where nothing is wrong a hand-over cuts nothing off.
+    OneAtATime,
 }
 
 impl Check {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Linearizable,
         Self::OneNexusPerEpoch,
         Self::ConfigIsStored,
@@ -65,6 +68,7 @@ impl Check {
         Self::RecoveryIsStable,
         Self::Liveness,
         Self::Sizes,
+        Self::OneAtATime,
     ];
 }
 
@@ -85,6 +89,7 @@ impl fmt::Display for Check {
             Self::RecoveryIsStable => "recovery-is-stable",
             Self::Liveness => "liveness",
             Self::Sizes => "sizes",
+            Self::OneAtATime => "one-at-a-time",
         })
     }
 }

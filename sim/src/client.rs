@@ -11,6 +11,8 @@ use cairn_engine::nvmf::initiator::{
 };
 use cairn_engine::reactor::{Completion, Driver, Op, SocketId, Token};
 
+use crate::checks::{Check, check};
+use crate::cluster::Changed;
 use crate::disk::PAGE;
 use crate::driver::SimDriver;
 use crate::history::History;
@@ -109,6 +111,8 @@ struct Request {
     blocks: u64,
     invoked: u64,
     buf: Option<Buf>,
+    /// When it was sent.
+    sent_ns: u64,
 }
 
 /// The epoch that each volume is served in by each of the machines.
@@ -124,6 +128,9 @@ pub struct Client {
     serving: (Serving, VolumeId),
     /// Of the nexus that it is connected to.
     epoch: u64,
+    /// Where connections stay while the volume changes hands: who acked what last. What is sent may be done in any
+    /// epoch from then on.
+    changed: Option<Changed>,
     nqn: String,
     number: u128,
     work: Workload,
@@ -166,6 +173,7 @@ impl Client {
             path: 0,
             serving,
             epoch: 0,
+            changed: None,
             nqn: nqn.to_owned(),
             number,
             left: work.requests,
@@ -185,6 +193,30 @@ impl Client {
             failover: false,
             errors: 0,
         }
+    }
+
+    /// Connections stay while the volume changes hands.
+    pub fn roles_change(&mut self, changed: Changed) {
+        self.changed = Some(changed);
+        self.epoch = u64::MAX;
+    }
+
+    /// No change is acked by a nexus which was asked for it when a later one had acked another.
+    fn check_acked(&self, request: &Request) {
+        let Some(changed) = &self.changed else { return };
+        let volume = self.serving.1;
+        let Some((newest, at_ns)) = changed.borrow().get(&volume).copied() else { return };
+        let here = (volume, self.peers[self.path].1);
+        let serves = self.serving.0.borrow().get(&here).copied().unwrap_or(0);
+        check!(
+            Check::OneAtATime,
+            serves >= newest || request.sent_ns <= at_ns,
+            "volume {volume}: the machine of epoch {serves:#x} acks {:?} of block {}, sent at {} ns, and one of \
+             epoch {newest:#x} has acked changes since {at_ns} ns",
+            request.op,
+            request.lba,
+            request.sent_ns
+        );
     }
 
     /// Which process this is.
@@ -411,8 +443,9 @@ impl Client {
                 SessionEvent::Ready(_) => {
                     self.stage = Stage::Ready;
                     let at = (self.serving.1, self.peers[self.path].1);
-                    self.epoch = self.serving.0.borrow().get(&at).copied().unwrap_or(0);
-                    self.history.borrow_mut().epoch_serves(self.epoch);
+                    let epoch = self.serving.0.borrow().get(&at).copied().unwrap_or(0);
+                    self.history.borrow_mut().epoch_serves(epoch);
+                    self.epoch = if self.changed.is_some() { u64::MAX } else { epoch };
                 }
                 SessionEvent::Failed(_) => self.fail(),
             }
@@ -564,10 +597,11 @@ impl Client {
         drop(history);
         let range = LbaRange::new(Lba(lba), blocks).expect("inside the volume");
         let request = IoRequest { op, range, buf: window };
+        let sent_ns = self.driver.now_ns();
         let session = self.session.as_mut().expect("the session is ready");
         let tag32 = u32::try_from(tag).expect("a small depth");
         let taken = session.submit(IO, tag32, Submit::Io(request), self.driver.memory());
-        self.requests[tag] = Some(Request { op, lba, blocks, invoked, buf });
+        self.requests[tag] = Some(Request { op, lba, blocks, invoked, buf, sent_ns });
         if taken.is_err() {
             // Nothing was sent: as good as an error that changed nothing.
             if op.is_mutation() {
@@ -606,6 +640,10 @@ impl Client {
         };
         let (lba, blocks, invoked) = (request.lba, request.blocks, request.invoked);
         let ok = done.io_status.is_ok();
+        // Where the session fails the path is the next one's already.
+        if ok && self.stage != Stage::Closing {
+            self.check_acked(&request);
+        }
         let mut history = self.history.borrow_mut();
         if ok {
             history.answered(self.epoch, invoked);

@@ -6,6 +6,7 @@ mod inspect;
 mod members;
 mod pools;
 mod processes;
+mod standby;
 mod volumes;
 
 use std::cell::RefCell;
@@ -27,6 +28,8 @@ use force::Forced;
 pub use members::Seat;
 use members::first_seats;
 pub(crate) use members::{is_member, is_whole};
+use standby::Standing;
+pub use standby::{Changed, Roles};
 
 /// Where a node listens on its machine.
 const PORT: u16 = 4420;
@@ -88,6 +91,8 @@ pub struct ClusterConfig {
 pub struct Tuning {
     /// Of the nexus.
     pub pace: Pace,
+    /// The two machines that serve volumes stand by for each other.
+    pub roles: Option<Roles>,
     /// Each how many starts of a pool are looked at.
     pub looks_each: usize,
     /// Extents of a pool whose checksums are in memory only, at most; nothing: as usual.
@@ -180,6 +185,7 @@ pub struct Cluster {
     forced: Vec<Option<Forced>>,
     /// Pools that are not to be had: for good, or until they come back.
     gone: BTreeSet<usize>,
+    standing: Standing,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -269,6 +275,7 @@ impl Cluster {
             lineages: vec![0; config.volumes],
             forced: vec![None; config.volumes],
             gone: BTreeSet::new(),
+            standing: Standing::default(),
             seats,
             processes: Vec::new(),
             disks,

@@ -67,6 +67,7 @@ fn haunt(mutant: Mutant) -> Option<Focus> {
     match mutant {
         Mutant::ReadOvertaken => Some(Focus::Everything),
         Mutant::JoinerNotAwaited => Some(Focus::Rebuild),
+        Mutant::StandbyIgnoresLeases | Mutant::HandOverDoesNotDrain => Some(Focus::Standby),
         Mutant::LeaseFromAnswer => Some(Focus::Takeover),
         Mutant::NoDrain | Mutant::ReadOvertakes => Some(Focus::Reconcile),
         Mutant::SettleWithoutDrain | Mutant::CandidateStays => Some(Focus::Power),

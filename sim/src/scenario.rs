@@ -5,6 +5,7 @@ mod faults;
 mod focus;
 mod force;
 mod members;
+mod standby;
 
 use cairn_engine::ChildReport;
 use cairn_engine::nexus::Found;
@@ -308,6 +309,9 @@ fn run_in(
         _ => run.work_at(focus),
     }
     run.recover();
+    if focus == Focus::Standby {
+        run.stays_where_it_is();
+    }
     if members_change && members::ends_by_force(seed, &faults) {
         run.end_by_force();
     }

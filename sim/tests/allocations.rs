@@ -375,7 +375,7 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
         name: "volume".to_owned(),
         nqn: nqn.clone(),
         blocks: BLOCKS,
-        block_size: BlockSize::B4096,
+        block_size: Some(BlockSize::B4096),
         sharing: None,
         children: replicas
             .into_iter()

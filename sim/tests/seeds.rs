@@ -224,3 +224,9 @@ fn what_a_loss_of_power_takes_is_noticed() {
     check([192].into_iter(), |seed| run_at(seed, Focus::Power, None));
     check([230].into_iter(), |seed| run_at(seed, Focus::Rebuild, None));
 }
+
+/// Two processes that stand by for each other; 196 handed the volume over while a settling round was under way.
+#[test]
+fn processes_that_stand_by_for_each_other() {
+    check((0..40).chain([196]), |seed| run_at(seed, Focus::Standby, None));
+}

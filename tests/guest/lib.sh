@@ -117,6 +117,55 @@ detach() {
     return 0
 }
 
+# The state of the path through a port, as the host sees it: optimized, inaccessible, change.
+path_state() {
+    for c in /sys/class/nvme/nvme*; do
+        grep -q "trsvcid=$1" "$c/address" 2>/dev/null || continue
+        cat "$c"/nvme*c*n*/ana_state 2>/dev/null && return 0
+    done
+    return 0
+}
+
+is_optimized() { [ "$(path_state "$1")" = optimized ]; }
+
+# add_path PORT [FLAGS]: connects one more path to the device.
+add_path() {
+    path_port=$1
+    shift
+    timeout 60 nvme connect -t tcp -a "$ADDR" -s "$path_port" -n "$NQN" --nr-io-queues=2 \
+        --ctrl-loss-tmo=600 --reconnect-delay=1 --keep-alive-tmo=5 "$@"
+}
+
+now_ms() { sed 's/\([0-9]*\)\.\([0-9]*\) .*/\1\20/' /proc/uptime; }
+
+# probe: reads a block over and over until /tmp/probing is gone; the longest that it took, in ms, is in /tmp/worst.
+probe() {
+    echo 0 >/tmp/worst
+    while [ -e /tmp/probing ]; do
+        before=$(now_ms)
+        dd if="$D" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null || echo "a read failed" >/tmp/probe-error
+        took=$(($(now_ms) - before))
+        [ $took -le "$(cat /tmp/worst)" ] || echo $took >/tmp/worst
+    done
+}
+
+# pause WHAT LIMIT: what the host noticed since the last call.
+pause() {
+    worst=$(cat /tmp/worst)
+    echo 0 >/tmp/worst
+    echo "   $1: a read took $worst ms at most"
+    tell "PAUSE $1 $worst ms"
+    [ "$worst" -le "$2" ] || fail "$1: a read took $worst ms, more than $2"
+    [ ! -e /tmp/probe-error ] || fail "$1: $(cat /tmp/probe-error)"
+}
+
+# undisturbed: a guest whose processor is emulated is slow at times by itself; that is told, and not counted.
+undisturbed() {
+    echo "   a read took $(cat /tmp/worst) ms at most while nothing happened"
+    tell "PAUSE undisturbed $(cat /tmp/worst) ms"
+    echo 0 >/tmp/worst
+}
+
 # await SECONDS WHAT COMMAND...: until the command succeeds.
 await() {
     limit=$1

@@ -2,49 +2,14 @@
 # fio: no request fails, and the pauses are bounded.
 . /job/lib.sh
 
-# The state of the path through a port, as the host sees it: optimized, inaccessible, change.
-path_state() {
-    for c in /sys/class/nvme/nvme*; do
-        grep -q "trsvcid=$1" "$c/address" 2>/dev/null || continue
-        cat "$c"/nvme*c*n*/ana_state 2>/dev/null && return 0
-    done
-    return 0
-}
-
-is_optimized() { [ "$(path_state "$1")" = optimized ]; }
-
 both_paths() {
     attach
     step "connect the second path"
-    timeout 60 nvme connect -t tcp -a "$ADDR" -s "$OTHER_PORT" -n "$NQN" --nr-io-queues=2 \
-        --ctrl-loss-tmo=600 --reconnect-delay=1 --keep-alive-tmo=5
+    add_path "$OTHER_PORT"
     await 20 "the first path to be the one to use" is_optimized "$PORT"
     [ "$(path_state "$OTHER_PORT")" = inaccessible ] ||
         fail "the second path is '$(path_state "$OTHER_PORT")', not inaccessible"
     D=$(device) || fail "there is no one device for both paths"
-}
-
-now_ms() { sed 's/\([0-9]*\)\.\([0-9]*\) .*/\1\20/' /proc/uptime; }
-
-# Reads a block over and over; the longest that it took, in ms, is in /tmp/worst.
-probe() {
-    echo 0 >/tmp/worst
-    while [ -e /tmp/probing ]; do
-        before=$(now_ms)
-        dd if="$D" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null || echo "a read failed" >/tmp/probe-error
-        took=$(($(now_ms) - before))
-        [ $took -le "$(cat /tmp/worst)" ] || echo $took >/tmp/worst
-    done
-}
-
-# pause WHAT LIMIT: what the host noticed since the last call.
-pause() {
-    worst=$(cat /tmp/worst)
-    echo 0 >/tmp/worst
-    echo "   $1: a read took $worst ms at most"
-    tell "PAUSE $1 $worst ms"
-    [ "$worst" -le "$2" ] || fail "$1: a read took $worst ms, more than $2"
-    [ ! -e /tmp/probe-error ] || fail "$1: $(cat /tmp/probe-error)"
 }
 
 load() {
@@ -55,9 +20,7 @@ load() {
     probe &
     sleep 3
     kill -0 $fio_pid || fail "fio ended early: $(cat /tmp/why 2>/dev/null)"
-    # A guest whose processor is emulated is slow at times by itself.
-    echo "   a read took $(cat /tmp/worst) ms at most while nothing happened"
-    echo 0 >/tmp/worst
+    undisturbed
 }
 
 end_load() {

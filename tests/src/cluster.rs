@@ -1,7 +1,9 @@
-//! Cairn processes on the host: three replicas and a nexus. The one place that knows the
-//! configuration file and the command line of `cairn`.
+//! Cairn processes on the host: three replicas and a nexus, or three that are both. The one place that
+//! knows the configuration file and the command line of `cairn`.
 
-use std::collections::BTreeMap;
+mod rolling;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -31,6 +33,15 @@ const START: Duration = Duration::from_secs(20);
 const STOP: Duration = Duration::from_secs(15);
 const STATE: Duration = Duration::from_secs(30);
 
+/// Which processes there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// Three with a replica each, and one that serves the volume.
+    Apart,
+    /// Three with a replica each, every one of which can serve the volume.
+    Together,
+}
+
 /// A volume with three replicas, each process in its own state directory.
 #[derive(Debug)]
 pub(crate) struct Cluster<'a> {
@@ -42,6 +53,11 @@ pub(crate) struct Cluster<'a> {
     sockets: PathBuf,
     logs: PathBuf,
     running: BTreeMap<&'static str, Child>,
+    layout: Layout,
+    /// Which process serves the volume.
+    active: &'static str,
+    /// Processes that run a newer program: the same one, from somewhere else.
+    newer: BTreeSet<&'static str>,
     nqn: String,
 }
 
@@ -52,6 +68,7 @@ impl<'a> Cluster<'a> {
         dir: &Path,
         logs: &Path,
         encrypted: bool,
+        layout: Layout,
     ) -> Result<Self> {
         if !cairn.exists() {
             bail!("there is no {}: cargo build --release -p cairn", cairn.display());
@@ -65,14 +82,22 @@ impl<'a> Cluster<'a> {
             sockets,
             logs: logs.to_owned(),
             running: BTreeMap::new(),
+            layout,
+            active: match layout {
+                Layout::Apart => NEXUS,
+                Layout::Together => REPLICAS[0].0,
+            },
+            newer: BTreeSet::new(),
             nqn: String::new(),
         };
         for (name, port) in REPLICAS {
             cluster.configure(name, port, true)?;
             cluster.launch(name)?;
         }
-        cluster.configure(NEXUS, NEXUS_PORT, false)?;
-        cluster.launch(NEXUS)?;
+        if layout == Layout::Apart {
+            cluster.configure(NEXUS, NEXUS_PORT, false)?;
+            cluster.launch(NEXUS)?;
+        }
         cluster.create_volume(encrypted)?;
         Ok(cluster)
     }
@@ -114,7 +139,9 @@ impl<'a> Cluster<'a> {
         let socket = self.socket(name);
         let _ = fs::remove_file(&socket);
         let log = File::options().create(true).append(true).open(self.log(name))?;
-        let mut serve = self.net.in_storage(&self.cairn);
+        let newer = self.newer_program();
+        let program = if self.newer.contains(name) { &newer } else { &self.cairn };
+        let mut serve = self.net.in_storage(program);
         serve.arg("serve").arg("--config").arg(self.config(name));
         serve.stdout(log.try_clone()?).stderr(log);
         let mut child = serve.spawn().context("could not start cairn")?;
@@ -141,7 +168,10 @@ impl<'a> Cluster<'a> {
                 name,
                 &["replica", "create", "--pool", "p1", "--volume", uuid, "--size", VOLUME_SIZE],
             )?;
-            uris.push(text(&made, "uri")?);
+            uris.push(match (name == self.active, text(&made, "uri")?) {
+                (true, _) => format!("local:p1/{}", text(&made, "id")?),
+                (false, uri) => uri,
+            });
         }
         let mut create = vec!["volume", "create", VOLUME, "--size", VOLUME_SIZE];
         for uri in &uris {
@@ -150,7 +180,7 @@ impl<'a> Cluster<'a> {
         if encrypted {
             create.extend(["--encrypt", "--key-command", "printf %064d 7"]);
         }
-        let made = self.call(NEXUS, &create)?;
+        let made = self.call(self.active, &create)?;
         self.nqn = text(&made, "nqn")?;
         self.await_state("online").map(drop)
     }
@@ -184,7 +214,7 @@ impl<'a> Cluster<'a> {
     fn await_state(&self, wanted: &str) -> Result<String> {
         let mut last = String::new();
         let waited = wait_for(&format!("volume state '{wanted}'"), STATE, || {
-            let status = self.call(NEXUS, &["volume", "status", VOLUME])?;
+            let status = self.call(self.active, &["volume", "status", VOLUME])?;
             last = status.to_string();
             Ok((text(&status, "state")? == wanted).then_some(()))
         });
@@ -227,10 +257,17 @@ impl<'a> Cluster<'a> {
 
 impl Peer for Cluster<'_> {
     fn endpoint(&self) -> Endpoint {
-        Endpoint { address: STORAGE_IP.to_owned(), port: NEXUS_PORT, nqn: self.nqn.clone() }
+        let port = match self.layout {
+            Layout::Apart => NEXUS_PORT,
+            Layout::Together => REPLICAS[0].1,
+        };
+        Endpoint { address: STORAGE_IP.to_owned(), port, nqn: self.nqn.clone() }
     }
 
     fn act(&mut self, verb: &str) -> Result<String> {
+        if self.layout == Layout::Together {
+            return self.act_together(verb);
+        }
         match verb {
             "kill-replica" => self.kill(VICTIM).map(|()| format!("killed {VICTIM}")),
             "expect-degraded" => self.await_state("degraded"),
@@ -276,7 +313,9 @@ impl Peer for Cluster<'_> {
 
     fn finish(&mut self) -> Result<()> {
         let mut wrong = Vec::new();
-        let names = [NEXUS].into_iter().chain(REPLICAS.map(|(name, _)| name));
+        // The one that serves first.
+        let others = REPLICAS.map(|(name, _)| name).into_iter().filter(|name| *name != self.active);
+        let names: Vec<_> = std::iter::once(self.active).chain(others).collect();
         for name in names {
             if let Err(e) = self.stop(name) {
                 wrong.push(format!("{e:#}"));

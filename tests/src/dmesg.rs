@@ -49,6 +49,11 @@ const RECONNECT: &[&str] = &[
     "failed to send request -32",
     "failed to send request -104",
     "failed nvme_keep_alive_end_io error=",
+    // A keep alive that a process which hangs does not answer.
+    "type 4 opcode 0x18 (admin cmd) qid 0 timeout",
+    // A path that is given up for good: requests go to another one, and there is nobody to be told.
+    "failfast expired",
+    "property set error: 880,",
 ];
 
 /// A warning that the emulator of the host's processor causes, not what runs on it: a single-step trap that

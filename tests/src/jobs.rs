@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::cluster::Layout;
 use crate::dmesg;
 use crate::guest::{Boot, Guest};
 use crate::image::Image;
@@ -21,6 +22,7 @@ pub(crate) struct Job {
     reconnects: bool,
     /// Whether the volume is encrypted.
     pub(crate) encrypted: bool,
+    pub(crate) layout: Layout,
     /// For the whole boot, set-up included.
     limit: Duration,
 }
@@ -32,13 +34,14 @@ pub(crate) const SMOKE: Job = Job {
     cases: &["smoke-network", "smoke-acknowledgement", "smoke-tools"],
     reconnects: false,
     encrypted: false,
+    layout: Layout::Apart,
     limit: Duration::from_secs(120),
 };
 
 /// The jobs whose volume grows, is copied, or moves: the kernel's target is not asked to.
-pub(crate) const OURS: [&str; 3] = ["grow", "snapshot", "takeover"];
+pub(crate) const OURS: [&str; 6] = ["grow", "snapshot", "takeover", "rolling", "hosts", "failures"];
 
-pub(crate) const JOBS: [Job; 6] = [
+pub(crate) const JOBS: [Job; 9] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -54,6 +57,7 @@ pub(crate) const JOBS: [Job; 6] = [
         ],
         reconnects: false,
         encrypted: false,
+        layout: Layout::Apart,
         limit: Duration::from_secs(480),
     },
     Job {
@@ -62,6 +66,7 @@ pub(crate) const JOBS: [Job; 6] = [
         cases: &["replica-kill"],
         reconnects: false,
         encrypted: false,
+        layout: Layout::Apart,
         limit: Duration::from_secs(240),
     },
     Job {
@@ -70,6 +75,7 @@ pub(crate) const JOBS: [Job; 6] = [
         cases: &["nexus-restart"],
         reconnects: true,
         encrypted: false,
+        layout: Layout::Apart,
         limit: Duration::from_secs(240),
     },
     Job {
@@ -78,6 +84,7 @@ pub(crate) const JOBS: [Job; 6] = [
         cases: &["grow-fio", "grow-ext4", "grow-xfs"],
         reconnects: false,
         encrypted: true,
+        layout: Layout::Apart,
         limit: Duration::from_secs(300),
     },
     Job {
@@ -86,6 +93,7 @@ pub(crate) const JOBS: [Job; 6] = [
         cases: &["snapshot-ext4", "snapshot-xfs"],
         reconnects: false,
         encrypted: false,
+        layout: Layout::Apart,
         limit: Duration::from_secs(240),
     },
     Job {
@@ -94,7 +102,35 @@ pub(crate) const JOBS: [Job; 6] = [
         cases: &["hand-over", "take-over"],
         reconnects: true,
         encrypted: false,
+        layout: Layout::Apart,
         limit: Duration::from_secs(300),
+    },
+    Job {
+        name: OURS[3],
+        script: include_str!("../guest/rolling.sh"),
+        cases: &["rolling"],
+        reconnects: true,
+        encrypted: false,
+        layout: Layout::Together,
+        limit: Duration::from_secs(420),
+    },
+    Job {
+        name: OURS[4],
+        script: include_str!("../guest/hosts.sh"),
+        cases: &["host-settings", "stale-path"],
+        reconnects: true,
+        encrypted: false,
+        layout: Layout::Apart,
+        limit: Duration::from_secs(420),
+    },
+    Job {
+        name: OURS[5],
+        script: include_str!("../guest/failures.sh"),
+        cases: &["failures"],
+        reconnects: true,
+        encrypted: false,
+        layout: Layout::Together,
+        limit: Duration::from_secs(420),
     },
 ];
 

@@ -117,7 +117,8 @@ fn run_jobs(args: &Args, jobs: &[Job], image: &image::Image, run_dir: &Path) -> 
             Ok(match args.peer {
                 PeerKind::Cairn => {
                     let state = logs.join("state");
-                    Box::new(Cluster::start(&net, &args.cairn, &state, &logs, job.encrypted)?)
+                    let (encrypted, layout) = (job.encrypted, job.layout);
+                    Box::new(Cluster::start(&net, &args.cairn, &state, &logs, encrypted, layout)?)
                         as Box<dyn Peer>
                 }
                 PeerKind::Nvmet => Box::new(Nvmet::start(image, &net, &logs)?),

@@ -43,6 +43,7 @@ pub(super) fn settings(folder: &Path) -> Result<NexusSettings> {
     Ok(NexusSettings {
         nexus,
         metrics: config::Metrics { listen: Some(([127, 0, 0, 1], 0).into()) },
+        ..NexusSettings::default()
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use cairn_api::v1::{self, cairn_client::CairnClient};
 use clap::Args;
 use tonic::transport::Channel;
@@ -44,15 +44,16 @@ pub(crate) struct StandByArgs {
     /// The volume's id.
     #[arg(long, value_name = "UUID", required_unless_present = "from")]
     id: Option<String>,
-    /// A member of the volume, as this process reaches it. Once for each.
+    /// A member of the volume, as this process reaches it. Once for each; one is enough where its configuration
+    /// tells of the others.
     #[arg(long, value_name = "URI")]
     replica: Vec<String>,
     /// A witness of the volume.
     #[arg(long, value_name = "URI")]
     witness: Vec<String>,
-    /// Bytes of the blocks that hosts see.
-    #[arg(long, value_name = "BYTES", default_value_t = 4096)]
-    block_size: u32,
+    /// Bytes of the blocks that hosts see. Default: what its configuration tells.
+    #[arg(long, value_name = "BYTES")]
+    block_size: Option<u32>,
     /// A host that may connect. Default: any.
     #[arg(long, value_name = "NQN")]
     allow_host: Vec<String>,
@@ -83,7 +84,7 @@ pub(super) async fn stand_by(
         id: args.id.unwrap_or_default(),
         replicas: args.replica,
         witnesses: args.witness,
-        block_size: args.block_size,
+        block_size: args.block_size.unwrap_or_default(),
         allowed_hosts: args.allow_host,
         child_deadline_ms: 0,
         encryption: args.key.source()?,
@@ -97,6 +98,14 @@ pub(super) async fn stand_by(
     show_volume(global.output, &volume.into_inner())
 }
 
+/// What a process that is to stand by tells of itself.
+pub(crate) struct Here {
+    /// Where hosts reach it.
+    pub(crate) nvmf: Vec<String>,
+    /// Those in its pools.
+    pub(crate) replicas: Vec<v1::Replica>,
+}
+
 /// Asks the process that serves the volume what it is, and has it share it.
 pub(crate) async fn learn(
     client: &mut CairnClient<Channel>,
@@ -104,18 +113,28 @@ pub(crate) async fn learn(
     request: &mut v1::StandByVolumeRequest,
     sharing: SharingArgs,
 ) -> Result<()> {
+    let here = client.get_info(v1::GetInfoRequest {}).await.map_err(|s| said(&s))?.into_inner();
+    let own = client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
+    let here = Here { nvmf: here.nvmf, replicas: own.into_inner().replicas };
+    request.sharing = Some(sharing.message());
+    learn_from(&here, serving, request).await
+}
+
+/// The same for a process that tells this of itself; how it shares the volume is in the request.
+pub(crate) async fn learn_from(
+    here: &Here,
+    serving: &mut CairnClient<Channel>,
+    request: &mut v1::StandByVolumeRequest,
+) -> Result<()> {
     let volume = named(volumes(serving).await?, &request.name)?;
     let there = serving.get_info(v1::GetInfoRequest {}).await.map_err(|s| said(&s))?.into_inner();
-    let here = client.get_info(v1::GetInfoRequest {}).await.map_err(|s| said(&s))?.into_inner();
     let Some(address) = there.nvmf.first() else {
         bail!("process `{}` listens nowhere", there.name);
     };
-    let own = client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
-    let own = own.into_inner().replicas;
     request.id.clone_from(&volume.id);
     request.block_size = volume.block_size;
     for child in volume.children {
-        let local = own.iter().find(|r| r.id == child.replica_id);
+        let local = here.replicas.iter().find(|r| r.id == child.replica_id);
         let uri = match (local, child.uri.starts_with("local:")) {
             (Some(local), _) => format!("local:{}/{}", local.pool, local.id),
             (None, true) => {
@@ -126,18 +145,22 @@ pub(crate) async fn learn(
         let list = if child.witness { &mut request.witnesses } else { &mut request.replicas };
         list.push(uri);
     }
-    let message = sharing.message();
-    let others = volume.sharing.map(|s| s.elsewhere).unwrap_or_default();
-    let mut shared = v1::Sharing { elsewhere: others, ..message.clone() };
-    for address in here.nvmf {
-        if !shared.elsewhere.contains(&address) {
-            shared.elsewhere.push(address);
+    let message = request.sharing.clone().unwrap_or_default();
+    // What it does while it stands by itself is for whoever set it up to say.
+    let mut shared = volume.sharing.unwrap_or_else(|| message.clone());
+    for address in &here.nvmf {
+        if !shared.elsewhere.contains(address) {
+            shared.elsewhere.push(address.clone());
         }
     }
     let call = v1::ShareVolumeRequest { name: request.name.clone(), sharing: Some(shared) };
     serving.share_volume(call).await.map_err(|s| said(&s))?;
     let mut elsewhere = message.elsewhere.clone();
-    elsewhere.extend(there.nvmf);
+    for address in there.nvmf {
+        if !elsewhere.contains(&address) {
+            elsewhere.push(address);
+        }
+    }
     request.sharing = Some(v1::Sharing { elsewhere, ..message });
     Ok(())
 }
@@ -145,19 +168,44 @@ pub(crate) async fn learn(
 pub(super) async fn take_over(global: &Global, name: String, to: Option<PathBuf>) -> Result<()> {
     let target = to.as_ref().unwrap_or(&global.socket);
     let mut taker = connect(target).await?;
+    let mut handed_by = None;
     if to.is_some() {
-        let handed = match connect(&global.socket).await {
-            Ok(mut serving) => {
-                let request = v1::HandOverVolumeRequest { name: name.clone() };
-                serving.hand_over_volume(request).await.map(drop).map_err(|s| said(&s))
+        // Nobody lets go of a volume that the other could not serve.
+        let there = named(volumes(&mut taker).await?, &name)?;
+        if !there.unfit.is_empty() {
+            bail!(
+                "volume `{name}` cannot be taken over there, and stays where it is: {}",
+                there.unfit
+            );
+        }
+        match hand_over(global, &name).await {
+            Ok(serving) => handed_by = Some(serving),
+            Err(error) if global.output == Output::Table => {
+                say!("not handed over, it is taken from whoever serves it: {error:#}");
             }
-            Err(error) => Err(error),
-        };
-        if let (Err(error), Output::Table) = (handed, global.output) {
-            say!("not handed over, it is taken from whoever serves it: {error:#}");
+            Err(_) => {}
         }
     }
     let request = v1::TakeOverVolumeRequest { name };
-    let volume = taker.take_over_volume(request).await.map_err(|s| said(&s))?;
-    show_volume(global.output, &volume.into_inner())
+    let taken = taker.take_over_volume(request.clone()).await;
+    let error = match (taken, &mut handed_by) {
+        (Ok(volume), _) => return show_volume(global.output, &volume.into_inner()),
+        (Err(status), None) => return Err(said(&status)),
+        (Err(status), Some(serving)) if status.code() != tonic::Code::DeadlineExceeded => {
+            let back = serving.take_over_volume(request).await;
+            back.map_err(|s| said(&s)).context("it could not be taken back either")?;
+            said(&status)
+                .context("the volume is served where it was; the other could not take it over")
+        }
+        (Err(status), Some(_)) => said(&status),
+    };
+    Err(error)
+}
+
+/// Has the process that serves a volume hand it over.
+async fn hand_over(global: &Global, name: &str) -> Result<CairnClient<Channel>> {
+    let mut serving = connect(&global.socket).await?;
+    let request = v1::HandOverVolumeRequest { name: name.to_owned() };
+    serving.hand_over_volume(request).await.map_err(|s| said(&s))?;
+    Ok(serving)
 }

@@ -131,7 +131,11 @@ impl Service {
             self.ask(|reply| Command::RemoveVolume { name, reply }).await?;
         }
         self.ask(|reply| Command::AddVolume { spec, reply }).await?;
-        let report = self.await_serving(&name).await?;
+        let report = match &saved.shared {
+            // It is another's to serve perhaps.
+            Some(_) => self.await_fit(&name).await?,
+            None => self.await_serving(&name).await?,
+        };
         if !saved.created {
             self.change(|volumes| {
                 volumes.iter_mut().filter(|v| v.name == name).for_each(|v| v.created = true);

@@ -84,6 +84,17 @@ pub(super) fn id_of(uri: &str) -> Option<ReplicaId> {
     parse_replica_uri(uri).ok().map(|(id, _)| id)
 }
 
+/// Whether a URI names this replica; nothing is resolved for that.
+fn names(uri: &str, replica: ReplicaId) -> bool {
+    uri.ends_with(&replica.to_string())
+}
+
+/// Whether a URI of a replica elsewhere has an address in it, not a name.
+fn is_literal(uri: &str) -> bool {
+    let rest = uri.strip_prefix("nvme+tcp://").and_then(|rest| rest.split_once('/'));
+    rest.is_some_and(|(peer, _)| peer.parse::<std::net::SocketAddr>().is_ok())
+}
+
 /// Whether it is a member, or may be: all that the nexus knows while it does not serve.
 pub(super) fn is_member(child: &ChildReport) -> bool {
     child.state != "idle"
@@ -261,6 +272,42 @@ impl Service {
         }
     }
 
+    /// Writes down what the nexus has learnt from the volume's configuration: members that nobody has named here, and
+    /// that are elsewhere now, and the blocks that hosts see; and that this process serves it.
+    fn remember_learnt(&self, saved: &SavedVolume, report: &VolumeReport) {
+        if !saved.created || saved.forced.is_some() {
+            return;
+        }
+        let mut learnt = saved.clone();
+        for child in report.children.iter().filter(|c| is_member(c)) {
+            let uri = replica_uri(child.replica, &child.address);
+            let mut known = learnt.replicas.iter_mut().chain(&mut learnt.witnesses);
+            match known.find(|uri| names(uri, child.replica)) {
+                Some(known) if child.connected && is_literal(known) => *known = uri,
+                Some(_) => {}
+                None if child.witness => learnt.witnesses.push(uri),
+                None => learnt.replicas.push(uri),
+            }
+        }
+        if saved.block_size == 0 && report.serving {
+            learnt.block_size = report.block_size.bytes();
+        }
+        if let Some(shared) = learnt.shared.as_mut().filter(|_| report.serving) {
+            shared.standby = false;
+        }
+        if learnt == *saved {
+            return;
+        }
+        let stored = self.change_one(&saved.name, |volume| {
+            if volume == saved {
+                *volume = learnt;
+            }
+        });
+        if let Err(error) = stored {
+            tracing::warn!(volume = %saved.name, "what was learnt of it is not stored: {error}");
+        }
+    }
+
     /// What is to be done by itself, for as long as the process lives.
     pub(crate) async fn look_after_members(&self) {
         loop {
@@ -275,6 +322,9 @@ impl Service {
             for volume in &saved {
                 let name = &volume.name;
                 let Some(turn) = self.members.try_turn(name) else { continue };
+                if let Some(report) = reports.iter().find(|r| r.name == *name) {
+                    self.remember_learnt(volume, report);
+                }
                 self.forget_strangers(name).await;
                 if volume.forced.is_some() {
                     self.go_on_with_force(name).await;
@@ -327,6 +377,7 @@ pub(super) mod samples {
             blocks: 1,
             state: "degraded".to_owned(),
             detail: String::new(),
+            unfit: String::new(),
             serving: true,
             epoch: 1,
             children: children.to_vec(),

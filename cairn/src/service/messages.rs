@@ -86,6 +86,7 @@ impl Service {
             in_flight: report.in_flight as u64,
             addresses: self.addresses.iter().map(ToString::to_string).collect(),
             serving: report.serving,
+            unfit: report.unfit,
             encryption: report.encryption.map(|e| v1::Encryption {
                 cipher: e.cipher.to_owned(),
                 key_id: e.key_id.to_string(),

@@ -4,22 +4,24 @@
 //! stood by for it stands by for again.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cairn_api::v1;
-use cairn_engine::Sharing;
 use cairn_engine::block::VolumeId;
 use cairn_engine::control::Command;
 use cairn_engine::nexus::Purpose;
+use cairn_engine::{Sharing, VolumeReport};
 use tonic::Status;
 
-use super::{Service, check_name, keys};
+use super::{CREATE_POLL, Service, check_name, keys};
 use crate::state::{SavedSharing, SavedVolume};
 
 /// How long a process stands by at least before it takes a volume over by itself.
 const AUTO_AFTER_MS: u64 = 10_000;
 /// A lease of another process may have to be waited for, which is a minute at most.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(90);
+/// What keeps a process from taking a volume over is found out within this time, where the replicas are there.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl SavedSharing {
     pub(super) fn message(&self) -> v1::Sharing {
@@ -69,11 +71,29 @@ impl Service {
         Ok(self.volume_message(self.known(&name).await?))
     }
 
-    /// Begins to stand by.
+    /// Begins to stand by, where this process could serve the volume.
     pub(super) async fn stand_by(
         &self,
         request: v1::StandByVolumeRequest,
     ) -> Result<v1::Volume, Status> {
+        let name = request.name.clone();
+        self.begin_stand_by(request).await?;
+        match self.await_fit(&name).await {
+            Ok(report) => Ok(self.volume_message(report)),
+            Err(status) => {
+                let of = name.clone();
+                self.ask(|reply| Command::RemoveVolume { name: of, reply }).await?;
+                self.forget(&name)?;
+                Err(status)
+            }
+        }
+    }
+
+    /// Begins to stand by.
+    pub(super) async fn begin_stand_by(
+        &self,
+        request: v1::StandByVolumeRequest,
+    ) -> Result<(), Status> {
         let name = request.name;
         check_name("volume", &name)?;
         if self.state.lock().volumes.iter().any(|v| v.name == name) {
@@ -109,10 +129,47 @@ impl Service {
             self.forget(&name)?;
             return Err(status);
         }
-        Ok(self.volume_message(self.known(&name).await?))
+        Ok(())
+    }
+
+    /// Waits until the volume's configuration is known, where its replicas are there, and fails where this process
+    /// could not serve it.
+    pub(super) async fn await_fit(&self, name: &str) -> Result<VolumeReport, Status> {
+        let until = Instant::now() + LOOK_TIMEOUT;
+        loop {
+            let report = self.known(name).await?;
+            // Its size is what the configuration says.
+            if report.unfit.is_empty() && report.blocks > 0 || report.serving {
+                return Ok(report);
+            }
+            if Instant::now() > until {
+                return match report.unfit.as_str() {
+                    "" => Ok(report),
+                    why => Err(Status::failed_precondition(format!(
+                        "volume `{name}` could not be taken over here: {why}"
+                    ))),
+                };
+            }
+            tokio::time::sleep(CREATE_POLL).await;
+        }
     }
 
     pub(super) async fn take_over(&self, name: String) -> Result<v1::Volume, Status> {
+        // Remembered first: a process that dies meanwhile serves the volume if nobody else does.
+        let before = self.saved(&name)?.shared;
+        self.note_role(&name, false)?;
+        let taken = self.take_over_now(name.clone()).await;
+        // Whoever waits no longer has not stopped it.
+        if let Err(status) = &taken
+            && status.code() != tonic::Code::DeadlineExceeded
+            && before.is_some_and(|shared| shared.standby)
+        {
+            self.note_role(&name, true)?;
+        }
+        taken
+    }
+
+    async fn take_over_now(&self, name: String) -> Result<v1::Volume, Status> {
         let of = name.clone();
         let taken = self.ask(|reply| Command::TakeOver { name: of, reply });
         let Ok(taken) = tokio::time::timeout(TAKE_OVER_TIMEOUT, taken).await else {
@@ -123,13 +180,13 @@ impl Service {
             )));
         };
         taken?;
-        self.note_role(&name, false)?;
         Ok(self.volume_message(self.await_serving(&name).await?))
     }
 
     pub(super) async fn hand_over(&self, name: String) -> Result<v1::Volume, Status> {
         let of = name.clone();
         self.ask(|reply| Command::StandBy { name: of, reply }).await?;
+        // A process that dies before this serves the volume again, if nobody else does by then.
         self.note_role(&name, true)?;
         Ok(self.volume_message(self.known(&name).await?))
     }

@@ -79,6 +79,10 @@ mutants! {
     LeaseFromAnswer,
     /// Assembly does not wait until the lease of an earlier nexus is over.
     TakeoverDoesNotWait,
+    /// A process that stands by takes over although another has a lease.
+    StandbyIgnoresLeases,
+    /// A volume is handed over without waiting for what is in hand.
+    HandOverDoesNotDrain,
     /// The target of a rebuild does not get what hosts write.
     MirrorMissesWrites,
     /// A member that joins does not count for acks before it has joined.

@@ -161,7 +161,7 @@ impl<D: Driver> Shard<D> {
         let (namespace, conn, generation) = (io.namespace, io.conn, io.generation);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => {
-                if self.volumes.get(volume).is_some_and(|v| v.spec.block_size == BlockSize::B512) {
+                if self.volumes.get(volume).is_some_and(|v| v.block_size == BlockSize::B512) {
                     return self.submit_sectors(volume, at, request, now);
                 }
                 // Once, here: from here on the nexus may hold the request and send it again, and its

@@ -12,6 +12,7 @@ use cairn_nvmf::initiator::{
 use cairn_reactor::{Chunk, Driver, Op, SocketFault, SocketId};
 
 use super::upkeep::Upkeep;
+use super::volumes::Route;
 use super::{Shard, Subject, token};
 use crate::{register, snapshot};
 
@@ -53,6 +54,8 @@ pub(super) struct Link {
     child: ChildId,
     replica: ReplicaId,
     peer: SocketAddr,
+    /// Where it may be instead: tried in turn.
+    other: Option<SocketAddr>,
     nqn: String,
     stage: Stage,
     session: Option<Session>,
@@ -83,6 +86,13 @@ impl Link {
         (self.volume, self.child)
     }
 
+    /// The replica may be there.
+    pub(super) fn try_also(&mut self, peer: SocketAddr) {
+        if peer != self.peer {
+            self.other = Some(peer);
+        }
+    }
+
     pub(super) fn new(
         volume: u32,
         child: ChildId,
@@ -96,6 +106,7 @@ impl Link {
             child,
             replica,
             peer,
+            other: None,
             nqn,
             stage: Stage::Idle,
             session: None,
@@ -270,8 +281,22 @@ impl<D: Driver> Shard<D> {
     fn drop_link(&mut self, at: u32) {
         let Some(link) = self.links.remove(at) else { return };
         let (volume, child) = (link.volume, link.child);
+        if !self.is_way_to(at, volume, child) {
+            return;
+        }
         if let Some(v) = self.volumes.get_mut(volume).filter(|v| !v.removing()) {
             v.nexus.forget_child(child);
+        }
+    }
+
+    /// Whether a link is the way to its child still, or was the last: one that had nothing in hand is retired
+    /// while its child's place is another's already.
+    fn is_way_to(&self, at: u32, volume: u32, child: ChildId) -> bool {
+        let routes = self.volumes.get(volume).map(|v| v.routes.as_slice());
+        match routes.and_then(|routes| routes.get(usize::from(child.0))) {
+            Some(Route::Remote { link }) => *link == at,
+            Some(Route::Gone) => true,
+            Some(Route::Local(_)) | None => false,
         }
     }
 
@@ -308,7 +333,8 @@ impl<D: Driver> Shard<D> {
         while let Some((ticket, _)) = self.links[at].upkeep.waiting.pop_front() {
             self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
         }
-        if let Some(v) = self.volumes.get_mut(volume) {
+        let current = self.is_way_to(at, volume, child);
+        if let Some(v) = self.volumes.get_mut(volume).filter(|_| current) {
             v.nexus.handle_child_down(child, now);
             self.touch_volume(volume);
         }
@@ -316,8 +342,12 @@ impl<D: Driver> Shard<D> {
         link.stage = Stage::Idle;
         link.queues = [LinkQueue::default(); 2];
         // One that comes up and is given up at once is not tried again and again: its pool is offline, say.
-        if link.ready_ms.take().is_some_and(|since| now >= since + BACKOFF_MAX_MS) {
+        let ready_ms = link.ready_ms.take();
+        if ready_ms.is_some_and(|since| now >= since + BACKOFF_MAX_MS) {
             link.backoff_ms = BACKOFF_MIN_MS;
+        }
+        if let (None, Some(other)) = (ready_ms, link.other.as_mut()) {
+            std::mem::swap(&mut link.peer, other);
         }
         link.retry_at_ms = now + link.backoff_ms;
         link.backoff_ms = (link.backoff_ms * 2).min(BACKOFF_MAX_MS);
@@ -514,6 +544,7 @@ impl<D: Driver> Shard<D> {
             self.fail_link(at, &why);
             return;
         }
+        let peer = link.peer;
         link.stage = Stage::Ready;
         link.ready_ms = Some(now);
         if !link.last_error.is_empty() {
@@ -521,6 +552,7 @@ impl<D: Driver> Shard<D> {
             link.last_error.clear();
         }
         v.nexus.handle_child_up(child, now);
+        self.child_moved(volume, child, peer);
         self.touch_volume(volume);
     }
 

@@ -1,7 +1,9 @@
 //! Replicas that become voters of a volume which is served, and that are none any more.
 
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
 use cairn_block::{Epoch, ReplicaId};
-use cairn_nexus::{ChangeError, ChildId, ChildSpec, ChildState, VolumeState};
+use cairn_nexus::{ChangeError, ChildId, ChildSpec, ChildState, PLACE, Place, VolumeState};
 use cairn_reactor::Driver;
 
 use super::Shard;
@@ -96,7 +98,8 @@ impl<D: Driver> Shard<D> {
     /// Has the nexus know one more replica, and opens the way to it.
     fn start_child(&mut self, at: u32, replica: VolumeReplica, now: u64) -> Option<ChildId> {
         let local = matches!(replica.address, ChildAddress::Local { .. });
-        let spec = ChildSpec { replica: replica.id, local, witness: replica.witness };
+        let place = self.place_of(&replica);
+        let spec = ChildSpec { replica: replica.id, local, witness: replica.witness, place };
         let child = self.volumes[at].nexus.add_child(spec)?;
         let place = usize::from(child.0);
         let volume = &mut self.volumes[at];
@@ -109,6 +112,72 @@ impl<D: Driver> Shard<D> {
         }
         self.route_child(at, child, now);
         Some(child)
+    }
+
+    /// Where a replica is, as others are told.
+    pub(super) fn place_of(&self, replica: &VolumeReplica) -> Place {
+        let peer = match &replica.address {
+            ChildAddress::Local { .. } => self.listeners.first().and_then(|(_, port)| {
+                let ip = port.traddr.parse().ok()?;
+                Some(SocketAddr::new(ip, port.trsvcid))
+            }),
+            // The subsystem's name is not told besides.
+            ChildAddress::Remote { peer, nqn } => {
+                (*nqn == Self::replica_nqn(replica.id)).then_some(*peer)
+            }
+        };
+        peer.map_or(Place::default(), place_at)
+    }
+
+    /// The configuration says where a member is that is not known here, or that is known somewhere else and does
+    /// not come up.
+    pub(super) fn learn_place(
+        &mut self,
+        at: u32,
+        (id, witness): (ReplicaId, bool),
+        place: Place,
+        now: u64,
+    ) {
+        let volume = &self.volumes[at];
+        if volume.removing() || volume.hand_over.is_some() {
+            return;
+        }
+        let Some(peer) = peer_at(place) else { return };
+        if let Some(child) = self.child_of(at, id) {
+            if let Route::Remote { link } = self.volumes[at].routes[usize::from(child.0)] {
+                self.links[link].try_also(peer);
+            }
+            return;
+        }
+        let own =
+            self.find_replica(id).map(|(pool, ..)| self.pools[usize::from(pool)].name.clone());
+        let address = match own {
+            Some(pool) => ChildAddress::Local { pool },
+            None => ChildAddress::Remote { peer, nqn: Self::replica_nqn(id) },
+        };
+        let name = &self.volumes[at].spec.name;
+        tracing::info!(volume = %name, replica = %id, ?address, "the volume has one more replica");
+        if self.start_child(at, VolumeReplica { id, address, witness }, now).is_none() {
+            let name = &self.volumes[at].spec.name;
+            tracing::warn!(volume = %name, replica = %id, "there is no room for one more replica");
+        }
+        self.touch_volume(at);
+    }
+
+    /// The way to a child leads to another place than before.
+    pub(super) fn child_moved(&mut self, at: u32, child: ChildId, peer: SocketAddr) {
+        let Some(volume) = self.volumes.get_mut(at) else { return };
+        let place = usize::from(child.0);
+        let Some(replica) = volume.spec.children.get_mut(place) else { return };
+        if let ChildAddress::Remote { peer: known, .. } = &mut replica.address
+            && *known != peer
+        {
+            tracing::info!(volume = %volume.spec.name, replica = %replica.id, %peer, "the replica is elsewhere now");
+            *known = peer;
+            let replica = replica.clone();
+            let place = self.place_of(&replica);
+            self.volumes[at].nexus.set_place(child, place);
+        }
     }
 
     /// Opens the way to a child, as the volume's spec has it.
@@ -195,5 +264,39 @@ impl<D: Driver> Shard<D> {
         volume.member_changed(Err(EngineError::Storage(text)));
         // One that was to be added is let go of; one that was to be removed votes, and stays.
         self.drop_child(at, child, now);
+    }
+}
+
+/// An address as configurations have it: as of IPv6, then the port, both with the highest byte first.
+fn place_at(peer: SocketAddr) -> Place {
+    let ip = match peer.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    let mut bytes = [0; PLACE];
+    bytes[..16].copy_from_slice(&ip.octets());
+    bytes[16..].copy_from_slice(&peer.port().to_be_bytes());
+    Place(bytes)
+}
+
+fn peer_at(place: Place) -> Option<SocketAddr> {
+    let (ip, port) = place.0.split_first_chunk::<16>()?;
+    let port = u16::from_be_bytes(port.try_into().ok()?);
+    let ip = IpAddr::V6(Ipv6Addr::from(*ip)).to_canonical();
+    (port != 0 && !ip.is_unspecified()).then_some(SocketAddr::new(ip, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_the_address_that_it_was_made_of() {
+        for text in ["192.0.2.11:4420", "[2001:db8::1]:65535", "127.0.0.1:1"] {
+            let peer = text.parse().unwrap();
+            assert_eq!(peer_at(place_at(peer)), Some(peer), "{text}");
+        }
+        assert_eq!(peer_at(Place::default()), None);
+        assert_eq!(peer_at(place_at("0.0.0.0:4420".parse().unwrap())), None);
     }
 }

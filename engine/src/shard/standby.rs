@@ -4,7 +4,8 @@
 //! namespace says. A process that hands a volume over first has hosts hold what they send (Change), then lets
 //! what is in hand end, gives its lease back, and starts a new nexus that only looks (Inaccessible).
 
-use cairn_block::IoStatus;
+use cairn_block::mutants::{Mutant, on};
+use cairn_block::{BlockSize, IoStatus};
 use cairn_nexus::{ChildId, Nexus, NexusConfig, Purpose, VolumeState};
 use cairn_nvmf::ana::AnaState;
 use cairn_nvmf::target::Port;
@@ -48,10 +49,12 @@ impl<D: Driver> Shard<D> {
             replica: r.id,
             local: matches!(r.address, crate::control::ChildAddress::Local { .. }),
             witness: r.witness,
+            place: self.place_of(r),
         };
         Nexus::new(NexusConfig {
             volume: spec.id,
             blocks: spec.blocks,
+            block_size: spec.block_size.map_or(0, BlockSize::bytes),
             encryption,
             children: spec.children.iter().map(child).collect(),
             purpose,
@@ -81,6 +84,19 @@ impl<D: Driver> Shard<D> {
             )));
         }
         Ok(at)
+    }
+
+    /// The blocks that hosts are to see are those that the configuration tells of. False where that cannot be done
+    /// now.
+    pub(super) fn learn_block_size(&mut self, at: u32) -> bool {
+        let volume = &mut self.volumes[at];
+        let told = match volume.nexus.block_size() {
+            0 => return true,
+            512 => BlockSize::B512,
+            _ => BlockSize::B4096,
+        };
+        (volume.block_size, volume.spec.block_size) = (told, Some(told));
+        told != BlockSize::B512 || self.reserve_sectors()
     }
 
     /// Lets other processes stand by for a volume.
@@ -128,6 +144,10 @@ impl<D: Driver> Shard<D> {
             let why = format!("volume `{name}` is being taken over already");
             return reply.send(Err(EngineError::Busy(why)));
         }
+        if let Some(why) = volume.nexus.unfit() {
+            let why = format!("volume `{name}` cannot be taken over here: {why}");
+            return reply.send(Err(EngineError::Busy(why)));
+        }
         tracing::info!(volume = %name, "taking the volume over");
         volume.activation = Some(reply);
         match volume.nexus.state() {
@@ -168,12 +188,13 @@ impl<D: Driver> Shard<D> {
         self.begin_hand_over(at, Some(reply), now);
     }
 
-    /// A newer nexus has taken the volume over.
-    pub(super) fn stand_by_if_fenced(&mut self, at: u32, now: u64) {
+    /// A newer nexus has taken the volume over, or this one could not: another looks on in its place, and where
+    /// it takes over by itself it tries again.
+    pub(super) fn stand_by_if_over(&mut self, at: u32, now: u64) {
         let volume = &self.volumes[at];
-        let fenced = matches!(volume.nexus.state(), VolumeState::Fenced);
+        let over = matches!(volume.nexus.state(), VolumeState::Fenced | VolumeState::Refused(_));
         let free = volume.hand_over.is_none() && !volume.removing();
-        if fenced && free && volume.spec.sharing.is_some() {
+        if over && free && volume.spec.sharing.is_some() {
             self.begin_hand_over(at, None, now);
         }
     }
@@ -191,13 +212,15 @@ impl<D: Driver> Shard<D> {
     /// Goes on with handing a volume over.
     pub(super) fn advance_hand_over(&mut self, at: u32, now: u64) {
         let volume = &mut self.volumes[at];
-        let quiet = volume.nexus.in_flight() == 0;
+        // What the nexus does on its own account, a rebuild for one, goes on elsewhere.
+        let quiet = volume.nexus.unanswered() == 0 && volume.waiting.is_empty();
         let serves = volume.nexus.state().is_serving();
         let Some(hand_over) = volume.hand_over.as_mut() else { return };
         let deadline_ms = hand_over.deadline_ms;
         let waits = serves && now < deadline_ms;
         if hand_over.stage == Stage::Quiesce {
-            if waits && !(quiet && volume.sectors.is_empty()) {
+            let drained = quiet && volume.sectors.is_empty() || on(Mutant::HandOverDoesNotDrain);
+            if waits && !drained {
                 return self.wants_timeout(Some(deadline_ms));
             }
             hand_over.stage = Stage::Release;
@@ -221,6 +244,12 @@ impl<D: Driver> Shard<D> {
 
     /// Ends the nexus and its sessions.
     fn close_nexus(&mut self, at: u32, now: u64) {
+        let volume = &mut self.volumes[at];
+        let left = volume.nexus.unanswered() + volume.waiting.len();
+        if left > 0 && volume.nexus.state().is_serving() {
+            tracing::warn!(volume = %volume.spec.name, left, "handed over with requests in hand: hosts try them elsewhere");
+            volume.cut_off += left as u64;
+        }
         self.drop_sectors(at, IoStatus::PathError, now);
         self.volumes[at].fail_change("the volume is handed over");
         self.volumes[at].nexus.hand_over();
@@ -246,7 +275,12 @@ impl<D: Driver> Shard<D> {
         let nexus = self.new_nexus(&spec, Purpose::StandBy { auto_after_ms }, admitted);
         let volume = &mut self.volumes[at];
         (volume.nexus, volume.generation) = (nexus, generation);
+        if let Some(why) = &volume.refusal {
+            volume.nexus.note_refusal(why);
+        }
         volume.register_replies.clear();
+        // A snapshot of several volumes that waited for this one is given up, and holds it no longer.
+        volume.frozen = false;
         let reply = volume.hand_over.take().and_then(|h| h.reply);
         tracing::info!(volume = %volume.spec.name, "standing by");
         for child in 0..volume.routes.len() {

@@ -77,13 +77,15 @@ pub(super) struct Volume {
     pub(super) counters: ExportCounters,
     pub(super) register_replies: VecDeque<(ChildId, Ticket, ChildReply)>,
     /// Host requests that the nexus has no room for.
-    waiting: VecDeque<(u64, IoRequest)>,
+    pub(super) waiting: VecDeque<(u64, IoRequest)>,
     /// Requests in blocks of 512 bytes that wait for others, or for memory.
     pub(super) sectors: sectors::Waiting,
     removing: Option<Reply<()>>,
     pub(super) change: Option<PendingChange>,
     /// Encrypts and decrypts, where the volume is encrypted and its key is at hand.
     pub(super) key: Option<Box<VolumeKey>>,
+    /// The blocks that hosts see.
+    pub(super) block_size: BlockSize,
     /// Requests wait: a snapshot of several volumes is being taken.
     pub(super) frozen: bool,
     /// It is being taken back to a snapshot.
@@ -92,8 +94,12 @@ pub(super) struct Volume {
     pub(super) deletions: Deletions,
     /// It is being handed over to another process.
     pub(super) hand_over: Option<HandOver>,
+    /// Requests that were cut off when it was handed over.
+    pub(super) cut_off: u64,
     /// Who waits for it to be taken over.
     pub(super) activation: Option<Reply<()>>,
+    /// Why it could not be taken over the last time.
+    pub(super) refusal: Option<String>,
     pub(super) busy: bool,
 }
 
@@ -158,7 +164,8 @@ impl<D: Driver> Shard<D> {
         let key = keys::new_key(&spec)?;
         let section =
             |e: &EncryptionSpec| e.new.as_ref().map_or(Vec::new(), |new| new.encode().to_vec());
-        if spec.block_size == BlockSize::B512 && !self.reserve_sectors() {
+        let block_size = spec.block_size.unwrap_or(BlockSize::B4096);
+        if block_size == BlockSize::B512 && !self.reserve_sectors() {
             return Err(EngineError::Busy(format!(
                 "volume `{}` needs a buffer for its blocks of 512 bytes, and there is none now; try \
                  again",
@@ -186,11 +193,14 @@ impl<D: Driver> Shard<D> {
             removing: None,
             change: None,
             key,
+            block_size,
             frozen: false,
             restore: None,
             deletions: Deletions::default(),
             hand_over: None,
+            cut_off: 0,
             activation: None,
+            refusal: None,
             busy: false,
         });
         for child in 0..self.volumes[at].routes.len() {
@@ -544,6 +554,11 @@ impl<D: Driver> Shard<D> {
                     }
                     _ => tracing::warn!(volume = %name, state = word, detail, "volume state"),
                 }
+                if let VolumeState::Refused(why) = &state {
+                    volume.refusal = Some(why.clone());
+                } else if state.is_serving() {
+                    volume.refusal = None;
+                }
                 if matches!(state, VolumeState::Fenced | VolumeState::Refused(_)) {
                     let why = format!("the volume is {word}: {detail}");
                     volume.fail_change(&why);
@@ -553,7 +568,7 @@ impl<D: Driver> Shard<D> {
                 self.export_if_due(at);
                 self.update_ana(at);
                 self.tell_activation(at);
-                self.stand_by_if_fenced(at, now);
+                self.stand_by_if_over(at, now);
             }
             Event::ChildFailing(c, reason) => {
                 tracing::warn!(volume = %name, replica = %child(c), %reason, "replica failed");
@@ -572,6 +587,9 @@ impl<D: Driver> Shard<D> {
             }
             Event::Locked if volume.removing.is_none() => self.volume_locked(at, now),
             Event::Locked => {}
+            Event::Place { replica, witness, place } => {
+                self.learn_place(at, (replica, witness), place, now);
+            }
             Event::Restoring(snapshot) => self.restoring_changed(at, snapshot, now),
             Event::VoterAdded(c) => self.voter_added(at, c),
             Event::VoterRemoved(c) => self.voter_removed(at, c, now),
@@ -622,7 +640,8 @@ impl<D: Driver> Shard<D> {
         let nexus = &volume.nexus;
         let stands_by = matches!(nexus.state(), VolumeState::StandBy(_)) && nexus.blocks() > 0;
         let due = stands_by || nexus.state().is_serving() && nexus.restoring().is_none();
-        if due && volume.export.is_none() && volume.removing.is_none() {
+        if due && volume.export.is_none() && volume.removing.is_none() && self.learn_block_size(at)
+        {
             self.export_volume(at);
         }
     }
@@ -631,7 +650,7 @@ impl<D: Driver> Shard<D> {
     pub(super) fn host_blocks(&self, at: u32) -> u64 {
         let volume = &self.volumes[at];
         let bytes = BlockSize::B4096.bytes_of(volume.nexus.blocks());
-        bytes >> volume.spec.block_size.shift()
+        bytes >> volume.block_size.shift()
     }
 
     /// Lets hosts connect.
@@ -672,7 +691,7 @@ impl<D: Driver> Shard<D> {
             nsid: 1,
             handle,
             blocks: self.host_blocks(at),
-            block_size: self.volumes[at].spec.block_size,
+            block_size: self.volumes[at].block_size,
             id: id.0,
             volatile_write_cache: true,
         };

@@ -18,6 +18,12 @@ pub struct WatchedVolume {
     pub serving: bool,
     /// The number of the configuration that it goes by, within its epoch.
     pub stored: u64,
+    /// Reads that were answered, and changes that were acked.
+    pub reads: u64,
+    /// See `reads`.
+    pub changes: u64,
+    /// Requests that were in hand when the volume was handed over, and were not waited for.
+    pub cut_off: u64,
 }
 
 /// The register of a replica, as a checker sees it: what is stored, or is being stored.
@@ -48,6 +54,9 @@ impl<D: Driver> Shard<D> {
             epoch: volume.nexus.status().epoch,
             serving: volume.nexus.state().is_serving() && volume.export.is_some(),
             stored: volume.nexus.stored_seq(),
+            reads: volume.counters.reads,
+            changes: volume.counters.writes + volume.counters.discards,
+            cut_off: volume.cut_off,
         })
     }
 

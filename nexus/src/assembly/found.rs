@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::nexus::Nexus;
 use crate::register::Register;
 use crate::slots::ChildSet;
-use crate::types::{ChildId, VolumeState};
+use crate::types::{ChildId, Event, VolumeState};
 
 /// A configuration of this volume that a child holds.
 #[derive(Debug, Clone)]
@@ -163,8 +163,36 @@ impl Nexus {
         names.collect::<Vec<_>>().join(join)
     }
 
+    /// Whether the volume is to have blocks of another size here, in words.
+    pub(super) fn other_block_size(&self, config: &Config) -> Option<String> {
+        let (ours, told) = (self.config.block_size, config.block_size);
+        (ours != told && ours != 0 && told != 0).then(|| {
+            format!(
+                "the volume has blocks of {told} bytes, and is to have blocks of {ours} here; name no \
+                 block size, or {told}"
+            )
+        })
+    }
+
+    /// Tells where the configuration says that its members are: those that are no children, and those that are
+    /// elsewhere and do not come up.
+    pub(super) fn tell_places(&mut self, config: &Config) {
+        for member in config.members.iter().filter(|m| m.place.is_told()) {
+            let child = self.child_of(member.replica);
+            let known = child.is_some_and(|child| {
+                let c = &self.children[usize::from(child.0)];
+                c.connected || c.place == member.place
+            });
+            if !known {
+                let (replica, witness, place) = (member.replica, member.witness, member.place);
+                self.push_event(Event::Place { replica, witness, place });
+            }
+        }
+    }
+
     /// Whether all that a configuration names are children; says so where they are not.
     pub(super) fn knows_all(&mut self, config: &Config) -> bool {
+        self.tell_places(config);
         let (_, unknown) = self.voters_of(config);
         let Some(first) = unknown.first() else { return true };
         let text = format!(

@@ -8,8 +8,10 @@
 //! take over at once cost time and nothing else.
 
 use cairn_block::Epoch;
+use cairn_block::mutants::{Mutant, on};
 
 use super::Stage;
+use crate::config::Config;
 use crate::nexus::Nexus;
 use crate::register::RegisterOp;
 use crate::slots::ChildSet;
@@ -26,6 +28,16 @@ pub(crate) struct Watch {
     auto: bool,
     /// The highest epoch that was promised, when it was seen first that nobody serves.
     idle: Option<Epoch>,
+    /// It takes over by itself: the epoch that it had seen then, and what it stands by as.
+    by_itself: Option<(Epoch, Option<u64>)>,
+    /// What was told of who serves.
+    told: String,
+    /// Why it could not serve the volume.
+    unfit: Option<String>,
+    /// The encryption that a key was looked for last, and why there is none.
+    key: Option<(Vec<u8>, String)>,
+    /// Why it did not come to serve the volume when it took it over last.
+    refused: Option<String>,
 }
 
 /// What a look told.
@@ -46,10 +58,48 @@ impl Nexus {
             return false;
         }
         self.config.purpose = Purpose::Assemble;
+        self.watch.by_itself = None;
         self.set_state(VolumeState::Assembling("taking the volume over".to_owned()));
         self.assembly_restart();
         self.settle(now_ms);
         true
+    }
+
+    /// Whether another nexus has come first since this one began to take the volume over by itself, by what was
+    /// heard: then it stands by again. What it has promised to itself takes the volume from nobody.
+    pub(super) fn gives_way(&mut self, refused: bool, now_ms: u64) -> bool {
+        let Some((idle, auto_after_ms)) = self.watch.by_itself else { return false };
+        let ours = idle.max(self.epoch);
+        let registers = self.assembly.iter().flat_map(|a| a.registers.iter().flatten());
+        let mut others = registers.filter(|r| r.lease_ms > 0 || r.promised_epoch > ours);
+        if !refused && others.next().is_none() || on(Mutant::StandbyIgnoresLeases) {
+            return false;
+        }
+        self.watch.by_itself = None;
+        self.config.purpose = Purpose::StandBy { auto_after_ms };
+        self.round += 1;
+        let round = self.round;
+        let assembly = self.assembling();
+        (assembly.stage, assembly.round) = (Stage::Watch, round);
+        assembly.registers.fill(None);
+        assembly.promised = ChildSet::EMPTY;
+        assembly.deadline_ms = Some(now_ms);
+        self.watch.heard = ChildSet::EMPTY;
+        self.watch.idle = None;
+        "another nexus is taking the volume over".clone_into(&mut self.watch.told);
+        self.tell_watch();
+        true
+    }
+
+    /// Why it could not serve the volume if it took it over now, where it stands by: then it does not by itself.
+    #[must_use]
+    pub fn unfit(&self) -> Option<&str> {
+        self.watch.unfit.as_deref()
+    }
+
+    /// A nexus before this one took the volume over, and could not serve it: that is told.
+    pub fn note_refusal(&mut self, why: &str) {
+        self.watch.refused = Some(why.to_owned());
     }
 
     /// How long between two looks.
@@ -73,17 +123,57 @@ impl Nexus {
         let Ok(register) = reply else { return };
         self.assembling().registers[usize::from(child.0)] = Some(register);
         self.watch.heard = self.watch.heard.with(child);
-        self.learn_size();
+        let Some(found) = self.highest() else { return };
+        let config = found.config;
+        self.tell_places(&config);
+        self.watch.unfit = self.why_unfit(&config);
+        if config.block_size != 0 && self.config.block_size == 0 {
+            self.config.block_size = config.block_size;
+        }
+        self.learn_blocks(config.blocks);
     }
 
-    /// The volume may have grown.
-    fn learn_size(&mut self) {
-        let Some(found) = self.highest() else { return };
-        let blocks = found.config.blocks;
-        if blocks != self.config.blocks {
+    /// The volume may have grown. It never shrinks: who tells of a smaller size has missed that.
+    pub(crate) fn learn_blocks(&mut self, blocks: u64) {
+        if blocks > self.config.blocks {
             self.config.blocks = blocks;
             self.push_event(Event::Resized(blocks));
         }
+    }
+
+    /// Why a volume with this configuration could not be served here. A key is looked for once.
+    fn why_unfit(&mut self, config: &Config) -> Option<String> {
+        let unfit = self.first_unreadable().or_else(|| self.two_lineages());
+        if let Some(why) = unfit.or_else(|| self.other_block_size(config)) {
+            return Some(why);
+        }
+        let section = &config.encryption;
+        if self.admits(section) {
+            self.watch.key = None;
+            return None;
+        }
+        if self.watch.key.as_ref().is_none_or(|(looked_for, _)| looked_for != section) {
+            self.watch.key = Some((section.clone(), "its key is being looked for".to_owned()));
+            self.locked.clone_from(section);
+            self.push_event(Event::Locked);
+        }
+        self.watch.key.as_ref().map(|(_, why)| why.clone())
+    }
+
+    /// Whether it only looks.
+    pub(crate) fn watches(&self) -> bool {
+        self.assembly.as_ref().is_some_and(|a| a.stage == Stage::Watch)
+    }
+
+    /// The key that was looked for is not at hand, or is.
+    pub(crate) fn watch_key(&mut self, refused: Option<&str>) {
+        match (refused, &mut self.watch.key) {
+            (Some(why), Some((_, told))) => why.clone_into(told),
+            (Some(_), None) => {}
+            (None, key) => *key = None,
+        }
+        self.watch.unfit = refused.map(str::to_owned);
+        self.tell_watch();
     }
 
     /// A round is over: what it told, and the next.
@@ -98,13 +188,15 @@ impl Nexus {
         let before = self.watch.idle.take();
         if let Seen::Idle(epoch) = seen {
             // Twice, and nobody has begun to come up meanwhile: its first lease may be on its way.
-            if self.watch.auto && before == Some(epoch) {
+            if self.watch.auto && before == Some(epoch) && self.watch.unfit.is_none() {
                 self.activate(now_ms);
+                self.watch.by_itself = Some((epoch, auto_after_ms));
                 return;
             }
             self.watch.idle = Some(epoch);
         }
-        self.tell_who_serves(seen, auto_after_ms.is_some());
+        self.watch.told = self.who_serves(seen, auto_after_ms.is_some());
+        self.tell_watch();
         self.round += 1;
         let (round, watch_ms) = (self.round, self.watch_ms(seen));
         let assembly = self.assembling();
@@ -123,7 +215,7 @@ impl Nexus {
         let registers = self.assembly.as_ref().map_or(&[][..], |a| &a.registers);
         let of = |c: ChildId| registers[usize::from(c.0)].as_ref();
         let left_ms = heard.iter().filter_map(of).map(|r| r.lease_ms).max().unwrap_or(0);
-        if left_ms > 0 {
+        if left_ms > 0 && !on(Mutant::StandbyIgnoresLeases) {
             return Seen::Served { left_ms };
         }
         if heard.len() <= (voters.len() + unknown.len()) / 2 {
@@ -133,8 +225,21 @@ impl Nexus {
         Seen::Idle(promised.unwrap_or_default())
     }
 
-    fn tell_who_serves(&mut self, seen: Seen, auto: bool) {
-        let text = match (seen, auto) {
+    /// Says who serves, and what is in the way of taking over.
+    fn tell_watch(&mut self) {
+        let mut text = self.watch.told.clone();
+        if let Some(why) = &self.watch.unfit {
+            text = format!("it cannot be taken over here: {why}; {text}");
+        }
+        if let Some(why) = &self.watch.refused {
+            text =
+                format!("{text}; the last time that it was taken over here it was refused: {why}");
+        }
+        self.set_state(VolumeState::StandBy(text));
+    }
+
+    fn who_serves(&self, seen: Seen, auto: bool) -> String {
+        match (seen, auto) {
             (Seen::Served { .. }, _) => "another nexus serves the volume".to_owned(),
             (Seen::Idle(_), true) => {
                 "no nexus serves the volume; this one takes over in a moment".to_owned()
@@ -146,8 +251,7 @@ impl Nexus {
                 let missing = self.everybody().without(self.watch.heard);
                 format!("too few replicas answer; waiting for {}", self.names(missing, ", "))
             }
-        };
-        self.set_state(VolumeState::StandBy(text));
+        }
     }
 
     /// Starts to look, where this one is to.
@@ -157,7 +261,8 @@ impl Nexus {
             assembly.stage = Stage::Watch;
             // At the first call with the time.
             assembly.deadline_ms = Some(0);
-            self.state = VolumeState::StandBy("looking for its replicas".to_owned());
+            self.watch.told = "looking for its replicas".to_owned();
+            self.state = VolumeState::StandBy(self.watch.told.clone());
         }
     }
 }

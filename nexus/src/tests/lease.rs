@@ -178,8 +178,12 @@ fn a_nexus_that_closes_gives_its_lease_back() {
 #[test]
 fn held_reads_are_answered_after_a_change_of_voters() {
     let mut b = Bench::online(1);
-    let second =
-        b.nexus.add_child(ChildSpec { replica: ReplicaId(2), local: false, witness: true });
+    let second = b.nexus.add_child(ChildSpec {
+        replica: ReplicaId(2),
+        local: false,
+        witness: true,
+        place: Place::default(),
+    });
     b.registers.push(Register::default());
     b.up.push(false);
     b.broken.push(false);

@@ -147,3 +147,187 @@ fn a_volume_that_others_stand_by_for_keeps_its_lease() {
     b.pass(LEASE);
     assert!(b.held.is_empty(), "it was given back");
 }
+
+fn placed(b: &mut Bench, child: usize, place: u8) {
+    let mut config = Config::decode(&b.registers[child].config).unwrap();
+    for (at, member) in (0u8..).zip(&mut config.members) {
+        member.place = Place([place + at; PLACE]);
+    }
+    let config = config.encode();
+    b.registers.iter_mut().for_each(|r| r.config.clone_from(&config));
+}
+
+/// Stands by as `configure` has it.
+fn standing_by_as(b: Bench, purpose: Purpose, configure: impl Fn(&mut NexusConfig)) -> Bench {
+    let n = u8::try_from(b.up.len()).unwrap();
+    let mut b = Bench::new(n, purpose, b.registers);
+    let mut as_told = config(n, purpose);
+    configure(&mut as_told);
+    b.nexus = Nexus::new(as_told);
+    (0..n).for_each(|i| b.connect(i));
+    b.pass(1);
+    b
+}
+
+#[test]
+fn it_never_takes_the_volume_for_smaller_than_it_was() {
+    let mut b = Bench::online(3);
+    let before = b.registers[2].clone();
+    b.nexus.resize(1500, b.now).unwrap();
+    b.pump();
+    b.registers[2] = before;
+    let mut b = standing_by(b, BY_HAND);
+    assert_eq!(b.nexus.blocks(), 1500);
+    // Only the one is left that has not heard of it.
+    b.disconnect(0);
+    b.disconnect(1);
+    look(&mut b, 3);
+    assert_eq!(b.nexus.blocks(), 1500);
+    assert!(!b.events.contains(&Event::Resized(1000)));
+}
+
+#[test]
+fn it_is_told_where_members_are_that_it_does_not_know_and_those_that_do_not_come() {
+    let mut b = Bench::online(3);
+    placed(&mut b, 0, 1);
+    let place = |replica, place| Event::Place {
+        replica: ReplicaId(replica),
+        witness: false,
+        place: Place([place; PLACE]),
+    };
+    let mut b = Bench { up: vec![false; 2], ..b };
+    b.nexus = Nexus::new(config(2, BY_HAND));
+    b.connect(0);
+    b.pass(1);
+    assert!(b.events.contains(&place(2, 2)), "it may be there: {:?}", b.events);
+    assert!(b.events.contains(&place(3, 3)), "nobody has named it: {:?}", b.events);
+    assert!(!b.events.contains(&place(1, 1)), "it is up");
+    // Once it knows it, it serves with it, and says what it has learnt.
+    let third =
+        ChildSpec { replica: ReplicaId(3), local: false, witness: false, place: Place([3; PLACE]) };
+    b.up.push(false);
+    b.nexus.add_child(third).unwrap();
+    b.connect(2);
+    look(&mut b, 2);
+    assert!(b.nexus.activate(b.now));
+    b.pump();
+    b.pass(WAIT);
+    assert!(b.nexus.state().is_serving(), "{:?}", b.nexus.state());
+    let stored = Config::decode(&b.registers[0].config).unwrap();
+    assert_eq!(
+        stored.member(ReplicaId(2)).unwrap().place,
+        Place([2; PLACE]),
+        "kept as it was found"
+    );
+    b.connect(1);
+    b.nexus.set_place(ChildId(1), Place([9; PLACE]));
+    b.nexus.resize(1100, b.now).unwrap();
+    b.pump();
+    let stored = Config::decode(&b.registers[0].config).unwrap();
+    assert_eq!(stored.member(ReplicaId(2)).unwrap().place, Place([9; PLACE]));
+}
+
+#[test]
+fn blocks_of_another_size_keep_it_from_taking_over() {
+    let mut b = Bench::new(3, Purpose::Create, vec![Register::default(); 3]);
+    b.nexus = Nexus::new(NexusConfig { block_size: 512, ..config(3, Purpose::Create) });
+    (0..3).for_each(|i| b.connect(i));
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+    let mut b = standing_by_as(b, AUTO, |c| c.block_size = 4096);
+    let promised = b.registers[0].promised_epoch;
+    look(&mut b, 50);
+    assert!(stands_by(&b).contains("blocks of 512 bytes"), "{}", stands_by(&b));
+    assert!(b.nexus.unfit().is_some_and(|why| why.contains("4096")));
+    assert_eq!(b.registers[0].promised_epoch, promised, "the volume is left alone");
+    // Even where nobody asks first.
+    assert!(b.nexus.activate(b.now));
+    b.pump();
+    assert!(matches!(b.nexus.state(), VolumeState::Refused(why) if why.contains("512")));
+    assert_eq!(b.registers[0].promised_epoch, promised);
+
+    let mut b = standing_by_as(b, AUTO, |c| c.block_size = 0);
+    assert_eq!((b.nexus.block_size(), b.nexus.unfit()), (512, None));
+    look(&mut b, 8);
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+}
+
+#[test]
+fn without_its_key_it_says_so_and_does_not_take_over() {
+    let mut b = Bench::new(3, Purpose::Create, vec![Register::default(); 3]);
+    let encryption = Some(b"one".to_vec());
+    b.nexus = Nexus::new(NexusConfig { encryption, ..config(3, Purpose::Create) });
+    (0..3).for_each(|i| b.connect(i));
+    let mut b = standing_by_as(b, AUTO, |c| c.encryption = Some(Vec::new()));
+    let asked = |b: &Bench| b.events.iter().filter(|e| **e == Event::Locked).count();
+    assert_eq!((asked(&b), b.nexus.locked()), (1, &b"one"[..]));
+    b.nexus.refuse_key("no key file");
+    let promised = b.registers[0].promised_epoch;
+    look(&mut b, 50);
+    assert!(stands_by(&b).contains("no key file"), "{}", stands_by(&b));
+    assert_eq!((asked(&b), b.registers[0].promised_epoch), (1, promised));
+    // The key was changed where the volume is served: it is looked for again, and this one is there.
+    let mut config = Config::decode(&b.registers[0].config).unwrap();
+    config.encryption = b"two".to_vec();
+    for register in &mut b.registers {
+        (register.config, register.seq) = (config.encode(), register.seq + 1);
+    }
+    look(&mut b, 1);
+    assert_eq!((asked(&b), b.nexus.locked()), (2, &b"two"[..]));
+    b.nexus.unlock(b.now);
+    assert_eq!(b.nexus.unfit(), None);
+    look(&mut b, 8);
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+}
+
+#[test]
+fn it_tells_why_it_was_refused_the_last_time() {
+    let mut b = standing_by(Bench::online(3), BY_HAND);
+    b.nexus.note_refusal("two of them differ");
+    look(&mut b, 1);
+    assert!(stands_by(&b).contains("two of them differ"), "{}", stands_by(&b));
+}
+
+#[test]
+fn of_two_that_take_over_by_themselves_one_gives_way() {
+    let mut b = standing_by(Bench::online(3), AUTO);
+    // One replica hangs: its register is waited for.
+    b.hold_registers = true;
+    look(&mut b, 1);
+    let answer = |b: &mut Bench| {
+        let held: Vec<ChildIo> = b.held.drain(..).collect();
+        for io in held {
+            if io.child == ChildId(2) {
+                b.held.push_back(io);
+                continue;
+            }
+            let reply = b.obey(&io);
+            b.nexus.handle_register(io.child, io.ticket, reply, b.now);
+            b.pump();
+        }
+    };
+    while matches!(b.nexus.state(), VolumeState::StandBy(_)) {
+        answer(&mut b);
+        b.pass(LEASE / 8);
+    }
+    answer(&mut b);
+    assert!(matches!(b.nexus.state(), VolumeState::Assembling(_)), "{:?}", b.nexus.state());
+    // Meanwhile another one has come up.
+    for register in &mut b.registers[..2] {
+        register.promised_epoch.0 += 1;
+        register.lease_ms = LEASE;
+    }
+    let promised = b.registers[0].promised_epoch;
+    for _ in 0..8 {
+        b.pass(WAIT / 2);
+        answer(&mut b);
+    }
+    assert!(stands_by(&b).contains("another nexus serves"), "{}", stands_by(&b));
+    assert_eq!(b.registers[0].promised_epoch, promised, "it was left alone");
+    // Told to by hand it does take over.
+    assert!(b.nexus.activate(b.now));
+    for _ in 0..8 {
+        b.pass(WAIT / 2);
+        answer(&mut b);
+    }
+    assert!(b.registers[0].promised_epoch > promised);
+}

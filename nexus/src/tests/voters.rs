@@ -7,7 +7,7 @@ const fn id(at: u8) -> ReplicaId {
 }
 
 fn spec(at: u8, witness: bool) -> ChildSpec {
-    ChildSpec { replica: id(at), local: false, witness }
+    ChildSpec { replica: id(at), local: false, witness, place: Place::default() }
 }
 
 /// A nexus of these children; true: a witness.
@@ -225,6 +225,7 @@ fn a_replica_of_another_volume_is_not_added() {
         holder: 0,
         restoring: None,
         deleted: Vec::new(),
+        block_size: 0,
         members: vec![Member { replica: id(1), in_sync: true, ..Member::default() }],
     };
     b.registers[1].config = other.encode();

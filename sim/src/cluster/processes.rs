@@ -227,7 +227,7 @@ impl Cluster {
 
     /// Looks at what a process serves, and at its registers.
     pub(super) fn watch(&mut self, node: NodeId) {
-        let mut new_truths = Vec::new();
+        let (mut new_truths, mut watched) = (Vec::new(), Vec::new());
         let Process::Shard(shard) = &self.processes[node.0] else { return };
         for found in shard.watch_registers() {
             let (promised, accepted) = (found.promised.0, (found.accepted.0.0, found.accepted.1));
@@ -241,7 +241,10 @@ impl Cluster {
             *was = (promised, accepted);
         }
         if let Some(which) = self.nexuses.iter().position(|n| *n == Some(node)) {
-            for WatchedVolume { id, epoch, serving, stored } in shard.watch_volumes() {
+            if self.config.tuning.roles.is_some() {
+                watched.extend(shard.watch_volumes());
+            }
+            for WatchedVolume { id, epoch, serving, stored, .. } in shard.watch_volumes() {
                 if !serving {
                     continue;
                 }
@@ -277,6 +280,9 @@ impl Cluster {
                     new_truths.push(volume);
                 }
             }
+        }
+        for found in watched {
+            self.watch_roles(node, found);
         }
         for volume in new_truths {
             self.take_truth_from_source(volume);

@@ -47,6 +47,10 @@ impl Cluster {
 
     /// Has the volumes served by the other machine from now on, whatever the one that serves them does.
     pub fn take_over(&mut self) {
+        if self.stands_by() {
+            let to = 1 - self.active;
+            return self.tell_to_take_over(to);
+        }
         self.active = 1 - self.active;
         self.world().say(format_args!("nexus {} takes over", self.active));
         self.supervise();
@@ -55,6 +59,9 @@ impl Cluster {
     /// What whoever looks after the cluster does now and then: the machine that is to serve the volumes is
     /// told of them, anew where another nexus has fenced it.
     pub fn supervise(&mut self) {
+        if self.stands_by() {
+            return self.supervise_standbys();
+        }
         let Some(node) = self.nexuses[self.active] else { return };
         if self.world().is_paused(node) {
             return;
@@ -75,6 +82,9 @@ impl Cluster {
 
     /// Asks the machine that is not to serve the volumes to let go of them.
     pub fn retire_other(&mut self) {
+        if self.stands_by() {
+            return;
+        }
         for volume in 0..self.config.volumes {
             self.remove_volume(1 - self.active, volume);
         }
@@ -101,6 +111,7 @@ impl Cluster {
     pub(super) fn add_volume(&mut self, which: usize, volume: usize, purpose: Purpose) {
         let Some(node) = self.nexuses[which] else { return };
         let children = self.named[which][volume].iter().map(|seat| self.place_of(which, *seat));
+        let (sharing, purpose) = self.role_of(which, purpose);
         let purpose = match self.forced[volume] {
             Some(forced) => forced.purpose(),
             None => purpose,
@@ -110,8 +121,8 @@ impl Cluster {
             name: format!("volume{volume}"),
             nqn: volume_nqn(volume),
             blocks: self.config.blocks,
-            block_size: BlockSize::B4096,
-            sharing: None,
+            block_size: Some(BlockSize::B4096),
+            sharing,
             children: children.collect(),
             purpose,
             child_deadline_ms: self.config.child_deadline_ms,
@@ -134,7 +145,10 @@ impl Cluster {
             peers.push((address(self.nexus_machine(1)), 1));
         }
         let serving = (Rc::clone(&self.serving), VolumeId(volume as u128 + 1));
-        let client = Client::new(driver, peers, &nqn, work, rng, history, serving);
+        let mut client = Client::new(driver, peers, &nqn, work, rng, history, serving);
+        if self.stands_by() {
+            client.roles_change(Rc::clone(&self.standing.changed));
+        }
         self.add(node, Process::Client(Box::new(client)));
         self.clients.push(node);
         self.run(node);

@@ -1,7 +1,7 @@
 //! What a run is about: most seeds draw one situation that is rare where everything goes wrong by chance, and
 //! bring it about again and again.
 
-use super::{Faults, Repair, Run};
+use super::{Faults, Repair, Run, standby};
 use crate::client::{Aim, Orders, Workload};
 use crate::cluster::{Cluster, ClusterConfig};
 use crate::rng::Rng;
@@ -25,18 +25,23 @@ pub enum Focus {
     Reconcile,
     /// Extents that are discarded, allocated and settled all the time, and snapshots of that.
     Churn,
+    /// Two processes that stand by for each other; only where it is asked for.
+    Standby,
 }
 
 impl Focus {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Everything,
         Self::Rebuild,
         Self::Takeover,
         Self::Power,
         Self::Reconcile,
         Self::Churn,
+        Self::Standby,
     ];
+    /// Those that seeds draw.
+    const DRAWN: &[Self] = Self::ALL.split_at(6).0;
 
     /// What the run of a seed is about; drawn apart.
     #[must_use]
@@ -45,7 +50,7 @@ impl Focus {
         if rng.chance(250) {
             Self::Everything
         } else {
-            Self::ALL[1 + rng.index(Self::ALL.len() - 1)]
+            Self::DRAWN[1 + rng.index(Self::DRAWN.len() - 1)]
         }
     }
 
@@ -76,9 +81,9 @@ impl Focus {
         tuning.looks_each = 4;
         tuning.dirty_extents = [None, Some(0), Some(1), Some(2)][rng.index(4)];
         // A nexus that hears of nothing for a second has not given up its replicas yet.
-        let patient = self == Self::Takeover && rng.chance(700);
+        let patient = matches!(self, Self::Takeover | Self::Standby) && rng.chance(700);
         let (deadline, kato) = (config.child_deadline_ms, config.replica_kato_ms);
-        ClusterConfig {
+        let mut config = ClusterConfig {
             child_deadline_ms: if patient { 3_000 } else { deadline },
             replica_kato_ms: if patient { 4_000 } else { kato },
             volumes: if rng.chance(850) { 1 } else { config.volumes },
@@ -90,7 +95,11 @@ impl Focus {
             disk_len: if self == Self::Churn && rng.chance(500) { 12 << 20 } else { 24 << 20 },
             tuning,
             ..config
+        };
+        if self == Self::Standby {
+            standby::shape(&mut config, seed);
         }
+        config
     }
 
     /// How many hosts each volume has.
@@ -108,7 +117,7 @@ impl Focus {
 }
 
 /// Writes and few reads.
-const WRITES: Orders = Orders {
+pub(super) const WRITES: Orders = Orders {
     requests: 30,
     depth: 8,
     gap_ns: 0,
@@ -148,6 +157,7 @@ impl Run {
                 Focus::Power => self.power_round(),
                 Focus::Reconcile => self.reconcile_round(),
                 Focus::Churn => self.churn_round(),
+                Focus::Standby => self.standby_round(),
             }
             if self.rng.chance(150) {
                 self.hurt();
@@ -171,28 +181,32 @@ impl Run {
         }
     }
 
-    fn tell(&mut self, orders: Orders) {
+    pub(super) fn tell(&mut self, orders: Orders) {
         for host in 0..self.cluster.hosts() {
             self.cluster.order(host, orders);
         }
     }
 
-    fn now(&self) -> u64 {
+    pub(super) fn now(&self) -> u64 {
         self.cluster.world().now_ns()
     }
 
     /// Lets time pass, and looks after what is due.
-    fn pass(&mut self, for_ns: u64) {
+    pub(super) fn pass(&mut self, for_ns: u64) {
         self.pass_until(for_ns, |_| false);
     }
 
     /// Lets time pass until the hosts have done what they were told to.
-    fn pass_busy(&mut self, most_ns: u64) {
+    pub(super) fn pass_busy(&mut self, most_ns: u64) {
         self.pass_until(most_ns, |cluster| cluster.clients_are_done());
     }
 
     /// Lets time pass until something is so. Returns whether it is.
-    fn pass_until(&mut self, most_ns: u64, mut so: impl FnMut(&mut Cluster) -> bool) -> bool {
+    pub(super) fn pass_until(
+        &mut self,
+        most_ns: u64,
+        mut so: impl FnMut(&mut Cluster) -> bool,
+    ) -> bool {
         let end = self.now() + most_ns;
         loop {
             if so(&mut self.cluster) {
@@ -208,17 +222,17 @@ impl Run {
     }
 
     /// A moment: none, or one that something takes which was just begun, or one like a settling round's.
-    fn moment(&mut self) -> u64 {
+    pub(super) fn moment(&mut self) -> u64 {
         let most = [1, 300 * US, 3 * MS, 30 * MS][self.rng.index(4)];
         self.rng.below(most)
     }
 
-    fn any_pool(&mut self) -> usize {
+    pub(super) fn any_pool(&mut self) -> usize {
         self.rng.index(self.cluster.replicas())
     }
 
     /// Operations of a disk, or of all, take a while, each another one.
-    fn slow_down(&mut self) {
+    pub(super) fn slow_down(&mut self) {
         let slow_ns = [0, 300 * US, 3 * MS, 25 * MS][self.rng.index(4)];
         let one = self.rng.chance(600).then(|| self.any_pool());
         for at in 0..self.cluster.replicas() {
@@ -229,7 +243,7 @@ impl Run {
     }
 
     /// A pool's process dies, is cut off, or loses its connections, for a while.
-    fn leaves(&mut self, at: usize) {
+    pub(super) fn leaves(&mut self, at: usize) {
         let machine = self.cluster.machine_of(at);
         let nexus = self.cluster.active_machine();
         let most = [20 * MS, 300 * MS, 1_500 * MS][self.rng.index(3)];
@@ -277,13 +291,13 @@ impl Run {
         self.repairs.push((soon, Repair::StartOther));
     }
 
-    fn nexus_dies(&mut self, soon_ns: u64) {
+    pub(super) fn nexus_dies(&mut self, soon_ns: u64) {
         self.cluster.kill_nexus();
         self.repairs.push((self.now() + soon_ns, Repair::StartNexus));
     }
 
     /// Where nothing is under way, members in sync are alike, whatever is open.
-    fn look_when_quiet(&mut self) {
+    pub(super) fn look_when_quiet(&mut self) {
         let quiet = |r: &cairn_engine::VolumeReport| {
             let online = |c: &cairn_engine::ChildReport| !c.in_sync || c.state == "online";
             r.serving && r.unreconciled.0 == 0 && r.in_flight == 0 && r.children.iter().all(online)
