@@ -66,6 +66,13 @@ fn a_member_grows_twice() {
     check([5_000_645].into_iter(), |seed| run(seed, None));
 }
 
+/// A nexus died when some had stored that a member was added, and that member had not (3663); a link that was
+/// given up told of the one that had its place by then (4163).
+#[test]
+fn members_are_added_and_something_is_cut_off() {
+    check([3663, 4163].into_iter(), |seed| run(seed, None));
+}
+
 /// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild, reads
 /// that held the memory which they waited for.
 #[test]
