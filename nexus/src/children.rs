@@ -188,6 +188,11 @@ impl Child {
         }
     }
 
+    /// It has changed something, or has failed to: what failed may have been done in part.
+    pub(crate) fn note_tried(&mut self) {
+        self.written += 1;
+    }
+
     /// Whether it comes back from a loss of power that may have cost it acked writes.
     pub(crate) fn lost_writes(&self, incarnation: u128) -> bool {
         self.incarnation != incarnation && self.written > self.flushed

@@ -358,6 +358,8 @@ impl Nexus {
             c.note_done(at, op);
         } else if op == IoOp::Flush {
             c.flushing.retain(|&(slot, _)| slot != at);
+        } else if op.is_mutation() && !matches!(op, IoOp::Snapshot(_)) {
+            c.note_tried();
         }
         let mirrors = self.mirrors().without(self.in_sync).has(child);
         let slot = self.slots.slot(at);

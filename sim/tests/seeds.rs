@@ -73,6 +73,12 @@ fn members_are_added_and_something_is_cut_off() {
     check([3663, 4163].into_iter(), |seed| run(seed, None));
 }
 
+/// A write of a mend that met a full disk had been done.
+#[test]
+fn a_write_without_room_is_done_all_the_same() {
+    check([104_919].into_iter(), |seed| run(seed, None));
+}
+
 /// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild, reads
 /// that held the memory which they waited for.
 #[test]
