@@ -80,6 +80,10 @@ pub struct Nexus {
     /// The time when something happened last.
     pub(crate) now_ms: u64,
     pub(crate) lease: Lease,
+    /// Members that are late are given up once another has answered something.
+    pub(crate) probes: bool,
+    /// When they were asked to last.
+    pub(crate) probed_ms: u64,
     pub(crate) watch: Watch,
     /// Slots to look at again before control goes back to the caller.
     pub(crate) ready: VecDeque<u16>,
@@ -147,6 +151,8 @@ impl Nexus {
             order: 0,
             now_ms: 0,
             lease: Lease::new(queue),
+            probes: false,
+            probed_ms: 0,
             watch: Watch::default(),
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
@@ -352,6 +358,9 @@ impl Nexus {
         let slot = self.slots.slot(at);
         let (op, took_ms) = (slot.request.op, now_ms.saturating_sub(slot.started_ms));
         let c = self.child(child);
+        if status != IoStatus::PathError {
+            c.heard_ms = now_ms;
+        }
         c.load -= 1;
         Self::note_latency(c, op, took_ms);
         if status.is_ok() {
@@ -424,6 +433,9 @@ impl Nexus {
         };
         self.now_ms = now_ms;
         self.child(child).asked -= 1;
+        if !matches!(reply, Err(IoStatus::PathError)) {
+            self.child(child).heard_ms = now_ms;
+        }
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
         } else if self.lease.is_asked(child, round) {
@@ -439,6 +451,9 @@ impl Nexus {
             self.assembly_check_commit(now_ms);
         }
         self.settle(now_ms);
+        if core::mem::take(&mut self.probes) {
+            self.handle_timeout(now_ms);
+        }
     }
 
     /// Time has passed.
@@ -450,7 +465,7 @@ impl Nexus {
         // Where everybody who is there is late nobody is given up: there would be nobody to serve instead. One
         // that is away may come back without what it had not flushed.
         let left = self.in_sync.without(self.failing()).without(late);
-        if left.iter().any(|c| self.children[usize::from(c.0)].connected) {
+        if late.is_empty() || self.one_is_there(left, now_ms) {
             self.give_up(late, now_ms);
         }
         self.ask_again();

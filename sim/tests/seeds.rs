@@ -73,6 +73,12 @@ fn members_are_added_and_something_is_cut_off() {
     check([3663, 4163].into_iter(), |seed| run(seed, None));
 }
 
+/// A nexus that had been stopped gave up two members that were late to it, for one that had lost power meanwhile.
+#[test]
+fn members_that_are_late_are_not_given_up_for_one_that_is_silent() {
+    check([11_065].into_iter(), |seed| run_plain(seed, None));
+}
+
 /// A write of a mend that met a full disk had been done.
 #[test]
 fn a_write_without_room_is_done_all_the_same() {
