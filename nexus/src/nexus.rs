@@ -77,6 +77,7 @@ pub struct Nexus {
     pub(crate) proposed: ChildSet,
     /// Counts changes.
     pub(crate) order: u64,
+    losses: u64,
     /// The time when something happened last.
     pub(crate) now_ms: u64,
     pub(crate) lease: Lease,
@@ -149,6 +150,7 @@ impl Nexus {
             joining: ChildSet::EMPTY,
             proposed: ChildSet::EMPTY,
             order: 0,
+            losses: 0,
             now_ms: 0,
             lease: Lease::new(queue),
             probes: false,
@@ -221,6 +223,27 @@ impl Nexus {
         let unanswered = self.slots.in_use() - self.lingering;
         unanswered < usize::from(self.config.max_requests)
             && self.slots.in_use() < self.slots.capacity()
+    }
+
+    /// How often what was acked and not flushed may have been lost. Whoever wrote before is to be told by the next
+    /// flush; those that were in hand at the time have been answered so.
+    #[must_use]
+    pub fn losses(&self) -> u64 {
+        self.losses
+    }
+
+    pub(crate) fn note_loss(&mut self, child: ChildId) {
+        if on(Mutant::LossNotTold) {
+            return;
+        }
+        self.losses += 1;
+        self.push_event(Event::WritesLost(child));
+        let flush = |s: &Slot| s.request.op == IoOp::Flush && s.phase == Phase::Running;
+        let flushes: Vec<u16> =
+            self.slots.iter().filter(|(_, slot)| flush(slot)).map(|(at, _)| at).collect();
+        for at in flushes {
+            self.answer(at, IoStatus::MediaError);
+        }
     }
 
     /// Requests and mends that still use a buffer or await an answer.

@@ -626,6 +626,32 @@ fn nobody_is_given_up_for_one_that_is_silent() {
     assert_eq!(b.status_of(3), Some(IoStatus::Ok));
 }
 
+/// The only member that was left came back from a loss of power, and the next flush was acked.
+#[test]
+fn a_flush_does_not_succeed_over_what_was_lost() {
+    let mut b = Bench::online(1);
+    b.registers[0].incarnation = 1;
+    b.disconnect(0);
+    b.connect(0);
+    let losses = b.nexus.losses();
+    b.write(1, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    b.submit(2, IoOp::Flush, 0, 0);
+    b.disconnect(0);
+    b.registers[0].incarnation = 2;
+    b.connect(0);
+    assert_eq!(b.nexus.losses(), losses + 1);
+    assert_eq!(b.status_of(2), Some(IoStatus::MediaError));
+    // What is written from now on is there, and a loss of nothing is none.
+    b.submit(3, IoOp::Flush, 0, 0);
+    b.answer(0, IoStatus::Ok);
+    assert_eq!(b.status_of(3), Some(IoStatus::Ok));
+    b.disconnect(0);
+    b.registers[0].incarnation = 3;
+    b.connect(0);
+    assert_eq!(b.nexus.losses(), losses + 1);
+}
+
 #[test]
 fn a_late_last_member_answers_in_the_end() {
     let mut b = Bench::online(1);

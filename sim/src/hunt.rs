@@ -69,7 +69,9 @@ fn haunt(mutant: Mutant) -> Option<Focus> {
         Mutant::JoinerNotAwaited => Some(Focus::Rebuild),
         Mutant::LeaseFromAnswer => Some(Focus::Takeover),
         Mutant::NoDrain | Mutant::ReadOvertakes => Some(Focus::Reconcile),
-        Mutant::SettleWithoutDrain | Mutant::CandidateStays => Some(Focus::Power),
+        Mutant::SettleWithoutDrain | Mutant::CandidateStays | Mutant::LossNotTold => {
+            Some(Focus::Power)
+        }
         Mutant::StaleExtent | Mutant::SnapshotLetsWriteThrough => Some(Focus::Churn),
         _ => None,
     }
