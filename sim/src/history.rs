@@ -243,8 +243,11 @@ impl History {
                 self.taint(at as u64, now, left);
                 continue;
             }
-            for write in self.blocks[at].writes.iter_mut().filter(|w| left(w)) {
-                (write.maybe, write.ended) = (true, now);
+            let block = &mut self.blocks[at];
+            for write in block.writes.iter_mut().filter(|w| left(w)) {
+                // What a read has seen was done.
+                let seen = write.value != 0 && block.reads.iter().any(|r| r.value == write.value);
+                (write.maybe, write.ended) = (!seen, now);
             }
         }
     }
@@ -603,6 +606,19 @@ mod tests {
         read(&mut history, a);
         history.write_acked(0, 1, at);
         history.judge_all();
+    }
+
+    #[test]
+    #[should_panic(expected = "a read")]
+    fn what_a_read_saw_of_a_dead_nexus_stays() {
+        let mut history = History::new(1, 1);
+        history.epoch_serves(1);
+        let a = write(&mut history);
+        let b = history.fresh_value();
+        let _at = history.write_began((0, 1), b, (1, 1), false);
+        read(&mut history, b);
+        history.epoch_serves(2);
+        read(&mut history, a);
     }
 
     #[test]
