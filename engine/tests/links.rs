@@ -269,6 +269,28 @@ fn the_link_of_a_removed_volume_does_not_touch_the_next_one() {
     assert_eq!(volume.children[0].state, "online", "{volume:#?}");
 }
 
+/// A replica that did not answer was not added, and the next one got its place. When the connect to the first gave up
+/// at last, it told the volume that the second was gone, which stayed so: its own link was up.
+#[test]
+fn the_link_of_a_replica_that_was_not_added_does_not_touch_the_next_one() {
+    let (_held, _fd, nowhere) = black_hole();
+    let (first, second) = (Engine::with_replica(1), Engine::with_replica(3));
+    let local = ChildAddress::Local { pool: "p".to_owned() };
+    first.add_volume(Purpose::Create, vec![(ReplicaId(1), local)]);
+    first.wait("created", |v| v.serving);
+    let add = |replica: (ReplicaId, ChildAddress)| {
+        let replica = VolumeReplica { witness: true, ..replica.into() };
+        first.call(|reply| Command::AddReplica { name: "v".to_owned(), replica, reply })
+    };
+    add(remote(2, nowhere)).unwrap_err();
+    add(remote(3, second.listen())).unwrap();
+    assert_eq!(first.volume().children[1].number, 1, "it has the other's place");
+    // The connect gives up after three seconds.
+    thread::sleep(Duration::from_millis(3_500));
+    let volume = first.volume();
+    assert_eq!(volume.children[1].state, "witness", "{volume:#?}");
+}
+
 /// A replica in the nexus's own process was not asked what it had promised: when another process took
 /// the volume over, the first went on reading and writing it.
 #[test]

@@ -122,6 +122,8 @@ pub(crate) struct Child {
     pub(crate) growing: Option<(u32, bool)>,
     /// What it has said, in this session, to have grown to.
     pub(crate) grown_to: u64,
+    /// When it last answered anything.
+    pub(crate) heard_ms: u64,
     /// Counts sessions, so that an answer of an earlier one is known as such.
     pub(crate) session: u32,
     /// Which life of its machine the last session was with.
@@ -158,6 +160,7 @@ impl Child {
             asked: 0,
             growing: None,
             grown_to: 0,
+            heard_ms: 0,
             session: 0,
             incarnation: 0,
             written: 0,
@@ -189,6 +192,11 @@ impl Child {
                 }
             }
         }
+    }
+
+    /// It has changed something, or has failed to: what failed may have been done in part.
+    pub(crate) fn note_tried(&mut self) {
+        self.written += 1;
     }
 
     /// Whether it comes back from a loss of power that may have cost it acked writes.

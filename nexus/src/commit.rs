@@ -30,9 +30,14 @@ impl Commit {
     /// Enough have stored it; one that becomes a voter by it among them, so that every voter has stored
     /// a configuration.
     fn is_stored(&self) -> bool {
-        let added = self.quorums[1].without(self.quorums[0]);
-        added.without(self.acks).is_empty()
+        self.to_be_first().is_empty()
             && self.quorums.iter().all(|voters| voters.has_majority_in(self.acks))
+    }
+
+    /// The one that becomes a voter by it, until it has stored it. Nobody else is asked before that: whoever
+    /// finds a configuration that names it would not count on its word, had it stored nothing.
+    fn to_be_first(&self) -> ChildSet {
+        self.quorums[1].without(self.quorums[0]).without(self.acks)
     }
 
     /// Everybody who was asked has answered, and too few have stored it.
@@ -151,6 +156,10 @@ impl Nexus {
         if commit.acks.has(child) || commit.asked.without(commit.refused).has(child) {
             return;
         }
+        let first = commit.to_be_first();
+        if !first.is_empty() && !first.has(child) {
+            return;
+        }
         commit.asked = commit.asked.with(child);
         commit.refused = commit.refused.without(ChildSet::of(child));
         let (round, register) = (commit.round, commit.register.clone());
@@ -191,10 +200,12 @@ impl Nexus {
                 let Some(commit) = self.commit.as_mut() else { return };
                 commit.acks = commit.acks.with(child);
                 if commit.is_stored() {
-                    self.committed();
-                } else {
-                    self.update_state();
+                    return self.committed();
                 }
+                for child in self.connected().iter() {
+                    self.resume_commit(child);
+                }
+                self.update_state();
             }
             Err(IoStatus::Fenced) if self.voters.has(child) => self.fence(),
             Err(_) if on(Mutant::CountRefusal) => {

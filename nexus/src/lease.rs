@@ -71,6 +71,10 @@ impl Lease {
         self.asked[usize::from(child.0)].is_some_and(|(asked, _)| asked == round)
     }
 
+    pub(crate) fn is_released(&self) -> bool {
+        self.released
+    }
+
     pub(crate) fn holds_reads(&self) -> bool {
         !self.held.is_empty()
     }

@@ -8,7 +8,7 @@
 
 mod steps;
 
-use cairn_block::{Buf, BufSlice, IoOp, IoStatus, LbaRange, Memory};
+use cairn_block::{Buf, BufSlice, IoStatus, LbaRange, Memory};
 
 use crate::nexus::Nexus;
 use crate::slots::{ChildSet, Phase};
@@ -80,6 +80,8 @@ enum Step {
     Gather,
     /// Members that are bad, or differ, are written.
     Rewrite,
+    /// Members that had no room are read once more: what they were to write may be there all the same.
+    Reread,
     /// What was written is verified.
     Recheck,
     /// Waits until a member comes back, or is out.
@@ -458,8 +460,8 @@ impl Nexus {
         }
         let c = self.child(child);
         c.load -= 1;
-        if status.is_ok() && writes {
-            c.note_done(0, IoOp::Write { fua: false });
+        if writes {
+            c.note_tried();
         }
     }
 

@@ -80,9 +80,14 @@ pub struct Nexus {
     pub(crate) proposed: ChildSet,
     /// Counts changes.
     pub(crate) order: u64,
+    losses: u64,
     /// The time when something happened last.
     pub(crate) now_ms: u64,
     pub(crate) lease: Lease,
+    /// Members that are late are given up once another has answered something.
+    pub(crate) probes: bool,
+    /// When they were asked to last.
+    pub(crate) probed_ms: u64,
     pub(crate) watch: Watch,
     /// Slots to look at again before control goes back to the caller.
     pub(crate) ready: VecDeque<u16>,
@@ -150,8 +155,11 @@ impl Nexus {
             joining: ChildSet::EMPTY,
             proposed: ChildSet::EMPTY,
             order: 0,
+            losses: 0,
             now_ms: 0,
             lease: Lease::new(queue),
+            probes: false,
+            probed_ms: 0,
             watch: Watch::default(),
             ready: VecDeque::with_capacity(queue),
             parked: Vec::with_capacity(queue),
@@ -225,6 +233,27 @@ impl Nexus {
     #[must_use]
     pub fn unanswered(&self) -> usize {
         self.slots.in_use() - self.lingering
+    }
+
+    /// How often what was acked and not flushed may have been lost. Whoever wrote before is to be told by the next
+    /// flush; those that were in hand at the time have been answered so.
+    #[must_use]
+    pub fn losses(&self) -> u64 {
+        self.losses
+    }
+
+    pub(crate) fn note_loss(&mut self, child: ChildId) {
+        if on(Mutant::LossNotTold) {
+            return;
+        }
+        self.losses += 1;
+        self.push_event(Event::WritesLost(child));
+        let flush = |s: &Slot| s.request.op == IoOp::Flush && s.phase == Phase::Running;
+        let flushes: Vec<u16> =
+            self.slots.iter().filter(|(_, slot)| flush(slot)).map(|(at, _)| at).collect();
+        for at in flushes {
+            self.answer(at, IoStatus::MediaError);
+        }
     }
 
     /// Requests and mends that still use a buffer or await an answer.
@@ -363,12 +392,17 @@ impl Nexus {
         let slot = self.slots.slot(at);
         let (op, took_ms) = (slot.request.op, now_ms.saturating_sub(slot.started_ms));
         let c = self.child(child);
+        if status != IoStatus::PathError {
+            c.heard_ms = now_ms;
+        }
         c.load -= 1;
         Self::note_latency(c, op, took_ms);
         if status.is_ok() {
             c.note_done(at, op);
         } else if op == IoOp::Flush {
             c.flushing.retain(|&(slot, _)| slot != at);
+        } else if op.is_mutation() && !matches!(op, IoOp::Snapshot(_)) {
+            c.note_tried();
         }
         let mirrors = self.mirrors().without(self.in_sync).has(child);
         let slot = self.slots.slot(at);
@@ -435,6 +469,9 @@ impl Nexus {
         };
         self.now_ms = now_ms;
         self.child(child).asked -= 1;
+        if !matches!(reply, Err(IoStatus::PathError)) {
+            self.child(child).heard_ms = now_ms;
+        }
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);
         } else if self.lease.is_asked(child, round) {
@@ -450,6 +487,9 @@ impl Nexus {
             self.assembly_check_commit(now_ms);
         }
         self.settle(now_ms);
+        if core::mem::take(&mut self.probes) {
+            self.handle_timeout(now_ms);
+        }
     }
 
     /// Time has passed.
@@ -461,7 +501,7 @@ impl Nexus {
         // Where everybody who is there is late nobody is given up: there would be nobody to serve instead. One
         // that is away may come back without what it had not flushed.
         let left = self.in_sync.without(self.failing()).without(late);
-        if left.iter().any(|c| self.children[usize::from(c.0)].connected) {
+        if late.is_empty() || self.one_is_there(left, now_ms) {
             self.give_up(late, now_ms);
         }
         self.ask_again();

@@ -100,6 +100,29 @@ impl Nexus {
         }
     }
 
+    /// Whether one of these is there: it answered something a moment ago. One whose session is up may have lost
+    /// power, with the connection not ended yet, or this nexus have been stopped for longer than anything
+    /// may take; whoever is late may be better than that. Where none has answered they are asked.
+    pub(crate) fn one_is_there(&mut self, left: ChildSet, now_ms: u64) -> bool {
+        let moment = (self.least_deadline_ms() / 4).max(20);
+        let there = |c: ChildId| {
+            let c = &self.children[usize::from(c.0)];
+            c.connected && (c.local || now_ms <= c.heard_ms + moment)
+        };
+        if left.iter().any(there) || self.lease.is_released() {
+            return left.iter().any(|c| self.children[usize::from(c.0)].connected);
+        }
+        if !left.and(self.connected()).is_empty() {
+            self.probes = true;
+            if now_ms >= self.probed_ms + moment / 2 {
+                self.probed_ms = now_ms;
+                self.lease.renew_at_ms = 0;
+                self.renew_if_due(now_ms);
+            }
+        }
+        false
+    }
+
     /// The children that a request has waited for in vain for too long.
     pub(crate) fn missed_by(&self, slot: &Slot, now_ms: u64) -> ChildSet {
         let waits = slot.outstanding.without(slot.failed);

@@ -119,6 +119,7 @@ impl Nexus {
                     self.fail_child(target, FaultReason::Behind);
                 }
                 if lost && self.in_sync.has(child) {
+                    self.note_loss(child);
                     self.forget_what_it_did(child);
                 }
                 if self.in_sync.has(child) {

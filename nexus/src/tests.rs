@@ -639,6 +639,55 @@ fn when_everybody_is_late_nobody_is_given_up() {
 }
 
 /// A late last member: as above, with one replica in sync.
+/// A nexus was stopped while one of three lost power: to it the other two were late, it went on with the third alone, and
+/// what that one had lost was gone.
+#[test]
+fn nobody_is_given_up_for_one_that_is_silent() {
+    let mut b = Bench::online(3);
+    b.submit(1, IoOp::Read, 0, 1);
+    b.submit(2, IoOp::Read, 8, 1);
+    b.submit(3, IoOp::Flush, 0, 0);
+    b.answer(2, IoStatus::Ok);
+    assert_eq!([b.pending(0), b.pending(1), b.pending(2)], [2, 2, 0]);
+    b.hold_registers = true;
+    b.pass(DEADLINE * 2);
+    assert_eq!(b.stored_in_sync(0), [true; 3]);
+    let asked: Vec<u8> = b.held.iter().map(|io| io.child.0).collect();
+    assert_eq!(asked, [0, 1, 2], "whether they are there");
+    b.pass(DEADLINE);
+    assert_eq!(b.held.len(), 3, "once");
+    b.held.retain(|io| io.child == ChildId(2));
+    b.answer_registers();
+    assert_eq!(b.stored_in_sync(2), [false, false, true], "one is, and goes on");
+    assert_eq!(b.status_of(3), Some(IoStatus::Ok));
+}
+
+/// The only member that was left came back from a loss of power, and the next flush was acked.
+#[test]
+fn a_flush_does_not_succeed_over_what_was_lost() {
+    let mut b = Bench::online(1);
+    b.registers[0].incarnation = 1;
+    b.disconnect(0);
+    b.connect(0);
+    let losses = b.nexus.losses();
+    b.write(1, 0, 1);
+    b.answer(0, IoStatus::Ok);
+    b.submit(2, IoOp::Flush, 0, 0);
+    b.disconnect(0);
+    b.registers[0].incarnation = 2;
+    b.connect(0);
+    assert_eq!(b.nexus.losses(), losses + 1);
+    assert_eq!(b.status_of(2), Some(IoStatus::MediaError));
+    // What is written from now on is there, and a loss of nothing is none.
+    b.submit(3, IoOp::Flush, 0, 0);
+    b.answer(0, IoStatus::Ok);
+    assert_eq!(b.status_of(3), Some(IoStatus::Ok));
+    b.disconnect(0);
+    b.registers[0].incarnation = 3;
+    b.connect(0);
+    assert_eq!(b.nexus.losses(), losses + 1);
+}
+
 #[test]
 fn a_late_last_member_answers_in_the_end() {
     let mut b = Bench::online(1);

@@ -275,6 +275,9 @@ pub enum Event {
     ChildOut(ChildId, FaultReason),
     /// A child takes I/O.
     ChildOnline(ChildId),
+    /// The only member that is left came back from a loss of power: what was acked and not flushed may be gone. See
+    /// [`Nexus::losses`](crate::Nexus::losses).
+    WritesLost(ChildId),
     /// The session with a child is to be ended: it did not answer.
     ResetChild(ChildId),
     /// A configuration was stored by a majority.

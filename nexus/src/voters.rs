@@ -14,6 +14,9 @@
 //! it had stored N when it promised, N would have been heard and D not be the highest. If it stored
 //! N after, then N's epoch is newer, and a majority of voters that intersects every majority of D's has
 //! promised it: nothing can be committed in the assembly's epoch any more, and it never serves.
+//!
+//! One that is added stores the configuration before anybody else is asked to. So a voter that has stored
+//! nothing has lost what it had, whatever the configuration is that names it, and is not counted.
 
 use cairn_block::ReplicaId;
 

@@ -587,10 +587,10 @@ impl Client {
                 for (lba, block) in (lba..).zip(bytes.chunks_mut(PAGE)) {
                     history.encode(lba, value, block);
                 }
-                history.write_began((lba, blocks), value, self.epoch, is_durable(op))
+                history.write_began((lba, blocks), value, (self.number, self.epoch), is_durable(op))
             }
             IoOp::WriteZeroes { .. } | IoOp::Discard => {
-                history.write_began((lba, blocks), 0, self.epoch, is_durable(op))
+                history.write_began((lba, blocks), 0, (self.number, self.epoch), is_durable(op))
             }
             IoOp::Read | IoOp::Flush | IoOp::Verify | IoOp::Snapshot(_) => history.tick(),
         };
@@ -657,7 +657,10 @@ impl Client {
                 history.write_found_no_space(lba, blocks, invoked);
             }
             (true, false) => history.write_failed(lba, blocks, invoked),
-            (false, true) if request.op == IoOp::Flush => history.flush_acked(invoked),
+            (false, true) if request.op == IoOp::Flush => history.flush_acked(self.number, invoked),
+            (false, false) if request.op == IoOp::Flush && !unsaid => {
+                history.flush_failed(self.number, invoked);
+            }
             (false, true) => {
                 if let (IoOp::Read, Some(buf)) = (request.op, &request.buf) {
                     let bytes = self.driver.memory().bytes(buf.slice());

@@ -35,6 +35,11 @@ struct Write {
     fua: bool,
     /// The loss of power of whose candidates it is one; 0: of none.
     lottery: u32,
+    /// The host that it is from.
+    host: u128,
+    /// It was acked when power was lost under a nexus that lives: a flush of its host that is acked before one has
+    /// failed says that it is there.
+    owed: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -93,6 +98,8 @@ impl History {
             durable: true,
             fua: true,
             lottery: 0,
+            host: 0,
+            owed: false,
         };
         let fresh = || Block { writes: vec![zeros], ..Block::default() };
         Self {
@@ -134,7 +141,7 @@ impl History {
         &mut self,
         (lba, blocks): (u64, u64),
         value: u64,
-        epoch: u64,
+        (host, epoch): (u128, u64),
         fua: bool,
     ) -> u64 {
         let invoked = self.tick();
@@ -148,6 +155,8 @@ impl History {
                 durable: false,
                 fua,
                 lottery: 0,
+                host,
+                owed: false,
             });
         }
         invoked
@@ -176,9 +185,39 @@ impl History {
         }
     }
 
-    /// A flush that began at `invoked` was acked.
-    pub fn flush_acked(&mut self, invoked: u64) {
+    /// A flush of a host that began at `invoked` failed: what was lost before is not owed to it any more.
+    pub fn flush_failed(&mut self, host: u128, invoked: u64) {
+        self.forgive(|w| w.host == host && w.ended < invoked);
+    }
+
+    fn forgive(&mut self, whom: impl Fn(&Write) -> bool) {
         for block in &mut self.blocks {
+            for write in block.writes.iter_mut().chain(&mut block.ghosts).filter(|w| whom(w)) {
+                write.owed = false;
+            }
+        }
+    }
+
+    /// A flush of a host that began at `invoked` was acked.
+    ///
+    /// # Panics
+    /// Where it covers what a read has shown to be lost.
+    pub fn flush_acked(&mut self, host: u128, invoked: u64) {
+        for (lba, block) in self.blocks.iter_mut().enumerate() {
+            let covered = |w: &Write| w.owed && w.host == host && w.ended < invoked;
+            // Unless something was written over it that may be there.
+            let over = |w: &Write| block.writes.iter().any(|o| o.ended >= w.invoked);
+            let lost = block.ghosts.iter().find(|w| covered(w) && !over(w));
+            check!(
+                Check::Linearizable,
+                lost.is_none(),
+                "volume {} block {lba}: a flush ({invoked}) was acked, and what was written before is lost: \
+                 {lost:?}",
+                self.volume
+            );
+            for write in block.writes.iter_mut().filter(|w| covered(w)) {
+                (write.owed, write.maybe, write.lottery) = (false, false, 0);
+            }
             for write in &mut block.writes {
                 write.durable |= write.ended < invoked && !write.maybe;
             }
@@ -193,8 +232,10 @@ impl History {
         }
         let now = self.tick();
         self.epochs.push((epoch, now));
+        // As from any disk that is away for a while.
+        self.forgive(|w| w.epoch < epoch);
         if std::mem::take(&mut self.power_lost) {
-            self.draw_lots(now);
+            self.draw_lots(now, false);
         }
         for at in 0..self.blocks.len() {
             let left = |w: &Write| w.ended == OPEN && w.epoch < epoch;
@@ -202,8 +243,11 @@ impl History {
                 self.taint(at as u64, now, left);
                 continue;
             }
-            for write in self.blocks[at].writes.iter_mut().filter(|w| left(w)) {
-                (write.maybe, write.ended) = (true, now);
+            let block = &mut self.blocks[at];
+            for write in block.writes.iter_mut().filter(|w| left(w)) {
+                // What a read has seen was done.
+                let seen = write.value != 0 && block.reads.iter().any(|r| r.value == write.value);
+                (write.maybe, write.ended) = (!seen, now);
             }
         }
     }
@@ -230,14 +274,15 @@ impl History {
         self.power_lost = true;
         if alone {
             let now = self.tick();
-            self.draw_lots(now);
+            self.draw_lots(now, true);
         }
     }
 
     /// Of what was written to a block and not flushed, any one may be left.
-    fn draw_lots(&mut self, now: u64) {
+    fn draw_lots(&mut self, now: u64, lives: bool) {
         self.lotteries += 1;
         let lottery = self.lotteries;
+        let last = self.epochs.last().map_or(0, |(epoch, _)| *epoch);
         for at in 0..self.blocks.len() {
             self.judge(at);
             let block = &mut self.blocks[at];
@@ -268,6 +313,7 @@ impl History {
             for write in &mut block.writes {
                 write.lottery = lottery;
                 if write.ended != OPEN {
+                    write.owed |= !write.maybe && !write.durable && write.epoch >= last && lives;
                     write.maybe = true;
                     write.ended = write.ended.min(now);
                 }
@@ -511,7 +557,7 @@ mod tests {
 
     fn write(history: &mut History) -> u64 {
         let value = history.fresh_value();
-        let at = history.write_began((0, 1), value, 1, false);
+        let at = history.write_began((0, 1), value, (1, 1), false);
         history.write_acked(0, 1, at);
         value
     }
@@ -523,7 +569,7 @@ mod tests {
         let a = write(&mut history);
         read(&mut history, a);
         let b = history.fresh_value();
-        let at = history.write_began((0, 1), b, 1, false);
+        let at = history.write_began((0, 1), b, (1, 1), false);
         read(&mut history, a);
         read(&mut history, b);
         history.write_acked(0, 1, at);
@@ -555,7 +601,7 @@ mod tests {
         let mut history = History::new(1, 1);
         let a = write(&mut history);
         let b = history.fresh_value();
-        let at = history.write_began((0, 1), b, 1, false);
+        let at = history.write_began((0, 1), b, (1, 1), false);
         read(&mut history, b);
         read(&mut history, a);
         history.write_acked(0, 1, at);
@@ -563,11 +609,24 @@ mod tests {
     }
 
     #[test]
+    #[should_panic(expected = "a read")]
+    fn what_a_read_saw_of_a_dead_nexus_stays() {
+        let mut history = History::new(1, 1);
+        history.epoch_serves(1);
+        let a = write(&mut history);
+        let b = history.fresh_value();
+        let _at = history.write_began((0, 1), b, (1, 1), false);
+        read(&mut history, b);
+        history.epoch_serves(2);
+        read(&mut history, a);
+    }
+
+    #[test]
     fn after_a_failure_anything_goes_until_the_next_ack() {
         let mut history = History::new(1, 1);
         let a = write(&mut history);
         let b = history.fresh_value();
-        let at = history.write_began((0, 1), b, 1, false);
+        let at = history.write_began((0, 1), b, (1, 1), false);
         history.write_failed(0, 1, at);
         read(&mut history, a);
         read(&mut history, b);
@@ -584,7 +643,7 @@ mod tests {
     fn a_failed_write_that_lands_later_is_caught() {
         let mut history = History::new(1, 1);
         let b = history.fresh_value();
-        let at = history.write_began((0, 1), b, 1, false);
+        let at = history.write_began((0, 1), b, (1, 1), false);
         history.write_failed(0, 1, at);
         let _c = write(&mut history);
         read(&mut history, b);

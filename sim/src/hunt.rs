@@ -9,7 +9,7 @@ use cairn_block::mutants::{Mutant, choose};
 
 use cairn_sim::scenario::Focus;
 
-use crate::{Options, print_failure, run_seed};
+use crate::{About, Options, print_failure, run_seed};
 
 /// How one was caught.
 struct Caught {
@@ -70,7 +70,9 @@ fn haunt(mutant: Mutant) -> Option<Focus> {
         Mutant::StandbyIgnoresLeases | Mutant::HandOverDoesNotDrain => Some(Focus::Standby),
         Mutant::LeaseFromAnswer => Some(Focus::Takeover),
         Mutant::NoDrain | Mutant::ReadOvertakes => Some(Focus::Reconcile),
-        Mutant::SettleWithoutDrain | Mutant::CandidateStays => Some(Focus::Power),
+        Mutant::SettleWithoutDrain | Mutant::CandidateStays | Mutant::LossNotTold => {
+            Some(Focus::Power)
+        }
         Mutant::StaleExtent | Mutant::SnapshotLetsWriteThrough => Some(Focus::Churn),
         _ => None,
     }
@@ -82,16 +84,19 @@ fn hunt(mutant: Mutant, options: &Options) -> ExitCode {
     let start = Instant::now();
     let limit = Duration::from_secs(options.seconds.unwrap_or(120));
     let most = options.seeds.min(1 << 32);
-    let focus = options.focus.or(haunt(mutant));
+    let about = match (options.about, haunt(mutant)) {
+        (About::Drawn, Some(focus)) => About::This(focus),
+        (about, _) => about,
+    };
     for seed in options.first..options.first.saturating_add(most) {
         if start.elapsed() > limit {
             break;
         }
         choose(Some(mutant));
-        let result = run_seed(seed, focus, None);
+        let result = run_seed(seed, about, None);
         choose(None);
         let Err(why) = result else { continue };
-        if run_seed(seed, focus, None).is_err() {
+        if run_seed(seed, about, None).is_err() {
             println!("seed {seed} fails without {mutant:?}, too");
             continue;
         }
@@ -110,8 +115,10 @@ fn hunt_elsewhere(mutant: Mutant, options: &Options) -> Option<Caught> {
     command.args(["--mutants", &format!("{mutant:?}")]);
     command.args(["--seed", &options.first.to_string(), "--seeds", &options.seeds.to_string()]);
     command.args(["--seconds", &options.seconds.unwrap_or(120).to_string()]);
-    if let Some(focus) = options.focus {
-        command.args(["--focus", &format!("{focus:?}")]);
+    match options.about {
+        About::Drawn => {}
+        About::This(focus) => drop(command.args(["--focus", &format!("{focus:?}")])),
+        About::Plain => drop(command.arg("--plain")),
     }
     let output = command.output().expect("it can be run again");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

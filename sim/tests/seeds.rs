@@ -66,6 +66,25 @@ fn a_member_grows_twice() {
     check([5_000_645].into_iter(), |seed| run(seed, None));
 }
 
+/// A nexus died when some had stored that a member was added, and that member had not (3663); a link that was
+/// given up told of the one that had its place by then (4163).
+#[test]
+fn members_are_added_and_something_is_cut_off() {
+    check([3663, 4163].into_iter(), |seed| run(seed, None));
+}
+
+/// A nexus that had been stopped gave up two members that were late to it, for one that had lost power meanwhile.
+#[test]
+fn members_that_are_late_are_not_given_up_for_one_that_is_silent() {
+    check([11_065].into_iter(), |seed| run_plain(seed, None));
+}
+
+/// A write of a mend that met a full disk had been done.
+#[test]
+fn a_write_without_room_is_done_all_the_same() {
+    check([104_919].into_iter(), |seed| run(seed, None));
+}
+
 /// Seeds that found a bug which is mended: reads that a write overtook, a list of an earlier rebuild, reads
 /// that held the memory which they waited for.
 #[test]

@@ -41,6 +41,8 @@ mutants! {
     NoLock,
     /// The nexus answers a flush without asking anybody.
     FlushAtNexus,
+    /// A flush succeeds although the last member has lost what was acked before.
+    LossNotTold,
     /// The nexus reads from a member that is out of sync.
     ReadOutOfSync,
     /// A member that lost power stays in sync.

@@ -22,6 +22,8 @@ pub(super) struct Host {
     stalled: bool,
     sending: bool,
     closing: bool,
+    /// Its volume knows the host as one that writes.
+    pub(super) noted: bool,
     pub(super) busy: bool,
 }
 
@@ -52,6 +54,7 @@ impl<D: Driver> Shard<D> {
             stalled: false,
             sending: false,
             closing: false,
+            noted: false,
             busy: false,
         });
         self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));

@@ -49,6 +49,13 @@ pub(super) struct HostIo {
     answered: bool,
 }
 
+impl HostIo {
+    /// The connection that it came on.
+    pub(super) fn origin(&self) -> (u32, u32) {
+        (self.conn, self.generation)
+    }
+}
+
 impl<D: Driver> Shard<D> {
     pub(super) fn export_handle(&mut self, export: Export) -> NamespaceHandle {
         // A handle is not used again: requests that wait, and discards that go on range by range,
@@ -65,6 +72,13 @@ impl<D: Driver> Shard<D> {
     /// Starts a command whose host data, if any, has all arrived.
     pub(super) fn start_host_io(&mut self, conn: u32, io: Io, now: u64) {
         let generation = self.hosts[conn].generation;
+        if !self.hosts[conn].noted
+            && !matches!(io.command, IoCommand::Read { .. })
+            && let Some(&Export::Volume(volume)) =
+                self.exports.get(io.namespace.0 as usize).and_then(Option::as_ref)
+        {
+            self.note_writer(conn, volume);
+        }
         let mut entry = HostIo {
             conn,
             generation,

@@ -310,6 +310,16 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// A child's place is another's from now on: so are none of the links that it had.
+    pub(super) fn detach_child_links(&mut self, volume: u32, child: ChildId) {
+        for at in self.links.keys() {
+            if self.links[at].nexus() == (volume, child) {
+                self.links[at].volume = NO_VOLUME;
+                self.retire_link(at);
+            }
+        }
+    }
+
     fn finish_link_if_closed(&mut self, at: u32, now: u64) {
         let Some(link) = self.links.get_mut(at) else { return };
         let open = link.queues.iter().any(|q| q.socket.is_some() || q.connecting);

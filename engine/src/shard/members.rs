@@ -101,6 +101,8 @@ impl<D: Driver> Shard<D> {
         let place = self.place_of(&replica);
         let spec = ChildSpec { replica: replica.id, local, witness: replica.witness, place };
         let child = self.volumes[at].nexus.add_child(spec)?;
+        // One that was there before may still be connecting; how that ends is nothing to this one.
+        self.detach_child_links(at, child);
         let place = usize::from(child.0);
         let volume = &mut self.volumes[at];
         if place == volume.routes.len() {

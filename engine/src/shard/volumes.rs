@@ -29,6 +29,9 @@ use crate::control::{
 };
 use crate::snapshot;
 
+/// Hosts of a volume that are told, each, when what they wrote may be lost.
+const MAX_WRITERS: usize = 64;
+
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
@@ -76,6 +79,11 @@ pub(super) struct Volume {
     pub(super) export: Option<(SubsystemId, NamespaceHandle)>,
     pub(super) counters: ExportCounters,
     pub(super) register_replies: VecDeque<(ChildId, Ticket, ChildReply)>,
+    /// Hosts that have written, those that are to hear that what they wrote may be lost, and of how many losses
+    /// that is.
+    writers: Vec<String>,
+    owed: Vec<String>,
+    losses: u64,
     /// Host requests that the nexus has no room for.
     pub(super) waiting: VecDeque<(u64, IoRequest)>,
     /// Requests in blocks of 512 bytes that wait for others, or for memory.
@@ -188,6 +196,9 @@ impl<D: Driver> Shard<D> {
             export: None,
             counters: ExportCounters::default(),
             register_replies: VecDeque::with_capacity(16),
+            writers: Vec::new(),
+            owed: Vec::new(),
+            losses: 0,
             waiting: VecDeque::with_capacity(64),
             sectors: sectors::Waiting::new(),
             removing: None,
@@ -296,11 +307,55 @@ impl<D: Driver> Shard<D> {
     pub(super) fn submit_to_volume(&mut self, at: u32, tag: u64, request: IoRequest, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else { return };
         if volume.nexus.has_room() && volume.waiting.is_empty() && volume.admits() {
-            volume.nexus.submit(tag, request, now);
+            self.submit_now(at, tag, request, now);
         } else {
             volume.waiting.push_back((tag, request));
         }
         self.touch_volume(at);
+    }
+
+    fn submit_now(&mut self, at: u32, tag: u64, request: IoRequest, now: u64) {
+        if request.op == IoOp::Flush
+            && let Ok(io) = u32::try_from(tag)
+            && self.owes_an_error(at, io)
+        {
+            self.host_io_done(io, IoStatus::MediaError, now);
+            self.host_io_released(io, now);
+            return;
+        }
+        self.volumes[at].nexus.submit(tag, request, now);
+    }
+
+    /// Whether the host of a flush is to hear that what it wrote before may be lost; once.
+    fn owes_an_error(&mut self, at: u32, io: u32) -> bool {
+        let volume = &mut self.volumes[at];
+        let losses = volume.nexus.losses();
+        if std::mem::replace(&mut volume.losses, losses) < losses {
+            volume.owed.clone_from(&volume.writers);
+        }
+        if volume.owed.is_empty() {
+            return false;
+        }
+        let (conn, generation) = self.ios[io].origin();
+        let queue = self.hosts.get(conn).filter(|h| h.generation == generation).map(|h| &h.queue);
+        let Some(host) = queue.and_then(|queue| self.target.host_of(queue)) else { return false };
+        let owed = &mut self.volumes[at].owed;
+        let before = owed.len();
+        owed.retain(|other| other != host);
+        owed.len() < before
+    }
+
+    /// The host of a connection writes to the volume.
+    pub(super) fn note_writer(&mut self, conn: u32, at: u32) {
+        self.hosts[conn].noted = true;
+        let Some(host) = self.target.host_of(&self.hosts[conn].queue) else { return };
+        let Some(volume) = self.volumes.get_mut(at) else { return };
+        if volume.writers.iter().all(|other| other != host) {
+            if volume.writers.len() == MAX_WRITERS {
+                volume.writers.remove(0);
+            }
+            volume.writers.push(host.to_owned());
+        }
     }
 
     /// A Verify of a child, whose answer comes next, found data in so many blocks.
@@ -369,7 +424,7 @@ impl<D: Driver> Shard<D> {
                 && self.volumes[at].nexus.has_room()
                 && let Some((tag, request)) = self.volumes[at].waiting.pop_front()
             {
-                self.volumes[at].nexus.submit(tag, request, now);
+                self.submit_now(at, tag, request, now);
                 moved = true;
             }
             if !moved {
@@ -570,6 +625,12 @@ impl<D: Driver> Shard<D> {
                 self.tell_activation(at);
                 self.stand_by_if_over(at, now);
             }
+            Event::WritesLost(c) => tracing::error!(
+                volume = %name,
+                replica = %child(c),
+                "the only replica in sync lost power: writes that were not flushed may be lost; each host's next \
+                 flush fails"
+            ),
             Event::ChildFailing(c, reason) => {
                 tracing::warn!(volume = %name, replica = %child(c), %reason, "replica failed");
             }

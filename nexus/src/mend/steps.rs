@@ -71,6 +71,7 @@ impl Nexus {
                 }
                 Step::Gather => self.gathered(at, m, mem, now_ms),
                 Step::Rewrite => self.rewritten(at, m, mem, now_ms),
+                Step::Reread => self.reread(at, m, mem, now_ms),
                 Step::Recheck => self.rechecked(m),
                 Step::Over => {}
             }
@@ -473,6 +474,36 @@ impl Nexus {
         m.known = m.known.or(m.ok);
         m.bad = m.bad.without(m.ok);
         m.stuck = m.stuck.or(m.full);
+        if m.full.is_empty() {
+            return self.set_apart(at, m, mem, now_ms);
+        }
+        if !m.full.without(self.members(m)).is_empty() {
+            m.step = Step::Held;
+            return;
+        }
+        m.step = Step::Reread;
+        self.ask_all(at, m, m.full, IoOp::Read, now_ms);
+    }
+
+    /// What those hold now that had no room.
+    fn reread<M: Memory>(&mut self, at: u16, m: &mut Mend, mem: &mut M, now_ms: u64) {
+        for child in m.gone.or(m.full).iter() {
+            self.fail_child(child, FaultReason::Unreachable);
+        }
+        for child in m.media.and(m.known).iter() {
+            self.fail_child(child, FaultReason::Failed(IoStatus::NoSpace));
+        }
+        if !m.gone.or(m.full).or(m.media.and(m.known)).is_empty() {
+            m.step = Step::Held;
+            return;
+        }
+        m.known = m.known.or(m.ok);
+        m.bad = m.bad.without(m.ok);
+        self.set_apart(at, m, mem, now_ms);
+    }
+
+    /// Those that have no room, and hold something else than the source, keep that.
+    fn set_apart<M: Memory>(&mut self, at: u16, m: &mut Mend, mem: &mut M, now_ms: u64) {
         let copy = |c: ChildId| mem.bytes(m.window(c, BufSlice::EMPTY));
         let apart = m.stuck.and(m.known).iter().filter(|&c| copy(c) != copy(m.source));
         let apart = apart.fold(ChildSet::EMPTY, ChildSet::with);

@@ -166,9 +166,9 @@ fn a_change_of_voters_needs_a_majority_of_both() {
     let reply = b.obey(&promise);
     b.nexus.handle_register(promise.child, promise.ticket, reply, b.now);
     b.pump();
-    assert_eq!(b.held.len(), 4);
-    // Two of three before it are not three of four, and the new one has to know of it.
-    for at in [0u8, 1, 2] {
+    // The new one has to know of it before anybody else does; and two of three before it are not three of four.
+    assert_eq!((b.held.len(), b.held[0].child), (1, fourth));
+    for at in [3u8, 0] {
         let io = b.held.iter().position(|io| io.child == ChildId(at)).unwrap();
         let io = b.held.remove(io).unwrap();
         let reply = b.obey(&io);
@@ -189,7 +189,7 @@ fn a_change_that_cannot_be_stored_is_given_up_by_storing_what_was() {
     b.registers[2].promised_epoch = b.nexus.status().epoch;
     b.nexus.add_voter(third, b.now).unwrap();
     b.pump();
-    assert_eq!(members(&b, 0).len(), 3, "it was proposed");
+    assert_eq!(members(&b, 0).len(), 2, "nobody is asked before the one that comes");
     // Meanwhile a member fails: the write waits, since that is stored with the change or without it.
     b.write(1, 0, 8);
     b.answer(0, IoStatus::Ok);
@@ -276,7 +276,8 @@ fn a_small_replica_grows_before_it_is_added() {
 }
 
 /// Every way in which a change can be cut off, and every set of replicas that comes back: whoever serves
-/// serves what was committed last, or what was proposed after it.
+/// serves what was committed last, or what was proposed after it. Three of four always do: one that was to be
+/// added, and had stored nothing while others had, was not counted, and the volume waited for another.
 #[test]
 fn a_change_that_is_cut_off_is_recovered_or_was_never_made() {
     let all: [(u8, bool); 4] = [(0, false), (1, false), (2, false), (3, false)];
@@ -299,17 +300,20 @@ fn a_change_that_is_cut_off_is_recovered_or_was_never_made() {
                     b.nexus.remove_voter(child, b.now).unwrap();
                 }
                 b.pump();
-                let held: Vec<ChildIo> = b.held.drain(..).collect();
-                for io in held.iter().filter(|io| accepted & (1 << io.child.0) != 0) {
-                    let reply = b.obey(io);
-                    b.nexus.handle_register(io.child, io.ticket, reply, b.now);
-                    b.pump();
+                while let Some(io) = b.held.pop_front() {
+                    if accepted & (1 << io.child.0) != 0 {
+                        let reply = b.obey(&io);
+                        b.nexus.handle_register(io.child, io.ticket, reply, b.now);
+                        b.pump();
+                    }
                 }
                 let made = b.nexus.voters.has(child) == adds;
                 let (epoch, before) = (b.nexus.status().epoch, b.registers.clone());
                 let mut b = b.again(&all, &[0, 1, 2, 3]);
                 (0..4).filter(|at| there & (1 << at) != 0).for_each(|at| b.connect(at));
                 b.pass(WAIT);
+                let many = there.count_ones() >= 3;
+                assert!(!many || b.nexus.state().is_serving(), "{accepted:04b} {there:04b}");
                 if !b.nexus.state().is_serving() {
                     // With all of them it does, whoever could not decide before.
                     (0..4).filter(|at| there & (1 << at) == 0).for_each(|at| b.connect(at));

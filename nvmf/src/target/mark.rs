@@ -24,6 +24,14 @@ impl Target {
         }
     }
 
+    /// The host of a connected queue.
+    #[must_use]
+    pub fn host_of(&self, queue: &Queue) -> Option<&str> {
+        let binding = queue.binding?;
+        let bound = self.controllers.get(binding.controller as usize)?.as_ref()?;
+        (bound.generation == binding.generation).then_some(&bound.hostnqn)
+    }
+
     /// The mark of the controller of a connected queue; 0 where none was attached.
     #[must_use]
     pub fn mark(&self, queue: &Queue) -> u64 {

@@ -27,6 +27,8 @@ impl History {
                 durable: false,
                 fua: false,
                 lottery: 0,
+                host: 0,
+                owed: false,
             };
             let tainted_at = torn.then_some(now);
             self.blocks[at] =
@@ -61,7 +63,7 @@ mod tests {
         let mut history = History::new(1, 1);
         let mut write = || {
             let value = history.fresh_value();
-            let at = history.write_began((0, 1), value, 1, false);
+            let at = history.write_began((0, 1), value, (1, 1), false);
             history.write_acked(0, 1, at);
             value
         };
@@ -73,7 +75,7 @@ mod tests {
     fn what_the_source_holds_is_read_from_then_on() {
         let (mut history, a, _) = two_writes();
         let bytes = page(&history, a);
-        let late = history.write_began((0, 1), a + 7, 1, false);
+        let late = history.write_began((0, 1), a + 7, (1, 1), false);
         history.starts_anew(&bytes);
         history.write_acked(0, 1, late);
         let invoked = history.tick();
