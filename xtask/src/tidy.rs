@@ -39,6 +39,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cairn-benches", &["*"]),
     ("cairn-fuzz", &["*"]),
     ("cairn-tests", &[]),
+    ("cairn-nemesis", &["cairn-engine", "cairn-sim", "cairn-api"]),
     ("xtask", &[]),
 ];
 
