@@ -4,6 +4,11 @@
 //! is said of its life (`boot`, `mutant`, `cache`, `tears`, `seed`, `rate_ppm`) is read once; what is wrong at the
 //! moment (`slow_ms`, `eio_read`, `eio_write`, `full`, `clock_s`) is read again whenever it may have changed.
 
+#[cfg(not(debug_assertions))]
+compile_error!(
+    "the feature `nemesis` is for development builds: a release must not hold deliberate bugs"
+);
+
 mod disk;
 mod driver;
 

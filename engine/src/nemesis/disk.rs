@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use cairn_reactor::DiskFault;
 
@@ -22,21 +23,32 @@ const TORN: u64 = 8;
 /// A page's bytes; `None` stands for zeros.
 type Page = Option<Box<[u8; PAGE]>>;
 
+/// What is beneath a device, beside the handle of the driver, which has the lock.
+#[derive(Debug, Clone)]
+pub(super) struct Medium {
+    file: Arc<File>,
+    len: u64,
+}
+
 /// The medium, and what is written and was not flushed.
 #[derive(Debug)]
 pub(super) struct CachedDisk {
-    medium: File,
-    len: u64,
+    medium: Medium,
     cached: BTreeMap<u64, Page>,
     tears: bool,
     chance: Chance,
 }
 
-impl CachedDisk {
-    pub(super) fn open(path: &Path, len: u64, tears: bool, seed: u64) -> io::Result<Self> {
-        // The pool's own handle has the lock.
-        let medium = File::options().read(true).write(true).open(path)?;
-        Ok(Self { medium, len, cached: BTreeMap::new(), tears, chance: Chance::new(seed) })
+impl Medium {
+    pub(super) fn open(path: &Path, len: u64) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).open(path)?;
+        Ok(Self { file: Arc::new(file), len })
+    }
+
+    /// From now on with a cache.
+    pub(super) fn cached(&self, tears: bool, seed: u64) -> CachedDisk {
+        let chance = Chance::new(seed);
+        CachedDisk { medium: self.clone(), cached: BTreeMap::new(), tears, chance }
     }
 
     fn holds(&self, offset: u64, len: u64) -> Result<(), DiskFault> {
@@ -46,7 +58,18 @@ impl CachedDisk {
 
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DiskFault> {
         self.holds(offset, out.len() as u64)?;
-        self.medium.read_exact_at(out, offset).map_err(|e| fault(&e))?;
+        self.file.read_exact_at(out, offset).map_err(|e| fault(&e))
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), DiskFault> {
+        self.holds(offset, bytes.len() as u64)?;
+        self.file.write_all_at(bytes, offset).map_err(|e| fault(&e))
+    }
+}
+
+impl CachedDisk {
+    pub(super) fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DiskFault> {
+        self.medium.read(offset, out)?;
         for (number, bytes) in (offset / PAGE as u64..).zip(out.chunks_mut(PAGE)) {
             match self.cached.get(&number) {
                 Some(Some(page)) => bytes.copy_from_slice(&page[..bytes.len()]),
@@ -58,7 +81,7 @@ impl CachedDisk {
     }
 
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8], fua: bool) -> Result<(), DiskFault> {
-        self.holds(offset, bytes.len() as u64)?;
+        self.medium.holds(offset, bytes.len() as u64)?;
         for (number, bytes) in (offset / PAGE as u64..).zip(bytes.chunks(PAGE)) {
             let page = <[u8; PAGE]>::try_from(bytes).map_err(|_| DiskFault::Errno(EINVAL))?;
             self.put(number, Some(Box::new(page)), fua)?;
@@ -67,7 +90,7 @@ impl CachedDisk {
     }
 
     pub(super) fn zero(&mut self, offset: u64, len: u64) -> Result<(), DiskFault> {
-        self.holds(offset, len)?;
+        self.medium.holds(offset, len)?;
         for number in offset / PAGE as u64..(offset + len) / PAGE as u64 {
             self.put(number, None, false)?;
         }
@@ -78,12 +101,12 @@ impl CachedDisk {
         let roll = self.chance.below(100);
         let at = number * PAGE as u64;
         if fua || roll < WRITTEN_BACK {
-            self.medium.write_all_at(bytes_of(&page), at).map_err(|e| fault(&e))?;
+            self.medium.write(at, bytes_of(&page))?;
         } else if self.tears && roll < WRITTEN_BACK + TORN {
             for (i, sector) in (0..).zip(bytes_of(&page).chunks(SECTOR)) {
                 if self.chance.below(2) == 0 {
                     let at = at + i * SECTOR as u64;
-                    self.medium.write_all_at(sector, at).map_err(|e| fault(&e))?;
+                    self.medium.write(at, sector)?;
                 }
             }
         }
@@ -98,10 +121,9 @@ impl CachedDisk {
     /// Makes everything that was written durable.
     pub(super) fn flush(&mut self) -> Result<(), DiskFault> {
         while let Some((number, page)) = self.cached.pop_first() {
-            let done = self.medium.write_all_at(bytes_of(&page), number * PAGE as u64);
-            if let Err(error) = done {
+            if let Err(fault) = self.medium.write(number * PAGE as u64, bytes_of(&page)) {
                 self.cached.insert(number, page);
-                return Err(fault(&error));
+                return Err(fault);
             }
         }
         Ok(())
@@ -147,7 +169,8 @@ mod tests {
         let mut kept = 0;
         for seed in 0..64 {
             std::fs::write(&path, vec![0; 4 * PAGE]).unwrap();
-            let mut disk = CachedDisk::open(&path, 4 * PAGE as u64, false, seed).unwrap();
+            let medium = Medium::open(&path, 4 * PAGE as u64).unwrap();
+            let mut disk = medium.cached(false, seed);
             disk.write(0, &[1; PAGE], false).unwrap();
             disk.flush().unwrap();
             disk.write(0, &[2; 2 * PAGE], false).unwrap();

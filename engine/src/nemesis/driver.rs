@@ -12,7 +12,7 @@ use cairn_reactor::{
     UringDriver,
 };
 
-use super::disk::{CachedDisk, PAGE};
+use super::disk::{CachedDisk, Medium, PAGE};
 use super::{Chance, Control};
 
 const EIO: i32 = nix::errno::Errno::EIO as i32;
@@ -44,7 +44,7 @@ pub struct FaultyDriver {
     /// Where `kill -9` is to be a loss of power: the caches of the devices, and what is beneath.
     caches: BTreeMap<u32, CachedDisk>,
     /// For looking at what a device holds.
-    files: BTreeMap<u32, std::fs::File>,
+    files: BTreeMap<u32, Medium>,
     volatile: bool,
     tears: bool,
     /// Parts per million that the clock is too fast by.
@@ -94,6 +94,12 @@ impl FaultyDriver {
             eio_write: control.range("eio_write").unwrap_or_default(),
             full: control.text("full").is_some(),
         };
+        if control.text("cache") == Some("volatile") && !self.volatile {
+            self.volatile = true;
+            for (id, file) in &self.files {
+                self.caches.insert(*id, file.cached(self.tears, self.chance.below(u64::MAX)));
+            }
+        }
     }
 
     /// A time of the driver beneath, by the clock that is wrong.
@@ -127,11 +133,10 @@ impl FaultyDriver {
 
     /// Whether nothing was ever written there: only such writes need room beneath.
     fn is_hole(&self, device: DeviceId, offset: ByteOffset, buf: BufSlice) -> bool {
-        use std::os::unix::fs::FileExt as _;
         let mut bytes = vec![0; buf.len() as usize];
         let read = match (self.caches.get(&device.0), self.files.get(&device.0)) {
             (Some(cache), _) => cache.read(offset.0, &mut bytes).is_ok(),
-            (None, Some(file)) => file.read_exact_at(&mut bytes, offset.0).is_ok(),
+            (None, Some(medium)) => medium.read(offset.0, &mut bytes).is_ok(),
             (None, None) => false,
         };
         read && bytes.chunks(PAGE).any(|page| page.iter().all(|&byte| byte == 0))
@@ -244,12 +249,12 @@ impl Driver for FaultyDriver {
         };
         let id = self.inner.attach_device(device)?;
         if let Some((path, len)) = beneath {
-            self.files.insert(id.0, std::fs::File::open(&path)?);
+            let medium = Medium::open(&path, len)?;
             if self.volatile {
                 let seed = self.chance.below(u64::MAX);
-                self.caches.insert(id.0, CachedDisk::open(&path, len, self.tears, seed)?);
-                tracing::info!(path = %path.display(), "what is not flushed dies with this process");
+                self.caches.insert(id.0, medium.cached(self.tears, seed));
             }
+            self.files.insert(id.0, medium);
         }
         Ok(id)
     }

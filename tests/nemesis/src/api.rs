@@ -150,6 +150,18 @@ pub(crate) fn take_over(dir: &Path, node: usize, name: &str) -> Result<()> {
     })
 }
 
+/// Whether a node has a pool that is offline until its process is started again.
+pub(crate) fn has_failed_pool(dir: &Path, node: usize) -> Result<bool> {
+    runtime()?.block_on(async {
+        let ask = async {
+            let mut client = connect(&socket(dir, node)).await?;
+            let pools = client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;
+            Ok(pools.into_inner().pools.iter().any(|pool| pool.state == "failed"))
+        };
+        tokio::time::timeout(PATIENCE, ask).await.unwrap_or(Ok(false))
+    })
+}
+
 /// Asks a node's process over and over how its volumes are, until the run ends.
 pub(crate) fn watch(shared: &Arc<Shared>, dir: &Path, node: usize, places: &Places) -> Result<()> {
     runtime()?.block_on(async {

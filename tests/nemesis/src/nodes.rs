@@ -101,6 +101,12 @@ impl Nodes {
         self.write_control(node)
     }
 
+    /// From now on what its disk has not flushed dies with the process.
+    pub(crate) fn cache(&mut self, node: usize) -> Result<()> {
+        self.nodes[node].life.volatile = true;
+        self.write_control(node)
+    }
+
     fn control(&self, node: usize) -> PathBuf {
         self.dir.join(format!("n{}", node + 1)).join("control")
     }

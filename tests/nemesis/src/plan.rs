@@ -11,6 +11,9 @@ const KILL_EVERY: (u64, u64) = (3_500, 6_000);
 /// Between two other faults.
 const FAULT_EVERY: (u64, u64) = (2_000, 5_000);
 
+/// Before everybody loses power the caches are volatile for so long at least.
+const CACHED_FOR: u64 = 2_000;
+
 /// A volume of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct VolumeShape {
@@ -67,6 +70,8 @@ pub(crate) enum Cut {
 pub(crate) enum Fault {
     /// SIGKILL, and a start later. Of a process whose disk has a volatile cache it is a loss of power.
     Kill { nodes: Vec<usize>, down_ms: u64 },
+    /// From now on the disks of these have volatile caches, until they are started again.
+    Cache { nodes: Vec<usize> },
     /// SIGSTOP, and SIGCONT later.
     Pause { node: usize, for_ms: u64 },
     /// Packets are dropped.
@@ -87,7 +92,9 @@ impl Fault {
     /// Its name, in Jepsen's words where it has one.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
+            Self::Kill { nodes, .. } if nodes.len() == NODES => "kill-all",
             Self::Kill { .. } => "kill",
+            Self::Cache { .. } => "volatile-caches",
             Self::Pause { .. } => "pause",
             Self::Partition { cut: Cut::Lossy(_), .. } => "packet-loss",
             Self::Partition { cut: Cut::Deaf | Cut::Mute, .. } => "partition-one-way",
@@ -165,7 +172,16 @@ pub(crate) fn drawn(seed: u64, shape: &Shape, run_ms: u64) -> Vec<Event> {
     let mut events = Vec::new();
     let mut at_ms = 1_500;
     while at_ms < run_ms {
-        events.push(Event { at_ms, fault: kill(&mut rng) });
+        let fault = kill(&mut rng);
+        if let Fault::Kill { nodes, .. } = &fault
+            && nodes.len() == NODES
+            && rng.chance(700)
+        {
+            // So that everybody loses power.
+            let fault = Fault::Cache { nodes: nodes.clone() };
+            events.push(Event { at_ms: at_ms.saturating_sub(CACHED_FOR), fault });
+        }
+        events.push(Event { at_ms, fault });
         at_ms += rng.range(KILL_EVERY.0, KILL_EVERY.1);
     }
     let mut at_ms = 2_500;
@@ -180,8 +196,8 @@ pub(crate) fn drawn(seed: u64, shape: &Shape, run_ms: u64) -> Vec<Event> {
 fn kill(rng: &mut Rng) -> Fault {
     let first = rng.index(NODES);
     let nodes = match rng.below(20) {
-        0..=14 => vec![first],
-        15..=17 => vec![first, (first + 1) % NODES],
+        0..=13 => vec![first],
+        14..=16 => vec![first, (first + 1) % NODES],
         _ => (0..NODES).collect(),
     };
     let down_ms = [20, 20, 300, 1_500][rng.index(4)] + rng.below(300);

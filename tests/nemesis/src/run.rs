@@ -29,6 +29,8 @@ const HOSTS: usize = 2;
 const POWER: Duration = Duration::from_secs(6);
 /// Once nothing is wrong any more, all is served and read within this time.
 const RECOVERY: Duration = Duration::from_secs(120);
+/// Afterwards pools are looked at this often.
+const LOOK: Duration = Duration::from_secs(3);
 const TICK: Duration = Duration::from_millis(10);
 
 /// What is to be run.
@@ -223,6 +225,11 @@ impl Run {
                     self.later(*down_ms, Repair::Start(node));
                 }
             }
+            Fault::Cache { nodes } => {
+                for node in nodes {
+                    self.nodes.cache(*node)?;
+                }
+            }
             Fault::Pause { node, for_ms } => {
                 self.nodes.signal(*node, Signal::SIGSTOP)?;
                 self.later(*for_ms, Repair::Continue(*node));
@@ -318,9 +325,13 @@ impl Run {
         } else if self.shared.failure().is_none() {
             self.shared.set_phase(Phase::End);
         }
+        let mut looked = Duration::ZERO;
         while self.shared.phase() == Phase::Verify && hosts.iter().any(|host| !host.is_finished()) {
             self.repair(true)?;
-            self.restart_failed_pools()?;
+            if began.elapsed() > looked + LOOK {
+                looked = began.elapsed();
+                self.restart_failed_pools()?;
+            }
             self.look()?;
             if began.elapsed() > RECOVERY {
                 self.shared.fail(self.what_is_missing(), None);
@@ -398,8 +409,20 @@ impl Run {
         })
     }
 
-    /// A pool that went offline is so until its process is started again, as an operator would.
+    /// A pool that went offline is so until its process is started again, as an operator does.
     fn restart_failed_pools(&mut self) -> Result<()> {
+        for node in 0..NODES {
+            if api::has_failed_pool(&self.options.dir, node).unwrap_or(false) {
+                self.shared
+                    .trace
+                    .say("repair", &format!("n{} is started again: its pool is offline", node + 1));
+                let (killed, volatile) = self.nodes.kill(&[node])?;
+                for volume in &self.shared.volumes {
+                    volume.lock().killed(&killed, &volatile);
+                }
+                self.later(0, Repair::Start(node));
+            }
+        }
         Ok(())
     }
 }
