@@ -23,8 +23,8 @@ const IO: QueueIndex = QueueIndex(1);
 const SEND_WINDOWS: usize = 128;
 const CONNECT_TIMEOUT_MS: u32 = 700;
 const KATO_MS: u32 = 2_000;
-/// A path whose oldest request is older than this is left.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// A path whose oldest request is older than this is left, by a host that writes and by one that reads.
+const REQUEST_TIMEOUT: [Duration; 2] = [Duration::from_millis(1_500), Duration::from_secs(4)];
 /// The longest request, in blocks.
 const MAX_BLOCKS: u64 = 16;
 /// Blocks of an extent: a discard of a whole one gives it back.
@@ -51,7 +51,7 @@ impl Work {
             depth: if reader { 4 } else { [4, 8, 16][rng.index(3)] },
             gap_ns: [4, 8, 12][rng.index(3)] * MS,
             hot_blocks: [8, 32, 128][rng.index(3)],
-            reads_per_mille: if reader { 950 } else { 300 },
+            reads_per_mille: if reader { 1_000 } else { 300 },
         }
     }
 }
@@ -228,9 +228,10 @@ impl Host {
         if let Some(session) = self.session.as_mut().filter(|_| self.stage != Stage::Closing) {
             session.handle_timeout(now / MS, self.driver.memory());
         }
+        let patience = REQUEST_TIMEOUT[self.number.min(1)];
         let oldest = self.requests.iter().flatten().filter_map(|r| r.attempt.as_ref());
-        let late = oldest.map(|a| a.sent).min().is_some_and(|at| at.elapsed() > REQUEST_TIMEOUT);
-        let stuck = self.stage == Stage::Connecting && self.since.elapsed() > REQUEST_TIMEOUT;
+        let late = oldest.map(|a| a.sent).min().is_some_and(|at| at.elapsed() > patience);
+        let stuck = self.stage == Stage::Connecting && self.since.elapsed() > patience;
         if late && self.stage == Stage::Ready || stuck {
             self.fail();
         }

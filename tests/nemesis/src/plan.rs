@@ -65,7 +65,7 @@ pub(crate) enum Cut {
     Lossy(u64),
 }
 
-/// What goes wrong.
+/// What goes wrong. What has an `aim` hits whoever serves that volume at the time, where that is known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// SIGKILL, and a start later. Of a process whose disk has a volatile cache it is a loss of power.
@@ -73,9 +73,9 @@ pub(crate) enum Fault {
     /// From now on the disks of these have volatile caches, until they are started again.
     Cache { nodes: Vec<usize> },
     /// SIGSTOP, and SIGCONT later.
-    Pause { node: usize, for_ms: u64 },
+    Pause { node: usize, aim: Option<usize>, for_ms: u64 },
     /// Packets are dropped.
-    Partition { node: usize, cut: Cut, for_ms: u64 },
+    Partition { node: usize, aim: Option<usize>, cut: Cut, for_ms: u64 },
     /// Each disk operation takes about so long.
     SlowDisk { node: usize, ms: u64, for_ms: u64 },
     /// Reads, writes or both of a part of the disk fail; in units of 64 KiB.
@@ -206,11 +206,12 @@ fn kill(rng: &mut Rng) -> Fault {
 
 fn other(rng: &mut Rng, shape: &Shape) -> Fault {
     let node = rng.index(NODES);
+    let aim = rng.chance(500).then(|| rng.index(shape.volumes.len()));
     let short = rng.range(200, 2_500);
     // Longer than a lease, and than what is waited for a replica.
-    let long = rng.range(shape.lease_ms, shape.lease_ms + 3_000);
+    let long = rng.range(shape.lease_ms, shape.lease_ms + 4_000);
     match rng.below(20) {
-        0..=3 => Fault::Pause { node, for_ms: if rng.chance(500) { short } else { long } },
+        0..=3 => Fault::Pause { node, aim, for_ms: if rng.chance(500) { short } else { long } },
         4..=9 => {
             let cut = match rng.below(9) {
                 0 | 1 => Cut::Node,
@@ -220,7 +221,7 @@ fn other(rng: &mut Rng, shape: &Shape) -> Fault {
                 7 => Cut::Mute,
                 _ => Cut::Lossy(rng.range(2, 30)),
             };
-            Fault::Partition { node, cut, for_ms: long }
+            Fault::Partition { node, aim, cut, for_ms: long }
         }
         10..=12 => Fault::SlowDisk { node, ms: rng.range(2, 150), for_ms: long },
         13 | 14 => {

@@ -211,11 +211,12 @@ impl Run {
         *self.faults.entry(fault.kind()).or_default() += 1;
         match fault {
             Fault::Kill { nodes, down_ms } => {
+                let quiet = nodes.len() == 1 && self.repairs.is_empty();
                 let (killed, volatile) = self.nodes.kill(nodes)?;
                 self.kills += killed.len() as u64;
                 self.power += volatile.len() as u64;
                 for volume in &self.shared.volumes {
-                    volume.lock().killed(&killed, &volatile);
+                    volume.lock().killed(&killed, &volatile, quiet);
                 }
                 self.shared.trace.say("kill", &format!("{killed:?}, power lost: {volatile:?}"));
                 for &node in nodes {
@@ -230,13 +231,15 @@ impl Run {
                     self.nodes.cache(*node)?;
                 }
             }
-            Fault::Pause { node, for_ms } => {
-                self.nodes.signal(*node, Signal::SIGSTOP)?;
-                self.later(*for_ms, Repair::Continue(*node));
+            Fault::Pause { node, aim, for_ms } => {
+                let node = self.aimed(*node, *aim);
+                self.nodes.signal(node, Signal::SIGSTOP)?;
+                self.later(*for_ms, Repair::Continue(node));
             }
-            Fault::Partition { node, cut, for_ms } => {
-                self.nodes.net().cut(*node, Some(*cut))?;
-                self.later(*for_ms, Repair::Heal(*node));
+            Fault::Partition { node, aim, cut, for_ms } => {
+                let node = self.aimed(*node, *aim);
+                self.nodes.net().cut(node, Some(*cut))?;
+                self.later(*for_ms, Repair::Heal(node));
             }
             Fault::SlowDisk { node, ms, for_ms } => {
                 self.nodes.trouble(*node, "slow_ms", Some(ms.to_string()))?;
@@ -272,6 +275,16 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    /// Whoever serves the volume that is aimed at; the node where that is not known.
+    fn aimed(&self, node: usize, aim: Option<usize>) -> usize {
+        let hit = aim.and_then(|volume| self.shared.volumes[volume].lock().server());
+        let node = hit.unwrap_or(node);
+        if hit.is_some() {
+            self.shared.trace.say("fault", &format!("it hits n{}", node + 1));
+        }
+        node
     }
 
     /// Ends faults that are over; all of them at the end.
@@ -418,7 +431,7 @@ impl Run {
                     .say("repair", &format!("n{} is started again: its pool is offline", node + 1));
                 let (killed, volatile) = self.nodes.kill(&[node])?;
                 for volume in &self.shared.volumes {
-                    volume.lock().killed(&killed, &volatile);
+                    volume.lock().killed(&killed, &volatile, false);
                 }
                 self.later(0, Repair::Start(node));
             }

@@ -22,6 +22,8 @@ use crate::trace::Io;
 const KEPT: Duration = Duration::from_secs(6);
 /// What a nexus says of itself is believed once it still says so after this time.
 const CONFIRM: Duration = Duration::from_millis(500);
+/// A nexus knows of a member that came back what it lost within this time.
+const BACK: Duration = Duration::from_secs(3);
 /// How old what is known of who serves may be.
 const FRESH: Duration = Duration::from_millis(700);
 
@@ -61,13 +63,23 @@ struct Lost {
     at: Instant,
 }
 
-/// Members lost power under a nexus that lives.
+/// Members lost power.
 #[derive(Debug, Clone)]
 struct Power {
     nodes: BTreeSet<usize>,
     since: Instant,
-    /// It was given up to learn what became of them.
-    given_up: bool,
+    stage: Stage,
+}
+
+/// What is known of members that lost power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Whether others were in sync is not known: they stay away until it is.
+    Held,
+    /// Others were, and the nexus lives: they may come back at once, and nothing may be missing.
+    Free,
+    /// Something may be missing, and hosts were left the choice.
+    Drawn,
 }
 
 /// A volume.
@@ -158,7 +170,11 @@ impl Volume {
                 dead || lost.had != of && lost.at + KEPT < asked
             };
             self.closing = self.lost.iter().filter(|lost| over(lost)).copied().collect();
-            if self.power.as_ref().is_some_and(|power| power.since < asked && power.given_up) {
+            if self
+                .power
+                .as_ref()
+                .is_some_and(|power| power.since < asked && power.stage == Stage::Drawn)
+            {
                 self.power = None;
             }
         } else if let Some((by, since)) = self.served_by
@@ -183,6 +199,11 @@ impl Volume {
         now.then_some(seen)
     }
 
+    /// The node that serves it, as far as is known.
+    pub(crate) fn server(&self) -> Option<usize> {
+        self.serving().map(|seen| seen.of.node)
+    }
+
     /// Whether it is served, as far as is known.
     pub(crate) fn is_served(&self, died: impl Fn(Tenure) -> Option<Instant>) -> bool {
         self.serving().is_some_and(|seen| {
@@ -190,8 +211,9 @@ impl Volume {
         })
     }
 
-    /// These nodes were killed, and of `volatile` ones what the disk had not flushed is lost.
-    pub(crate) fn killed(&mut self, nodes: &[usize], volatile: &[usize]) {
+    /// These nodes were killed, and of `volatile` ones what the disk had not flushed is lost. `quiet` where nothing
+    /// else was wrong.
+    pub(crate) fn killed(&mut self, nodes: &[usize], volatile: &[usize], quiet: bool) {
         let members = &self.shape.data;
         let lost: BTreeSet<usize> =
             volatile.iter().copied().filter(|node| members.contains(node)).collect();
@@ -209,14 +231,16 @@ impl Volume {
         if nexus_died || !others || members.len() < 3 {
             self.draw_lots();
             // The next nexus that comes up may still find some of them.
-            self.power = Some(Power { nodes: lost, since, given_up: true });
+            self.power = Some(Power { nodes: lost, since, stage: Stage::Drawn });
             return;
         }
         let mut nodes = lost;
+        let mut stage = if quiet { Stage::Free } else { Stage::Held };
         if let Some(before) = self.power.take() {
             nodes.extend(before.nodes);
+            stage = Stage::Held;
         }
-        self.power = Some(Power { nodes, since, given_up: false });
+        self.power = Some(Power { nodes, since, stage });
     }
 
     fn draw_lots(&mut self) {
@@ -224,28 +248,34 @@ impl Volume {
         self.history.power_was_lost(true);
     }
 
-    /// Whoever serves has taken those out that lost power, and has others: nothing is lost.
+    /// Whoever serves has others than those that lost power: nothing is lost. Those were taken out, or were taken
+    /// back as ones that had lost nothing.
     fn look_at_power(&mut self) {
         let (Some(power), Some(seen)) = (&self.power, self.serving()) else { return };
-        let in_sync = &seen.view.in_sync;
-        if seen.asked > power.since && !in_sync.is_empty() && in_sync.is_disjoint(&power.nodes) {
-            self.strict += u64::from(!power.given_up);
+        let (in_sync, since) = (&seen.view.in_sync, seen.asked.checked_duration_since(power.since));
+        let Some(since) = since.filter(|_| !in_sync.is_empty()) else { return };
+        let left_out = in_sync.is_disjoint(&power.nodes);
+        let taken_back = power.stage == Stage::Free && since > BACK;
+        if in_sync.is_subset(&power.nodes) {
+            self.give_up();
+        } else if left_out || taken_back {
+            self.strict += u64::from(power.stage != Stage::Drawn);
             self.power = None;
         }
     }
 
     /// Whether a node that lost power must stay away, for it is not known yet what that means.
     pub(crate) fn holds_back(&self, node: usize) -> bool {
-        let waits = |power: &Power| !power.given_up && power.nodes.contains(&node);
+        let waits = |power: &Power| power.stage == Stage::Held && power.nodes.contains(&node);
         self.power.as_ref().is_some_and(waits)
     }
 
-    /// Nothing is learnt of the members that lost power: from now on they may have been the only ones.
+    /// The members that lost power may be the only ones.
     pub(crate) fn give_up(&mut self) {
-        if self.power.as_ref().is_some_and(|power| !power.given_up) {
+        if self.power.as_ref().is_some_and(|power| power.stage != Stage::Drawn) {
             self.draw_lots();
             if let Some(power) = &mut self.power {
-                power.given_up = true;
+                power.stage = Stage::Drawn;
             }
         }
     }
