@@ -190,7 +190,7 @@ pub(crate) fn watch(shared: &Arc<Shared>, dir: &Path, node: usize, places: &Plac
                 continue;
             }
             for told in list {
-                observe(shared, places, tenure, asked, told);
+                observe(shared, places, tenure, asked, &told);
             }
         }
         Ok(())
@@ -202,7 +202,7 @@ fn observe(
     places: &Places,
     tenure: crate::volume::Tenure,
     asked: Instant,
-    told: v1::Volume,
+    told: &v1::Volume,
 ) {
     let Some(volume) = shared.volumes.iter().find(|v| v.lock().name == told.name) else { return };
     let in_sync = told.children.iter().filter(|c| c.in_sync && !c.witness);

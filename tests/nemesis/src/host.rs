@@ -586,6 +586,7 @@ impl Host {
         let verifies = self.shared.phase() == Phase::Verify;
         if failed && verifies {
             // Everything is well by now: it is read until it can be.
+            self.next_ns = self.driver.now_ns() + 50 * MS;
             return;
         }
         let Some(request) = self.requests[tag].take() else { return };

@@ -95,6 +95,9 @@ pub(crate) fn run(options: &Options, stop: &Arc<AtomicBool>) -> Result<Report> {
     let written: Vec<String> =
         plan.iter().map(|e| format!("{:>8} ms {}", e.at_ms, e.fault)).collect();
     std::fs::write(options.dir.join("plan"), written.join("\n") + "\n")?;
+    if options.loud {
+        println!("{}", written.join("\n"));
+    }
     let blocks = usize::try_from(BLOCKS)?;
     let volumes = shape.volumes.iter().enumerate().map(|(number, of)| {
         Volume::new(number, &format!("v{}", number + 1), of.clone(), blocks, shape.tears)
