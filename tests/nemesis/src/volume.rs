@@ -285,3 +285,118 @@ impl Volume {
         self.power.as_ref().map_or(Duration::ZERO, |power| power.since.elapsed())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const N1: Tenure = Tenure { node: 0, life: 0 };
+    const N2: Tenure = Tenure { node: 1, life: 0 };
+
+    fn volume() -> Volume {
+        let shape = VolumeShape { data: vec![0, 1, 2], witness: None, home: 0, standbys: vec![1] };
+        Volume::new(0, "v1", shape, 1, false)
+    }
+
+    fn serves(volume: &mut Volume, by: Tenure, at: Instant, epoch: u64, in_sync: &[usize]) {
+        let in_sync = in_sync.iter().copied().collect();
+        let (state, detail) = ("online".to_owned(), String::new());
+        let view = View { state, detail, serving: true, epoch, in_sync };
+        // Of the first node it is known that it died, once another is asked.
+        volume.observed(by, at, view, |of| (by != N1 && of == N1).then(|| at - CONFIRM));
+    }
+
+    fn write(volume: &mut Volume) -> u64 {
+        let value = volume.history.fresh_value();
+        let at = volume.history.write_began((0, 1), value, 1, false);
+        volume.history.write_acked(0, 1, at);
+        value
+    }
+
+    fn read(volume: &mut Volume, value: u64) {
+        let mut page = [0; cairn_sim::disk::PAGE];
+        volume.history.encode(0, value, &mut page);
+        let invoked = volume.history.tick();
+        volume.history.read_ended(0, &page, invoked);
+    }
+
+    #[test]
+    fn a_member_that_lost_power_stays_away_until_the_nexus_has_left_it_out() {
+        let mut volume = volume();
+        serves(&mut volume, N1, Instant::now(), 1, &[0, 1, 2]);
+        volume.killed(&[1], &[1], false);
+        assert!(volume.holds_back(1) && !volume.holds_back(0));
+        serves(&mut volume, N1, Instant::now(), 1, &[0, 1, 2]);
+        assert!(volume.holds_back(1));
+        serves(&mut volume, N1, Instant::now(), 1, &[0, 2]);
+        assert!(!volume.holds_back(1));
+        assert_eq!((volume.strict, volume.lots), (1, 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "a read")]
+    fn what_others_have_is_not_lost_with_one() {
+        let mut volume = volume();
+        let a = write(&mut volume);
+        let _b = write(&mut volume);
+        serves(&mut volume, N1, Instant::now(), 1, &[0, 1, 2]);
+        volume.killed(&[1], &[1], true);
+        assert!(!volume.holds_back(1), "nothing else is wrong");
+        read(&mut volume, a);
+    }
+
+    #[test]
+    fn a_nexus_that_dies_with_a_member_leaves_a_choice() {
+        let mut volume = volume();
+        let a = write(&mut volume);
+        let _b = write(&mut volume);
+        serves(&mut volume, N1, Instant::now(), 1, &[0, 1, 2]);
+        volume.killed(&[0], &[0], true);
+        assert_eq!(volume.lots, 1);
+        read(&mut volume, a);
+        read(&mut volume, a);
+    }
+
+    #[test]
+    #[should_panic(expected = "a read")]
+    fn what_was_flushed_is_lost_by_nobody() {
+        let mut volume = volume();
+        let a = write(&mut volume);
+        let _b = write(&mut volume);
+        let flush = volume.history.tick();
+        volume.history.flush_acked(flush);
+        volume.killed(&[0, 1, 2], &[0, 1, 2], true);
+        read(&mut volume, a);
+    }
+
+    #[test]
+    #[should_panic(expected = "a read")]
+    fn a_write_of_a_dead_nexus_does_not_come_late() {
+        let mut volume = volume();
+        let start = Instant::now();
+        serves(&mut volume, N1, start, 1, &[0, 1, 2]);
+        let value = volume.history.fresh_value();
+        let at = volume.history.write_began((0, 1), value, 1, false);
+        volume.lost_path(0, 1, at, N1);
+        let later = start + Duration::from_secs(1);
+        serves(&mut volume, N2, later, 2, &[0, 1, 2]);
+        serves(&mut volume, N2, later + 2 * CONFIRM, 2, &[0, 1, 2]);
+        let kept = write(&mut volume);
+        read(&mut volume, kept);
+        read(&mut volume, value);
+    }
+
+    #[test]
+    fn one_of_a_nexus_that_may_live_comes_whenever_it_likes() {
+        let mut volume = volume();
+        let start = Instant::now();
+        let value = volume.history.fresh_value();
+        let at = volume.history.write_began((0, 1), value, 1, false);
+        volume.lost_path(0, 1, at, N2);
+        serves(&mut volume, N2, start, 2, &[0, 1, 2]);
+        serves(&mut volume, N2, start + 2 * CONFIRM, 2, &[0, 1, 2]);
+        let kept = write(&mut volume);
+        read(&mut volume, kept);
+        read(&mut volume, value);
+    }
+}
