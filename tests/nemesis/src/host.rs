@@ -27,6 +27,8 @@ const KATO_MS: u32 = 2_000;
 const REQUEST_TIMEOUT: [Duration; 2] = [Duration::from_millis(1_500), Duration::from_secs(4)];
 /// The longest request, in blocks.
 const MAX_BLOCKS: u64 = 16;
+/// How often what a lost write was to change is looked at, where it is not made again.
+const LOOKS: u8 = 6;
 /// Blocks of an extent: a discard of a whole one gives it back.
 const EXTENT_BLOCKS: u64 = 256;
 const MS: u64 = 1_000_000;
@@ -88,6 +90,8 @@ struct Request {
     blocks: u64,
     first: Instant,
     attempt: Option<Attempt>,
+    /// It is made so often again once it is answered.
+    looks: u8,
 }
 
 /// A host of one volume.
@@ -467,7 +471,8 @@ impl Host {
                 };
                 let (op, lba, blocks) = self.choose();
                 let first = Instant::now();
-                self.requests[tag] = Some(Request { op, lba, blocks, first, attempt: None });
+                self.requests[tag] =
+                    Some(Request { op, lba, blocks, first, attempt: None, looks: 0 });
                 tag
             }
         };
@@ -567,6 +572,16 @@ impl Host {
     fn path_lost(&mut self, tag: usize) {
         self.did(|did| did.retries += 1);
         self.end_attempt(tag, Outcome::Unknown);
+        let look = self.rng.chance(500);
+        if let Some(request) = &mut self.requests[tag]
+            && request.op.is_mutation()
+            && look
+        {
+            // Made again it would hide what it left different.
+            request.op = IoOp::Read;
+            request.blocks = request.blocks.min(MAX_BLOCKS);
+            request.looks = LOOKS;
+        }
     }
 
     fn completed(&mut self, done: &Completed) {
@@ -589,8 +604,12 @@ impl Host {
             self.next_ns = self.driver.now_ns() + 50 * MS;
             return;
         }
-        let Some(request) = self.requests[tag].take() else { return };
+        let Some(mut request) = self.requests[tag].take() else { return };
         let took = request.first.elapsed();
+        if !failed && request.looks > 0 {
+            (request.looks, request.first) = (request.looks - 1, Instant::now());
+            self.requests[tag] = Some(request);
+        }
         self.did(|did| {
             did.longest = did.longest.max(took);
             did.errors += u64::from(failed);
