@@ -62,7 +62,7 @@ struct Args {
 
 /// Bugs that show in real processes.
 const MUTANTS: [&str; 5] =
-    ["AckBeforeAll", "FlushAtReplica", "NoLease", "ReadOutOfSync", "ReconcileSkipped"];
+    ["AckBeforeAll", "FlushAtReplica", "NoLease", "NoOpenMark", "ReadOutOfSync"];
 
 fn main() -> ExitCode {
     match all() {
