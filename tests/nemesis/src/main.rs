@@ -154,6 +154,7 @@ fn tell(args: &Args, options: &Options, report: &Report) {
         did.longest.as_secs_f64()
     );
     match &report.failure {
+        None if report.interrupted => println!("  interrupted: nothing was read afterwards"),
         None => println!(
             "  afterwards  all is served and every block read after {:.1} s",
             report.recovered.as_secs_f64()
