@@ -5,6 +5,7 @@ mod bench;
 mod check;
 mod cli;
 mod client;
+mod clock;
 mod config;
 mod fsck;
 mod holder;

@@ -3,13 +3,14 @@
 //! The engine knows no time of day and forgets with its process; here is both.
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use cairn_api::v1;
 use cairn_engine::{RebuildEnded, VolumeReport};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+
+use crate::clock::now_s;
 
 /// Rebuilds of a volume that are remembered.
 const KEPT: usize = 100;
@@ -146,10 +147,6 @@ impl Rebuilds {
         let totals = v1::RebuildTotals { done: of.done, given_up: of.given_up, bytes: of.bytes };
         (records.collect(), totals)
     }
-}
-
-fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cairn_api::v1;
@@ -16,6 +16,7 @@ use cairn_engine::{Command, ScrubAction, VolumeReport};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::now_s;
 use crate::config;
 use crate::service::Service;
 
@@ -212,10 +213,6 @@ fn mix(id: u128) -> u128 {
         x ^= x >> 57;
     }
     x
-}
-
-fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// What is known of the scrubs of a process's volumes.

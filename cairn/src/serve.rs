@@ -117,6 +117,10 @@ fn shard_config(config: &Config, holder: u128) -> ShardConfig {
 /// Which boot of the machine this is. Where it is not told, every process counts as another one: then a
 /// replica that restarts with writes that were not flushed is taken out, which is safe.
 fn boot_id() -> Option<u128> {
+    #[cfg(feature = "nemesis")]
+    if let Some(told) = cairn_engine::nemesis::boot_id() {
+        return Some(told);
+    }
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     Some(uuid::Uuid::parse_str(text.trim()).ok()?.as_u128())
 }

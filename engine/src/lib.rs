@@ -8,6 +8,8 @@
 
 pub mod control;
 pub mod device;
+#[cfg(feature = "nemesis")]
+pub mod nemesis;
 pub mod register;
 pub mod shard;
 pub mod snapshot;

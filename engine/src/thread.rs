@@ -4,7 +4,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::thread::JoinHandle;
 
-use cairn_reactor::{Attach, DriverConfig, DriverError, Features, UringDriver, Waker};
+use cairn_reactor::{Attach, Driver, DriverConfig, DriverError, Features, UringDriver, Waker};
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
 use crate::control::{EngineError, Reply};
@@ -68,7 +68,7 @@ pub fn start(
             Ok(driver) => {
                 let told = ready.send(Ok((driver.waker(), driver.features())));
                 if told.is_ok() {
-                    run(Shard::new(driver, config), &inbox);
+                    run(Shard::new(dressed(driver), config), &inbox);
                 }
             }
             Err(error) => {
@@ -85,7 +85,22 @@ pub fn start(
     Ok((EngineHandle { commands, waker, features }, thread))
 }
 
-fn run(mut shard: Shard<UringDriver>, inbox: &Receiver<Command>) {
+#[cfg(not(feature = "nemesis"))]
+fn dressed(driver: UringDriver) -> UringDriver {
+    driver
+}
+
+/// With the disks, the clock and the bugs that the nemesis asks for.
+#[cfg(feature = "nemesis")]
+fn dressed(driver: UringDriver) -> crate::nemesis::FaultyDriver {
+    crate::nemesis::choose_mutant();
+    crate::nemesis::FaultyDriver::new(driver)
+}
+
+fn run<D: Driver<Device = Attach, Listener = TcpListener>>(
+    mut shard: Shard<D>,
+    inbox: &Receiver<Command>,
+) {
     while !shard.is_stopped() {
         if shard.turn() {
             while let Ok(command) = inbox.try_recv() {

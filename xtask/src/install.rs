@@ -19,6 +19,10 @@ pub(crate) const GUEST: &[(&str, &str)] = &[
     ("kill", "procps"),
 ];
 
+/// What the nemesis runs.
+pub(crate) const NEMESIS: &[(&str, &str)] =
+    &[("ip", "iproute2"), ("nft", "nftables"), ("setpriv", "util-linux")];
+
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Makes the programs available; the reason if they cannot be, for the suite to be skipped by.

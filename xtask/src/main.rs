@@ -1,8 +1,9 @@
 //! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask rot`, `cargo xtask sim`,
-//! `cargo xtask measure`.
+//! `cargo xtask nemesis`, `cargo xtask measure`.
 #![forbid(unsafe_code)]
 
 mod install;
+mod nemesis;
 mod process;
 mod source;
 mod suites;
@@ -47,6 +48,14 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Torment real processes in network namespaces, and judge what hosts see: `--minutes N`, `--seed S`,
+    /// `--mutant NAME` with one of the deliberate bugs, `--mutants` with each of five until it is caught,
+    /// `--trace`, `--keep`. Needs root, iproute2 and nftables. docs/nemesis.md tells of it.
+    #[command(disable_help_flag = true)]
+    Nemesis {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`, `--seed S`,
     /// `--seconds T`, `--trace`). With `--mutants`, run them with each of the deliberate bugs until it is
     /// caught.
@@ -84,6 +93,7 @@ fn run() -> Result<bool> {
             }
             tool(&["-p", "cairn-benches", "--bin", "measure"], &options)
         }
+        Task::Nemesis { options } => nemesis::run(&options),
         Task::Sim { options } if options.iter().any(|o| o == "--mutants") => {
             tool(&["-p", "cairn-sim", "--features", "mutants"], &options)
         }

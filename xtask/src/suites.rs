@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use cargo_metadata::MetadataCommand;
 
-use crate::install;
 use crate::process::{self, cargo, cargo_has, is_root};
+use crate::{install, nemesis as torment};
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -45,6 +45,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "sim", what: "simulated clusters from seeds, for a few minutes", run: sim },
     Suite { name: "check", what: "cairn up --check", run: check },
     Suite { name: "rot", what: "bits flipped in a running cluster's pools", run: rot },
+    Suite { name: "nemesis", what: "real processes killed, stopped, cut off", run: nemesis },
     Suite { name: "guest", what: "a Linux guest uses a volume", run: guest },
 ];
 
@@ -307,6 +308,25 @@ fn check(bench: &Bench) -> Result<Counts> {
 fn rot(bench: &Bench) -> Result<Counts> {
     let mut rot = Command::new(bench.cairn()?);
     bench.run(rot.args(["up", "--rot", "60"]), Duration::from_secs(300)).map(Counts::of)
+}
+
+fn nemesis(bench: &Bench) -> Result<Counts> {
+    if !is_root() {
+        return Ok(Counts::skipped(1, "needs root, for network namespaces"));
+    }
+    if let Some(why) = install::provide(install::NEMESIS, &bench.log)? {
+        return Ok(Counts::skipped(1, why));
+    }
+    let built = torment::build(|args| bench.cargo(args))?;
+    let mut run = built.command(&["--minutes", "1", "--seed", "1"]);
+    let ended = bench.run(&mut run, Duration::from_secs(400))?;
+    let said = bench.output();
+    let mut counts = last_line(&said).checked(ended);
+    if counts.skipped > 0 {
+        let why = said.lines().rfind(|line| line.starts_with("nemesis: ")).unwrap_or_default();
+        counts.note = why.trim_start_matches("nemesis: ").to_owned();
+    }
+    Ok(counts)
 }
 
 fn guest(bench: &Bench) -> Result<Counts> {

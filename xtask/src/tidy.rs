@@ -39,6 +39,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cairn-benches", &["*"]),
     ("cairn-fuzz", &["*"]),
     ("cairn-tests", &[]),
+    ("cairn-nemesis", &["cairn-engine", "cairn-sim", "cairn-api"]),
     ("xtask", &[]),
 ];
 
@@ -169,6 +170,16 @@ fn arrows(metadata: &Metadata) -> Result<Vec<Finding>> {
                 "decide what it may depend on and add it to ARROWS in xtask/src/tidy.rs",
             );
             continue;
+        }
+        let deliberate = ["mutants", "nemesis"];
+        let named = |features: &[String]| features.iter().any(|f| deliberate.contains(&f.as_str()));
+        let by_default = package.features.get("default").is_some_and(|features| named(features));
+        if by_default || package.dependencies.iter().any(|d| named(&d.features)) {
+            add(
+                1,
+                format!("crate {} turns deliberate bugs on in every build", package.name),
+                "only whoever builds for the simulator or the nemesis names these features",
+            );
         }
         let line_of = |name: &str| text.lines().position(|l| l.contains(name)).map_or(1, |i| i + 1);
         if PURE.contains(&package.name.as_str()) {

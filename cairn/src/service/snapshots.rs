@@ -1,7 +1,5 @@
 //! Snapshots of volumes, and volumes made of them.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use cairn_api::v1;
 use cairn_engine::block::{ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_engine::control::{Command, SnapshotReport};
@@ -18,7 +16,7 @@ use crate::state::SavedVolume;
 const NAME_MAX: usize = 64;
 
 pub(super) fn call(id: SnapshotId, name: &str) -> SnapshotCall {
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let created = crate::clock::now_s();
     SnapshotCall { spec: SnapshotSpec { id, name: name.to_owned(), created }, clone: None }
 }
 

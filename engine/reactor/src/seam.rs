@@ -244,7 +244,7 @@ pub trait Driver {
     /// completion, but not past `deadline_ns`; a deadline that has passed means "do not wait".
     fn poll(&mut self, out: &mut Vec<Completion>, deadline_ns: Option<u64>);
 
-    /// Nanoseconds of a monotonic clock.
+    /// Nanoseconds of a monotonic clock that goes on while the machine is suspended.
     fn now_ns(&self) -> u64;
 
     /// Gives a receive buffer back.

@@ -240,7 +240,8 @@ pub struct UringDriver {
     wake: Arc<EventFd>,
     wake_value: Box<[u8; 8]>,
     spinner: Spinner,
-    started: Instant,
+    /// When it was made, by [`boot_clock`].
+    started: Duration,
 }
 
 impl std::fmt::Debug for UringDriver {
@@ -292,7 +293,7 @@ impl UringDriver {
             wake: Arc::new(wake),
             wake_value: Box::new([0; 8]),
             spinner: Spinner::new(config.spin_ns),
-            started: Instant::now(),
+            started: boot_clock(),
         };
         driver.arm_wake();
         Ok(driver)
@@ -429,6 +430,13 @@ impl UringDriver {
     }
 }
 
+/// A clock that goes on while the machine is suspended, as `Instant`'s does not: a nexus that wakes up must see
+/// that its lease is over, for another may have taken its volume meanwhile. Needs no entry into the kernel.
+fn boot_clock() -> Duration {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    now.expect("Linux has had this clock since 2.6.39").into()
+}
+
 impl Driver for UringDriver {
     type Memory = Arena;
     type Device = Attach;
@@ -509,7 +517,8 @@ impl Driver for UringDriver {
     }
 
     fn now_ns(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        let since = boot_clock().saturating_sub(self.started);
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
     }
 
     fn release_chunk(&mut self, chunk: Chunk) {
