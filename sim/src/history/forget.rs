@@ -69,7 +69,7 @@ mod tests {
 
     fn write(history: &mut History) -> u64 {
         let value = history.fresh_value();
-        let at = history.write_began((0, 1), value, 1, true);
+        let at = history.write_began((0, 1), value, (1, 1), true);
         history.write_acked(0, 1, at);
         value
     }
@@ -115,7 +115,7 @@ mod tests {
     fn what_is_over_does_not_come_later() {
         let mut history = History::new(1, 1);
         let lost = history.fresh_value();
-        let at = history.write_began((0, 1), lost, 1, false);
+        let at = history.write_began((0, 1), lost, (1, 1), false);
         history.write_is_over(0, 1, at);
         let kept = write(&mut history);
         read(&mut history, kept);

@@ -496,10 +496,12 @@ impl Host {
                 for (lba, block) in (lba..).zip(bytes.chunks_mut(PAGE)) {
                     history.encode(lba, value, block);
                 }
-                history.write_began((lba, blocks), value, 1, fua)
+                history.write_began((lba, blocks), value, (self.id, 1), fua)
             }
-            IoOp::WriteZeroes { fua, .. } => history.write_began((lba, blocks), 0, 1, fua),
-            IoOp::Discard => history.write_began((lba, blocks), 0, 1, false),
+            IoOp::WriteZeroes { fua, .. } => {
+                history.write_began((lba, blocks), 0, (self.id, 1), fua)
+            }
+            IoOp::Discard => history.write_began((lba, blocks), 0, (self.id, 1), false),
             _ => history.tick(),
         };
         volume.under_way.insert(invoked);
@@ -553,7 +555,9 @@ impl Host {
         volume.requests.push(io.clone());
         match (&io.outcome, io.op.is_mutation()) {
             (Outcome::Done, true) => volume.history.write_acked(lba, blocks, invoked),
-            (Outcome::Done, false) if io.op == IoOp::Flush => volume.history.flush_acked(invoked),
+            (Outcome::Done, false) if io.op == IoOp::Flush => {
+                volume.history.flush_acked(self.id, invoked)
+            }
             (Outcome::Done, false) => volume.history.read_ended(lba, &bytes, invoked),
             (Outcome::Unknown, true) => volume.lost_path(lba, blocks, invoked, self.tenure),
             (Outcome::Failed(why), true) if why.contains("Capacity") => {

@@ -308,7 +308,7 @@ mod tests {
 
     fn write(volume: &mut Volume) -> u64 {
         let value = volume.history.fresh_value();
-        let at = volume.history.write_began((0, 1), value, 1, false);
+        let at = volume.history.write_began((0, 1), value, (1, 1), false);
         volume.history.write_acked(0, 1, at);
         value
     }
@@ -364,7 +364,7 @@ mod tests {
         let a = write(&mut volume);
         let _b = write(&mut volume);
         let flush = volume.history.tick();
-        volume.history.flush_acked(flush);
+        volume.history.flush_acked(1, flush);
         volume.killed(&[0, 1, 2], &[0, 1, 2], true);
         read(&mut volume, a);
     }
@@ -376,7 +376,7 @@ mod tests {
         let start = Instant::now();
         serves(&mut volume, N1, start, 1, &[0, 1, 2]);
         let value = volume.history.fresh_value();
-        let at = volume.history.write_began((0, 1), value, 1, false);
+        let at = volume.history.write_began((0, 1), value, (1, 1), false);
         volume.lost_path(0, 1, at, N1);
         let later = start + Duration::from_secs(1);
         serves(&mut volume, N2, later, 2, &[0, 1, 2]);
@@ -391,7 +391,7 @@ mod tests {
         let mut volume = volume();
         let start = Instant::now();
         let value = volume.history.fresh_value();
-        let at = volume.history.write_began((0, 1), value, 1, false);
+        let at = volume.history.write_began((0, 1), value, (1, 1), false);
         volume.lost_path(0, 1, at, N2);
         serves(&mut volume, N2, start, 2, &[0, 1, 2]);
         serves(&mut volume, N2, start + 2 * CONFIRM, 2, &[0, 1, 2]);
