@@ -16,6 +16,8 @@ pub(super) fn shape(config: &mut ClusterConfig, seed: u64) {
     let roles = Roles { auto_after_ms: [auto(&mut rng), auto(&mut rng)] };
     config.tuning.roles = Some(roles);
     config.second = true;
+    // Who is cut off reads its own replica.
+    config.local_replica = rng.chance(600);
     // Of several each may be served by another machine.
     config.volumes = 1;
 }
@@ -49,6 +51,10 @@ impl Run {
             if self.rng.chance(300) {
                 let at = self.any_pool();
                 self.leaves(at);
+            }
+            if self.rng.chance(600) {
+                // A write that hangs would keep a host from reading on.
+                self.tell(Orders { reads_per_mille: 1000, gap_ns: 15 * MS, ..reading });
             }
             self.disturb(old, long, writing);
         }
