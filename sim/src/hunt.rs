@@ -66,13 +66,15 @@ fn print(mutant: Mutant, found: Option<&Caught>) {
 fn haunt(mutant: Mutant) -> Option<Focus> {
     match mutant {
         Mutant::ReadOvertaken => Some(Focus::Everything),
-        Mutant::JoinerNotAwaited => Some(Focus::Rebuild),
+        Mutant::JoinerNotAwaited | Mutant::NoLock => Some(Focus::Rebuild),
         Mutant::StandbyIgnoresLeases | Mutant::HandOverDoesNotDrain => Some(Focus::Standby),
-        Mutant::LeaseFromAnswer => Some(Focus::Takeover),
+        Mutant::LeaseFromAnswer | Mutant::NoLease => Some(Focus::Takeover),
         Mutant::NoDrain | Mutant::ReadOvertakes => Some(Focus::Reconcile),
-        Mutant::SettleWithoutDrain | Mutant::CandidateStays | Mutant::LossNotTold => {
-            Some(Focus::Power)
-        }
+        Mutant::SettleWithoutDrain
+        | Mutant::SettleWithoutFlush
+        | Mutant::CandidateStays
+        | Mutant::IgnoreFua
+        | Mutant::LossNotTold => Some(Focus::Power),
         Mutant::StaleExtent | Mutant::SnapshotLetsWriteThrough => Some(Focus::Churn),
         _ => None,
     }

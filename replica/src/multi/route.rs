@@ -187,6 +187,14 @@ impl MultiPool {
                 self.unflushed[usize::from(slot)] &= !(1 << member);
                 continue;
             }
+            if !self.member(member).is_online() {
+                // What was not flushed is lost with the device. Whoever asks hears of it now; what is written
+                // from here on is on others, and can be flushed.
+                self.unflushed[usize::from(slot)] &= !(1 << member);
+                let request = self.requests.get_mut(id);
+                request.status = worse(request.status, IoStatus::MediaError);
+                continue;
+            }
             let part = Part {
                 request: id,
                 slot,
@@ -206,7 +214,7 @@ impl MultiPool {
 
     /// Starts a part. Returns whether it is now in flight or waits; otherwise it is done.
     fn run_part<M: Memory>(&mut self, mut part: Part, mem: &mut M) -> Result<bool, IoStatus> {
-        let lost = self.lost.is_lost(part.slot);
+        let mut lost = self.lost.is_lost(part.slot);
         let holder = match self.copy_of(part.slot, part.logical) {
             Some(at) if part.is_mutation() && self.is_closed(at, part.slot, part.logical) => {
                 self.copies[at].park(part);
@@ -215,7 +223,14 @@ impl MultiPool {
             Some(at) => Some(self.copies[at].serves()),
             None => self.holder(part.slot, part.logical),
         };
-        if let Some(member) = holder {
+        // All of an extent that was on a device which is durably left behind is written anew, on another.
+        let writes = matches!(part.op, IoOp::Write { .. } | IoOp::WriteZeroes { .. });
+        let anew = holder.filter(|&at| {
+            let holder = self.member(at);
+            writes && part.whole && holder.excluded && !holder.is_online()
+        });
+        lost |= anew.is_some();
+        if let Some(member) = holder.filter(|_| anew.is_none()) {
             if part.is_mutation() && self.adds_to_drain(member, &part) {
                 if let Some(at) = self.move_first(member, part.slot, part.logical) {
                     self.copies[at].park(part);

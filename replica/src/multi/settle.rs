@@ -96,7 +96,9 @@ impl MultiPool {
         let failed = || self.present().filter(|m| !m.is_online());
         if lost || failed().next().is_some() {
             for (byte, logical) in out[..len].iter_mut().zip(first..) {
-                let gone = (lost && *byte == 0) || failed().any(|m| m.pool.maps(slot, logical));
+                let there = *byte & change::MAPPED != 0;
+                let gone = !there && failed().any(|m| m.pool.maps(slot, logical));
+                let gone = gone || lost && *byte == 0;
                 *byte |= if gone { change::MAPPED | change::OPEN } else { 0 };
             }
         }

@@ -3,7 +3,8 @@
 use cairn_block::{BufSlice, Epoch, IoOp, IoRequest, IoStatus, LbaRange, PoolDeviceId, PoolId};
 use cairn_replica::disk::MemberState;
 use cairn_replica::{
-    ControlError, MultiPool, OpenOptions, Pool, PoolError, PoolState, Probe, Register, SparseDevice,
+    ControlError, MultiPool, OpenOptions, Pool, PoolError, PoolState, Probe, Register,
+    SparseDevice, change,
 };
 
 use crate::common::{Disk, EXTENT_BLOCKS, MIB, Sim, options};
@@ -330,6 +331,20 @@ fn a_device_that_dies_takes_down_only_what_it_holds() {
     let tag = set.tag();
     set.pool.write_register(tag, slot, register(4), &mut set.mem);
     assert_eq!(set.wait(tag).status, IoStatus::Ok);
+    // A rebuild gets it right while the process runs: what was not flushed is told of once and not for ever, all of
+    // an extent is written anew elsewhere, and flushed.
+    assert_eq!(set.write(slot, on_dead[0] * EXTENT_BLOCKS, 1, 1), IoStatus::MediaError);
+    let _told = set.flush(slot);
+    let mut marks = vec![0; 9];
+    set.pool.changes(slot, 0, u64::MAX, &mut marks).unwrap();
+    assert!(on_dead.iter().all(|&e| marks[usize::try_from(e).unwrap()] & change::OPEN != 0));
+    assert_eq!(set.write(slot, on_dead[0] * EXTENT_BLOCKS, EXTENT_BLOCKS, 0x31), IoStatus::Ok);
+    let op = IoOp::WriteZeroes { fua: true, unmap: true };
+    let zeroed = set.request(slot, op, on_dead[2] * EXTENT_BLOCKS, EXTENT_BLOCKS, 0).0;
+    assert_eq!(zeroed, IoStatus::Ok);
+    assert_eq!(set.flush(slot), IoStatus::Ok);
+    assert_eq!(set.read(slot, on_dead[0] * EXTENT_BLOCKS + 7), Ok(0x31));
+    assert_eq!(set.read(slot, on_dead[2] * EXTENT_BLOCKS + 7), Ok(0));
     // It returns at the next open, with its old register, and is not listened to.
     let (mut disks, _) = set.cut(false);
     for disk in &mut disks {
@@ -339,6 +354,8 @@ fn a_device_that_dies_takes_down_only_what_it_holds() {
     assert_eq!(set.aside.len(), 1);
     assert_eq!(set.pool.register(slot), Some(&register(4)));
     assert_eq!(set.read(slot, on_dead[1] * EXTENT_BLOCKS + 3), Err(IoStatus::MediaError));
+    assert_eq!(set.read(slot, on_dead[0] * EXTENT_BLOCKS + 7), Ok(0x31));
+    assert_eq!(set.read(slot, on_dead[2] * EXTENT_BLOCKS + 7), Ok(0));
     assert_eq!(set.read(slot, alive * EXTENT_BLOCKS + 3), Ok(u8::try_from(alive + 1).unwrap()));
     assert_eq!(set.read(other, 1), Ok(0));
     assert_eq!(set.read(other, 0), Ok(9));

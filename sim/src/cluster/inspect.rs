@@ -79,6 +79,13 @@ impl Cluster {
                     if x == y {
                         continue;
                     }
+                    // What was lost with a disk is read from others, and heals.
+                    let lost = |id: &ReplicaId, copy: &[u8]| {
+                        self.may_have_lost(pool_of(*id)) && copy.iter().all(|b| *b == UNREADABLE)
+                    };
+                    if lost(first, x) || lost(other, y) {
+                        continue;
+                    }
                     let (x, y) = (self.decrypted(volume, lba, x), self.decrypted(volume, lba, y));
                     let (x, y) =
                         (history.borrow().decode(lba, &x), history.borrow().decode(lba, &y));
@@ -129,9 +136,10 @@ impl Cluster {
                 first.get_or_insert_with(|| bytes.clone());
                 self.taken.push((volume, id, at, bytes));
             }
+            // Where only a member had it whose disk died, it is lost.
             check!(
                 Check::Snapshots,
-                first.is_some(),
+                first.is_some() || self.config.wide_pool.is_some_and(|at| self.may_have_lost(at)),
                 "snapshot {id} of volume {volume} is nowhere"
             );
         }
@@ -278,8 +286,15 @@ impl Cluster {
     /// What a replica holds, read from its pool as after a crash at this moment; as it is on the disk.
     pub(super) fn contents(&self, volume: usize, id: ReplicaId) -> Vec<u8> {
         let image = self.image_on(id, self.copies(pool_of(id)));
-        check!(Check::Scrub, image.whole, "replica {id} of volume {volume} cannot be read");
+        let lost = self.may_have_lost(pool_of(id));
+        check!(Check::Scrub, image.whole || lost, "replica {id} of volume {volume} cannot be read");
         image.bytes
+    }
+
+    /// Whether a disk of a pool that has several has failed, and may be left behind with what it held.
+    fn may_have_lost(&self, at: usize) -> bool {
+        let mut world = self.world();
+        self.is_wide(at) && self.disks[at].iter().any(|disk| world.disk(*disk).has_failed)
     }
 
     fn image_on(&self, id: ReplicaId, disks: Vec<SimDisk>) -> Image {
@@ -334,7 +349,7 @@ impl Cluster {
             }
             // Of a block whose last write failed nothing is known.
             let failed = disks.iter().any(|disk| disk.has_failed);
-            whole &= failed;
+            whole &= failed && disks.len() == 1;
             for lba in lba..lba + blocks {
                 let status = match failed {
                     true => {

@@ -424,8 +424,15 @@ impl Run {
             0 => self.cluster.pause_process(old, long / 2),
             2..=4 => {
                 // The answers to its last renewals are late, and it can ask for no more.
-                let soon = self.rng.below(520 * MS);
-                let late = soon + self.rng.below(400 * MS);
+                let mut soon = self.rng.below(520 * MS);
+                let mut late = soon + self.rng.below(400 * MS);
+                // Drawn apart: nothing else changes with it. Hosts have just begun to read: the renewal that is due
+                // after half of the lease is sent, granted, and its answer comes when others may serve.
+                let mut later = Rng::new(self.now() ^ 0x1ea5);
+                if later.chance(600) {
+                    soon = 450 * MS + later.below(80 * MS);
+                    late = soon + 150 * MS + later.below(600 * MS);
+                }
                 for other in &others {
                     let late = if *other == next { long } else { late };
                     self.cluster.world().block(*other, old_machine, late);
@@ -451,6 +458,15 @@ impl Run {
             self.cluster.start_process(1 - old);
         }
         self.cluster.take_over();
+        // A host that finds the next one not serving yet goes back to the old one, and what it writes there holds up
+        // who reads the same blocks: most wait.
+        if Rng::new(self.now() ^ 0x4a17).chance(700) {
+            let volumes = self.cluster.volume_count();
+            self.pass_until(3_000 * MS, |cluster| {
+                let all = cluster.glance();
+                all.len() == volumes && all.iter().all(|r| r.serving)
+            });
+        }
         for host in 0..self.cluster.hosts() {
             if host % 2 == 1 {
                 self.cluster.move_host(host);
