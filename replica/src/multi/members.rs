@@ -205,7 +205,7 @@ impl MultiPool {
             self.member_mut(at).role = MemberState::Live;
             return Err(why);
         }
-        self.share_reserve();
+        self.keep_without(at);
         let change = Change::Set(id, MemberState::Draining);
         self.push_job(Some(tag), Kind::members(change, Then::Drains(at)));
         Ok(())

@@ -22,6 +22,8 @@ pub(super) struct Promise {
     bound: Vec<u64>,
     /// What can be on any.
     loose: u64,
+    /// By device: what comes back there and is not to go to others.
+    returning: Vec<u64>,
 }
 
 impl Promise {
@@ -38,7 +40,8 @@ impl MultiPool {
 
     /// What the thick replicas that there are have yet to write.
     pub(super) fn promised(&self) -> Promise {
-        let mut promise = Promise { bound: vec![0; self.members.len()], loose: 0 };
+        let none = vec![0; self.members.len()];
+        let mut promise = Promise { bound: none.clone(), loose: 0, returning: none };
         for slot in 0..self.slots {
             let Some((extents, _)) = self.lead().and_then(|lead| lead.thick(slot)) else {
                 continue;
@@ -151,7 +154,8 @@ impl MultiPool {
                 return Err(ControlError::NoRoom { needed, free });
             }
             if self.keeps(at) {
-                promise.bound[at] = needed.max(bound) + here;
+                promise.bound[at] = needed.max(bound);
+                promise.returning[at] = here;
             }
         }
         self.keep(&promise);
@@ -257,18 +261,37 @@ impl MultiPool {
         }
     }
 
+    /// What is kept on a device that is to be removed is kept on the others from now on.
+    pub(super) fn keep_without(&mut self, at: usize) {
+        if !self.active.iter().any(|job| job.kind.is_exclusive()) {
+            return self.share_reserve();
+        }
+        // What a command under way needs is kept besides, and counted when it is over.
+        for _ in 0..self.member(at).pool.bound {
+            if let Some(to) = self.roomiest() {
+                self.member_mut(to).pool.move_loose(true);
+            }
+        }
+        self.recount_reserve();
+        self.take_from_draining();
+    }
+
+    /// The device for new extents with the most room.
+    fn roomiest(&self) -> Option<usize> {
+        let room = |&to: &usize| {
+            let pool = &self.member(to).pool;
+            (pool.extents_unreserved(), pool.extents_available())
+        };
+        (0..self.members.len()).filter(|&to| self.keeps(to)).max_by_key(room)
+    }
+
     /// What thick replicas give back on a device that is being removed they may write again, on another.
     fn take_from_draining(&mut self) {
         for at in 0..self.members.len() {
             let draining = |m: &&Member| m.role == MemberState::Draining && m.is_serving();
             let loose = self.members[at].as_ref().filter(draining).map_or(0, |m| m.pool.loose());
             for _ in 0..loose {
-                let room = |&to: &usize| {
-                    let pool = &self.member(to).pool;
-                    (pool.extents_unreserved(), pool.extents_available())
-                };
-                let to = (0..self.members.len()).filter(|&to| self.keeps(to)).max_by_key(room);
-                let Some(to) = to else { return };
+                let Some(to) = self.roomiest() else { return };
                 self.member_mut(at).pool.move_loose(false);
                 self.member_mut(to).pool.move_loose(true);
             }
@@ -316,6 +339,7 @@ impl MultiPool {
             left -= share;
             all -= room;
             let bound = if self.keeps(at) { promise.bound[at] } else { self.bound_on(at) };
+            let share = share + promise.returning[at];
             self.member_mut(at).pool.keep_free(bound, share);
         }
     }
