@@ -66,10 +66,15 @@ fn print(mutant: Mutant, found: Option<&Caught>) {
 fn haunt(mutant: Mutant) -> Option<Focus> {
     match mutant {
         Mutant::ReadOvertaken => Some(Focus::Everything),
-        Mutant::JoinerNotAwaited | Mutant::NoLock => Some(Focus::Rebuild),
         Mutant::StandbyIgnoresLeases | Mutant::HandOverDoesNotDrain => Some(Focus::Standby),
-        Mutant::LeaseFromAnswer | Mutant::NoLease => Some(Focus::Takeover),
-        Mutant::NoDrain | Mutant::ReadOvertakes => Some(Focus::Reconcile),
+        Mutant::JoinerNotAwaited | Mutant::JoinBeforeFlush | Mutant::NoLock => Some(Focus::Rebuild),
+        Mutant::LeaseFromAnswer
+        | Mutant::NoLease
+        | Mutant::TakeoverDoesNotWait
+        | Mutant::NoFence => Some(Focus::Takeover),
+        Mutant::NoDrain | Mutant::ReadOvertakes | Mutant::ReadBeforeReconcile => {
+            Some(Focus::Reconcile)
+        }
         Mutant::SettleWithoutDrain
         | Mutant::SettleWithoutFlush
         | Mutant::CandidateStays
