@@ -243,7 +243,8 @@ impl MultiPool {
                 }
             }
             part.member = member;
-            if lost && part.whole {
+            // What is mapped nowhere would read as an error.
+            if (lost && part.whole) || self.keeps_on_drain(member, &part) {
                 part.op = kept(part.op);
             }
             self.send(part, mem);
@@ -287,6 +288,16 @@ impl MultiPool {
         on.role == MemberState::Draining
             && on.is_online()
             && !on.pool.has_own(part.slot, part.logical)
+    }
+
+    /// Whether a change is of what a thick replica has on a device that is being removed: given back, there
+    /// would be nothing for it when it is written again, for the room that it was to move to is anybody's.
+    fn keeps_on_drain(&self, member: usize, part: &Part) -> bool {
+        let on = self.member(member);
+        on.role == MemberState::Draining
+            && on.is_online()
+            && on.pool.thick(part.slot).is_some()
+            && on.pool.has_own(part.slot, part.logical)
     }
 
     fn note_change(&mut self, part: &Part) {
@@ -417,7 +428,7 @@ impl MultiPool {
     }
 }
 
-/// The same without giving the extent back: an extent that is mapped nowhere would read as an error.
+/// The same without giving the extent back.
 fn kept(op: IoOp) -> IoOp {
     match op {
         IoOp::Discard => IoOp::WriteZeroes { fua: false, unmap: false },

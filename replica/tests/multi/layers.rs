@@ -447,6 +447,38 @@ fn requests_that_wait_together_get_the_room_of_another_device() {
     }
 }
 
+/// What a thick replica discards on a device that is being removed it can write again, though what it was to
+/// move to has been taken by others.
+#[test]
+fn a_thick_replica_keeps_what_it_discards_on_a_device_that_is_being_removed() {
+    for seed in 0..8 {
+        let mut set = Set::formatted(&[DISK, DISK], seed);
+        let total = set.pool.usage().extents_total;
+        let thin = set.create(1, 4 * total);
+        let slot = thick(&mut set, 2, 6).unwrap();
+        fill(&mut set, slot, 6, 1);
+        let tag = set.remove(1);
+        // Requests for all of the other device's room are there before the first extent moves.
+        let buf = set.mem.alloc(4096).unwrap();
+        for extent in 0..total {
+            let range = LbaRange::new(Lba(extent * EXTENT_BLOCKS), 1).unwrap();
+            let request = IoRequest { op: IoOp::Write { fua: false }, range, buf: buf.slice() };
+            let tag = set.tag();
+            set.pool.submit(tag, thin, request, &mut set.mem);
+        }
+        set.wait(tag);
+        set.mem.release(buf);
+        for extent in 0..6 {
+            let first = extent * EXTENT_BLOCKS;
+            let gone = set.request(slot, IoOp::Discard, first, EXTENT_BLOCKS, 0);
+            assert_eq!(gone.0, IoStatus::Ok);
+            assert_eq!(set.read(slot, first), Ok(0));
+            fill_up(&mut set, thin, 2 * total);
+            assert_eq!(set.write(slot, first, 1, 2), IoStatus::Ok, "seed {seed}, extent {extent}");
+        }
+    }
+}
+
 /// What a thick replica is just being given is not kept for it once more, and the rest not where there is none:
 /// nobody else gets it.
 #[test]
