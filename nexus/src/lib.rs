@@ -34,6 +34,7 @@ mod rebuild;
 mod reconcile;
 mod reconfigure;
 mod register;
+mod requests;
 mod scrub;
 mod settle;
 mod slots;
