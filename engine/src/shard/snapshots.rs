@@ -229,7 +229,7 @@ impl<D: Driver> Shard<D> {
         let ready = !gone
             && work.volumes.iter().all(|&(at, ..)| {
                 let nexus = &self.volumes[at].nexus;
-                nexus.has_room() && (!several || nexus.in_flight() == 0)
+                nexus.has_room() && (!several || nexus.unanswered() == 0)
             });
         if gone || (!ready && now >= work.deadline_ms) {
             for (.., answer) in &mut self.snapshots[i].volumes {
