@@ -65,16 +65,16 @@ fn print(mutant: Mutant, found: Option<&Caught>) {
 /// What the seeds are about in which one is hunted that hardly shows elsewhere.
 fn haunt(mutant: Mutant) -> Option<Focus> {
     match mutant {
-        Mutant::ReadOvertaken => Some(Focus::Everything),
         Mutant::StandbyIgnoresLeases | Mutant::HandOverDoesNotDrain => Some(Focus::Standby),
         Mutant::JoinerNotAwaited | Mutant::JoinBeforeFlush | Mutant::NoLock => Some(Focus::Rebuild),
         Mutant::LeaseFromAnswer
         | Mutant::NoLease
         | Mutant::TakeoverDoesNotWait
         | Mutant::NoFence => Some(Focus::Takeover),
-        Mutant::NoDrain | Mutant::ReadOvertakes | Mutant::ReadBeforeReconcile => {
-            Some(Focus::Reconcile)
-        }
+        Mutant::NoDrain
+        | Mutant::ReadOvertakes
+        | Mutant::ReadOvertaken
+        | Mutant::ReadBeforeReconcile => Some(Focus::Reconcile),
         Mutant::SettleWithoutDrain
         | Mutant::SettleWithoutFlush
         | Mutant::CandidateStays

@@ -5,6 +5,7 @@ mod faults;
 mod focus;
 mod force;
 mod members;
+mod overtaken;
 mod standby;
 
 use cairn_engine::ChildReport;

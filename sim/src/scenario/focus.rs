@@ -562,6 +562,11 @@ impl Run {
 
     /// A nexus dies with much on its way, and what it left is read at once.
     fn reconcile_round(&mut self) {
+        let mut apart = Rng::new(self.now() ^ 0x0e7a);
+        if apart.chance(250) {
+            self.overtaken_round(&mut apart);
+            return self.settle_down();
+        }
         self.slow_down();
         let aim = if self.rng.chance(700) {
             Aim::Within(self.rng.below(1000), 1 + self.rng.below(12))
