@@ -88,6 +88,11 @@ impl Pool {
         }
     }
 
+    /// So much of what is kept here need not be.
+    pub(crate) fn loosen_reserve(&mut self, extents: u64) {
+        self.bound = self.bound.saturating_sub(extents);
+    }
+
     /// Free extents that are kept for nobody.
     pub(crate) fn extents_unreserved(&self) -> u64 {
         u64::from(self.extents.free()).saturating_sub(self.reserved)

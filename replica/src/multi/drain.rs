@@ -90,9 +90,10 @@ pub(super) struct Copy {
     /// The one that is being copied, and its next block.
     current: usize,
     next: u32,
-    /// How many there will be, and how many more thick replicas may write where the family goes.
+    /// How many there will be.
     count: u64,
-    bound: u64,
+    /// Extents that are kept on the target, for what thick replicas may write over the family there.
+    kept: u64,
     /// No change may begin.
     closed: bool,
     /// Changes that wait.
@@ -235,7 +236,7 @@ impl MultiPool {
             current: 0,
             next: 0,
             count: 0,
-            bound: 0,
+            kept: 0,
             closed: false,
             parked: Vec::new(),
             buf: None,
@@ -420,7 +421,10 @@ impl MultiPool {
         };
         let copy = &mut self.copies[at];
         copy.target = target;
-        (copy.count, copy.bound) = (count as u64, bound as u64);
+        (copy.count, copy.kept) = (count as u64, bound as u64);
+        for _ in 0..bound {
+            self.member_mut(target).pool.bind_reserve();
+        }
         self.next_member(at, mem);
     }
 
@@ -439,8 +443,7 @@ impl MultiPool {
             // What others on their way there will take is not there any more.
             let others = self.copies.iter().filter(|c| !c.is_queued() && c.target == at);
             let to_come = |c: &Copy| c.count - c.count.min(c.current as u64);
-            let (coming, binding) = others.fold((0, 0), |(n, b), c| (n + to_come(c), b + c.bound));
-            let (count, bound) = (count + coming, bound + binding);
+            let count = others.fold(count, |n, c| n + to_come(c));
             let free = pool.extents_unreserved();
             free >= count && free + pool.loose() >= count + bound
         })
@@ -509,6 +512,14 @@ impl MultiPool {
         if count > MAX_TOGETHER {
             return self.give_up(at, mem);
         }
+        // What was written meanwhile is copied to what is kept for it.
+        let target = self.copies[at].target;
+        let thick = |slot: &&u16| self.member(target).pool.thick(**slot).is_some();
+        let kept = (written.iter().filter(thick).count() as u64).min(self.copies[at].kept);
+        for _ in 0..kept {
+            self.member_mut(target).pool.unbind_reserve();
+        }
+        self.copies[at].kept -= kept;
         self.copies[at].members.extend(written);
         self.next_member(at, mem);
     }
@@ -632,20 +643,32 @@ impl MultiPool {
         }
     }
 
-    /// What thick replicas may write over the family has to be where that is now.
+    /// What thick replicas may write over the family is kept where that is now.
     fn bind_reserve(&mut self, at: usize) {
         let (source, target) = (self.copies[at].source, self.copies[at].target);
         let slots = &self.copies[at].family.readers;
         let own = |slot: &u16| !self.copies[at].members.contains(slot);
         let thick = |slot: &u16| self.member(target).pool.thick(*slot).is_some();
-        for _ in 0..slots.iter().filter(|slot| own(slot) && thick(slot)).count() {
-            self.member_mut(target).pool.bind_reserve();
+        let bound = slots.iter().filter(|slot| own(slot) && thick(slot)).count() as u64;
+        for _ in 0..bound {
             self.member_mut(source).pool.unbind_reserve();
         }
+        for _ in self.copies[at].kept..bound {
+            self.member_mut(target).pool.bind_reserve();
+        }
+        for _ in bound..self.copies[at].kept {
+            self.member_mut(target).pool.unbind_reserve();
+        }
+        self.copies[at].kept = 0;
     }
 
     fn end_copy<M: Memory>(&mut self, at: usize, mem: &mut M) {
         let copy = self.copies.remove(at);
+        if copy.kept > 0 {
+            // It was given up: that need not be there.
+            self.member_mut(copy.target).pool.loosen_reserve(copy.kept);
+            self.recount_reserve();
+        }
         if let Some(buf) = copy.buf {
             mem.release(buf);
         }

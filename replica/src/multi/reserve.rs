@@ -263,10 +263,10 @@ impl MultiPool {
 
     /// What is kept on a device that is to be removed is kept on the others from now on.
     pub(super) fn keep_without(&mut self, at: usize) {
-        if !self.active.iter().any(|job| job.kind.is_exclusive()) {
+        if self.copies.is_empty() && !self.active.iter().any(|job| job.kind.is_exclusive()) {
             return self.share_reserve();
         }
-        // What a command under way needs is kept besides, and counted when it is over.
+        // What a command or a move under way needs is kept besides, and counted when it is over.
         for _ in 0..self.member(at).pool.bound {
             if let Some(to) = self.roomiest() {
                 self.member_mut(to).pool.move_loose(true);
