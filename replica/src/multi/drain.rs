@@ -92,8 +92,8 @@ pub(super) struct Copy {
     next: u32,
     /// How many there will be.
     count: u64,
-    /// Extents that are kept on the target, for what thick replicas may write over the family there.
-    kept: u64,
+    /// Thick replicas that may write over the family, and for which an extent is kept on the target.
+    kept: Vec<u16>,
     /// No change may begin.
     closed: bool,
     /// Changes that wait.
@@ -236,7 +236,7 @@ impl MultiPool {
             current: 0,
             next: 0,
             count: 0,
-            kept: 0,
+            kept: Vec::new(),
             closed: false,
             parked: Vec::new(),
             buf: None,
@@ -405,8 +405,9 @@ impl MultiPool {
             let frozen = members.clone().copied().filter(|&slot| pool.is_frozen(slot));
             (members.count(), frozen.collect::<Vec<_>>())
         };
-        let bound = family.readers.iter().filter(|&&slot| self.may_write_again(at, slot)).count();
-        let target = self.target_for(source, count as u64, bound as u64);
+        let readers = family.readers.iter().copied();
+        let kept: Vec<u16> = readers.filter(|&slot| self.may_write_again(at, slot)).collect();
+        let target = self.target_for(source, count as u64, kept.len() as u64);
         let copy = &mut self.copies[at];
         copy.family = family;
         copy.members = frozen;
@@ -421,10 +422,11 @@ impl MultiPool {
         };
         let copy = &mut self.copies[at];
         copy.target = target;
-        (copy.count, copy.kept) = (count as u64, bound as u64);
-        for _ in 0..bound {
+        copy.count = count as u64;
+        for _ in &kept {
             self.member_mut(target).pool.bind_reserve();
         }
+        self.copies[at].kept = kept;
         self.next_member(at, mem);
     }
 
@@ -513,14 +515,14 @@ impl MultiPool {
             return self.give_up(at, mem);
         }
         // What was written meanwhile is copied to what is kept for it.
-        let target = self.copies[at].target;
-        let thick = |slot: &&u16| self.member(target).pool.thick(**slot).is_some();
-        let kept = (written.iter().filter(thick).count() as u64).min(self.copies[at].kept);
-        for _ in 0..kept {
+        let copy = &mut self.copies[at];
+        let before = copy.kept.len();
+        copy.kept.retain(|slot| !written.contains(slot));
+        let (target, wrote) = (copy.target, before - copy.kept.len());
+        copy.members.extend(written);
+        for _ in 0..wrote {
             self.member_mut(target).pool.unbind_reserve();
         }
-        self.copies[at].kept -= kept;
-        self.copies[at].members.extend(written);
         self.next_member(at, mem);
     }
 
@@ -645,28 +647,27 @@ impl MultiPool {
 
     /// What thick replicas may write over the family is kept where that is now.
     fn bind_reserve(&mut self, at: usize) {
-        let (source, target) = (self.copies[at].source, self.copies[at].target);
-        let slots = &self.copies[at].family.readers;
-        let own = |slot: &u16| !self.copies[at].members.contains(slot);
-        let thick = |slot: &u16| self.member(target).pool.thick(*slot).is_some();
-        let bound = slots.iter().filter(|slot| own(slot) && thick(slot)).count() as u64;
-        for _ in 0..bound {
+        let Copy { source, target, family, members, kept, .. } = &mut self.copies[at];
+        let (source, target, kept) = (*source, *target, std::mem::take(kept));
+        let over = family.readers.iter().copied().filter(|slot| !members.contains(slot));
+        let over: Vec<u16> = over.collect();
+        for slot in over {
+            if self.member(target).pool.thick(slot).is_none() {
+                continue;
+            }
             self.member_mut(source).pool.unbind_reserve();
+            // One that a crash cut off begins here.
+            if !kept.contains(&slot) {
+                self.member_mut(target).pool.bind_reserve();
+            }
         }
-        for _ in self.copies[at].kept..bound {
-            self.member_mut(target).pool.bind_reserve();
-        }
-        for _ in bound..self.copies[at].kept {
-            self.member_mut(target).pool.unbind_reserve();
-        }
-        self.copies[at].kept = 0;
     }
 
     fn end_copy<M: Memory>(&mut self, at: usize, mem: &mut M) {
         let copy = self.copies.remove(at);
-        if copy.kept > 0 {
+        if !copy.kept.is_empty() {
             // It was given up: that need not be there.
-            self.member_mut(copy.target).pool.loosen_reserve(copy.kept);
+            self.member_mut(copy.target).pool.loosen_reserve(copy.kept.len() as u64);
             self.recount_reserve();
         }
         if let Some(buf) = copy.buf {
