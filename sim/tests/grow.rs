@@ -1,48 +1,12 @@
 //! A volume grows while one of its replicas is away and nothing is written: the replica stays in sync, and
 //! is too small when it comes back.
 
-use cairn_engine::nexus::Purpose;
-use cairn_sim::world::MS;
-use cairn_sim::{Cluster, ClusterConfig, Tuning, Workload, World};
+mod common;
 
-fn cluster(seed: u64, local_replica: bool) -> Cluster {
-    let config = ClusterConfig {
-        volumes: 1,
-        blocks: 1024,
-        replicas: 3,
-        witness: None,
-        wide_pool: None,
-        spares: 0,
-        local_replica,
-        tears: true,
-        second: false,
-        second_local: false,
-        disk_len: 24 << 20,
-        child_deadline_ms: 1_000,
-        replica_kato_ms: 1_000,
-        digests: false,
-        queue_entries: 64,
-        volume_requests: 64,
-        arena_len: 8 << 20,
-        zeroed: true,
-        encrypted: seed.is_multiple_of(2),
-        tuning: Tuning::default(),
-        small_pool: None,
-    };
-    let mut cluster = Cluster::new(World::new(seed), config);
-    let work = Workload {
-        depth: 8,
-        gap_ns: 0,
-        hot_blocks: 64,
-        requests: 100,
-        reads_per_mille: 300,
-        kato_ms: 5_000,
-        digests: false,
-    };
-    cluster.add_client(0, work);
-    assert!(cluster.run_while(20_000 * MS, Cluster::clients_are_done), "the writes end");
-    cluster
-}
+use cairn_engine::nexus::Purpose;
+use cairn_sim::Cluster;
+use cairn_sim::world::MS;
+use common::cluster;
 
 fn check(mut cluster: Cluster) {
     cluster.run_while(10_000 * MS, |_| false);

@@ -1,47 +1,11 @@
 //! A snapshot is deleted while a replica is away: the replica has it when it comes back, and deletes it.
 
-use cairn_engine::nexus::Purpose;
-use cairn_sim::world::MS;
-use cairn_sim::{Cluster, ClusterConfig, Tuning, Workload, World};
+mod common;
 
-fn cluster(seed: u64, local_replica: bool) -> Cluster {
-    let config = ClusterConfig {
-        volumes: 1,
-        blocks: 1024,
-        replicas: 3,
-        witness: None,
-        wide_pool: None,
-        spares: 0,
-        local_replica,
-        tears: true,
-        second: false,
-        second_local: false,
-        disk_len: 24 << 20,
-        child_deadline_ms: 1_000,
-        replica_kato_ms: 1_000,
-        digests: false,
-        queue_entries: 64,
-        volume_requests: 64,
-        arena_len: 8 << 20,
-        zeroed: true,
-        encrypted: seed.is_multiple_of(2),
-        tuning: Tuning::default(),
-        small_pool: None,
-    };
-    let mut cluster = Cluster::new(World::new(seed), config);
-    let work = Workload {
-        depth: 8,
-        gap_ns: 0,
-        hot_blocks: 64,
-        requests: 100,
-        reads_per_mille: 300,
-        kato_ms: 5_000,
-        digests: false,
-    };
-    cluster.add_client(0, work);
-    assert!(cluster.run_while(20_000 * MS, Cluster::clients_are_done), "the writes end");
-    cluster
-}
+use cairn_engine::nexus::Purpose;
+use cairn_sim::Cluster;
+use cairn_sim::world::MS;
+use common::cluster;
 
 /// Two snapshots, of which the first is deleted while a replica is away.
 fn missed(seed: u64) -> Cluster {
