@@ -314,6 +314,10 @@ fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Section
             (SECTION_BLOCK_SIZE, _) if found.block_size == 0 => {
                 let size = bytes.try_into().map_err(|_| ConfigError::Section(kind))?;
                 found.block_size = u32::from_le_bytes(size);
+                // Blocks of another size would be looked for in the wrong place.
+                if !matches!(found.block_size, 512 | 4096) {
+                    return Err(ConfigError::Section(kind));
+                }
             }
             _ => return Err(ConfigError::Section(kind)),
         }
@@ -394,6 +398,8 @@ mod tests {
         assert_eq!(Config::decode(&deleted.encode()), Err(ConfigError::Section(SECTION_DELETED)));
         let mut placed = Config { block_size: 512, ..restoring };
         placed.members[1].place = Place([7; PLACE]);
+        let other = Config { block_size: 1024, ..placed.clone() };
+        assert_eq!(Config::decode(&other.encode()), Err(ConfigError::Section(SECTION_BLOCK_SIZE)));
         let told = placed.encode();
         assert_eq!(Config::decode(&told), Ok(placed.clone()));
         assert!(

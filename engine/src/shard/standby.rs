@@ -281,6 +281,8 @@ impl<D: Driver> Shard<D> {
         volume.register_replies.clear();
         // A snapshot of several volumes that waited for this one is given up, and holds it no longer.
         volume.frozen = false;
+        // The new nexus counts its losses anew.
+        volume.losses = 0;
         let reply = volume.hand_over.take().and_then(|h| h.reply);
         tracing::info!(volume = %volume.spec.name, "standing by");
         for child in 0..volume.routes.len() {

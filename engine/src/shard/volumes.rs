@@ -83,7 +83,7 @@ pub(super) struct Volume {
     /// that is.
     writers: Vec<String>,
     owed: Vec<String>,
-    losses: u64,
+    pub(super) losses: u64,
     /// Host requests that the nexus has no room for.
     pub(super) waiting: VecDeque<(u64, IoRequest)>,
     /// Requests in blocks of 512 bytes that wait for others, or for memory.
