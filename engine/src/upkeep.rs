@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! 0  magic "CRNSETL\0"
-//! 8  1: begin a round, 2: end it (u32), zero (u32)
+//! 8  1: begin a round, 2: end it, 3: give up what was lost with a device of the pool (u32), zero (u32)
 //! 16 round              24 stamp of what is settled: where it ends
 //! 32 only logical extents below this one are settled (u32): likewise
 //! ```
@@ -31,6 +31,7 @@ pub const CHANGES_MAX: u32 = 64 << 10;
 const MAGIC: [u8; 8] = *b"CRNSETL\0";
 const BEGIN: u32 = 1;
 const END: u32 = 2;
+const GIVE_UP: u32 = 3;
 
 /// What a settle page asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +50,8 @@ pub enum SettleCall {
         /// Only logical extents below this one.
         below: u32,
     },
+    /// What the replica had on devices that are gone is given up: it reads as zeros.
+    GiveUp,
 }
 
 /// Writes a call over the page `out`.
@@ -56,6 +59,7 @@ pub fn encode(call: SettleCall, out: &mut [u8]) {
     let (kind, round, stamp, below) = match call {
         SettleCall::Begin { round } => (BEGIN, round, 0, 0),
         SettleCall::End { round, stamp, below } => (END, round, stamp, below),
+        SettleCall::GiveUp => (GIVE_UP, 0, 0, 0),
     };
     out.fill(0);
     out[..8].copy_from_slice(&MAGIC);
@@ -79,6 +83,7 @@ pub fn decode(page: &[u8]) -> Option<SettleCall> {
             let below = u32::from_le_bytes(*page[32..].first_chunk()?);
             Some(SettleCall::End { round, stamp, below })
         }
+        GIVE_UP => Some(SettleCall::GiveUp),
         _ => None,
     }
 }
@@ -92,7 +97,8 @@ pub fn since_dword(since: u64) -> u32 {
 /// Whether bytes can be an answer of Changes: they have no bits but those that are known.
 #[must_use]
 pub fn is_changes(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| byte & !(change::MAPPED | change::OPEN | change::SINCE) == 0)
+    let known = change::MAPPED | change::OPEN | change::SINCE | change::LOST;
+    bytes.iter().all(|byte| byte & !known == 0)
 }
 
 #[cfg(test)]
@@ -103,7 +109,7 @@ mod tests {
     fn calls_survive_their_page() {
         let mut page = vec![0xff; PAGE as usize];
         let end = SettleCall::End { round: 8, stamp: u64::MAX, below: 9 };
-        for call in [SettleCall::Begin { round: 7 }, end] {
+        for call in [SettleCall::Begin { round: 7 }, end, SettleCall::GiveUp] {
             encode(call, &mut page);
             assert_eq!(decode(&page), Some(call));
         }
@@ -115,10 +121,11 @@ mod tests {
 
     #[test]
     fn an_answer_with_unknown_bits_is_none_and_a_late_stamp_is_lowered() {
-        assert!(is_changes(&[0, 1, 3, 5, 7]) && !is_changes(&[1, 8]));
+        assert!(is_changes(&[0, 1, 3, 5, 7, 11]) && !is_changes(&[1, 16]));
         assert_eq!((since_dword(9), since_dword(u64::MAX)), (9, u32::MAX));
         assert_eq!(change::MAPPED, cairn_replica::change::MAPPED);
         assert_eq!(change::OPEN, cairn_replica::change::OPEN);
         assert_eq!(change::SINCE, cairn_replica::change::SINCE);
+        assert_eq!(change::LOST, cairn_replica::change::LOST);
     }
 }

@@ -28,18 +28,12 @@ enum Step {
     /// It is there, to be written.
     Fetched,
     Write,
-    /// An extent of the target is to be zeros.
-    Clear,
-    /// It is asked for that.
-    Zeroing,
     Over,
 }
 
 #[derive(Debug)]
 struct Copy {
     range: LbaRange,
-    /// It zeroes the range, which is an extent, at the target, and copies nothing.
-    zeroes: bool,
     step: Step,
     locked: bool,
     buf: Buf,
@@ -63,12 +57,6 @@ impl Copies {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// Whether an extent is being zeroed at the target.
-    pub(crate) fn zeroes(&self, extent: u32) -> bool {
-        let at = |c: &Copy| c.range.start().0 / EXTENT_BLOCKS;
-        self.table.iter().flatten().any(|c| c.zeroes && at(c) == u64::from(extent))
     }
 
     /// The first extent that one is at.
@@ -100,35 +88,8 @@ impl Nexus {
             return None;
         };
         let range = LbaRange::new(Lba(block), len).expect("inside the volume");
-        self.enter_copy(range, buf, false, now_ms);
-        Some(len)
-    }
-
-    /// Begins to zero an extent at the target; false where there is no room for that now.
-    pub(crate) fn begin_zeroing<M: Memory>(
-        &mut self,
-        extent: u32,
-        mem: &mut M,
-        now_ms: u64,
-    ) -> bool {
-        if self.copies.len() >= usize::from(MAX_COPIES) {
-            return false;
-        }
-        let Some(buf) = mem.alloc(bytes(1)) else {
-            self.mends.short = true;
-            return false;
-        };
-        let start = u64::from(extent) * EXTENT_BLOCKS;
-        let len = EXTENT_BLOCKS.min(self.config.blocks - start);
-        let range = LbaRange::new(Lba(start), len).expect("inside the volume");
-        self.enter_copy(range, buf, true, now_ms);
-        true
-    }
-
-    fn enter_copy(&mut self, range: LbaRange, buf: Buf, zeroes: bool, now_ms: u64) {
         let copy = Copy {
             range,
-            zeroes,
             step: Step::Lock,
             locked: false,
             buf,
@@ -147,6 +108,7 @@ impl Nexus {
         if self.ranges.enter(range, key, true) {
             self.copy_locked(key);
         }
+        Some(len)
     }
 
     /// The copy whose key this is has its range.
@@ -155,7 +117,7 @@ impl Nexus {
         let copy = copy.expect("a copy that waits for its lock");
         copy.locked = true;
         if copy.step == Step::Lock {
-            copy.step = if copy.zeroes { Step::Clear } else { Step::Ask };
+            copy.step = Step::Ask;
         }
         self.mends.kick();
     }
@@ -168,7 +130,7 @@ impl Nexus {
         assert!(copy.outstanding.has(child), "an answer that no copy waits for");
         copy.outstanding = copy.outstanding.without(ChildSet::of(child));
         copy.status = status;
-        if matches!(copy.step, Step::Write | Step::Zeroing) && status.is_ok() {
+        if copy.step == Step::Write && status.is_ok() {
             self.child(child).note_done(0, IoOp::Write { fua: false });
         }
     }
@@ -242,27 +204,7 @@ impl Nexus {
                     if c.status.is_ok() {
                         self.copied(u64::from(bytes(c.range.blocks())), now_ms);
                     } else if let Some(target) = self.mirror() {
-                        let lost = c.status == IoStatus::MediaError;
-                        if !(lost && self.copy_anew(target, c.range)) {
-                            self.mirror_failed(target, c.status);
-                        }
-                    }
-                }
-                Step::Clear => {
-                    let Some(target) = self.mirror() else {
-                        c.step = Step::Over;
-                        continue;
-                    };
-                    c.step = Step::Zeroing;
-                    let op = IoOp::WriteZeroes { fua: false, unmap: false };
-                    self.ask_copy(at, c, target, op, now_ms);
-                }
-                Step::Zeroing => {
-                    c.step = Step::Over;
-                    let extent = c.range.start().0 / EXTENT_BLOCKS;
-                    match self.mirror() {
-                        Some(target) if !c.status.is_ok() => self.mirror_failed(target, c.status),
-                        _ => self.extent_is_zeroed(u32::try_from(extent).unwrap_or(u32::MAX)),
+                        self.mirror_failed(target, c.status);
                     }
                 }
                 Step::Over => {

@@ -332,6 +332,7 @@ impl Nexus {
                 Asked::Settle => self.settle_answered(answer.child, answer.status),
                 Asked::Learn => self.learn_answered(&answer, mem),
                 Asked::List => self.list_answered(&answer, mem),
+                Asked::GiveUp => self.given_up(answer.child, answer.status),
                 Asked::Join => self.join_answered(answer.child, answer.status),
             }
             if let Some(buf) = answer.buf {

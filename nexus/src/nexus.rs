@@ -412,8 +412,7 @@ impl Nexus {
         if mirrors && !status.is_ok() && status != IoStatus::Fenced {
             let range = slot.request.range;
             let lost = status == IoStatus::MediaError && !range.is_empty();
-            let anew = lost && self.copy_anew(child, range);
-            if !anew {
+            if !(lost && self.is_copied_later(child, range)) {
                 let slot = self.slots.slot(at);
                 slot.failed = slot.failed.with(child);
                 self.mirror_failed(child, status);

@@ -4,7 +4,8 @@
 //! the rebuild and nothing else. Changes that were submitted before are waited for. Then both sides tell of their extents;
 //! needed is what is open at the source, or at the target (it may have what nobody else has), or was settled
 //! since the target left, or is on one side only. So a member that was away for a moment gets what was
-//! written in it, and an empty one everything; holes stay holes.
+//! written in it, and an empty one everything; holes stay holes. What the target's pool lost with one of its devices
+//! can be neither read there nor changed in part: the target gives it up first, and has holes there.
 //!
 //! To join, the target counts for acks first; what was submitted before that is waited for, the target
 //! flushes, and then the configuration with it is stored. From that moment it is read.
@@ -18,7 +19,7 @@ use crate::copy::ASK_AGAIN_MS;
 use crate::nexus::Nexus;
 use crate::reconcile::span;
 use crate::slots::ChildSet;
-use crate::types::{ChildId, Event, VolumeState, change};
+use crate::types::{ChildId, ChildOp, Event, VolumeState, change};
 use crate::upkeep::{Answered, Asked, EXTENT_BLOCKS, PAGE};
 
 /// Rebuilds that are remembered.
@@ -90,6 +91,8 @@ enum Stage {
     Drain(u64),
     /// Both sides tell.
     List,
+    /// The target gives up what its pool has lost with a device.
+    GiveUp,
     Copy,
     /// The target counts for acks; changes from before that are waited for.
     JoinDrain(u64),
@@ -111,10 +114,8 @@ pub(crate) struct Rebuild {
     /// ever in one turn.
     again_ms: u64,
     needed: Bits,
-    /// Extents that the target is to have anew, as zeros and then copied: it cannot change a part of them.
-    anew: Vec<u32>,
-    /// Those that were zeroed there.
-    zeroed: Bits,
+    /// The target has given up what its pool had lost.
+    gave_up: bool,
     /// An extent of which pieces are still to be begun, and the next block.
     part: Option<(u32, u64)>,
     extents_total: u64,
@@ -142,7 +143,7 @@ impl Nexus {
     pub fn rebuild(&self) -> Option<RebuildReport> {
         let r = self.rebuild.as_ref()?;
         let stage = match r.stage {
-            Stage::Drain(_) | Stage::List => RebuildStage::Listing,
+            Stage::Drain(_) | Stage::List | Stage::GiveUp => RebuildStage::Listing,
             Stage::Copy => RebuildStage::Copying,
             Stage::JoinDrain(_) | Stage::JoinFlush | Stage::JoinCommit => RebuildStage::Joining,
         };
@@ -224,6 +225,7 @@ impl Nexus {
                 drained
             }
             Stage::List => self.list(mem, now_ms),
+            Stage::GiveUp => false,
             Stage::Copy => self.copy_more(mem, now_ms),
             Stage::JoinDrain(before) => {
                 // The answer to a flush of an earlier rebuild, at a disk that hung, is not to be taken for this
@@ -273,8 +275,7 @@ impl Nexus {
             pages: [None, None],
             again_ms: 0,
             needed: Bits::with_len(extents),
-            anew: Vec::new(),
-            zeroed: Bits::with_len(extents),
+            gave_up: false,
             part: None,
             extents_total: 0,
             bytes: 0,
@@ -290,7 +291,8 @@ impl Nexus {
     // ---- what is needed
 
     fn list<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {
-        if self.upkeep.waits(Asked::List) {
+        // What the target gives up because an earlier rebuild asked for it is to be told as such.
+        if self.upkeep.waits(Asked::List) || self.upkeep.waits(Asked::GiveUp) {
             return false;
         }
         let extents = self.extents();
@@ -300,6 +302,10 @@ impl Nexus {
         if let [Some(source), Some(target)] = &mut r.pages {
             let (source, target) = (core::mem::take(source), core::mem::take(target));
             r.pages = [None, None];
+            if target.iter().any(|byte| byte & change::LOST != 0) {
+                self.lost_at_target(now_ms);
+                return true;
+            }
             for (extent, (s, t)) in (r.list_at..).zip(source.iter().zip(&target)) {
                 if is_needed(*s, *t) {
                     r.needed.insert(extent);
@@ -331,6 +337,34 @@ impl Nexus {
             moved |= self.ask_changes(child, Asked::List, (first, u64::MAX), mem, now_ms);
         }
         moved
+    }
+
+    /// The target's pool has lost a device. A part of what it had there could not be changed, so the target gives
+    /// it up: it is a hole then, where the source has something, or it was written since and is open.
+    fn lost_at_target(&mut self, now_ms: u64) {
+        let Some(r) = self.rebuild.as_mut() else { return };
+        if r.gave_up {
+            // One more device is gone.
+            return self.abort_rebuild(FaultReason::Failed(IoStatus::MediaError));
+        }
+        r.stage = Stage::GiveUp;
+        let child = r.child;
+        self.ask_upkeep(child, Asked::GiveUp, ChildOp::GiveUpLost, now_ms);
+    }
+
+    /// The target has given up what it lost, or has not.
+    pub(crate) fn given_up(&mut self, child: ChildId, status: IoStatus) {
+        let before = self.take_order();
+        let Some(r) = self.rebuild.as_mut() else { return };
+        if r.child != child || r.stage != Stage::GiveUp {
+            return;
+        }
+        if status.is_ok() {
+            // What it failed to do before is waited for: it is copied.
+            (r.gave_up, r.list_at, r.stage) = (true, 0, Stage::Drain(before));
+        } else {
+            self.abort_rebuild(FaultReason::Failed(status));
+        }
     }
 
     /// A side has told of its extents.
@@ -382,13 +416,6 @@ impl Nexus {
             let Some(r) = self.rebuild.as_mut() else { return moved };
             if r.healing || now_ms < r.again_ms {
                 return moved;
-            }
-            if let Some(&extent) = r.anew.iter().find(|extent| !self.copies.zeroes(**extent)) {
-                if !self.begin_zeroing(extent, mem, now_ms) {
-                    return moved;
-                }
-                moved = true;
-                continue;
             }
             let next = r.part.or_else(|| {
                 let extent = r.needed.next(0)?;
@@ -447,7 +474,7 @@ impl Nexus {
         let Some(r) = self.rebuild.as_mut() else { return };
         match r.stage {
             Stage::Drain(_) => {}
-            Stage::List | Stage::Copy => {
+            Stage::List | Stage::GiveUp | Stage::Copy => {
                 let (first, end) = span(range);
                 for extent in first..end {
                     r.needed.insert(extent);
@@ -524,34 +551,21 @@ impl Nexus {
         self.note_change(self.now_ms);
     }
 
-    /// The target could not change a part of an extent: what it held may be lost with a device of its pool, and
-    /// then only a whole one can be written. Has it zeroed there, and copied anew; false where that was done
-    /// already, or cannot be any more.
-    pub(crate) fn copy_anew(&mut self, child: ChildId, range: LbaRange) -> bool {
+    /// Whether what the target could not do is copied to it anyhow: its pool may have lost what was there, and it
+    /// is not known yet what it lacks.
+    pub(crate) fn is_copied_later(&mut self, child: ChildId, range: LbaRange) -> bool {
         let Some(r) = self.rebuild.as_mut().filter(|r| r.child == child) else { return false };
-        let extent = |block: u64| u32::try_from(block / EXTENT_BLOCKS).unwrap_or(u32::MAX);
-        let (first, end) = (extent(range.start().0), extent(range.end().0 - 1));
-        let copies = matches!(r.stage, Stage::Drain(_) | Stage::List | Stage::Copy);
-        if !copies || (first..=end).any(|extent| r.zeroed.has(extent)) {
+        if matches!(
+            r.stage,
+            Stage::Copy | Stage::JoinDrain(_) | Stage::JoinFlush | Stage::JoinCommit
+        ) {
             return false;
         }
-        for extent in first..=end {
-            if !r.anew.contains(&extent) {
-                r.anew.push(extent);
-            }
+        let (first, end) = span(range);
+        for extent in first..end {
+            r.needed.insert(extent);
         }
-        self.look_again();
         true
-    }
-
-    /// An extent of the target is zeros: all of it is copied, what was copied before too.
-    pub(crate) fn extent_is_zeroed(&mut self, extent: u32) {
-        let Some(r) = self.rebuild.as_mut() else { return };
-        r.anew.retain(|other| *other != extent);
-        r.zeroed.insert(extent);
-        r.part = r.part.filter(|(other, _)| *other != extent);
-        r.needed.insert(extent);
-        r.extents_total += 1;
     }
 
     /// The target failed an operation that a host does not wait for.

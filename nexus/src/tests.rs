@@ -161,6 +161,11 @@ impl Bench {
                     *byte = marks[at] & !CANDIDATE | if after { change::SINCE } else { 0 };
                 }
             }
+            ChildOp::GiveUpLost => {
+                for mark in marks.iter_mut().filter(|mark| **mark & change::LOST != 0) {
+                    *mark = 0;
+                }
+            }
             ChildOp::SettleBegin { .. } => {
                 for mark in marks.iter_mut().filter(|mark| **mark & change::OPEN != 0) {
                     *mark |= CANDIDATE;

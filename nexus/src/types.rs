@@ -229,6 +229,9 @@ pub enum ChildOp {
         /// Only logical extents below this one.
         below: u32,
     },
+    /// What the replica had on devices that are gone is given up: see [`change::LOST`]. Answered as a block
+    /// request, once that is durable.
+    GiveUpLost,
 }
 
 /// What a byte of the answer to [`ChildOp::Changes`] says of a logical extent.
@@ -239,6 +242,9 @@ pub mod change {
     pub const OPEN: u8 = 2;
     /// It was settled in the generation that was asked for, or in a later one.
     pub const SINCE: u8 = 4;
+    /// It cannot be read, nor can a part of it be written: a device of its pool that is gone had it, or may have
+    /// had it. Once that is given up, it reads as zeros.
+    pub const LOST: u8 = 8;
 }
 
 /// An operation for one child.

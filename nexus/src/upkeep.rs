@@ -22,6 +22,8 @@ pub(crate) enum Asked {
     Learn,
     /// What a rebuild's source or target has.
     List,
+    /// A rebuild's target is to give up what its pool has lost.
+    GiveUp,
     /// A rebuild's last step.
     Join,
 }

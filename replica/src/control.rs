@@ -10,7 +10,7 @@ use cairn_block::{BlockSize, ByteOffset, Epoch, IoStatus, Memory, ReplicaId, Sna
 use crate::ControlError;
 use crate::disk::{
     BLOCK, BLOCK_BYTES, CONFIG_MAX, CatalogPage, CatalogState, EXTENT, FLAG_REVERTED,
-    FLAG_REVERTING, FLAG_THICK, MAX_REPLICA_BYTES, NAME_MAX,
+    FLAG_REVERTING, FLAG_THICK, MAX_REPLICA_BYTES, NAME_MAX, Whole,
 };
 use crate::flush::Waiter;
 use crate::layers::MAX_DEPTH;
@@ -34,7 +34,8 @@ enum Change {
         parent: Option<u16>,
         from: u16,
     },
-    Resize(u64),
+    /// To so many blocks; and what of it is whole then.
+    Resize(u64, Whole),
     Register(Register),
     /// The replica is about to go back to this snapshot, on all devices of the pool; or has done so.
     Mark(Option<SnapshotId>),
@@ -82,6 +83,7 @@ impl Pool {
             Err(error) => return self.refuse_command(tag, error),
         };
         self.slots[usize::from(slot)].creating = true;
+        let source = spec.source.and_then(|(replica, id)| self.find_snapshot(replica, id));
         let page = CatalogPage {
             state: CatalogState::Live,
             replica: spec.id,
@@ -93,6 +95,7 @@ impl Pool {
             layer: self.layer_of(slot),
             parent,
             snapshot: spec.source.map_or(SnapshotId(0), |(_, snapshot)| snapshot),
+            whole: source.map_or(Whole::default(), |of| self.page(of.0).whole),
             ..CatalogPage::default()
         };
         if let Some(parent) = parent {
@@ -272,9 +275,21 @@ impl Pool {
         if let Err(error) = checked {
             return self.refuse_command(tag, error);
         }
-        self.push_job(Some(tag), slot.0, Change::Resize(blocks), CatalogPage::default());
+        let whole = self.whole_when_grown(slot.0);
+        self.push_job(Some(tag), slot.0, Change::Resize(blocks, whole), CatalogPage::default());
         self.count_reserve();
         self.pump(mem);
+    }
+
+    /// What is whole of a replica once it is grown: where some of it may be lost, what it grows by.
+    fn whole_when_grown(&self, slot: u16) -> Whole {
+        let of = &self.slots[usize::from(slot)];
+        let losses = self.membership().losses();
+        let told = of.page.whole.from != 0 && of.page.whole.losses == losses;
+        if told || !self.membership().is_lost(slot) {
+            return of.page.whole;
+        }
+        Whole { from: u32::try_from(of.extents()).expect("at most 2^28 extents"), losses }
     }
 
     /// Replaces a replica's register. Nothing is compared: that is the caller's part. Two writes to one
@@ -321,7 +336,7 @@ impl Pool {
                 Change::Create if slot.creating && job.page.flags & FLAG_THICK != 0 => {
                     extents(&job.page)
                 }
-                Change::Resize(blocks) if slot.is_live() && slot.is_thick() => {
+                Change::Resize(blocks, _) if slot.is_live() && slot.is_thick() => {
                     let grown = slot.page.block_size.bytes_of(blocks).div_ceil(EXTENT);
                     grown.saturating_sub(slot.extents())
                 }
@@ -450,7 +465,7 @@ impl Pool {
                     self.lose_child(parent);
                 }
             }
-            Change::Resize(_) => self.count_reserve(),
+            Change::Resize(..) => self.count_reserve(),
             Change::Register(_) | Change::Mark(_) => {}
             Change::Capture => {
                 return self.captured(index, tag.expect("a snapshot is asked for"));
@@ -499,7 +514,10 @@ fn next_page(job: &mut Job, slot: &Slot) {
         }
         Change::Adopt { parent, .. } => page.parent = *parent,
         Change::Delete => page.state = CatalogState::Deleting,
-        Change::Resize(blocks) => page.blocks = page.blocks.max(*blocks),
+        Change::Resize(blocks, whole) => {
+            page.blocks = page.blocks.max(*blocks);
+            page.whole = *whole;
+        }
         Change::Register(register) => {
             page.promised_epoch = register.promised_epoch;
             page.accepted_epoch = register.accepted_epoch;

@@ -23,6 +23,8 @@ pub mod change {
     pub const OPEN: u8 = 2;
     /// It was settled with the stamp that was asked for, or a later one.
     pub const SINCE: u8 = 4;
+    /// It cannot be read, nor can a part of it be written: a device that is gone had it, or may have had it.
+    pub const LOST: u8 = 8;
 }
 
 /// How a round ends.

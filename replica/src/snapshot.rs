@@ -136,6 +136,7 @@ impl Pool {
             snapshot: spec.id,
             name: spec.name,
             created: spec.created,
+            whole: of.whole,
             replica: of.replica,
             volume: of.volume,
             blocks: of.blocks,

@@ -262,6 +262,7 @@ fn run_in(
     world.say(format_args!("{config:?} {faults:?}"));
     let (volumes, small, pools) = (config.volumes, config.small_pool, config.pools());
     let (spares, wide) = (config.spares > 0, config.wide_pool);
+    let copies = config.replicas > 1;
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
         for _ in 0..focus.hosts(1 + rng.index(2)) {
@@ -303,7 +304,7 @@ fn run_in(
         if Rng::new(seed ^ 0x71de).chance(600) {
             run.victim = pool;
         }
-        run.disks = Disks::drawn(seed, pool, now, run.victim == pool && faults.replica);
+        run.disks = Disks::drawn(seed, pool, now, run.victim == pool && faults.replica && copies);
     }
     match focus {
         Focus::Everything => run.work(),

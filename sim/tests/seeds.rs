@@ -249,3 +249,12 @@ fn what_a_loss_of_power_takes_is_noticed() {
 fn processes_that_stand_by_for_each_other() {
     check((0..40).chain([196]), |seed| run_at(seed, Focus::Standby, None));
 }
+
+/// A disk of several dies: what its replicas grew by later read as errors (221, 328), and a host that went on writing
+/// to what was lost had their rebuilds given up again and again (283, 30053, 30365).
+#[test]
+fn disks_that_die() {
+    check([221, 328, 283, 30_053, 30_365, 211, 235].into_iter(), |seed| {
+        run_at(seed, Focus::Everything, None)
+    });
+}

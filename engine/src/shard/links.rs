@@ -445,7 +445,10 @@ impl<D: Driver> Shard<D> {
                     Err(_) => self.child_io_done(volume, child, ticket, IoStatus::PathError, now),
                 }
             }
-            ChildOp::Changes { .. } | ChildOp::SettleBegin { .. } | ChildOp::SettleEnd { .. } => {
+            ChildOp::Changes { .. }
+            | ChildOp::SettleBegin { .. }
+            | ChildOp::SettleEnd { .. }
+            | ChildOp::GiveUpLost => {
                 self.send_upkeep(at, ticket, op, now);
             }
             ChildOp::Register(op) => {

@@ -34,6 +34,7 @@ fn call_of(op: &ChildOp) -> Option<SettleCall> {
     match *op {
         ChildOp::SettleBegin { round } => Some(SettleCall::Begin { round }),
         ChildOp::SettleEnd { round, stamp, below } => Some(SettleCall::End { round, stamp, below }),
+        ChildOp::GiveUpLost => Some(SettleCall::GiveUp),
         _ => None,
     }
 }
@@ -80,6 +81,11 @@ impl<D: Driver> Shard<D> {
                 let local = &mut self.pools[usize::from(pool)];
                 let end = RoundEnd { round, stamp, below };
                 local.pool.settle_end(tag, replica, end, self.driver.memory());
+            }
+            SettleCall::GiveUp => {
+                let tag = self.control_tag(pool, Waiter::Settle { origin, slot: replica });
+                let local = &mut self.pools[usize::from(pool)];
+                local.pool.give_up_lost(tag, replica, self.driver.memory());
             }
         }
     }

@@ -484,7 +484,8 @@ impl<D: Driver> Shard<D> {
                 ChildOp::Io(_)
                 | ChildOp::Changes { .. }
                 | ChildOp::SettleBegin { .. }
-                | ChildOp::SettleEnd { .. },
+                | ChildOp::SettleEnd { .. }
+                | ChildOp::GiveUpLost,
             ) => {
                 self.child_io_done(at, io.child, io.ticket, IoStatus::Fenced, now);
             }

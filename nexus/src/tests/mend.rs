@@ -18,8 +18,8 @@ pub(super) struct Disk {
     pub(super) bad: BTreeSet<u64>,
     /// Writes fail.
     pub(super) dead: bool,
-    /// Extents that were lost with a device of the pool: only all of one can be written.
-    pub(super) lost: BTreeSet<u64>,
+    /// Extents that were lost with a device of the pool: a part of one cannot be written.
+    pub(super) lost: BTreeSet<usize>,
     /// Units with space, where there is no more of it.
     full: Option<BTreeSet<u64>>,
     /// What finds no room is written nonetheless, as far as the first block that did not.
@@ -82,18 +82,17 @@ impl World {
     }
 
     fn perform(&mut self, child: usize, request: &IoRequest) -> IoStatus {
+        self.b.extents[child].resize(16, 0);
         let disk = &mut self.disks[child];
+        let marks = &mut self.b.extents[child];
+        // What was given up is zeros.
+        for at in disk.lost.extract_if(.., |at| marks[*at] & change::LOST == 0) {
+            disk.data[at * 256..(at * 256 + 256).min(1000)].fill(0);
+        }
         let blocks = request.range.start().0..request.range.end().0;
-        let lost = blocks.clone().find(|lba| disk.lost.contains(&(lba / 256)));
-        if let Some(extent) = lost.map(|lba| lba / 256) {
-            let whole = blocks == (extent * 256..(extent * 256 + 256).min(1000));
-            match request.op {
-                IoOp::WriteZeroes { .. } | IoOp::Write { .. } if whole => {
-                    disk.lost.remove(&extent);
-                }
-                IoOp::Flush | IoOp::Discard | IoOp::Snapshot(_) => {}
-                _ => return IoStatus::MediaError,
-            }
+        let lost = |lba: u64| disk.lost.contains(&usize::try_from(lba / 256).unwrap());
+        if blocks.clone().any(lost) && !matches!(request.op, IoOp::Flush | IoOp::Snapshot(_)) {
+            return IoStatus::MediaError;
         }
         for (i, lba) in (0u32..).zip(blocks) {
             let at = usize::try_from(lba).unwrap();
@@ -121,7 +120,6 @@ impl World {
                 _ => {}
             }
             if request.op.is_mutation() {
-                self.b.extents[child].resize(16, 0);
                 self.b.extents[child][at / 256] = change::OPEN | change::MAPPED;
             }
         }

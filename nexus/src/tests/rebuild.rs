@@ -349,9 +349,10 @@ fn a_target_that_fails_ends_the_rebuild_and_hosts_see_nothing() {
 }
 
 /// A pool that has lost one of its devices cannot change a part of an extent that it held: what is around that
-/// part is not known. A rebuild, which copies parts, was given up at the first of them, for ever.
+/// part is not known. A rebuild, which copies parts, and a host that went on writing there, had it given up
+/// for ever.
 #[test]
-fn extents_that_a_target_has_lost_are_copied_whole() {
+fn what_a_target_has_lost_is_given_up_there_and_copied() {
     let mut w = world(3);
     fill(&mut w, 1, 1000, 3);
     w.run();
@@ -361,12 +362,11 @@ fn extents_that_a_target_has_lost_are_copied_whole() {
     w.run();
     rest(&mut w);
     w.disks[1].lost = [1, 3].into();
-    w.disks[1].data[256..512].fill(0xee);
     for extent in [1, 3] {
-        w.b.extents[1][extent] = change::MAPPED | change::OPEN;
+        w.b.extents[1][extent] = change::MAPPED | change::OPEN | change::LOST;
     }
     w.b.connect(1);
-    // Hosts write there meanwhile: the target cannot take that either.
+    // Hosts write there meanwhile: the target cannot take that at first.
     w.write(3, 300, 2, 5);
     w.write(4, 900, 20, 6);
     w.run();
@@ -374,9 +374,45 @@ fn extents_that_a_target_has_lost_are_copied_whole() {
     assert_eq!((w.b.status_of(3), w.b.status_of(4)), (Some(IoStatus::Ok), Some(IoStatus::Ok)));
     assert_eq!(w.in_sync(), [0, 1, 2], "{:?}", w.b.nexus.rebuild_history());
     assert_eq!(w.b.nexus.rebuild_history().len(), 1, "it was never given up");
+    assert_eq!(asked(&w, |op| *op == ChildOp::GiveUpLost), 1);
     assert!(w.disks[1].lost.is_empty());
     w.assert_alike();
     w.assert_idle();
+}
+
+/// A target that has given up what it lost does not tell of it any more. A nexus that takes over in the middle copies
+/// it all the same: it is a hole there, or open.
+#[test]
+fn what_a_target_gave_up_is_copied_by_the_next_nexus() {
+    for kill_after in 0..40 {
+        let mut w = world(3);
+        fill(&mut w, 1, 1000, 3);
+        w.run();
+        rest(&mut w);
+        w.b.disconnect(1);
+        w.write(2, 7, 1, 4);
+        w.run();
+        rest(&mut w);
+        w.disks[1].lost = [2].into();
+        w.b.extents[1][2] = change::MAPPED | change::OPEN | change::LOST;
+        w.b.connect(1);
+        w.write(3, 600, 2, 5);
+        for _ in 0..kill_after {
+            w.b.pass(1);
+            if !w.b.io.is_empty() {
+                w.serve(0);
+            }
+        }
+        w.b.io.clear();
+        w.restart();
+        for _ in 0..6 {
+            w.run();
+            rest(&mut w);
+        }
+        assert_eq!(w.in_sync(), [0, 1, 2], "killed after {kill_after}");
+        assert!(w.disks[1].lost.is_empty());
+        w.assert_alike();
+    }
 }
 
 #[test]

@@ -4,8 +4,8 @@ use cairn_block::{BlockSize, Epoch, PoolId, ReplicaId, SnapshotId, VolumeId};
 
 use super::superblock::MAX_EXTENTS;
 use super::{
-    BLOCK_LEN, BlockError, EXTENT, HEADER_LEN, Header, get_bytes, get_u16, get_u64, put_u16,
-    put_u64, seal,
+    BLOCK_LEN, BlockError, EXTENT, HEADER_LEN, Header, get_bytes, get_u16, get_u32, get_u64,
+    put_u16, put_u32, put_u64, seal,
 };
 
 /// What a catalog page begins with.
@@ -32,10 +32,11 @@ const NAME_AT: usize = 128;
 const CREATED_AT: usize = 192;
 const SNAPSHOT_AT: usize = 200;
 const TARGET_AT: usize = 216;
+const WHOLE_AT: usize = 232;
 const CONFIG_AT: usize = 256;
 const _: () = assert!(HEADER_LEN + 80 == NAME_AT);
 const _: () = assert!(NAME_AT + NAME_MAX == CREATED_AT && SNAPSHOT_AT + 16 == TARGET_AT);
-const _: () = assert!(TARGET_AT + 16 <= CONFIG_AT);
+const _: () = assert!(TARGET_AT + 16 == WHOLE_AT && WHOLE_AT + 8 <= CONFIG_AT);
 const _: () = assert!(CONFIG_AT + CONFIG_MAX <= BLOCK_LEN);
 const _: () = assert!(MAX_REPLICA_BYTES / EXTENT <= MAX_EXTENTS);
 
@@ -82,6 +83,8 @@ pub struct CatalogPage {
     pub snapshot: SnapshotId,
     /// The snapshot that it is about to go back to, where its flags say so.
     pub target: SnapshotId,
+    /// Where what it does not map may be lost: what it has grown by since.
+    pub whole: Whole,
     /// The register's promise.
     pub promised_epoch: Epoch,
     /// The epoch of the accepted configuration.
@@ -90,6 +93,16 @@ pub struct CatalogPage {
     pub register_seq: u64,
     /// The accepted configuration, at most [`CONFIG_MAX`] bytes, opaque.
     pub config: Vec<u8>,
+}
+
+/// What a replica has grown by after a device of its pool was lost is whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Whole {
+    /// Its logical extents from this one on.
+    pub from: u32,
+    /// So many times the pool had gone on without a device by then, as
+    /// [`Membership::losses`](super::Membership::losses) counts; when it does so once more this says nothing.
+    pub losses: u32,
 }
 
 /// What a page that names a layer is, where a crash may have left two that name the same.
@@ -163,6 +176,8 @@ impl CatalogPage {
         put_u64(block, CREATED_AT, self.created);
         block[SNAPSHOT_AT..SNAPSHOT_AT + 16].copy_from_slice(&self.snapshot.to_bytes());
         block[TARGET_AT..TARGET_AT + 16].copy_from_slice(&self.target.to_bytes());
+        put_u32(block, WHOLE_AT, self.whole.from);
+        put_u32(block, WHOLE_AT + 4, self.whole.losses);
         block[NAME_AT..NAME_AT + self.name.len()].copy_from_slice(self.name.as_bytes());
         block[CONFIG_AT..CONFIG_AT + self.config.len()].copy_from_slice(&self.config);
         seal(block);
@@ -214,6 +229,7 @@ impl CatalogPage {
             created: get_u64(block, CREATED_AT),
             snapshot: SnapshotId::from_bytes(get_bytes(block, SNAPSHOT_AT)),
             target: SnapshotId::from_bytes(get_bytes(block, TARGET_AT)),
+            whole: Whole { from: get_u32(block, WHOLE_AT), losses: get_u32(block, WHOLE_AT + 4) },
             promised_epoch: Epoch(get_u64(block, 96)),
             accepted_epoch: Epoch(get_u64(block, 104)),
             register_seq: get_u64(block, 112),

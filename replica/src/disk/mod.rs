@@ -12,7 +12,7 @@ mod table;
 
 pub use catalog::{
     CATALOG_MAGIC, CONFIG_MAX, CatalogPage, CatalogState, Claim, FLAG_REVERTED, FLAG_REVERTING,
-    FLAG_SNAPSHOT, FLAG_THICK, MAX_REPLICA_BYTES, NAME_MAX,
+    FLAG_SNAPSHOT, FLAG_THICK, MAX_REPLICA_BYTES, NAME_MAX, Whole,
 };
 pub use journal::{JOURNAL_MAGIC, JournalBlock, RECORDS_PER_BLOCK, Record};
 pub use sums::{BlockSums, PageOf, SUMS_MAGIC, block_crc};

@@ -158,6 +158,12 @@ impl Membership {
         self.members.push(MemberEntry { id, state });
     }
 
+    /// How many times the pool has gone on without a device.
+    #[must_use]
+    pub fn losses(&self) -> u32 {
+        u32::try_from(self.generation >> 32).expect("the upper half")
+    }
+
     /// The next generation of an orderly change.
     pub fn advance(&mut self) {
         self.generation += 1;

@@ -74,6 +74,7 @@ prop_compose! {
             target: SnapshotId(ids.1),
             created: register.0 / 2,
             snapshot: SnapshotId(ids.1 / 3),
+            whole: super::Whole { from: 11, losses: 12 },
         }
     }
 }

@@ -94,6 +94,8 @@ pub(super) enum Then {
     Start(Box<Kind>),
     /// Devices that failed are left behind.
     Excluded,
+    /// What they had of a slot is given up.
+    GivenUp(u16),
 }
 
 impl Kind {
@@ -107,6 +109,14 @@ impl Kind {
             Self::Snapshot { slot, .. } => Some(*slot),
             Self::Revert(revert) => Some(revert.slot),
             Self::Members { then: Then::Start(kind), .. } => kind.holds(),
+            _ => None,
+        }
+    }
+
+    /// The slot that it makes something new in.
+    fn fills(&self) -> Option<u16> {
+        match self {
+            Self::Create { slot, .. } | Self::Snapshot { with: slot, .. } => Some(*slot),
             _ => None,
         }
     }
@@ -151,6 +161,15 @@ impl MultiPool {
         mem: &mut M,
     ) {
         self.push_job(Some(tag), Kind::Register(slot.0, register));
+        self.settle(mem);
+    }
+
+    /// Gives up what a replica had on devices that are gone: what is mapped nowhere reads as zeros from now on,
+    /// and can be written in part. For whoever writes all of it anew, and durably knows that it has to. Answered
+    /// when it is durable.
+    pub fn give_up_lost<M: Memory>(&mut self, tag: u64, slot: ReplicaSlot, mem: &mut M) {
+        let kind = Kind::members(Change::Lost(slot.0, false), Then::GivenUp(slot.0));
+        self.push_job(Some(tag), kind);
         self.settle(mem);
     }
 
@@ -329,6 +348,11 @@ impl MultiPool {
             };
             return self.finish(job.tag, status, Some(error));
         }
+        if let Some(slot) = job.kind.fills() {
+            for member in self.members.iter_mut().flatten().filter(|m| m.failed) {
+                member.give_up(slot);
+            }
+        }
         if let Some((slot, lost)) = self.inherits(&job.kind) {
             if self.membership.is_lost(slot) != lost {
                 let kind = core::mem::replace(&mut job.kind, Kind::Checkpoint);
@@ -436,6 +460,9 @@ impl MultiPool {
                     return Err(ControlError::ConfigTooLong { len, max: CONFIG_MAX });
                 }
             }
+            Kind::Members { then: Then::GivenUp(slot), .. } => {
+                live(*slot)?;
+            }
             Kind::Members { then: Then::Drains(at), .. } if !self.still_serves(*at) => {
                 let why = "the device has failed, or has left, meanwhile";
                 return Err(ControlError::Device(why.to_owned()));
@@ -473,7 +500,8 @@ impl MultiPool {
         Ok(slot)
     }
 
-    /// Whether what a new slot does not map may be lost: where that is so of what it is made of.
+    /// Whether what a slot does not map may be lost once it is made, or has gone back: where that is so of what it
+    /// is made of.
     fn inherits(&self, kind: &Kind) -> Option<(u16, bool)> {
         match kind {
             Kind::Create { spec, slot } => {
@@ -481,6 +509,12 @@ impl MultiPool {
                 Some((*slot, of.is_some_and(|of| self.membership.is_lost(of.0))))
             }
             Kind::Snapshot { slot, with, .. } => Some((*with, self.membership.is_lost(*slot))),
+            Kind::Revert(revert) => {
+                let replica = self.lead()?.page(revert.slot).replica;
+                let to = self.find_snapshot(replica, revert.to);
+                let lost = |slot| self.membership.is_lost(slot);
+                Some((revert.slot, lost(revert.slot) || to.is_some_and(|to| lost(to.0))))
+            }
             _ => None,
         }
     }
@@ -695,6 +729,12 @@ impl MultiPool {
                 }
                 if !self.is_excluding() {
                     self.done.extend(self.held.drain(..));
+                }
+            }
+            Then::GivenUp(slot) => {
+                self.lost.set_lost(slot, false);
+                for member in self.members.iter_mut().flatten().filter(|m| m.excluded) {
+                    member.give_up(slot);
                 }
             }
         }

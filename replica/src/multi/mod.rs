@@ -63,6 +63,9 @@ pub(crate) struct Member {
     /// It was taken out: it goes when nothing is in flight to it.
     leaving: bool,
     drain: Drain,
+    /// A bit for each slot of which it counts for nothing any more what was there: it had failed when the
+    /// slot was made ready for something else, or when what it held was given up.
+    given_up: Vec<u64>,
 }
 
 impl Member {
@@ -75,7 +78,24 @@ impl Member {
             excluded: false,
             leaving: false,
             drain: Drain::default(),
+            given_up: Vec::new(),
         }
+    }
+
+    /// Whether it holds, or held when it failed, a logical extent.
+    fn maps(&self, slot: u16, logical: u32) -> bool {
+        !self.has_given_up(slot) && self.pool.maps(ReplicaSlot(slot), logical)
+    }
+
+    fn has_given_up(&self, slot: u16) -> bool {
+        let word = self.given_up.get(usize::from(slot / 64));
+        word.is_some_and(|word| word >> (slot % 64) & 1 != 0)
+    }
+
+    fn give_up(&mut self, slot: u16) {
+        let word = usize::from(slot / 64);
+        self.given_up.resize(self.given_up.len().max(word + 1), 0);
+        self.given_up[word] |= 1 << (slot % 64);
     }
 
     /// Whether it can be asked for anything.
@@ -309,7 +329,8 @@ impl MultiPool {
         let lead = self.lead().or_else(|| self.present().next().map(|m| &m.pool));
         lead.into_iter().flat_map(Pool::replicas).map(|mut info| {
             let slot = info.slot.0;
-            info.allocated_extents = self.present().map(|m| m.pool.extents_in(slot)).sum();
+            let holds = self.present().filter(|m| !m.has_given_up(slot));
+            info.allocated_extents = holds.map(|m| m.pool.extents_in(slot)).sum();
             if info.state == ReplicaState::Live {
                 match self.live_blocks(slot) {
                     Some(blocks) => info.blocks = blocks,
@@ -406,7 +427,7 @@ impl MultiPool {
     /// Whether a device holds a logical extent of a replica; see [`Pool::maps`].
     #[must_use]
     pub fn maps(&self, slot: ReplicaSlot, logical: u32) -> bool {
-        self.present().any(|m| m.pool.maps(slot, logical))
+        self.present().any(|m| m.maps(slot.0, logical))
     }
 
     /// Reads that did not verify since the pool was opened.
@@ -637,10 +658,7 @@ impl MultiPool {
             }
             let end = self.present().map(|m| m.pool.mapped_end(slot)).max().unwrap_or(0);
             for logical in 0..end {
-                let holders = self
-                    .present()
-                    .filter(|m| !m.failed && m.pool.maps(ReplicaSlot(slot), logical))
-                    .count();
+                let holders = self.present().filter(|m| !m.failed && m.maps(slot, logical)).count();
                 let copied = self.copy_of(slot, logical).is_some();
                 assert!(
                     holders <= 1 || copied,

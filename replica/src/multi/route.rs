@@ -2,7 +2,7 @@
 
 use cairn_block::{BlockSize, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
 
-use super::{MultiPool, PART};
+use super::{Member, MultiPool, PART};
 use crate::disk::{EXTENT, MemberState};
 use crate::pool::{PoolState, ReplicaSlot};
 
@@ -214,7 +214,7 @@ impl MultiPool {
 
     /// Starts a part. Returns whether it is now in flight or waits; otherwise it is done.
     fn run_part<M: Memory>(&mut self, mut part: Part, mem: &mut M) -> Result<bool, IoStatus> {
-        let mut lost = self.lost.is_lost(part.slot);
+        let mut lost = self.may_be_lost(part.slot, part.logical);
         let holder = match self.copy_of(part.slot, part.logical) {
             Some(at) if part.is_mutation() && self.is_closed(at, part.slot, part.logical) => {
                 self.copies[at].park(part);
@@ -282,6 +282,20 @@ impl MultiPool {
         }
     }
 
+    /// Whether a logical extent that is mapped nowhere may have been on a device that is not here.
+    pub(super) fn may_be_lost(&self, slot: u16, logical: u32) -> bool {
+        if !self.lost.is_lost(slot) {
+            return false;
+        }
+        let losses = self.membership.losses();
+        // Grown by some devices and not by others, it has the size that it had.
+        let whole = |m: &Member| {
+            let whole = m.pool.page(slot).whole;
+            whole.from != 0 && whole.losses == losses && logical >= whole.from
+        };
+        !self.serving().all(|(_, member)| whole(member))
+    }
+
     /// Whether a change needs a new extent on a device that is being removed.
     fn adds_to_drain(&self, member: usize, part: &Part) -> bool {
         let on = self.member(member);
@@ -321,7 +335,7 @@ impl MultiPool {
         let mut failed = None;
         for (at, member) in self.members.iter().enumerate() {
             if let Some(member) = member
-                && member.pool.maps(ReplicaSlot(slot), logical)
+                && member.maps(slot, logical)
             {
                 if member.is_online() {
                     return Some(at);

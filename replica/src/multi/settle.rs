@@ -73,7 +73,7 @@ impl MultiPool {
     }
 
     /// Tells what was written and not settled: see [`Pool::changes`]. What was, or may have been, on a device
-    /// that is gone counts as there and open.
+    /// that is gone counts as there and open, and as lost.
     #[must_use]
     pub fn changes(
         &self,
@@ -97,9 +97,9 @@ impl MultiPool {
         if lost || failed().next().is_some() {
             for (byte, logical) in out[..len].iter_mut().zip(first..) {
                 let there = *byte & change::MAPPED != 0;
-                let gone = !there && failed().any(|m| m.pool.maps(slot, logical));
-                let gone = gone || lost && *byte == 0;
-                *byte |= if gone { change::MAPPED | change::OPEN } else { 0 };
+                let gone = !there && failed().any(|m| m.maps(slot.0, logical));
+                let gone = gone || lost && *byte == 0 && self.may_be_lost(slot.0, logical);
+                *byte |= if gone { change::MAPPED | change::OPEN | change::LOST } else { 0 };
             }
         }
         out[len..].fill(0);

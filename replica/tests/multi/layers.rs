@@ -18,19 +18,19 @@ fn take(set: &mut Set, slot: ReplicaSlot, id: u128) -> Done {
     set.wait(tag)
 }
 
-fn taken(set: &mut Set, slot: ReplicaSlot, of: u128, id: u128) -> ReplicaSlot {
+pub(crate) fn taken(set: &mut Set, slot: ReplicaSlot, of: u128, id: u128) -> ReplicaSlot {
     let done = take(set, slot, id);
     assert_eq!(done.error, None);
     set.pool.find_snapshot(ReplicaId(of), SnapshotId(id)).unwrap()
 }
 
-fn revert(set: &mut Set, slot: ReplicaSlot, id: u128) -> Done {
+pub(crate) fn revert(set: &mut Set, slot: ReplicaSlot, id: u128) -> Done {
     let tag = set.tag();
     set.pool.revert(tag, slot, SnapshotId(id), &mut set.mem);
     set.wait(tag)
 }
 
-fn clone(set: &mut Set, of: u128, snapshot: u128, id: u128, blocks: u64) -> ReplicaSlot {
+pub(crate) fn clone(set: &mut Set, of: u128, snapshot: u128, id: u128, blocks: u64) -> ReplicaSlot {
     let tag = set.tag();
     let mut spec = spec(id, blocks);
     spec.source = Some((ReplicaId(of), SnapshotId(snapshot)));

@@ -7,5 +7,6 @@ mod cases;
 mod common;
 mod crash;
 mod layers;
+mod lost;
 mod set;
 mod world;

@@ -4,16 +4,13 @@ use super::Run;
 use crate::rng::Rng;
 use crate::world::MS;
 
-/// Whether a disk of several may fail: what only it held is lost, and its pool goes on.
-pub(super) const DISKS_DIE: bool = false;
-
 /// What becomes of the disks of the pool that has several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {
     /// What a disk holds moves to the others, and it leaves.
     Remove(usize),
     Add,
-    /// Nothing can be done with one any more.
+    /// Nothing can be done with one any more: what only it held is lost, and its pool goes on.
     Die,
 }
 
@@ -25,12 +22,12 @@ pub(super) struct Disks {
 }
 
 impl Disks {
-    /// For a pool that has several. One dies only in the pool that may be lost.
+    /// For a pool that has several. One dies only in the pool that may be lost, and where others have what it held.
     pub(super) fn drawn(seed: u64, pool: usize, now: u64, may_die: bool) -> Self {
         let mut rng = Rng::new(seed ^ 0xd15c);
         let most = [50, 400, 2_000][rng.index(3)] * MS;
         let mut wish = || match rng.index(4) {
-            0 if may_die && DISKS_DIE => Wish::Die,
+            0 if may_die => Wish::Die,
             0 | 1 => Wish::Add,
             _ => Wish::Remove(rng.index(3)),
         };

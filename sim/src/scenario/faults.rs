@@ -2,7 +2,6 @@
 
 use cairn_engine::nexus::Purpose;
 
-use super::disks::DISKS_DIE;
 use super::{Repair, Run, WORK_NS};
 use crate::world::{MS, Machine};
 
@@ -287,8 +286,8 @@ impl Run {
         let disk = self.cluster.disk(victim);
         let (short, long) = self.short();
         let for_good = !self.faults.everywhere && self.rng.chance(200);
-        // One of several disks that fails is left behind.
-        let stays = self.cluster.is_wide(victim) && !DISKS_DIE;
+        // One of several disks that fails is left behind, with what only it held.
+        let stays = self.cluster.is_wide(victim) && self.cluster.replicas() == 1;
         let kind = match self.rng.below(8) {
             5 | 7 if stays => 3,
             kind => kind,
