@@ -262,7 +262,8 @@ fn run_in(
     world.say(format_args!("{config:?} {faults:?}"));
     let (volumes, small, pools) = (config.volumes, config.small_pool, config.pools());
     let (spares, wide) = (config.spares > 0, config.wide_pool);
-    let copies = config.replicas > 1;
+    // Nor is one started by force from what is left after that.
+    let copies = config.replicas > 1 && !spares;
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
         for _ in 0..focus.hosts(1 + rng.index(2)) {
@@ -620,6 +621,7 @@ impl Run {
             verified = self.cluster.run_while(200 * MS, Cluster::clients_are_done);
         }
         let state = self.cluster.volumes();
+        let verified = verified || self.is_lost_with_a_disk();
         check!(Check::Liveness, verified, "not every block can be read: {state:?}");
     }
 
@@ -650,6 +652,9 @@ impl Run {
         }
         self.come_to_rest();
         self.verify();
+        if self.is_lost_with_a_disk() {
+            return;
+        }
         self.await_rebuilds();
         self.delete_retired();
         // What the verification left behind settles.

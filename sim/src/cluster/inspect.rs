@@ -292,7 +292,7 @@ impl Cluster {
     }
 
     /// Whether a disk of a pool that has several has failed, and may be left behind with what it held.
-    fn may_have_lost(&self, at: usize) -> bool {
+    pub fn may_have_lost(&self, at: usize) -> bool {
         let mut world = self.world();
         self.is_wide(at) && self.disks[at].iter().any(|disk| world.disk(*disk).has_failed)
     }

@@ -49,6 +49,16 @@ impl Disks {
 }
 
 impl Run {
+    /// Whether a volume has no member in sync but those in a pool that has lost a disk: the others were out when it
+    /// died, or before that was seen. What only that disk had is gone then, and is an error for ever.
+    pub(super) fn is_lost_with_a_disk(&mut self) -> bool {
+        let reports = self.cluster.volumes().unwrap_or_default();
+        reports.iter().any(|report| {
+            let mut left = report.children.iter().filter(|c| c.in_sync && !c.witness);
+            left.all(|c| self.cluster.may_have_lost(self.cluster.pool_of(c.replica)))
+        })
+    }
+
     /// Does what is planned for the disks of a pool.
     pub(super) fn change_disks(&mut self, now: u64) {
         let due: Vec<_> = self.disks.plan.extract_if(.., |(at, _)| *at <= now).collect();

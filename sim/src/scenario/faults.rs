@@ -287,7 +287,8 @@ impl Run {
         let (short, long) = self.short();
         let for_good = !self.faults.everywhere && self.rng.chance(200);
         // One of several disks that fails is left behind, with what only it held.
-        let stays = self.cluster.is_wide(victim) && self.cluster.replicas() == 1;
+        let copies = self.cluster.replicas() > 1 && self.operator.is_none();
+        let stays = self.cluster.is_wide(victim) && !copies;
         let kind = match self.rng.below(8) {
             5 | 7 if stays => 3,
             kind => kind,
