@@ -26,6 +26,8 @@ pub enum ChildState {
     Rebuilding,
     /// It votes, and holds no data.
     Witness,
+    /// It can be reached, and its pool is offline: it stores nothing, and grants no lease.
+    Offline,
     /// It is there, and neither votes nor takes I/O.
     Idle(FaultReason),
     /// It was removed; its place is another's next.
@@ -47,6 +49,8 @@ pub enum FaultReason {
     Foreign,
     /// Its machine started anew, and writes that no flush had covered may be gone.
     LostPower,
+    /// Its pool is offline: it stores nothing any more.
+    PoolOffline,
     /// It was not asked for something that changed the others.
     Behind,
     /// A block that it lacks cannot be read from anybody.
@@ -69,6 +73,9 @@ impl fmt::Display for FaultReason {
             Self::LostPower => {
                 f.write_str("its machine started anew with writes that were not flushed yet")
             }
+            Self::PoolOffline => f.write_str(
+                "its pool is offline: see `cairn pool list` there; start its process again, or replace it",
+            ),
             Self::Behind => f.write_str("the others were changed in a way that it did not take part in"),
             Self::SourceUnreadable => f.write_str(
                 "a block that it lacks cannot be read from any replica: `cairn volume scrub` names it; write it anew",
@@ -101,6 +108,8 @@ pub(crate) struct Child {
     pub(crate) state: ChildState,
     /// Since when it was seen to be joining; nothing where it is not.
     pub(crate) joining_ms: Option<u64>,
+    /// It has said, in this session, that its pool is offline.
+    pub(crate) offline: bool,
     /// Its session is bound to the epoch.
     pub(crate) bound: bool,
     /// The question that binds it, where it is asked.
@@ -149,6 +158,7 @@ impl Child {
             connected: false,
             state: ChildState::Disconnected,
             joining_ms: None,
+            offline: false,
             bound: false,
             rejoining: None,
             looked: false,
@@ -166,6 +176,14 @@ impl Child {
             written: 0,
             flushed: 0,
             flushing: Vec::with_capacity(16),
+        }
+    }
+
+    /// Where it stands, as a person is told.
+    pub(crate) fn shown(&self) -> ChildState {
+        match self.state {
+            ChildState::Online | ChildState::Witness if self.offline => ChildState::Offline,
+            state => state,
         }
     }
 

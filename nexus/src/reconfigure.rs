@@ -173,7 +173,7 @@ impl Nexus {
     }
 
     fn check_current(&self) -> Result<(), ChangeError> {
-        let there = self.voters.has_majority_in(self.connected());
+        let there = self.voters.has_majority_in(self.able());
         let online = self.in_sync.iter().any(|c| self.is_usable(c));
         if !self.state.is_serving() || !there || !online {
             return Err(ChangeError::NotServing);

@@ -688,6 +688,10 @@ impl<D: Driver> Shard<D> {
             Event::RebuildAborted(c, why) => tracing::warn!(
                 volume = %name, replica = %child(c), %why, "rebuild given up; it is tried again"
             ),
+            Event::ChildOffline(c) => tracing::warn!(
+                volume = %name, replica = %child(c),
+                "the pool of the replica is offline: it stores nothing, and is not counted on"
+            ),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {
                     self.fail_link(link, "the nexus gave the session up");
