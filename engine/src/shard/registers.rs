@@ -253,14 +253,14 @@ impl<D: Driver> Shard<D> {
                 if self.host_queue(conn, generation).is_none() {
                     return;
                 }
+                let tells = answer.is_ok() && self.hosts[conn].queue.data_len(slot) > 0;
+                let page = if tells { self.own_page() } else { None };
                 let memory = self.driver.memory();
                 let queue = &mut self.hosts[conn].queue;
                 match answer {
                     Err(status) => queue.complete(slot, status_of(status), 0, memory),
-                    Ok(_) if queue.data_len(slot) == 0 => {
-                        queue.complete(slot, Status::SUCCESS, 0, memory);
-                    }
-                    Ok(register) => match memory.alloc(register::PAGE) {
+                    Ok(_) if !tells => queue.complete(slot, Status::SUCCESS, 0, memory),
+                    Ok(register) => match page {
                         Some(page) => {
                             register::encode(&register, memory.bytes_mut(page.slice()));
                             queue.complete_with_data(slot, page, memory);
