@@ -119,6 +119,11 @@ impl Cluster {
         drop(world);
         let machine = self.machine_of(at);
         self.lives[machine.0] += 1;
+        self.note_loss(at, others);
+    }
+
+    /// A pool has lost what was not flushed.
+    fn note_loss(&self, at: usize, others: bool) {
         for (volume, history) in self.histories.iter().enumerate() {
             // A witness has nothing to lose but its word, which is durable.
             if self.seats[volume].iter().any(|seat| seat.pool == at && !seat.witness) {
@@ -332,7 +337,22 @@ impl Cluster {
     }
 
     pub(super) fn step(&mut self, limit: u64) -> Option<NodeId> {
-        self.world.borrow_mut().step(limit)
+        let node = self.world.borrow_mut().step(limit);
+        self.note_forgotten();
+        node
+    }
+
+    /// Disks have lost what was not flushed, by a flush that failed.
+    fn note_forgotten(&mut self) {
+        loop {
+            let Some(disk) = self.world().take_forgotten() else { return };
+            let Some(at) = self.disks.iter().position(|all| all.iter().any(|d| d.0 == disk)) else {
+                continue;
+            };
+            self.world().say(format_args!("pool {at} has lost what a flush was to cover"));
+            let others = self.others_in_sync(at);
+            self.note_loss(at, others);
+        }
     }
 
     /// Lets the cluster run until `done`, at most for so long. Returns whether it was.

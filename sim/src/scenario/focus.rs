@@ -27,11 +27,13 @@ pub enum Focus {
     Churn,
     /// Two processes that stand by for each other; only where it is asked for.
     Standby,
+    /// One replica, whose disk fails single operations; only where it is asked for.
+    Lone,
 }
 
 impl Focus {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Everything,
         Self::Rebuild,
         Self::Takeover,
@@ -39,6 +41,7 @@ impl Focus {
         Self::Reconcile,
         Self::Churn,
         Self::Standby,
+        Self::Lone,
     ];
     /// Those that seeds draw.
     const DRAWN: &[Self] = Self::ALL.split_at(6).0;
@@ -96,8 +99,10 @@ impl Focus {
             tuning,
             ..config
         };
-        if self == Self::Standby {
-            standby::shape(&mut config, seed);
+        match self {
+            Self::Standby => standby::shape(&mut config, seed),
+            Self::Lone => (config.replicas, config.second_local) = (1, false),
+            _ => {}
         }
         config
     }
@@ -158,6 +163,7 @@ impl Run {
                 Focus::Reconcile => self.reconcile_round(),
                 Focus::Churn => self.churn_round(),
                 Focus::Standby => self.standby_round(),
+                Focus::Lone => self.lone_round(),
             }
             if self.rng.chance(150) {
                 self.hurt();
@@ -384,7 +390,7 @@ impl Run {
     }
 
     /// Waits until hosts are done, a while longer, and looks.
-    fn settle_down(&mut self) {
+    pub(super) fn settle_down(&mut self) {
         self.slow_down();
         self.tell(Orders { requests: 0, ..WRITES });
         self.pass_busy(1_000 * MS);
