@@ -47,7 +47,7 @@ pub enum FaultReason {
     Stale,
     /// It is not the replica that it should be.
     Foreign,
-    /// Its machine started anew, and writes that no flush had covered may be gone.
+    /// Its machine, or its pool after an error, started anew, and writes that no flush had covered may be gone.
     LostPower,
     /// Its pool is offline: it stores nothing any more.
     PoolOffline,
@@ -71,7 +71,9 @@ impl fmt::Display for FaultReason {
             Self::Unreachable => f.write_str("a write came while it was unreachable"),
             Self::Stale => f.write_str("it missed writes while it was away"),
             Self::LostPower => {
-                f.write_str("its machine started anew with writes that were not flushed yet")
+                f.write_str(
+                    "its machine, or its pool after an error, started anew with writes that were not flushed yet",
+                )
             }
             Self::PoolOffline => f.write_str(
                 "its pool is offline: see `cairn pool list` there; start its process again, or replace it",
@@ -110,6 +112,9 @@ pub(crate) struct Child {
     pub(crate) joining_ms: Option<u64>,
     /// It has said, in this session, that its pool is offline.
     pub(crate) offline: bool,
+    /// It has failed to store something. A pool that goes offline by that may have lost what no flush has covered:
+    /// a disk that fails a flush may have forgotten what that was to cover, and be well at the next.
+    pub(crate) suspect: bool,
     /// Its session is bound to the epoch.
     pub(crate) bound: bool,
     /// The question that binds it, where it is asked.
@@ -159,6 +164,7 @@ impl Child {
             state: ChildState::Disconnected,
             joining_ms: None,
             offline: false,
+            suspect: false,
             bound: false,
             rejoining: None,
             looked: false,
@@ -217,8 +223,8 @@ impl Child {
         self.written += 1;
     }
 
-    /// Whether it comes back from a loss of power that may have cost it acked writes.
+    /// Whether it comes back from a loss of power, or of its pool, that may have cost it acked writes.
     pub(crate) fn lost_writes(&self, incarnation: u128) -> bool {
-        self.incarnation != incarnation && self.written > self.flushed
+        (self.incarnation != incarnation || self.suspect) && self.written > self.flushed
     }
 }

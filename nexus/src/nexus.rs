@@ -401,6 +401,7 @@ impl Nexus {
         }
         c.load -= 1;
         Self::note_latency(c, op, took_ms);
+        c.suspect |= status == IoStatus::MediaError && (op.is_mutation() || op == IoOp::Flush);
         if status.is_ok() {
             c.note_done(at, op);
         } else if op == IoOp::Flush {

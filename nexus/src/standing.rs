@@ -46,6 +46,7 @@ impl Nexus {
         if !c.connected || core::mem::replace(&mut c.offline, true) {
             return;
         }
+        self.child(child).suspect = true;
         self.push_event(Event::ChildOffline(child));
     }
 
@@ -120,13 +121,14 @@ impl Nexus {
                         && self.child(child).state != ChildState::Joining =>
             {
                 let c = self.child(child);
-                c.incarnation = held.incarnation;
+                (c.incarnation, c.suspect) = (held.incarnation, false);
                 (c.bound, c.written, c.flushed) = (true, 0, 0);
                 self.resume_commit(child);
             }
             Ok(held) if self.child(child).state == ChildState::Joining => {
                 let lost = self.child(child).lost_writes(held.incarnation);
-                self.child(child).incarnation = held.incarnation;
+                let c = self.child(child);
+                (c.incarnation, c.suspect) = (held.incarnation, false);
                 let lost = lost && !on(Mutant::PowerLossForgotten);
                 if lost && self.in_sync.has(child) && !self.is_last(child) {
                     // Once it is out it is rebuilt in this session.
@@ -169,7 +171,7 @@ impl Nexus {
             Ok(held) => {
                 // It is on its way out of the in-sync set: once it is, it is rebuilt in this session.
                 let c = self.child(child);
-                c.incarnation = held.incarnation;
+                (c.incarnation, c.suspect) = (held.incarnation, false);
                 (c.bound, c.written, c.flushed) = (true, 0, 0);
                 self.resume_commit(child);
             }

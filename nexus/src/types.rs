@@ -275,7 +275,7 @@ pub enum Event {
     ChildOut(ChildId, FaultReason),
     /// A child takes I/O.
     ChildOnline(ChildId),
-    /// The only member that is left came back from a loss of power: what was acked and not flushed may be gone. See
+    /// The only member that is left came back from a loss of power, or of its pool: what was acked and not flushed may be gone. See
     /// [`Nexus::losses`](crate::Nexus::losses).
     WritesLost(ChildId),
     /// A child has said that its pool is offline.

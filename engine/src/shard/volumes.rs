@@ -628,8 +628,8 @@ impl<D: Driver> Shard<D> {
             Event::WritesLost(c) => tracing::error!(
                 volume = %name,
                 replica = %child(c),
-                "the only replica in sync lost power: writes that were not flushed may be lost; each host's next \
-                 flush fails"
+                "the only replica in sync lost power, or its pool failed: writes that were not flushed may be lost; \
+                 each host's next flush fails"
             ),
             Event::ChildFailing(c, reason) => {
                 tracing::warn!(volume = %name, replica = %child(c), %reason, "replica failed");
