@@ -205,6 +205,12 @@ impl Nexus {
         self.restoring.or(self.wanted.restoring)
     }
 
+    /// The same, by the configuration that is known to be stored.
+    #[must_use]
+    pub fn stored_restoring(&self) -> Option<SnapshotId> {
+        self.restoring.filter(|_| self.assembly.is_none())
+    }
+
     /// Stores that the volume is being taken back to a snapshot, before any replica is asked to; or that
     /// all have been. [`Event::Restoring`] tells that it is stored; it comes after assembly too, where a
     /// nexus before this one did not finish.

@@ -6,6 +6,7 @@ mod inspect;
 mod members;
 mod pools;
 mod processes;
+mod restore;
 mod standby;
 mod volumes;
 
@@ -181,6 +182,10 @@ pub struct Cluster {
     /// Snapshots that were asked to be deleted, and those of them that were.
     dropped: Vec<(usize, SnapshotId, Answer)>,
     deleted: Vec<(usize, SnapshotId)>,
+    /// Volumes that may be on their way back to a snapshot.
+    back: Vec<restore::GoingBack>,
+    /// Snapshots of which it is not known what each block was.
+    doubtful: BTreeSet<SnapshotId>,
     /// The replicas of each volume, whatever became of them.
     seats: Vec<Vec<Seat>>,
     /// Those that each of the machines that serve volumes is told of.
@@ -278,6 +283,8 @@ impl Cluster {
             taken: Vec::new(),
             dropped: Vec::new(),
             deleted: Vec::new(),
+            back: Vec::new(),
+            doubtful: BTreeSet::new(),
             named: [seats.clone(), seats.clone()],
             lineages: vec![0; config.volumes],
             forced: vec![None; config.volumes],

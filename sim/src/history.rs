@@ -9,6 +9,7 @@
 //! block may read either way until a later write is acked.
 
 mod anew;
+mod back;
 mod forget;
 
 use crate::checks::{Check, check};

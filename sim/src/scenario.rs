@@ -7,6 +7,7 @@ mod force;
 mod lone;
 mod members;
 mod overtaken;
+mod restore;
 mod standby;
 
 use cairn_engine::ChildReport;
@@ -295,6 +296,7 @@ fn run_in(
         snapshots,
         slips: lone::slips(seed, lone, now),
         lone,
+        restores: if focus == Focus::Standby { None } else { restore::drawn(seed) },
         count: 0,
         most: 0,
         small,
@@ -379,6 +381,8 @@ struct Run {
     /// What fails where there is one replica, and whether there is.
     slips: Vec<(u64, lone::Slip)>,
     lone: bool,
+    /// What rounds draw from in which volumes go back to snapshots.
+    restores: Option<Rng>,
     /// Faults so far, and how many there are to be.
     count: u64,
     most: u64,
@@ -478,6 +482,7 @@ impl Run {
 
     fn snapshot(&mut self, now: u64) {
         self.cluster.look_at_snapshots();
+        self.cluster.look_at_back();
         let due: Vec<_> = self.snapshots.extract_if(.., |(at, _)| *at <= now).collect();
         for (at, volume) in due {
             if at.is_multiple_of(4) {
@@ -563,7 +568,8 @@ impl Run {
                 .iter()
                 .all(|v| v.serving && v.children.iter().all(|c| is_settled(c) || is_full(c)));
             // One that was taken from this machine is taken up again first.
-            if all && state.len() == self.cluster.volume_count() && self.members_are_met(&state) {
+            let whole = all && state.len() == self.cluster.volume_count();
+            if whole && !self.cluster.goes_back() && self.members_are_met(&state) {
                 return;
             }
             check!(

@@ -116,6 +116,9 @@ impl Cluster {
             Err(TryRecvError::Empty) => true,
         });
         for (volume, id, invoked, differing) in answered {
+            if !differing.is_empty() {
+                self.doubtful.insert(id);
+            }
             let mut first: Option<Vec<u8>> = None;
             let replicas: Vec<ReplicaId> = self.seats[volume].iter().map(|s| s.id).collect();
             for at in replicas {

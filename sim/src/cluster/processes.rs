@@ -161,7 +161,7 @@ impl Cluster {
     pub fn kill_nexus(&mut self) {
         let reports = self.reports();
         self.kill_process(self.active);
-        if !self.spoilt && self.world().rng.chance(300) {
+        if !self.spoilt && self.world().rng.chance(300) && !self.goes_back() {
             self.check_marks(&reports);
         }
     }
@@ -232,7 +232,7 @@ impl Cluster {
 
     /// Looks at what a process serves, and at its registers.
     pub(super) fn watch(&mut self, node: NodeId) {
-        let (mut new_truths, mut watched) = (Vec::new(), Vec::new());
+        let (mut new_truths, mut watched, mut backs) = (Vec::new(), Vec::new(), Vec::new());
         let Process::Shard(shard) = &self.processes[node.0] else { return };
         for found in shard.watch_registers() {
             let (promised, accepted) = (found.promised.0, (found.accepted.0.0, found.accepted.1));
@@ -249,7 +249,11 @@ impl Cluster {
             if self.config.tuning.roles.is_some() {
                 watched.extend(shard.watch_volumes());
             }
-            for WatchedVolume { id, epoch, serving, stored, .. } in shard.watch_volumes() {
+            for found in shard.watch_volumes() {
+                if !self.back.is_empty() {
+                    backs.push(found);
+                }
+                let WatchedVolume { id, epoch, serving, stored, .. } = found;
                 if !serving {
                     continue;
                 }
@@ -288,6 +292,9 @@ impl Cluster {
         }
         for found in watched {
             self.watch_roles(node, found);
+        }
+        for found in backs {
+            self.watch_back(&found);
         }
         for volume in new_truths {
             self.take_truth_from_source(volume);
