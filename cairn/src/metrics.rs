@@ -140,7 +140,7 @@ fn data(volume: &v1::Volume) -> impl Iterator<Item = &v1::Child> {
 
 const VOLUME_STATES: [&str; 7] =
     ["standby", "assembling", "online", "degraded", "suspended", "fenced", "refused"];
-const REPLICA_STATES: [&str; 8] = [
+const REPLICA_STATES: [&str; 9] = [
     "online",
     "disconnected",
     "joining",
@@ -148,6 +148,7 @@ const REPLICA_STATES: [&str; 8] = [
     "out-of-sync",
     "rebuilding",
     "witness",
+    "offline",
     "idle",
 ];
 const POOL_STATES: [&str; 3] = ["online", "degraded", "failed"];

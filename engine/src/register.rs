@@ -8,7 +8,9 @@
 //! | EDh | Register Renew | register page to the controller: its accepted epoch, and the lease; 0 gives it back | |
 //! | CDh | Replica Resize | register page to the controller: its accepted epoch, and the size | |
 //!
-//! A refusal because of a newer promise completes with status Internal Path Related: Controller Pathing Error. The page, little-endian:
+//! A refusal because of a newer promise completes with status Internal Path Related: Controller Pathing Error. A replica
+//! whose pool is offline refuses all but Register Read with Unrecovered Read Error, which older ones never answer to Register
+//! Renew; a nexus that does not know it takes it for no grant. The page, little-endian:
 //!
 //! ```text
 //! 0  magic "CRNREG1\0"

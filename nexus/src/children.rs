@@ -26,6 +26,8 @@ pub enum ChildState {
     Rebuilding,
     /// It votes, and holds no data.
     Witness,
+    /// It can be reached, and its pool is offline: it stores nothing, and grants no lease.
+    Offline,
     /// It is there, and neither votes nor takes I/O.
     Idle(FaultReason),
     /// It was removed; its place is another's next.
@@ -45,8 +47,10 @@ pub enum FaultReason {
     Stale,
     /// It is not the replica that it should be.
     Foreign,
-    /// Its machine started anew, and writes that no flush had covered may be gone.
+    /// Its machine, or its pool after an error, started anew, and writes that no flush had covered may be gone.
     LostPower,
+    /// Its pool is offline: it stores nothing any more.
+    PoolOffline,
     /// It was not asked for something that changed the others.
     Behind,
     /// A block that it lacks cannot be read from anybody.
@@ -67,8 +71,13 @@ impl fmt::Display for FaultReason {
             Self::Unreachable => f.write_str("a write came while it was unreachable"),
             Self::Stale => f.write_str("it missed writes while it was away"),
             Self::LostPower => {
-                f.write_str("its machine started anew with writes that were not flushed yet")
+                f.write_str(
+                    "its machine, or its pool after an error, started anew with writes that were not flushed yet",
+                )
             }
+            Self::PoolOffline => f.write_str(
+                "its pool is offline: see `cairn pool list` there; start its process again, or replace it",
+            ),
             Self::Behind => f.write_str("the others were changed in a way that it did not take part in"),
             Self::SourceUnreadable => f.write_str(
                 "a block that it lacks cannot be read from any replica: `cairn volume scrub` names it; write it anew",
@@ -101,6 +110,11 @@ pub(crate) struct Child {
     pub(crate) state: ChildState,
     /// Since when it was seen to be joining; nothing where it is not.
     pub(crate) joining_ms: Option<u64>,
+    /// It has said, in this session, that its pool is offline.
+    pub(crate) offline: bool,
+    /// It has failed to store something. A pool that goes offline by that may have lost what no flush has covered:
+    /// a disk that fails a flush may have forgotten what that was to cover, and be well at the next.
+    pub(crate) suspect: bool,
     /// Its session is bound to the epoch.
     pub(crate) bound: bool,
     /// The question that binds it, where it is asked.
@@ -149,6 +163,8 @@ impl Child {
             connected: false,
             state: ChildState::Disconnected,
             joining_ms: None,
+            offline: false,
+            suspect: false,
             bound: false,
             rejoining: None,
             looked: false,
@@ -166,6 +182,14 @@ impl Child {
             written: 0,
             flushed: 0,
             flushing: Vec::with_capacity(16),
+        }
+    }
+
+    /// Where it stands, as a person is told.
+    pub(crate) fn shown(&self) -> ChildState {
+        match self.state {
+            ChildState::Online | ChildState::Witness if self.offline => ChildState::Offline,
+            state => state,
         }
     }
 
@@ -199,8 +223,8 @@ impl Child {
         self.written += 1;
     }
 
-    /// Whether it comes back from a loss of power that may have cost it acked writes.
+    /// Whether it comes back from a loss of power, or of its pool, that may have cost it acked writes.
     pub(crate) fn lost_writes(&self, incarnation: u128) -> bool {
-        self.incarnation != incarnation && self.written > self.flushed
+        (self.incarnation != incarnation || self.suspect) && self.written > self.flushed
     }
 }

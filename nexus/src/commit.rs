@@ -197,6 +197,7 @@ impl Nexus {
     pub(crate) fn handle_accept_reply(&mut self, child: ChildId, reply: &ChildReply) {
         match reply {
             Ok(_) => {
+                self.note_not_offline(child);
                 let Some(commit) = self.commit.as_mut() else { return };
                 commit.acks = commit.acks.with(child);
                 if commit.is_stored() {

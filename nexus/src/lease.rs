@@ -13,8 +13,9 @@
 //! member is asked.
 //!
 //! The data is read at once and only the answer waits, so a read costs a compare where there is a lease.
-//! Renewals are sent while there are reads, once half of the lease is over: an idle volume sends none, unless
-//! another nexus stands by for it.
+//! Renewals are sent while there are reads, once half of the lease is over, and with each round of settling: an
+//! idle volume sends none, unless another nexus stands by for it. They also tell of voters that are asked
+//! nothing else, as witnesses are: one whose pool is offline refuses.
 //!
 //! That nothing is stored before the wait is over has a use: who has stored the configuration that is
 //! found, has waited. Where that was an earlier process of the same node, which is known to be dead, nobody
@@ -23,7 +24,7 @@
 use cairn_block::IoStatus;
 use cairn_block::mutants::{Mutant, on};
 
-use crate::children::ChildState;
+use crate::children::{ChildState, FaultReason};
 use crate::nexus::Nexus;
 use crate::register::RegisterOp;
 use crate::slots::{ChildSet, Phase};
@@ -146,6 +147,14 @@ impl Nexus {
 
     pub(crate) fn handle_renew_reply(&mut self, child: ChildId, reply: &ChildReply, now_ms: u64) {
         let asked = self.lease.asked[usize::from(child.0)].take();
+        match reply {
+            // It misses the next write, if it has not missed one.
+            Err(IoStatus::MediaError) if self.assembly.is_none() && self.state.is_serving() => {
+                self.fail_child(child, FaultReason::PoolOffline);
+            }
+            Err(IoStatus::MediaError | IoStatus::PathError) => {}
+            Ok(_) | Err(_) => self.note_not_offline(child),
+        }
         match (reply, asked) {
             (Ok(_), Some((_, sent_ms))) => {
                 let sent_ms = if on(Mutant::LeaseFromAnswer) { now_ms } else { sent_ms };
@@ -197,7 +206,7 @@ impl Nexus {
 
     /// Whether reads wait, and too few voters are there to let them go on.
     pub(crate) fn lacks_lease(&self) -> bool {
-        self.lease.holds_reads() && !self.voters.has_majority_in(self.connected())
+        self.lease.holds_reads() && !self.voters.has_majority_in(self.able())
     }
 
     /// Whether every voter that is there knows that the lease was given back.

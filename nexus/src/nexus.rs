@@ -198,8 +198,9 @@ impl Nexus {
         let children = (0u8..).zip(&self.children).map(|(i, c)| ChildStatus {
             replica: c.replica,
             witness: c.witness,
-            state: c.state,
+            state: c.shown(),
             in_sync: self.in_sync.has(ChildId(i)),
+            offline: c.offline,
             load: c.load,
             failures: c.trouble.times(),
         });
@@ -325,6 +326,7 @@ impl Nexus {
     pub fn handle_child_up(&mut self, child: ChildId, now_ms: u64) {
         let c = self.child(child);
         c.connected = true;
+        c.offline = false;
         c.session += 1;
         if !matches!(
             c.state,
@@ -349,6 +351,7 @@ impl Nexus {
         }
         c.connected = false;
         (c.bound, c.looked, c.rejoining) = (false, false, None);
+        c.offline = false;
         if self.mirror() == Some(child) {
             self.fail_child(child, FaultReason::Unreachable);
         }
@@ -398,6 +401,7 @@ impl Nexus {
         }
         c.load -= 1;
         Self::note_latency(c, op, took_ms);
+        c.suspect |= status == IoStatus::MediaError && (op.is_mutation() || op == IoOp::Flush);
         if status.is_ok() {
             c.note_done(at, op);
         } else if op == IoOp::Flush {
@@ -471,6 +475,9 @@ impl Nexus {
         self.child(child).asked -= 1;
         if !matches!(reply, Err(IoStatus::PathError)) {
             self.child(child).heard_ms = now_ms;
+        }
+        if matches!(reply, Err(IoStatus::MediaError)) {
+            self.note_offline(child);
         }
         if self.child(child).growing.is_some_and(|(asked, _)| asked == round) {
             self.handle_grow_reply(child, &reply, now_ms);

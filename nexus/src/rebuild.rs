@@ -183,7 +183,7 @@ impl Nexus {
     fn rebuild_target(&self, now_ms: u64) -> Option<(ChildId, FaultReason)> {
         (0u8..).zip(&self.children).find_map(|(i, c)| match c.state {
             ChildState::OutOfSync(why)
-                if c.bound && c.connected && c.trouble.until_ms() <= now_ms =>
+                if c.bound && c.connected && !c.offline && c.trouble.until_ms() <= now_ms =>
             {
                 Some((ChildId(i), why))
             }

@@ -173,7 +173,7 @@ impl Nexus {
     }
 
     fn check_current(&self) -> Result<(), ChangeError> {
-        let there = self.voters.has_majority_in(self.connected());
+        let there = self.voters.has_majority_in(self.able());
         let online = self.in_sync.iter().any(|c| self.is_usable(c));
         if !self.state.is_serving() || !there || !online {
             return Err(ChangeError::NotServing);
@@ -203,6 +203,12 @@ impl Nexus {
     #[must_use]
     pub fn restoring(&self) -> Option<SnapshotId> {
         self.restoring.or(self.wanted.restoring)
+    }
+
+    /// The same, by the configuration that is known to be stored.
+    #[must_use]
+    pub fn stored_restoring(&self) -> Option<SnapshotId> {
+        self.restoring.filter(|_| self.assembly.is_none())
     }
 
     /// Stores that the volume is being taken back to a snapshot, before any replica is asked to; or that

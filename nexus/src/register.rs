@@ -2,7 +2,8 @@
 //!
 //! A holder is a replica, a witness, or anything else that can keep a [`Register`] on stable storage and
 //! change it by compare-and-swap: it reads what is held, asks [`consider`], stores what that says while
-//! what is held is still the same, and answers then. The nexus knows nothing else of a holder.
+//! what is held is still the same, and answers then. One that can store nothing any more says so to all but a
+//! read, with [`IoStatus::MediaError`]. The nexus knows nothing else of a holder.
 
 use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoStatus};

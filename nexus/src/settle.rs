@@ -167,6 +167,8 @@ impl Nexus {
         for child in self.taking_part().iter() {
             self.ask_upkeep(child, Asked::Settle, ChildOp::SettleBegin { round }, now_ms);
         }
+        // Where nobody reads, voters without data are heard of by this alone.
+        self.renew_if_due(now_ms);
         true
     }
 

@@ -39,6 +39,33 @@ impl Nexus {
         self.start_commit();
     }
 
+    /// The child has said that its pool is offline: it cannot be counted on for anything that is to be
+    /// stored.
+    pub(crate) fn note_offline(&mut self, child: ChildId) {
+        let c = self.child(child);
+        if !c.connected || core::mem::replace(&mut c.offline, true) {
+            return;
+        }
+        self.child(child).suspect = true;
+        self.push_event(Event::ChildOffline(child));
+    }
+
+    /// It would store something, or has: its pool is not offline after all.
+    pub(crate) fn note_not_offline(&mut self, child: ChildId) {
+        let c = self.child(child);
+        c.offline = false;
+        if c.state == ChildState::Offline {
+            c.state = ChildState::Joining;
+            self.rejoin(child);
+        }
+    }
+
+    /// The children that can be reached, and whose pool is not offline as far as is known.
+    pub(crate) fn able(&self) -> ChildSet {
+        let offline = (0u8..).zip(&self.children).filter(|(_, c)| c.offline);
+        offline.fold(self.connected(), |set, (i, _)| set.without(ChildSet::of(ChildId(i))))
+    }
+
     /// A child came back while the volume serves: bind its session to the epoch.
     pub(crate) fn rejoin(&mut self, child: ChildId) {
         self.round += 1;
@@ -94,13 +121,14 @@ impl Nexus {
                         && self.child(child).state != ChildState::Joining =>
             {
                 let c = self.child(child);
-                c.incarnation = held.incarnation;
+                (c.incarnation, c.suspect) = (held.incarnation, false);
                 (c.bound, c.written, c.flushed) = (true, 0, 0);
                 self.resume_commit(child);
             }
             Ok(held) if self.child(child).state == ChildState::Joining => {
                 let lost = self.child(child).lost_writes(held.incarnation);
-                self.child(child).incarnation = held.incarnation;
+                let c = self.child(child);
+                (c.incarnation, c.suspect) = (held.incarnation, false);
                 let lost = lost && !on(Mutant::PowerLossForgotten);
                 if lost && self.in_sync.has(child) && !self.is_last(child) {
                     // Once it is out it is rebuilt in this session.
@@ -143,13 +171,17 @@ impl Nexus {
             Ok(held) => {
                 // It is on its way out of the in-sync set: once it is, it is rebuilt in this session.
                 let c = self.child(child);
-                c.incarnation = held.incarnation;
+                (c.incarnation, c.suspect) = (held.incarnation, false);
                 (c.bound, c.written, c.flushed) = (true, 0, 0);
                 self.resume_commit(child);
             }
             // One that is no voter may have promised an epoch that came to nothing.
             Err(IoStatus::Fenced) if !self.voters.has(child) => self.voter_refused(child),
             Err(IoStatus::Fenced) => self.fence(),
+            // Nothing comes of asking again before its process is started anew, and that ends the session.
+            Err(IoStatus::MediaError) if self.voters.has(child) && !self.holds_data(child) => {
+                self.child(child).state = ChildState::Offline;
+            }
             Err(_) => self.push_event(Event::ResetChild(child)),
         }
     }

@@ -51,6 +51,8 @@ struct Bench {
     late_lists: ChildSet,
     late: Vec<ChildIo>,
     no_list: Option<u8>,
+    /// One that fails the flushes of settling rounds.
+    no_flush: Option<u8>,
 }
 
 fn config(n: u8, purpose: Purpose) -> NexusConfig {
@@ -101,6 +103,7 @@ impl Bench {
             late_lists: ChildSet::EMPTY,
             late: Vec::new(),
             no_list: None,
+            no_flush: None,
         }
     }
 
@@ -145,7 +148,8 @@ impl Bench {
             self.late.push(io.clone());
             return;
         }
-        let fails = lists && self.no_list == Some(io.child.0);
+        let fails = lists && self.no_list == Some(io.child.0)
+            || matches!(io.op, ChildOp::Io(_)) && self.no_flush == Some(io.child.0);
         let status = if fails { IoStatus::MediaError } else { status };
         let children = self.up.len().max(self.extents.len());
         self.extents.resize(children, Vec::new());

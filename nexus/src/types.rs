@@ -281,9 +281,11 @@ pub enum Event {
     ChildOut(ChildId, FaultReason),
     /// A child takes I/O.
     ChildOnline(ChildId),
-    /// The only member that is left came back from a loss of power: what was acked and not flushed may be gone. See
+    /// The only member that is left came back from a loss of power, or of its pool: what was acked and not flushed may be gone. See
     /// [`Nexus::losses`](crate::Nexus::losses).
     WritesLost(ChildId),
+    /// A child has said that its pool is offline.
+    ChildOffline(ChildId),
     /// The session with a child is to be ended: it did not answer.
     ResetChild(ChildId),
     /// A configuration was stored by a majority.
@@ -421,6 +423,8 @@ pub struct ChildStatus {
     pub state: ChildState,
     /// Whether it holds every acked write.
     pub in_sync: bool,
+    /// Whether it has said, in this session, that its pool is offline.
+    pub offline: bool,
     /// Requests that it has not answered.
     pub load: u32,
     /// How often it went out of the in-sync set lately.

@@ -132,6 +132,7 @@ impl Nexus {
             let c = self.child(child);
             c.flushed = c.flushed.max(covers);
         }
+        self.child(child).suspect |= status == IoStatus::MediaError;
         if status == IoStatus::Fenced {
             self.fence();
         }

@@ -183,7 +183,7 @@ impl Nexus {
         if self.staying().without(leaving).is_empty() {
             return Err(ChangeError::LastInSync(replica));
         }
-        if !self.voters.without(leaving).has_majority_in(self.connected()) {
+        if !self.voters.without(leaving).has_majority_in(self.able()) {
             return Err(ChangeError::NoMajority(replica));
         }
         self.changing = Some(Changing { child, since_ms: now_ms, step: Step::Leaving });

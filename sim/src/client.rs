@@ -489,7 +489,7 @@ impl Client {
     fn choose(&mut self) -> (IoOp, u64, u64) {
         let volume = self.history.borrow().blocks() as u64;
         if let Goal::Verify(next) = self.goal {
-            return (IoOp::Read, next, MAX_BLOCKS.min(volume - next));
+            return (IoOp::Read, next, self.readable_together(next, MAX_BLOCKS.min(volume - next)));
         }
         if let Some(orders) = self.orders {
             return self.choose_by(&orders, volume);
@@ -519,6 +519,13 @@ impl Client {
         let start = rng.below(within) + (EXTENT_BLOCKS - self.work.hot_blocks / 2);
         let lba = start % volume;
         (op, lba, blocks.min(volume - lba))
+    }
+
+    /// How many blocks are read at once: one that may not be readable alone.
+    fn readable_together(&self, first: u64, blocks: u64) -> u64 {
+        let history = self.history.borrow();
+        let bad = (first..first + blocks).find(|&lba| history.may_be_unreadable(lba));
+        bad.map_or(blocks, |lba| (lba - first).max(1))
     }
 
     /// The same, by orders.
@@ -619,16 +626,20 @@ impl Client {
 
     fn drop_request(&mut self, tag: u32) {
         let Some(request) = self.requests[tag as usize].take() else { return };
-        self.again(&request);
+        self.again(&request, None);
         if let Some(buf) = request.buf {
             self.driver.memory().release(buf);
         }
     }
 
     /// A block of the last check that was not read is read again.
-    fn again(&mut self, request: &Request) {
+    fn again(&mut self, request: &Request, status: Option<IoStatus>) {
+        let unreadable = status == Some(IoStatus::MediaError)
+            && request.blocks == 1
+            && self.history.borrow().may_be_unreadable(request.lba);
         if let Goal::Verify(next) = &mut self.goal
             && request.op == IoOp::Read
+            && !unreadable
         {
             *next = (*next).min(request.lba);
         }
@@ -675,7 +686,7 @@ impl Client {
         }
         if !ok {
             self.errors += 1;
-            self.again(&request);
+            self.again(&request, Some(done.io_status));
             self.next_at = self.driver.now_ns() + self.rng.below(20 * MS);
         }
         if let Some(buf) = request.buf {

@@ -6,6 +6,7 @@ mod inspect;
 mod members;
 mod pools;
 mod processes;
+mod restore;
 mod standby;
 mod volumes;
 
@@ -18,7 +19,7 @@ use std::sync::mpsc;
 use cairn_block::{ReplicaId, SnapshotId, VolumeId};
 use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
 use cairn_engine::nexus::{Pace, Purpose};
-use cairn_engine::{Command, EncryptionSpec, EngineError, Shard};
+use cairn_engine::{Command, EncryptionSpec, EngineError, Shard, VolumeReport};
 
 use crate::client::{Client, Serving};
 use crate::driver::SimDriver;
@@ -100,6 +101,12 @@ pub struct Tuning {
 }
 
 impl ClusterConfig {
+    /// Whether nothing has a second copy, or will have.
+    #[must_use]
+    pub fn is_lone(&self) -> bool {
+        self.replicas == 1 && self.spares == 0 && self.witness.is_none() && self.wide_pool.is_none()
+    }
+
     /// How many pools there are.
     #[must_use]
     pub fn pools(&self) -> usize {
@@ -175,6 +182,10 @@ pub struct Cluster {
     /// Snapshots that were asked to be deleted, and those of them that were.
     dropped: Vec<(usize, SnapshotId, Answer)>,
     deleted: Vec<(usize, SnapshotId)>,
+    /// Volumes that may be on their way back to a snapshot.
+    back: Vec<restore::GoingBack>,
+    /// Snapshots of which it is not known what each block was.
+    doubtful: BTreeSet<SnapshotId>,
     /// The replicas of each volume, whatever became of them.
     seats: Vec<Vec<Seat>>,
     /// Those that each of the machines that serve volumes is told of.
@@ -257,6 +268,7 @@ impl Cluster {
                 let blocks = usize::try_from(config.blocks).expect("a small volume");
                 let mut history = History::new(at as u64 + 1, blocks);
                 history.tears = config.tears;
+                history.alone = config.is_lone();
                 Rc::new(RefCell::new(history))
             })
             .collect();
@@ -271,6 +283,8 @@ impl Cluster {
             taken: Vec::new(),
             dropped: Vec::new(),
             deleted: Vec::new(),
+            back: Vec::new(),
+            doubtful: BTreeSet::new(),
             named: [seats.clone(), seats.clone()],
             lineages: vec![0; config.volumes],
             forced: vec![None; config.volumes],
@@ -385,6 +399,12 @@ impl Cluster {
     #[must_use]
     pub fn voters(&self) -> usize {
         self.config.replicas + usize::from(self.config.witness.is_some())
+    }
+
+    /// Which volume a report is of.
+    #[must_use]
+    pub fn number_of(&self, report: &VolumeReport) -> usize {
+        volume_of(report.id)
     }
 
     /// How many volumes there are.

@@ -31,6 +31,10 @@ pub struct DiskTrouble {
     pub no_space_per_mille: u64,
     /// So many of the next operations fail with EIO.
     pub eio_next: u32,
+    /// So many of the next flushes fail with EIO.
+    pub eio_flushes: u32,
+    /// A flush that fails takes with it what it was to cover, as a loss of power does.
+    pub forgets: bool,
     /// So many of the next writes at or after page `data` end up on another page of it.
     pub astray: u32,
     /// The first page that such a write may be for, or may hit.

@@ -9,6 +9,7 @@
 //! block may read either way until a later write is acked.
 
 mod anew;
+mod back;
 mod forget;
 
 use crate::checks::{Check, check};
@@ -80,6 +81,8 @@ pub struct History {
     reconciles: bool,
     /// Whether a loss of power leaves parts of blocks.
     pub tears: bool,
+    /// Nobody has a second copy: a block whose write failed may not be readable before it is written again.
+    pub alone: bool,
     /// Reads that were judged.
     pub judged: u64,
     /// Writes that were acked.
@@ -113,6 +116,7 @@ impl History {
             power_lost: false,
             reconciles: RECONCILES,
             tears: false,
+            alone: false,
             judged: 0,
             acked: 0,
         }
@@ -361,6 +365,13 @@ impl History {
     #[must_use]
     pub fn may_be_torn(&self, lba: u64) -> bool {
         self.blocks[usize::try_from(lba).expect("a small volume")].torn
+    }
+
+    /// Whether a block may not be readable: the last that was tried there failed, and nobody has a second copy.
+    #[must_use]
+    pub fn may_be_unreadable(&self, lba: u64) -> bool {
+        let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
+        self.alone && block.tainted_at.is_some()
     }
 
     /// Whether replicas may differ in this block.

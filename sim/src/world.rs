@@ -104,6 +104,8 @@ pub struct World {
     pub(crate) disks: Vec<SimDisk>,
     pub(crate) disk_ops: Vec<Option<DiskOp>>,
     free_ops: Vec<usize>,
+    /// Disks that have lost what was not flushed, by a flush that failed.
+    forgot: Vec<usize>,
     next_op: u64,
     pub(crate) net: Net,
     hash: u64,
@@ -131,6 +133,7 @@ impl World {
             disks: Vec::new(),
             disk_ops: Vec::new(),
             free_ops: Vec::new(),
+            forgot: Vec::new(),
             next_op: 0,
             net: Net::default(),
             hash: mix(seed),
@@ -327,9 +330,15 @@ impl World {
             }
             DiskWork::Flush { .. } => true,
         };
+        let is_flush = matches!(work, DiskWork::Flush { .. });
+        let flushes = &mut self.disks[disk].trouble.eio_flushes;
+        let fails = is_flush && *flushes > 0;
+        *flushes -= u32::from(fails);
         let once = &mut self.disks[disk].trouble.eio_next;
         let result = if !fits {
             Err(DiskFault::Short)
+        } else if fails {
+            Err(DiskFault::Errno(EIO))
         } else if *once > 0 {
             *once -= 1;
             Err(DiskFault::Errno(EIO))
@@ -388,6 +397,9 @@ impl World {
             DiskWork::Flush { mark } => {
                 if result.is_ok() {
                     disk.flush_to(*mark);
+                } else if disk.trouble.forgets {
+                    disk.lose_power(&mut self.rng);
+                    self.forgot.push(entry.disk);
                 }
             }
             DiskWork::Zero { page, pages } => {
@@ -403,6 +415,10 @@ impl World {
         }
         self.note(2, serial, u64::from(result.is_ok()));
         self.deliver(node, Inbox::Disk { op });
+    }
+
+    pub(crate) fn take_forgotten(&mut self) -> Option<usize> {
+        self.forgot.pop()
     }
 
     pub(crate) fn take_disk_op(&mut self, op: usize) -> DiskOp {

@@ -2,7 +2,9 @@
 
 use std::net::SocketAddr;
 
-use cairn_nexus::{ChildState, RebuildEnd, RebuildRecord, RebuildStage, Status, VolumeState};
+use cairn_nexus::{
+    ChildState, FaultReason, RebuildEnd, RebuildRecord, RebuildStage, Status, VolumeState,
+};
 use cairn_nvmf::target::Port;
 use cairn_reactor::{Driver, Op};
 use cairn_replica::{PoolState, ReplicaSpec, ReplicaState};
@@ -270,7 +272,7 @@ impl<D: Driver> Shard<D> {
                     reason = format!("{reason}{join}it went out {} times lately", child.failures);
                 }
                 let connected = match route {
-                    Route::Remote { link } => self.link_report(*link).0 == "up",
+                    Route::Remote { link } => !child.offline && self.link_report(*link).0 == "up",
                     Route::Local(local) => {
                         let pool = &self.pools[usize::from(local.pool)].pool;
                         !local.leaving && !matches!(pool.state(), PoolState::Failed(_))
@@ -382,6 +384,7 @@ fn describe(state: ChildState) -> (&'static str, String) {
         ChildState::OutOfSync(reason) => ("out-of-sync", reason.to_string()),
         ChildState::Rebuilding => ("rebuilding", String::new()),
         ChildState::Witness => ("witness", String::new()),
+        ChildState::Offline => ("offline", FaultReason::PoolOffline.to_string()),
         ChildState::Idle(reason) => ("idle", reason.to_string()),
         ChildState::Removed => ("removed", String::new()),
     }

@@ -114,10 +114,10 @@ impl<D: Driver> Shard<D> {
     }
 
     fn ask_deletion(&mut self, at: u32, id: SnapshotId, now: u64) {
-        let memory = self.driver.memory();
-        let Some(page) = memory.alloc(snapshot::PAGE) else {
+        let Some(page) = self.own_page() else {
             return self.delay_deletions(at, now);
         };
+        let memory = self.driver.memory();
         let spec = SnapshotSpec { id, name: String::new(), created: 0 };
         snapshot::encode(&SnapshotCall { spec, clone: None }, memory.bytes_mut(page.slice()));
         let volume = &mut self.volumes[at];

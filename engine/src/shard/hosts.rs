@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use cairn_nvmf::target::{self, ConnId, Outcome, QueueConfig};
+use cairn_nvmf::target::{self, ConnId, Outcome};
 use cairn_reactor::{Chunk, Driver, EndReason, Op, SocketFault, SocketId};
 
 use super::{Shard, Subject, token};
@@ -36,8 +36,7 @@ impl<D: Driver> Shard<D> {
                 return;
             }
         };
-        let config = QueueConfig::default();
-        let Some(queue) = target::Queue::new(&config, self.driver.memory()) else {
+        let Some(queue) = self.new_queue() else {
             tracing::warn!("no buffer for another connection; it is closed (see `buffers`)");
             self.submit(Op::Close { socket }, token(Subject::HostClose, 0, u32::MAX));
             return;

@@ -59,6 +59,8 @@ pub(super) struct Link {
     nqn: String,
     stage: Stage,
     session: Option<Session>,
+    /// The next one, made while the memory of the last was free: payload may have taken all the rest by then.
+    next: Option<Session>,
     queues: [LinkQueue; 2],
     backoff_ms: u64,
     retry_at_ms: u64,
@@ -110,6 +112,7 @@ impl Link {
             nqn,
             stage: Stage::Idle,
             session: None,
+            next: None,
             queues: [LinkQueue::default(); 2],
             backoff_ms: BACKOFF_MIN_MS,
             retry_at_ms: now,
@@ -147,7 +150,7 @@ impl<D: Driver> Shard<D> {
         self.wants_timeout(next);
     }
 
-    fn open_link(&mut self, at: u32, now: u64) {
+    fn new_session(&mut self, at: u32) -> Option<Session> {
         let config = SessionConfig {
             hostnqn: self.config.node_nqn.clone(),
             hostid: self.config.node_id,
@@ -158,7 +161,11 @@ impl<D: Driver> Shard<D> {
             header_digest: self.config.replica_header_digest,
             data_digest: self.config.replica_data_digest,
         };
-        let session = Session::new(config, self.driver.memory());
+        Session::new(config, self.driver.memory())
+    }
+
+    fn open_link(&mut self, at: u32, now: u64) {
+        let session = self.links[at].next.take().or_else(|| self.new_session(at));
         let link = &mut self.links[at];
         match session {
             Some(session) => {
@@ -281,6 +288,9 @@ impl<D: Driver> Shard<D> {
     fn drop_link(&mut self, at: u32) {
         let Some(link) = self.links.remove(at) else { return };
         let (volume, child) = (link.volume, link.child);
+        if let Some(next) = link.next {
+            next.close(self.driver.memory());
+        }
         if !self.is_way_to(at, volume, child) {
             return;
         }
@@ -336,6 +346,9 @@ impl<D: Driver> Shard<D> {
                 self.link_abandoned(at, Ticket(tag), now);
             }
             session.close(self.driver.memory());
+            if !self.links[at].retired {
+                self.links[at].next = self.new_session(at);
+            }
         }
         while let Some((ticket, _)) = self.links[at].waiting.pop_front() {
             self.child_io_done(volume, child, ticket, IoStatus::PathError, now);
@@ -460,10 +473,11 @@ impl<D: Driver> Shard<D> {
     }
 
     fn send_register(&mut self, at: u32, ticket: Ticket, op: &RegisterOp) -> Option<()> {
+        self.links.get_mut(at)?.ready_session()?;
+        let page = self.own_page()?;
         let link = self.links.get_mut(at)?;
-        let session = link.session.as_mut().filter(|_| link.stage == Stage::Ready)?;
+        let session = link.session.as_mut()?;
         let memory = self.driver.memory();
-        let page = memory.alloc(register::PAGE)?;
         let window = page.slice();
         let (opcode, cdw10, cdw11, data) = match op {
             RegisterOp::Promise { epoch, again } => {

@@ -13,6 +13,7 @@ mod links;
 mod members;
 mod pools;
 mod registers;
+mod reserve;
 mod resize;
 mod restore;
 mod sectors;
@@ -41,8 +42,6 @@ pub use watch::{WatchedRegister, WatchedVolume};
 
 /// Windows in one send at most: what the driver takes.
 const SEND_WINDOWS: usize = 128;
-/// Bytes of the lifeline: what hashing an extent takes.
-const LIFELINE: u32 = 1 << 20;
 /// Hosts are given so long to see their I/O finished when the shard stops, in milliseconds.
 const DRAIN_MS: u64 = 10_000;
 
@@ -167,8 +166,8 @@ pub struct Shard<D: Driver> {
     /// What mends of all volumes fall back on where there is no memory, and whether it was set aside.
     mend_reserve: Option<Buf>,
     has_mend_reserve: bool,
-    /// For pools that wait for memory while requests that wait for them hold all of it.
-    lifeline: Option<Buf>,
+    /// What payload cannot take.
+    reserve: reserve::Reserve,
     /// Volumes with a mend that waits for memory.
     short_volumes: Vec<u32>,
     /// Connections with bytes that could not be taken yet.
@@ -229,7 +228,7 @@ impl<D: Driver> Shard<D> {
             sector_reserve: None,
             mend_reserve: None,
             has_mend_reserve: false,
-            lifeline: None,
+            reserve: reserve::Reserve::default(),
             short_volumes: Vec::new(),
             stalled: Vec::with_capacity(64),
             busy_hosts: Vec::with_capacity(256),
@@ -337,7 +336,7 @@ impl<D: Driver> Shard<D> {
 
     /// Lets everything run until nothing moves, then sends.
     fn settle(&mut self, now: u64) {
-        self.keep_lifeline();
+        self.keep_reserve();
         if now >= self.next_timeout_ms {
             self.handle_timeouts(now);
         }
@@ -405,7 +404,7 @@ impl<D: Driver> Shard<D> {
         moved |= self.retry_pools();
         let mut short = std::mem::take(&mut self.short_volumes);
         short.retain(|&at| {
-            let mends = self.run_mends(at, now);
+            let mends = self.retry_mends(at, now);
             moved |= mends;
             if mends {
                 self.touch_volume(at);
@@ -420,33 +419,6 @@ impl<D: Driver> Shard<D> {
             moved |= self.retry_host(at, now);
         }
         moved
-    }
-
-    /// Tries the pools' own work again that waited for memory. Requests may hold all of it and wait for that
-    /// work: then it gets what is kept for this.
-    fn retry_pools(&mut self) -> bool {
-        let mut moved = false;
-        for local in &mut self.pools {
-            let memory = self.driver.memory();
-            let mut goes_on = local.pool.retry_short(memory);
-            if !goes_on
-                && local.pool.is_short()
-                && let Some(kept) = self.lifeline.take()
-            {
-                memory.release(kept);
-                goes_on = local.pool.retry_short(memory);
-            }
-            local.busy |= goes_on;
-            moved |= goes_on;
-        }
-        moved
-    }
-
-    /// Keeps memory for [`Shard::retry_pools`], as soon as there is some.
-    fn keep_lifeline(&mut self) {
-        if self.lifeline.is_none() && !self.pools.is_empty() {
-            self.lifeline = self.driver.memory().alloc(LIFELINE);
-        }
     }
 
     // ---- shutdown

@@ -7,7 +7,7 @@ use cairn_nvmf::sqe::Sqe;
 use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{NamespaceHandle, SlotId, status_of};
 use cairn_reactor::Driver;
-use cairn_replica::ReplicaSlot;
+use cairn_replica::{PoolState, ReplicaSlot};
 
 use super::Shard;
 use super::io::Export;
@@ -119,11 +119,17 @@ impl<D: Driver> Shard<D> {
                 true => Register { promised_epoch: r.promised_epoch, ..Register::default() },
                 false => to_nexus(r, life, blocks),
             });
+            let reads = matches!(asked.op, RegisterOp::Read);
+            // What is held can be told still; what is granted or promised could not be stored, nor what comes next.
+            let offline = matches!(local.pool.state(), PoolState::Failed(_)) && !reads;
             let verdict = match held {
-                Some(held) => consider(held, &asked.op),
+                Some(held) => match consider(held, &asked.op) {
+                    Verdict::Answer(Err(status)) => Verdict::Answer(Err(status)),
+                    _ if offline => Verdict::Answer(Err(IoStatus::MediaError)),
+                    verdict => verdict,
+                },
                 None => Verdict::Answer(Err(IoStatus::NotReady)),
             };
-            let reads = matches!(asked.op, RegisterOp::Read);
             let answer = match verdict {
                 // Whoever stands by looks whether anybody has a lease.
                 Verdict::Answer(Ok(held)) if reads => {
@@ -180,6 +186,10 @@ impl<D: Driver> Shard<D> {
         let answer = match (status, held) {
             (IoStatus::Ok, Some(held)) => Ok(held),
             (IoStatus::Ok, None) => Err(IoStatus::NotReady),
+            // Of a pool that goes on without the device that failed, it can be asked again.
+            (IoStatus::MediaError, _) if !matches!(local.pool.state(), PoolState::Failed(_)) => {
+                Err(IoStatus::NotReady)
+            }
             (status, _) => Err(status),
         };
         self.finish_register_op(pool, &asked, answer);
@@ -243,14 +253,14 @@ impl<D: Driver> Shard<D> {
                 if self.host_queue(conn, generation).is_none() {
                     return;
                 }
+                let tells = answer.is_ok() && self.hosts[conn].queue.data_len(slot) > 0;
+                let page = if tells { self.own_page() } else { None };
                 let memory = self.driver.memory();
                 let queue = &mut self.hosts[conn].queue;
                 match answer {
                     Err(status) => queue.complete(slot, status_of(status), 0, memory),
-                    Ok(_) if queue.data_len(slot) == 0 => {
-                        queue.complete(slot, Status::SUCCESS, 0, memory);
-                    }
-                    Ok(register) => match memory.alloc(register::PAGE) {
+                    Ok(_) if !tells => queue.complete(slot, Status::SUCCESS, 0, memory),
+                    Ok(register) => match page {
                         Some(page) => {
                             register::encode(&register, memory.bytes_mut(page.slice()));
                             queue.complete_with_data(slot, page, memory);

@@ -82,12 +82,15 @@ impl<D: Driver> Shard<D> {
     /// Has the replicas do it.
     fn ask_restore(&mut self, at: u32, now: u64) {
         let Some(restore) = self.volumes[at].restore.as_mut() else { return };
-        let memory = self.driver.memory();
-        let Some(page) = memory.alloc(snapshot::PAGE) else {
-            restore.retry_ms = Some(now + RETRY_MS);
+        let snapshot = restore.snapshot;
+        let Some(page) = self.own_page() else {
+            if let Some(restore) = self.volumes[at].restore.as_mut() {
+                restore.retry_ms = Some(now + RETRY_MS);
+            }
             return self.wants_timeout(Some(now + RETRY_MS));
         };
-        let spec = SnapshotSpec { id: restore.snapshot, name: String::new(), created: 0 };
+        let memory = self.driver.memory();
+        let spec = SnapshotSpec { id: snapshot, name: String::new(), created: 0 };
         snapshot::encode(&SnapshotCall { spec, clone: None }, memory.bytes_mut(page.slice()));
         let volumes = vec![(at, self.volumes[at].generation)];
         let work = SnapshotWork::new(SnapshotVerb::Restore, page, &volumes, Told::Restore);

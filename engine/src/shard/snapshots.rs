@@ -125,12 +125,11 @@ impl<D: Driver> Shard<D> {
                  use another id, or try again when every replica is in sync"
             ))));
         }
-        let memory = self.driver.memory();
-        let Some(page) = memory.alloc(snapshot::PAGE) else {
+        let Some(page) = self.own_page() else {
             let busy = "there is no buffer free for the call; try again".to_owned();
             return reply.send(Err(EngineError::Busy(busy)));
         };
-        snapshot::encode(call, memory.bytes_mut(page.slice()));
+        snapshot::encode(call, self.driver.memory().bytes_mut(page.slice()));
         if names.len() > 1 {
             for &(at, _) in &volumes {
                 self.volumes[at].frozen = true;

@@ -135,9 +135,12 @@ impl<D: Driver> Shard<D> {
         if len == 0 || len > upkeep::CHANGES_MAX {
             return self.snapshot_answered(origin, IoStatus::InvalidField, now);
         }
-        let Some(page) = memory.alloc(len) else {
+        let page = if len <= upkeep::PAGE { self.own_page() } else { memory.alloc(len) };
+        let Some(page) = page else {
             return self.snapshot_answered(origin, IoStatus::NotReady, now);
         };
+        let memory = self.driver.memory();
+        let queue = &mut self.hosts[conn].queue;
         let (first, since) = (sqe.cdw(10), u64::from(sqe.cdw(11)));
         let local = &self.pools[usize::from(pool)].pool;
         match local.changes(replica, first, since, memory.bytes_mut(page.slice())) {
@@ -169,12 +172,15 @@ impl<D: Driver> Shard<D> {
     }
 
     fn try_upkeep(&mut self, at: u32, ticket: Ticket, op: &ChildOp) -> Result<(), SubmitError> {
+        self.links.get_mut(at).and_then(|l| l.ready_session()).ok_or(SubmitError::NotReady)?;
+        let call = call_of(op);
+        let kept = if call.is_some() { self.own_page() } else { None };
         let memory = self.driver.memory();
         let link = self.links.get_mut(at).ok_or(SubmitError::NotReady)?;
         let mut page = None;
-        let command = match (op, call_of(op)) {
+        let command = match (op, call) {
             (_, Some(call)) => {
-                let buf = memory.alloc(upkeep::PAGE).ok_or(SubmitError::Full)?;
+                let buf = kept.ok_or(SubmitError::Full)?;
                 upkeep::encode(call, memory.bytes_mut(buf.slice()));
                 let data = VendorData::Out(buf.slice());
                 page = Some(buf);

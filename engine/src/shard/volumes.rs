@@ -629,8 +629,8 @@ impl<D: Driver> Shard<D> {
             Event::WritesLost(c) => tracing::error!(
                 volume = %name,
                 replica = %child(c),
-                "the only replica in sync lost power: writes that were not flushed may be lost; each host's next \
-                 flush fails"
+                "the only replica in sync lost power, or its pool failed: writes that were not flushed may be lost; \
+                 each host's next flush fails"
             ),
             Event::ChildFailing(c, reason) => {
                 tracing::warn!(volume = %name, replica = %child(c), %reason, "replica failed");
@@ -688,6 +688,10 @@ impl<D: Driver> Shard<D> {
             ),
             Event::RebuildAborted(c, why) => tracing::warn!(
                 volume = %name, replica = %child(c), %why, "rebuild given up; it is tried again"
+            ),
+            Event::ChildOffline(c) => tracing::warn!(
+                volume = %name, replica = %child(c),
+                "the pool of the replica is offline: it stores nothing, and is not counted on"
             ),
             Event::ResetChild(c) => {
                 if let Route::Remote { link } = volume.routes[usize::from(c.0)] {

@@ -1,6 +1,6 @@
 //! What a checker looks at between two turns.
 
-use cairn_block::{Epoch, ReplicaId, VolumeId};
+use cairn_block::{Epoch, ReplicaId, SnapshotId, VolumeId};
 use cairn_nexus::Purpose;
 use cairn_reactor::Driver;
 
@@ -18,6 +18,10 @@ pub struct WatchedVolume {
     pub serving: bool,
     /// The number of the configuration that it goes by, within its epoch.
     pub stored: u64,
+    /// Whether its nexus goes by a configuration that it knows to be stored.
+    pub governs: bool,
+    /// The snapshot that the volume is being taken back to, by that configuration.
+    pub restoring: Option<SnapshotId>,
     /// Reads that were answered, and changes that were acked.
     pub reads: u64,
     /// See `reads`.
@@ -54,6 +58,8 @@ impl<D: Driver> Shard<D> {
             epoch: volume.nexus.status().epoch,
             serving: volume.nexus.state().is_serving() && volume.export.is_some(),
             stored: volume.nexus.stored_seq(),
+            governs: volume.nexus.state().is_serving(),
+            restoring: volume.nexus.stored_restoring(),
             reads: volume.counters.reads,
             changes: volume.counters.writes + volume.counters.discards,
             cut_off: volume.cut_off,

@@ -203,3 +203,104 @@ fn held_reads_are_answered_after_a_change_of_voters() {
     b.answer(0, IoStatus::Ok);
     assert_eq!(b.status_of(3), None);
 }
+
+fn states(b: &Bench) -> Vec<ChildState> {
+    b.nexus.status().children.iter().map(|c| c.state).collect()
+}
+
+/// Two replicas and a witness, whose pool goes offline.
+fn with_a_dead_witness() -> Bench {
+    let mut registers = vec![Register::default(); 3];
+    registers[2].blocks = 1;
+    let mut b = Bench::new(3, Purpose::Create, registers);
+    let mut config = config(3, Purpose::Create);
+    config.children[2].witness = true;
+    b.nexus = Nexus::new(config);
+    (0..3).for_each(|i| b.connect(i));
+    read(&mut b, 1);
+    b.pass(LEASE);
+    assert_eq!(states(&b)[2], ChildState::Witness);
+    b.broken[2] = true;
+    b
+}
+
+#[test]
+fn a_witness_whose_pool_is_offline_shows_as_such_and_is_not_counted_on() {
+    let mut b = with_a_dead_witness();
+    read(&mut b, 2);
+    assert_eq!(b.status_of(2), Some(IoStatus::Ok), "the other two are a majority");
+    assert_eq!(states(&b)[2], ChildState::Offline);
+    assert!(
+        b.nexus.status().children[2].offline && b.events.contains(&Event::ChildOffline(ChildId(2)))
+    );
+    // Without the other replica there is no majority that could store anything.
+    assert!(matches!(b.nexus.remove_voter(ChildId(1), b.now), Err(ChangeError::NoMajority(_))));
+    b.disconnect(1);
+    b.pass(LEASE);
+    read(&mut b, 3);
+    assert_eq!(b.status_of(3), None);
+    assert_eq!(*b.nexus.state(), VolumeState::Suspended);
+    // Its process is started anew, with a pool that works.
+    b.disconnect(2);
+    b.broken[2] = false;
+    b.connect(2);
+    assert_eq!(states(&b)[2], ChildState::Witness);
+    assert_eq!(b.status_of(3), Some(IoStatus::Ok));
+}
+
+#[test]
+fn a_witness_that_cannot_promise_keeps_its_session_and_shows_why() {
+    let mut b = with_a_dead_witness().restarted();
+    b.broken[2] = true;
+    b.nexus = Nexus::new(NexusConfig {
+        children: {
+            let mut children = config(3, Purpose::Assemble).children;
+            children[2].witness = true;
+            children
+        },
+        ..config(3, Purpose::Assemble)
+    });
+    (0..2).for_each(|i| b.connect(i));
+    b.pass(WAIT);
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+    b.connect(2);
+    assert_eq!(states(&b)[2], ChildState::Offline);
+    assert!(
+        !b.events.contains(&Event::ResetChild(ChildId(2))),
+        "nothing would come of another session"
+    );
+    // It is asked with the others, and taken up should it answer after all.
+    b.broken[2] = false;
+    b.pass(LEASE);
+    read(&mut b, 4);
+    b.pump();
+    assert_eq!(states(&b)[2], ChildState::Witness);
+}
+
+#[test]
+fn where_nobody_reads_a_round_of_settling_tells_of_the_witness() {
+    let mut b = with_a_dead_witness();
+    b.write(2, 0, 1);
+    (0..2).for_each(|child| b.answer(child, IoStatus::Ok));
+    b.pass(LEASE);
+    assert_eq!(states(&b)[2], ChildState::Witness);
+    b.pass(Pace::default().settle_ms);
+    assert_eq!(states(&b)[2], ChildState::Offline);
+}
+
+/// No write has to fail for it.
+#[test]
+fn a_replica_whose_pool_is_offline_is_taken_out_by_a_renewal_and_not_rebuilt() {
+    let mut b = Bench::online(3);
+    b.broken[1] = true;
+    read(&mut b, 1);
+    let out = ChildState::OutOfSync(FaultReason::PoolOffline);
+    assert_eq!((states(&b)[1], b.nexus.state()), (out, &VolumeState::Degraded));
+    assert_eq!(b.stored_in_sync(0), [true, false, true]);
+    // The last one is kept, whatever it says.
+    let mut b = Bench::online(1);
+    b.broken[0] = true;
+    b.submit(1, IoOp::Read, 0, 1);
+    assert_eq!(states(&b)[0], ChildState::Offline);
+    assert!(b.nexus.status().children[0].in_sync);
+}

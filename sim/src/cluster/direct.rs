@@ -61,7 +61,7 @@ impl Cluster {
     /// # Panics
     /// Where a difference would not be found.
     pub fn check_members(&mut self, rng: &mut Rng) {
-        if self.spoilt {
+        if self.spoilt || self.goes_back() {
             return;
         }
         let reports = self.reports();

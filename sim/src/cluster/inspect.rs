@@ -116,13 +116,17 @@ impl Cluster {
             Err(TryRecvError::Empty) => true,
         });
         for (volume, id, invoked, differing) in answered {
+            if !differing.is_empty() {
+                self.doubtful.insert(id);
+            }
             let mut first: Option<Vec<u8>> = None;
             let replicas: Vec<ReplicaId> = self.seats[volume].iter().map(|s| s.id).collect();
             for at in replicas {
                 // One that was not in sync has none.
                 let Some(bytes) = self.snapshot_contents(volume, at, id) else { continue };
                 let history = self.history(volume);
-                let torn = |lba| self.config.tears && differing.contains(&lba);
+                let doubtful = self.config.tears || self.config.is_lone();
+                let torn = |lba| doubtful && differing.contains(&lba);
                 history.borrow_mut().read_ended_but(0, &bytes, invoked, torn);
                 if let Some(first) = &first {
                     for (lba, (a, b)) in (0u64..).zip(first.chunks(PAGE).zip(bytes.chunks(PAGE))) {

@@ -1,13 +1,15 @@
 //! Pools on one disk or on several: made, opened as a process does, and looked at from copies of their disks.
 
+use std::sync::mpsc;
+
 use cairn_block::{PoolDeviceId, PoolId};
 use cairn_engine::replica::{
     DeviceOptions, FormatOptions, MultiPool, OpenOptions, OpenedSet, Pool, PoolError,
     inspect_superblock,
 };
-use cairn_engine::{Command, PoolMember};
+use cairn_engine::{Command, PoolMember, Reply};
 
-use super::{Answer, Cluster, ClusterConfig, pool_name};
+use super::{Answer, Cluster, ClusterConfig, Process, pool_name};
 use crate::disk::SimDisk;
 use crate::world::{DiskRef, World};
 
@@ -115,6 +117,22 @@ impl Cluster {
             devices.push(PoolMember { device, len, path: String::new() });
         }
         (opened.pool, devices)
+    }
+
+    /// Whether a pool is open in a process that runs, and stores nothing any more.
+    pub fn pool_is_offline(&mut self, at: usize) -> bool {
+        let Some(node) = self.node_of(at).filter(|node| !self.world().is_paused(*node)) else {
+            return false;
+        };
+        let Process::Shard(shard) = &mut self.processes[node.0] else { return false };
+        let (tx, rx) = mpsc::channel();
+        let reply = Reply::new(move |result| {
+            // Looked at below.
+            let _told = tx.send(result);
+        });
+        shard.command(Command::ListPools { reply });
+        let pools = rx.try_recv().ok().and_then(Result::ok).unwrap_or_default();
+        pools.iter().any(|p| p.name == pool_name(at) && p.state.starts_with("failed"))
     }
 
     /// Whether a pool has several disks, or had.

@@ -119,6 +119,11 @@ impl Cluster {
         drop(world);
         let machine = self.machine_of(at);
         self.lives[machine.0] += 1;
+        self.note_loss(at, others);
+    }
+
+    /// A pool has lost what was not flushed.
+    fn note_loss(&self, at: usize, others: bool) {
         for (volume, history) in self.histories.iter().enumerate() {
             // A witness has nothing to lose but its word, which is durable.
             if self.seats[volume].iter().any(|seat| seat.pool == at && !seat.witness) {
@@ -156,7 +161,7 @@ impl Cluster {
     pub fn kill_nexus(&mut self) {
         let reports = self.reports();
         self.kill_process(self.active);
-        if !self.spoilt && self.world().rng.chance(300) {
+        if !self.spoilt && self.world().rng.chance(300) && !self.goes_back() {
             self.check_marks(&reports);
         }
     }
@@ -227,7 +232,7 @@ impl Cluster {
 
     /// Looks at what a process serves, and at its registers.
     pub(super) fn watch(&mut self, node: NodeId) {
-        let (mut new_truths, mut watched) = (Vec::new(), Vec::new());
+        let (mut new_truths, mut watched, mut backs) = (Vec::new(), Vec::new(), Vec::new());
         let Process::Shard(shard) = &self.processes[node.0] else { return };
         for found in shard.watch_registers() {
             let (promised, accepted) = (found.promised.0, (found.accepted.0.0, found.accepted.1));
@@ -244,7 +249,11 @@ impl Cluster {
             if self.config.tuning.roles.is_some() {
                 watched.extend(shard.watch_volumes());
             }
-            for WatchedVolume { id, epoch, serving, stored, .. } in shard.watch_volumes() {
+            for found in shard.watch_volumes() {
+                if !self.back.is_empty() {
+                    backs.push(found);
+                }
+                let WatchedVolume { id, epoch, serving, stored, .. } = found;
                 if !serving {
                     continue;
                 }
@@ -283,6 +292,9 @@ impl Cluster {
         }
         for found in watched {
             self.watch_roles(node, found);
+        }
+        for found in backs {
+            self.watch_back(&found);
         }
         for volume in new_truths {
             self.take_truth_from_source(volume);
@@ -332,7 +344,22 @@ impl Cluster {
     }
 
     pub(super) fn step(&mut self, limit: u64) -> Option<NodeId> {
-        self.world.borrow_mut().step(limit)
+        let node = self.world.borrow_mut().step(limit);
+        self.note_forgotten();
+        node
+    }
+
+    /// Disks have lost what was not flushed, by a flush that failed.
+    fn note_forgotten(&mut self) {
+        loop {
+            let Some(disk) = self.world().take_forgotten() else { return };
+            let Some(at) = self.disks.iter().position(|all| all.iter().any(|d| d.0 == disk)) else {
+                continue;
+            };
+            self.world().say(format_args!("pool {at} has lost what a flush was to cover"));
+            let others = self.others_in_sync(at);
+            self.note_loss(at, others);
+        }
     }
 
     /// Lets the cluster run until `done`, at most for so long. Returns whether it was.

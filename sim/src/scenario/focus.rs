@@ -27,11 +27,15 @@ pub enum Focus {
     Churn,
     /// Two processes that stand by for each other; only where it is asked for.
     Standby,
+    /// One replica, whose disk fails single operations; only where it is asked for.
+    Lone,
+    /// Volumes that go back to snapshots; only where it is asked for, but for rounds at the end of some seeds.
+    Restore,
 }
 
 impl Focus {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Everything,
         Self::Rebuild,
         Self::Takeover,
@@ -39,6 +43,8 @@ impl Focus {
         Self::Reconcile,
         Self::Churn,
         Self::Standby,
+        Self::Lone,
+        Self::Restore,
     ];
     /// Those that seeds draw.
     const DRAWN: &[Self] = Self::ALL.split_at(6).0;
@@ -96,8 +102,10 @@ impl Focus {
             tuning,
             ..config
         };
-        if self == Self::Standby {
-            standby::shape(&mut config, seed);
+        match self {
+            Self::Standby => standby::shape(&mut config, seed),
+            Self::Lone => (config.replicas, config.second_local) = (1, false),
+            _ => {}
         }
         config
     }
@@ -158,10 +166,15 @@ impl Run {
                 Focus::Reconcile => self.reconcile_round(),
                 Focus::Churn => self.churn_round(),
                 Focus::Standby => self.standby_round(),
+                Focus::Lone => self.lone_round(),
+                Focus::Restore => self.restore_round(),
             }
             if self.rng.chance(150) {
                 self.hurt();
             }
+        }
+        if let Some(rng) = self.restores.take() {
+            self.restore_rounds(rng);
         }
         self.tell(Orders { requests: 0, ..WRITES });
         self.most = self.count;
@@ -171,7 +184,7 @@ impl Run {
     // ---- what rounds are made of
 
     /// Some blocks: a few, those of an extent or two, or all of them.
-    fn area(&mut self) -> Aim {
+    pub(super) fn area(&mut self) -> Aim {
         let extents = 1 + self.rng.below(4);
         let first = 256 * self.rng.below(5 - extents);
         match self.rng.below(4) {
@@ -267,7 +280,7 @@ impl Run {
         }
     }
 
-    fn loses_power(&mut self, at: usize, soon_ns: u64) {
+    pub(super) fn loses_power(&mut self, at: usize, soon_ns: u64) {
         if let Some(which) = self.cluster.home(at) {
             let what = if which == self.cluster.active() {
                 Repair::StartNexus
@@ -281,7 +294,7 @@ impl Run {
         self.cluster.cut_power(at);
     }
 
-    fn all_lose_power(&mut self, soon_ns: u64) {
+    pub(super) fn all_lose_power(&mut self, soon_ns: u64) {
         self.cluster.cut_all_power();
         let soon = self.now() + soon_ns;
         for at in 0..self.cluster.replicas() {
@@ -304,7 +317,7 @@ impl Run {
         };
         let all = self.cluster.glance();
         let served = all.len() == self.cluster.volume_count() && all.iter().all(quiet);
-        if served && self.cluster.clients_are_done() {
+        if served && self.cluster.clients_are_done() && !self.cluster.goes_back() {
             self.cluster.compare(false);
         }
     }
@@ -384,7 +397,7 @@ impl Run {
     }
 
     /// Waits until hosts are done, a while longer, and looks.
-    fn settle_down(&mut self) {
+    pub(super) fn settle_down(&mut self) {
         self.slow_down();
         self.tell(Orders { requests: 0, ..WRITES });
         self.pass_busy(1_000 * MS);
