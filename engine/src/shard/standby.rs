@@ -257,7 +257,8 @@ impl<D: Driver> Shard<D> {
                 return self.wants_timeout(Some(deadline_ms));
             }
             hand_over.stage = Stage::Closed;
-            self.close_nexus(at, now);
+            // What it answers now is told before another takes its place.
+            return self.close_nexus(at, now);
         }
         if self.volumes[at].nexus.in_flight() == 0 {
             self.watch_from_now(at, now);
