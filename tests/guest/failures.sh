@@ -26,7 +26,7 @@ failures() {
     host_do "pause r1"
     host_do "expect-served r1"
     sleep 4
-    noticed "the process that serves hangs" 25000
+    noticed "the process that serves hangs" 12000
     host_do "resume r1"
     host_do "expect-whole r1"
     noticed "it goes on, fenced" 6000
@@ -35,7 +35,7 @@ failures() {
     host_do "kill-active"
     host_do "expect-served"
     sleep 4
-    noticed "the process that serves killed" 15000
+    noticed "the process that serves killed" 8000
     host_do "start-missing"
     host_do "expect-online"
     noticed "it is back" 3000

@@ -178,6 +178,31 @@ lost_power() {
     wait
 }
 
+# With fast_io_fail_tmo on every path, and no path that is left: what waits fails, and it works again afterwards.
+fail_fast() {
+    three_paths
+    for c in /sys/class/nvme/nvme*; do
+        [ "$(cat "$c/subsysnqn")" = "$NQN" ] && echo 3 >"$c/fast_io_fail_tmo"
+    done
+    step "all processes die, and hosts are told to wait for 3 s only"
+    host_do "kill-all"
+    began=$(now_ms)
+    ! dd if="$D" of=/dev/null bs=4k count=1 iflag=direct 2>/tmp/failed || fail "a read was answered by nobody"
+    took=$(($(now_ms) - began))
+    tell "PAUSE no path is left: a read failed after $took ms: $(head -1 /tmp/failed)"
+    [ $took -le 10000 ] || fail "it waited for $took ms"
+    [ -b "$D" ] || fail "the device is gone"
+    step "they are started again"
+    host_do "start-missing"
+    host_do "expect-online"
+    began=$(now_ms)
+    until dd if="$D" of=/dev/null bs=4k count=1 iflag=direct 2>/tmp/failed; do
+        [ $(($(now_ms) - began)) -le 20000 ] || fail "it still fails: $(head -1 /tmp/failed)"
+        sleep 0.2
+    done
+    tell "PAUSE a path is back: reads work $(($(now_ms) - began)) ms after the volume is online"
+}
+
 begin
 run_case cut-replica cut_replica
 run_case cut-active cut_active
@@ -186,4 +211,5 @@ run_case dead-disk dead_disk
 run_case hung-disk hung_disk
 run_case full-pool full_pool
 run_case lost-power lost_power
+run_case fail-fast fail_fast
 finish

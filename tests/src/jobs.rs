@@ -168,13 +168,19 @@ pub(crate) const JOBS: [Job; 10] = [
             "hung-disk",
             "full-pool",
             "lost-power",
+            "fail-fast",
         ],
         reconnects: true,
         encrypted: false,
         layout: Layout::Faulty,
         on_demand: true,
-        // What a full pool is to a host, which is told of it.
-        excused: &["critical space allocation error", "(sct 0x0 / sc 0x81)"],
+        // What a full pool is to a host, which is told of it; and what waits for no path where it is not to.
+        excused: &[
+            "critical space allocation error",
+            "(sct 0x0 / sc 0x81)",
+            "no available path - failing I/O",
+            "I/O error, dev nvme",
+        ],
         limit: Duration::from_secs(900),
     },
 ];

@@ -11,6 +11,7 @@ mod keys;
 mod leases;
 mod links;
 mod members;
+mod noise;
 mod pools;
 mod registers;
 mod resize;
