@@ -114,6 +114,9 @@ impl Nexus {
         let assembly = self.assembling();
         assembly.registers[usize::from(child.0)] = None;
         assembly.promised = assembly.promised.without(ChildSet::of(child));
+        if assembly.stage == Stage::Watch {
+            return self.watch_lost(child, now_ms);
+        }
         // It may have been the last whose promise was waited for.
         if assembly.stage == Stage::Promise {
             self.try_decide(now_ms);
@@ -174,8 +177,11 @@ impl Nexus {
         if self.assembling().round != round {
             return;
         }
+        if reply.is_ok() {
+            self.watch_found(child);
+        }
         match (self.assembling().stage, reply) {
-            (Stage::Watch, reply) => self.watched(child, reply),
+            (Stage::Watch, reply) => self.watched(child, reply, now_ms),
             (Stage::Gather, Ok(register)) => {
                 self.assembling().registers[usize::from(child.0)] = Some(register);
                 self.try_promise(now_ms);
@@ -262,11 +268,17 @@ impl Nexus {
             }
             _ => self.everybody(),
         };
-        if voters.without(heard).is_empty() {
+        let missing = voters.without(heard);
+        if missing.is_empty() {
             self.promise(now_ms);
         } else if self.may_promise() {
-            let at = now_ms + self.config.assembly_wait_ms;
-            self.assembling().deadline_ms.get_or_insert(at);
+            // A nexus that stood by has seen who is away, and since when.
+            let at = self.away_since(missing, now_ms) + self.config.assembly_wait_ms;
+            if now_ms >= at {
+                return self.promise(now_ms);
+            }
+            let deadline_ms = &mut self.assembling().deadline_ms;
+            *deadline_ms = Some(deadline_ms.map_or(at, |before| before.min(at)));
         } else {
             self.tell_who_decides();
         }

@@ -209,6 +209,14 @@ impl Nexus {
         self.lease.holds_reads() && !self.voters.has_majority_in(self.able())
     }
 
+    /// Whether another nexus may serve by now, since this one can reach no majority and its lease has been over for
+    /// long enough that one which stands by would have taken the volume over.
+    #[must_use]
+    pub fn is_cut_off(&self, now_ms: u64) -> bool {
+        let over_ms = self.lease.until_ms + self.config.lease_ms / 2;
+        self.keeps_lease() && now_ms >= over_ms && !self.voters.has_majority_in(self.connected())
+    }
+
     /// Whether every voter that is there knows that the lease was given back.
     #[must_use]
     pub fn lease_is_back(&self) -> bool {

@@ -122,6 +122,7 @@ impl Nexus {
             let deadline_ms = self.config.child_deadline_ms;
             self.children[at] = Child { session, ..Child::new(spec, deadline_ms) };
             self.lease.forget(child);
+            self.watch_found(child);
         } else {
             self.children.push(Child::new(spec, self.config.child_deadline_ms));
         }

@@ -20,7 +20,7 @@ mod stream;
 pub mod world;
 
 pub use client::{Aim, Client, Orders, Workload};
-pub use cluster::{Cluster, ClusterConfig, Tuning};
+pub use cluster::{Cluster, ClusterConfig, Roles, Tuning};
 pub use disk::{DiskTrouble, SimDisk};
 pub use driver::SimDriver;
 pub use history::History;

@@ -1,9 +1,13 @@
-# What every job uses: the protocol with the harness, and the NVMe/TCP steps.
+# What every job uses: the protocol with the harness, the NVMe/TCP steps, work and what is measured of it.
 #   CASE-START name          a case begins
 #   CASE name ok             it passed
 #   CASE name FAIL detail    it did not
 #   HOST-DO verb             the harness acts, then answers "ACK ok ..." or "ACK FAIL reason"
 #   DMESG line               a kernel message since the job began
+#   PAUSE text               a figure, which the harness prints
+
+# The ports of three processes that can all serve the volume: PORT, this, and the next.
+THIRD_PORT=$((OTHER_PORT + 1))
 
 tell() {
     echo "$*" >&9
@@ -41,6 +45,7 @@ run_case() {
         tell "CASE $1 FAIL at '$(cat /tmp/step 2>/dev/null)': $(cat /tmp/why 2>/dev/null || echo "exit code $rc")"
         umount /mnt 2>/dev/null
     fi
+    rm -f /tmp/probing /tmp/working
     # A failed case must not take the next ones down with it.
     detach
 }
@@ -136,6 +141,16 @@ add_path() {
         --ctrl-loss-tmo=600 --reconnect-delay=1 --keep-alive-tmo=5 "$@"
 }
 
+# three_paths: three processes, each able to serve the volume, of which the first does; a path to each, and the device.
+three_paths() {
+    host_do share-all
+    attach --ctrl-loss-tmo=600
+    add_path "$OTHER_PORT"
+    add_path "$THIRD_PORT"
+    await 20 "the first path to be the one to use" is_optimized "$PORT"
+    D=$(device) || fail "there is no one device for all paths"
+}
+
 now_ms() { sed 's/\([0-9]*\)\.\([0-9]*\) .*/\1\20/' /proc/uptime; }
 
 # probe: reads a block over and over until /tmp/probing is gone; the longest that it took, in ms, is in /tmp/worst.
@@ -143,20 +158,82 @@ probe() {
     echo 0 >/tmp/worst
     while [ -e /tmp/probing ]; do
         before=$(now_ms)
+        echo $before >/tmp/reading
         dd if="$D" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null || echo "a read failed" >/tmp/probe-error
         took=$(($(now_ms) - before))
         [ $took -le "$(cat /tmp/worst)" ] || echo $took >/tmp/worst
     done
 }
 
+# longest WORST BEGAN: the longest that a request took, by these two files, one that is under way included.
+longest() {
+    worst=$(cat "$1")
+    so_far=$(($(now_ms) - $(cat "$2")))
+    [ $worst -ge $so_far ] || worst=$so_far
+    echo 0 >"$1"
+}
+
 # pause WHAT LIMIT: what the host noticed since the last call.
 pause() {
-    worst=$(cat /tmp/worst)
-    echo 0 >/tmp/worst
+    longest /tmp/worst /tmp/reading
     echo "   $1: a read took $worst ms at most"
     tell "PAUSE $1 $worst ms"
     [ "$worst" -le "$2" ] || fail "$1: a read took $worst ms, more than $2"
     [ ! -e /tmp/probe-error ] || fail "$1: $(cat /tmp/probe-error)"
+}
+
+# Writes a block over and over, as probe reads one; the longest is in /tmp/worst-write.
+probe_writes() {
+    echo 0 >/tmp/worst-write
+    while [ -e /tmp/probing ]; do
+        before=$(now_ms)
+        echo $before >/tmp/writing
+        dd if=/dev/zero of="$D" bs=4k count=1 seek=200000 oflag=direct conv=notrunc 2>/dev/null ||
+            echo "a write failed" >/tmp/probe-error
+        took=$(($(now_ms) - before))
+        [ $took -le "$(cat /tmp/worst-write)" ] || echo $took >/tmp/worst-write
+    done
+}
+
+begin_probes() {
+    touch /tmp/probing
+    rm -f /tmp/probe-error
+    probe &
+    probe_writes &
+}
+
+# noticed WHAT LIMIT: the longest write and read since the last call.
+noticed() {
+    longest /tmp/worst-write /tmp/writing
+    tell "PAUSE $1: a write $worst ms"
+    [ "$worst" -le "$2" ] || fail "$1: a write took $worst ms, more than $2"
+    pause "$1" "$2"
+}
+
+# fio after fio, each with a check of all that it wrote, until there is no /tmp/working.
+work() {
+    n=0
+    while [ -e /tmp/working ]; do
+        n=$((n + 1))
+        verify "work$n" --rw=randrw --bs=4k --iodepth=8 --size="$1" --verify_backlog=256 \
+            --rate_iops=300,300 --randseed=$n || return 1
+    done
+}
+
+# begin_work SIZE: work in the first so many bytes.
+begin_work() {
+    touch /tmp/working
+    work "$1" &
+    work_pid=$!
+}
+
+still_works() { kill -0 $work_pid || fail "fio ended early: $(cat /tmp/why 2>/dev/null)"; }
+
+end_work() {
+    rm -f /tmp/working /tmp/probing
+    step "fio across it all"
+    wait $work_pid || fail "fio: $(cat /tmp/why 2>/dev/null)"
+    wait
 }
 
 # undisturbed: a guest whose processor is emulated is slow at times by itself; that is told, and not counted.

@@ -2,36 +2,6 @@
 # replaced by a newer program under fio: no request fails, and what is rebuilt is what was written meanwhile.
 . /job/lib.sh
 
-THIRD_PORT=$((OTHER_PORT + 1))
-
-# fio after fio, each with a check of all that it wrote, until there is no /tmp/working.
-work() {
-    n=0
-    while [ -e /tmp/working ]; do
-        n=$((n + 1))
-        verify "rolling$n" --rw=randrw --bs=4k --iodepth=8 --size=24m --verify_backlog=256 \
-            --rate_iops=300,300 --randseed=$n || return 1
-    done
-}
-
-begin_work() {
-    touch /tmp/working /tmp/probing
-    rm -f /tmp/probe-error
-    work &
-    work_pid=$!
-    probe &
-    sleep 5
-    kill -0 $work_pid || fail "fio ended early: $(cat /tmp/why 2>/dev/null)"
-    undisturbed
-}
-
-end_work() {
-    rm -f /tmp/working /tmp/probing
-    step "fio across it all"
-    wait $work_pid || fail "fio: $(cat /tmp/why 2>/dev/null)"
-    wait
-}
-
 # replace NAME PORT NEXT-PORT: the process serves the volume until it is handed over to the next one.
 replace() {
     step "hand over from $1"
@@ -54,19 +24,20 @@ replace() {
 is_there() { [ "$(path_state "$1")" = inaccessible ]; }
 
 rolling() {
-    host_do share-all
-    attach --ctrl-loss-tmo=600
-    add_path "$OTHER_PORT"
-    add_path "$THIRD_PORT"
-    await 20 "the first path to be the one to use" is_optimized "$PORT"
-    D=$(device) || fail "there is no one device for all paths"
+    three_paths
     step "fill a part of the volume"
     dd if=/dev/zero of="$D" bs=1M seek=64 count=160 oflag=direct 2>/dev/null || fail "could not write"
-    begin_work
+    touch /tmp/probing
+    rm -f /tmp/probe-error
+    begin_work 24m
+    probe &
+    sleep 5
+    still_works
+    undisturbed
     replace r1 "$PORT" "$OTHER_PORT"
     replace r2 "$OTHER_PORT" "$THIRD_PORT"
     replace r3 "$THIRD_PORT" "$PORT"
-    kill -0 $work_pid || fail "fio ended early: $(cat /tmp/why 2>/dev/null)"
+    still_works
     end_work
 }
 

@@ -1,6 +1,7 @@
 //! Cairn processes on the host: three replicas and a nexus, or three that are both. The one place that
 //! knows the configuration file and the command line of `cairn`.
 
+mod faults;
 mod rolling;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,8 @@ const STANDBY: &str = "r1";
 const VOLUME: &str = "guest";
 const VOLUME_SIZE: &str = "1GiB";
 const POOL_SIZE: &str = "2GiB";
+/// Less than is written.
+const SMALL_POOL_SIZE: &str = "192MiB";
 
 const START: Duration = Duration::from_secs(20);
 const STOP: Duration = Duration::from_secs(15);
@@ -40,6 +43,8 @@ pub(crate) enum Layout {
     Apart,
     /// Three with a replica each, every one of which can serve the volume.
     Together,
+    /// Likewise, by a program whose disks can be made to fail. The last one's pool is small.
+    Faulty,
 }
 
 /// A volume with three replicas, each process in its own state directory.
@@ -58,6 +63,8 @@ pub(crate) struct Cluster<'a> {
     active: &'static str,
     /// Processes that run a newer program: the same one, from somewhere else.
     newer: BTreeSet<&'static str>,
+    /// All others stand by for the volume.
+    shared: bool,
     nqn: String,
 }
 
@@ -71,7 +78,11 @@ impl<'a> Cluster<'a> {
         layout: Layout,
     ) -> Result<Self> {
         if !cairn.exists() {
-            bail!("there is no {}: cargo build --release -p cairn", cairn.display());
+            let how = match layout {
+                Layout::Faulty => "cargo xtask guest builds it",
+                Layout::Apart | Layout::Together => "cargo build --release -p cairn",
+            };
+            bail!("there is no {}: {how}", cairn.display());
         }
         let sockets = std::env::temp_dir().join(format!("cairn-guest-{}", std::process::id()));
         fs::create_dir_all(&sockets)?;
@@ -85,13 +96,17 @@ impl<'a> Cluster<'a> {
             layout,
             active: match layout {
                 Layout::Apart => NEXUS,
-                Layout::Together => REPLICAS[0].0,
+                Layout::Together | Layout::Faulty => REPLICAS[0].0,
             },
             newer: BTreeSet::new(),
+            shared: false,
             nqn: String::new(),
         };
         for (name, port) in REPLICAS {
             cluster.configure(name, port, true)?;
+            if layout == Layout::Faulty {
+                cluster.new_machine(name)?;
+            }
             cluster.launch(name)?;
         }
         if layout == Layout::Apart {
@@ -113,8 +128,10 @@ impl<'a> Cluster<'a> {
             socket.display()
         );
         if pool {
+            let small = self.layout == Layout::Faulty && name == REPLICAS[2].0;
+            let size = if small { SMALL_POOL_SIZE } else { POOL_SIZE };
             text.push_str(&format!(
-                "[[pool]]\nname = \"p1\"\npath = \"{state}/pool.img\"\nsize = \"{POOL_SIZE}\"\n\
+                "[[pool]]\nname = \"p1\"\npath = \"{state}/pool.img\"\nsize = \"{size}\"\n\
                  create = true\n"
             ));
         }
@@ -141,7 +158,8 @@ impl<'a> Cluster<'a> {
         let log = File::options().create(true).append(true).open(self.log(name))?;
         let newer = self.newer_program();
         let program = if self.newer.contains(name) { &newer } else { &self.cairn };
-        let mut serve = self.net.in_storage(program);
+        let mut serve = self.net.in_storage(program, group_of(name));
+        serve.env(faults::VARIABLE, self.control(name));
         serve.arg("serve").arg("--config").arg(self.config(name));
         serve.stdout(log.try_clone()?).stderr(log);
         let mut child = serve.spawn().context("could not start cairn")?;
@@ -259,13 +277,13 @@ impl Peer for Cluster<'_> {
     fn endpoint(&self) -> Endpoint {
         let port = match self.layout {
             Layout::Apart => NEXUS_PORT,
-            Layout::Together => REPLICAS[0].1,
+            Layout::Together | Layout::Faulty => REPLICAS[0].1,
         };
         Endpoint { address: STORAGE_IP.to_owned(), port, nqn: self.nqn.clone() }
     }
 
     fn act(&mut self, verb: &str) -> Result<String> {
-        if self.layout == Layout::Together {
+        if self.layout != Layout::Apart {
             return self.act_together(verb);
         }
         match verb {
@@ -335,6 +353,11 @@ impl Drop for Cluster<'_> {
         // The pools are large and of no use once the job is over.
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// The group that a process runs in, by which its packets are told from others': its port.
+fn group_of(name: &str) -> u16 {
+    REPLICAS.iter().find(|(known, _)| *known == name).map_or(NEXUS_PORT, |(_, port)| *port)
 }
 
 fn text(value: &Value, key: &str) -> Result<String> {

@@ -44,6 +44,7 @@ const RECONNECT: &[&str] = &[
     "starting error recovery",
     "reconnecting in",
     "failed to connect socket: -111",
+    "failed to connect socket: -110",
     "failed reconnect attempt",
     "successfully reconnected",
     "failed to send request -32",

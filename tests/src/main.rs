@@ -23,7 +23,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Layout};
 use crate::jobs::{JOBS, Job, OURS, SMOKE};
 use crate::net::Net;
 use crate::peer::{Nothing, Nvmet, Peer};
@@ -34,10 +34,13 @@ struct Args {
     /// The cairn binary to test.
     #[arg(long, default_value = "target/release/cairn")]
     cairn: PathBuf,
+    /// The cairn binary with the feature `nemesis`, for cases whose disks fail.
+    #[arg(long, default_value = "target/nemesis/cairn")]
+    nemesis: PathBuf,
     /// Run only this case, or this job's cases; may be given again.
     #[arg(long, value_name = "CASE")]
     only: Vec<String>,
-    /// List the cases and exit.
+    /// List the cases that run where none is named, and exit.
     #[arg(long)]
     list: bool,
     /// Keep the logs of a run that passed.
@@ -78,7 +81,8 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool> {
     let jobs: &[Job] = if args.peer == PeerKind::None { &[SMOKE] } else { &JOBS };
     if args.list {
-        jobs.iter().for_each(|job| job.names().skip(1).for_each(|case| println!("{case}")));
+        let usual = jobs.iter().filter(|job| job.wanted(&[]));
+        usual.for_each(|job| job.names().skip(1).for_each(|case| println!("{case}")));
         return Ok(true);
     }
     let known = |name: &str| jobs.iter().any(|job| job.names().any(|n| n == name));
@@ -118,7 +122,8 @@ fn run_jobs(args: &Args, jobs: &[Job], image: &image::Image, run_dir: &Path) -> 
                 PeerKind::Cairn => {
                     let state = logs.join("state");
                     let (encrypted, layout) = (job.encrypted, job.layout);
-                    Box::new(Cluster::start(&net, &args.cairn, &state, &logs, encrypted, layout)?)
+                    let cairn = if layout == Layout::Faulty { &args.nemesis } else { &args.cairn };
+                    Box::new(Cluster::start(&net, cairn, &state, &logs, encrypted, layout)?)
                         as Box<dyn Peer>
                 }
                 PeerKind::Nvmet => Box::new(Nvmet::start(image, &net, &logs)?),

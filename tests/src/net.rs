@@ -7,10 +7,11 @@
 //! storage namespace:                                   veth 10.99.0.1 -- cairn processes
 //! ```
 
+use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::host::{command, output, run};
 
@@ -64,18 +65,43 @@ impl Net {
 
     /// A command in the hosts' namespace; the kernel kills it if the harness dies.
     pub(crate) fn in_hosts(&self, program: &Path) -> Command {
-        in_namespace(&self.hosts, program)
+        in_namespace(&self.hosts, "", program)
     }
 
-    /// A command in the storage processes' namespace; the kernel kills it if the harness dies.
-    pub(crate) fn in_storage(&self, program: &Path) -> Command {
-        in_namespace(&self.storage, program)
+    /// A command in the storage processes' namespace, in a group of its own; the kernel kills it if the harness dies.
+    pub(crate) fn in_storage(&self, program: &Path, group: u16) -> Command {
+        in_namespace(&self.storage, &format!("--regid {group} --clear-groups"), program)
+    }
+
+    /// Drops what these processes send, each known by its group, and what is sent to where each listens, which is the
+    /// port of the same number; of all, or of other processes only. The cut that was there before ends.
+    pub(crate) fn cut(&self, ports: &[u16], from_hosts_too: bool) -> Result<()> {
+        let mut rules = "table inet guest {}\ndelete table inet guest\n".to_owned();
+        let to = if from_hosts_too { String::new() } else { format!("ip daddr {STORAGE_IP}") };
+        rules.push_str("table inet guest {\nchain out { type filter hook output priority 0;\n");
+        for port in ports {
+            rules.push_str(&format!("{to} meta skgid {port} drop\n"));
+            rules.push_str(&format!(
+                "ip daddr {STORAGE_IP} tcp dport {port} meta skgid != {port} drop\n"
+            ));
+        }
+        rules.push_str("}\nchain in { type filter hook input priority 0;\n");
+        for port in ports.iter().filter(|_| from_hosts_too) {
+            rules.push_str(&format!("tcp dport {port} drop\n"));
+        }
+        rules.push_str("}\n}\n");
+        let mut nft = command(&format!("ip netns exec {} nft -f -", self.storage));
+        let mut nft = nft.stdin(Stdio::piped()).spawn().context("could not start nft")?;
+        nft.stdin.take().context("nft has no input")?.write_all(rules.as_bytes())?;
+        ensure!(nft.wait()?.success(), "nft refused {rules}");
+        Ok(())
     }
 }
 
 /// `ip netns exec` and `setpriv` both exec, so the child's process id is the program's own.
-fn in_namespace(namespace: &str, program: &Path) -> Command {
-    let mut c = command(&format!("ip netns exec {namespace} setpriv --pdeathsig KILL --"));
+fn in_namespace(namespace: &str, options: &str, program: &Path) -> Command {
+    let mut c =
+        command(&format!("ip netns exec {namespace} setpriv --pdeathsig KILL {options} --"));
     c.arg(program);
     c
 }

@@ -56,6 +56,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Let a Linux guest use a volume, also in what `test` leaves out since it takes long: `--only JOB|CASE`, such as
+    /// `--only outages` for what a host notices of each failure, `--keep`, `--list`. Needs root.
+    #[command(disable_help_flag = true)]
+    Guest {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Run simulated clusters from seeds; the options are those of the simulator (`--seeds N`, `--seed S`,
     /// `--seconds T`, `--trace`). With `--mutants`, run them with each of the deliberate bugs until it is
     /// caught.
@@ -94,6 +101,7 @@ fn run() -> Result<bool> {
             tool(&["-p", "cairn-benches", "--bin", "measure"], &options)
         }
         Task::Nemesis { options } => nemesis::run(&options),
+        Task::Guest { options } => nemesis::guest(&options),
         Task::Sim { options } if options.iter().any(|o| o == "--mutants") => {
             tool(&["-p", "cairn-sim", "--features", "mutants"], &options)
         }

@@ -52,7 +52,9 @@ impl Medium {
     }
 
     fn holds(&self, offset: u64, len: u64) -> Result<(), DiskFault> {
-        let fits = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        // The pool's file may have been made longer since.
+        let longer = |end| self.file.metadata().is_ok_and(|found| end <= found.len());
+        let fits = offset.checked_add(len).is_some_and(|end| end <= self.len || longer(end));
         if fits { Ok(()) } else { Err(DiskFault::Short) }
     }
 

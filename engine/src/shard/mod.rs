@@ -11,6 +11,7 @@ mod keys;
 mod leases;
 mod links;
 mod members;
+mod noise;
 mod pools;
 mod registers;
 mod reserve;
@@ -376,6 +377,7 @@ impl<D: Driver> Shard<D> {
             volume.nexus.handle_timeout(now);
             let next = volume.nexus.poll_timeout(now);
             self.wants_timeout(next);
+            self.stand_by_if_cut_off(at, now);
             self.retry_restore(at, now);
             self.retry_deletions(at, now);
             self.touch_volume(at);

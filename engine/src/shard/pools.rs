@@ -14,6 +14,7 @@ use cairn_replica::{
 
 use super::io::Export;
 use super::leases::Leases;
+use super::noise::Noise;
 use super::registers::Asked;
 use super::snapshots::SnapshotOrigin;
 use super::{Shard, Subject, token};
@@ -42,6 +43,7 @@ pub(super) struct LocalPool {
 struct Attached {
     device: DeviceId,
     path: String,
+    noise: Noise,
 }
 
 impl LocalPool {
@@ -186,7 +188,11 @@ impl<D: Driver> Shard<D> {
         let mut devices = Vec::new();
         for member in members {
             match self.driver.attach_device(member.device) {
-                Ok(device) => devices.push(Some(Attached { device, path: member.path })),
+                Ok(device) => devices.push(Some(Attached {
+                    device,
+                    path: member.path,
+                    noise: Noise::default(),
+                })),
                 Err(e) => {
                     for attached in devices.into_iter().flatten() {
                         self.driver.detach_device(attached.device);
@@ -265,7 +271,8 @@ impl<D: Driver> Shard<D> {
                 if local.devices.len() <= number {
                     local.devices.resize_with(number + 1, || None);
                 }
-                local.devices[number] = Some(Attached { device, path: member.path });
+                local.devices[number] =
+                    Some(Attached { device, path: member.path, noise: Noise::default() });
             }
             Err(error) => {
                 self.driver.detach_device(device);
@@ -346,10 +353,15 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn handle_disk(&mut self, place: u16, id: u32, result: Result<(), DiskFault>) {
         let number = u8::try_from(place >> POOL_BITS).expect("six bits");
+        let now = if result.is_err() { self.now_ms() } else { 0 };
         let local = &mut self.pools[usize::from(place & ((1 << POOL_BITS) - 1))];
         let result = result.map_err(|fault| {
-            let path = local.path(number);
-            tracing::error!(pool = %local.name, %path, %fault, "a disk operation failed");
+            let device = local.devices.get_mut(usize::from(number)).and_then(Option::as_mut);
+            let said = device.map_or(Some(0), |attached| attached.noise.note(fault, now));
+            if let Some(unsaid) = said {
+                let path = local.path(number);
+                tracing::error!(pool = %local.name, %path, %fault, unsaid, "a disk operation failed");
+            }
             match fault {
                 DiskFault::NoSpace => DiskError::NoSpace,
                 DiskFault::Errno(_) | DiskFault::Short => DiskError::Io,

@@ -35,6 +35,8 @@ pub(super) struct HandOver {
     reply: Option<Reply<()>>,
     deadline_ms: u64,
     stage: Stage,
+    /// It serves again by itself, if nobody else does by then.
+    resumes: bool,
 }
 
 impl<D: Driver> Shard<D> {
@@ -188,6 +190,25 @@ impl<D: Driver> Shard<D> {
         self.begin_hand_over(at, Some(reply), now);
     }
 
+    /// Another process may serve the volume, which this one cannot know: hosts that still reach it would wait for as
+    /// long as it is cut off, and are told to use another path.
+    pub(super) fn stand_by_if_cut_off(&mut self, at: u32, now: u64) {
+        let volume = &self.volumes[at];
+        let free = volume.hand_over.is_none() && !volume.removing();
+        if free && volume.spec.sharing.is_some() && volume.nexus.is_cut_off(now) {
+            tracing::warn!(
+                volume = %volume.spec.name,
+                "no majority of the replicas can be reached, and another process may serve the volume: this one \
+                 stands by, and serves it again if none does"
+            );
+            self.begin_hand_over(at, None, now);
+            if let Some(hand_over) = self.volumes[at].hand_over.as_mut() {
+                // What is in hand cannot end.
+                (hand_over.resumes, hand_over.deadline_ms) = (true, now);
+            }
+        }
+    }
+
     /// A newer nexus has taken the volume over, or this one could not: another looks on in its place, and where
     /// it takes over by itself it tries again.
     pub(super) fn stand_by_if_over(&mut self, at: u32, now: u64) {
@@ -201,7 +222,8 @@ impl<D: Driver> Shard<D> {
 
     fn begin_hand_over(&mut self, at: u32, reply: Option<Reply<()>>, now: u64) {
         let deadline_ms = now + QUIESCE_MS;
-        self.volumes[at].hand_over = Some(HandOver { reply, deadline_ms, stage: Stage::Quiesce });
+        self.volumes[at].hand_over =
+            Some(HandOver { reply, deadline_ms, stage: Stage::Quiesce, resumes: false });
         self.forget_restore(at, HANDED_OVER);
         self.forget_deletions(at, HANDED_OVER);
         self.update_ana(at);
@@ -235,7 +257,8 @@ impl<D: Driver> Shard<D> {
                 return self.wants_timeout(Some(deadline_ms));
             }
             hand_over.stage = Stage::Closed;
-            self.close_nexus(at, now);
+            // What it answers now is told before another takes its place.
+            return self.close_nexus(at, now);
         }
         if self.volumes[at].nexus.in_flight() == 0 {
             self.watch_from_now(at, now);
@@ -268,7 +291,9 @@ impl<D: Driver> Shard<D> {
         self.next_generation = self.next_generation.wrapping_add(1);
         let generation = self.next_generation;
         let volume = &self.volumes[at];
-        let auto_after_ms = volume.spec.sharing.as_ref().and_then(|s| s.auto_after_ms);
+        let resumes = volume.hand_over.as_ref().is_some_and(|h| h.resumes);
+        let told = volume.spec.sharing.as_ref().and_then(|s| s.auto_after_ms);
+        let auto_after_ms = if resumes { Some(0) } else { told };
         // Its key is at hand, unless it is wrapped with another by then.
         let admitted = volume.spec.encryption.as_ref().map(|_| volume.nexus.encryption().to_vec());
         let spec = VolumeSpec { blocks: volume.nexus.blocks(), ..volume.spec.clone() };

@@ -15,13 +15,19 @@ use crate::config::Config;
 use crate::nexus::Nexus;
 use crate::register::RegisterOp;
 use crate::slots::ChildSet;
-use crate::types::{ChildId, ChildReply, Event, Purpose, VolumeState};
+use crate::types::{ChildId, ChildReply, Event, MAX_CHILDREN, Purpose, VolumeState};
 
 /// What a nexus that stands by has seen.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
-    /// Who answered in this round.
+    /// When the look began that is under way.
+    looking_ms: Option<u64>,
+    /// Who answered in this look, or the last.
     heard: ChildSet,
+    /// Until when a lease lasts that a child told of then.
+    leased_ms: [u64; MAX_CHILDREN],
+    /// Since when a child is away, or says nothing, while a majority is there.
+    away_ms: [Option<u64>; MAX_CHILDREN],
     /// Since when it stands by.
     since_ms: Option<u64>,
     /// It takes over by itself, from now on.
@@ -43,8 +49,8 @@ pub(crate) struct Watch {
 /// What a look told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Seen {
-    /// A nexus serves, and its lease lasts for so long unless it is renewed.
-    Served { left_ms: u64 },
+    /// A nexus serves, and its lease lasts until then unless it is renewed.
+    Served { until_ms: u64 },
     /// None does. What was promised last may be another's, which is about to.
     Idle(Epoch),
     /// Too few were heard to tell.
@@ -76,6 +82,7 @@ impl Nexus {
             return false;
         }
         self.watch.by_itself = None;
+        self.watch.looking_ms = None;
         self.config.purpose = Purpose::StandBy { auto_after_ms };
         self.round += 1;
         let round = self.round;
@@ -102,15 +109,31 @@ impl Nexus {
         self.watch.refused = Some(why.to_owned());
     }
 
-    /// How long between two looks.
-    fn watch_ms(&self, seen: Seen) -> u64 {
+    /// How long until the next look.
+    fn watch_ms(&self, seen: Seen, now_ms: u64) -> u64 {
         let lease_ms = self.config.lease_ms;
         let often = (lease_ms / 2).max(10);
         match seen {
-            Seen::Served { left_ms } => often.min(left_ms + 1),
-            Seen::Idle(_) if self.watch.auto => (lease_ms / 8).max(10),
+            // Not a moment later than it is over.
+            Seen::Served { until_ms } => often.min(until_ms.saturating_sub(now_ms) + 1),
+            Seen::Idle(epoch) if self.watch.auto => {
+                (lease_ms / 8).max(10) + self.stagger_ms(epoch, now_ms)
+            }
             Seen::Idle(_) | Seen::Unknown => often,
         }
+    }
+
+    /// Those that stand by see the end of a lease at the same moment. Two that took over at once would refuse each
+    /// other's epoch, again and again: each waits a little for itself.
+    fn stagger_ms(&self, epoch: Epoch, now_ms: u64) -> u64 {
+        let local = self.config.children.iter().find(|c| c.local).map_or(0, |c| c.replica.0);
+        let own = (self.config.holder ^ local).to_le_bytes();
+        let seeds = own.into_iter().chain(epoch.0.to_le_bytes()).chain(now_ms.to_le_bytes());
+        // FNV-1a.
+        let hash = seeds.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        (hash >> 32) % (self.config.lease_ms / 8).max(1)
     }
 
     /// One more child can be looked at.
@@ -119,18 +142,50 @@ impl Nexus {
         self.ask(child, round, RegisterOp::Read);
     }
 
-    pub(crate) fn watched(&mut self, child: ChildId, reply: ChildReply) {
+    /// A child went away. How long it is waited for in a takeover counts from now.
+    pub(crate) fn watch_lost(&mut self, child: ChildId, now_ms: u64) {
+        self.watch.away_ms[usize::from(child.0)].get_or_insert(now_ms);
+        self.watch.heard = self.watch.heard.without(ChildSet::of(child));
+        self.end_look_if_answered(now_ms);
+    }
+
+    /// A child answered.
+    pub(crate) fn watch_found(&mut self, child: ChildId) {
+        self.watch.away_ms[usize::from(child.0)] = None;
+    }
+
+    /// Since when those are away without whom a takeover would go on; now, where that is not known.
+    pub(super) fn away_since(&self, missing: ChildSet, now_ms: u64) -> u64 {
+        let since = missing.iter().map(|c| self.watch.away_ms[usize::from(c.0)].unwrap_or(now_ms));
+        since.max().unwrap_or(now_ms)
+    }
+
+    pub(crate) fn watched(&mut self, child: ChildId, reply: ChildReply, now_ms: u64) {
         let Ok(register) = reply else { return };
+        let until_ms = if register.lease_ms > 0 { now_ms + register.lease_ms } else { 0 };
+        self.watch.leased_ms[usize::from(child.0)] = until_ms;
         self.assembling().registers[usize::from(child.0)] = Some(register);
         self.watch.heard = self.watch.heard.with(child);
-        let Some(found) = self.highest() else { return };
-        let config = found.config;
-        self.tell_places(&config);
-        self.watch.unfit = self.why_unfit(&config);
-        if config.block_size != 0 && self.config.block_size == 0 {
-            self.config.block_size = config.block_size;
+        if let Some(found) = self.highest() {
+            let config = found.config;
+            self.tell_places(&config);
+            self.watch.unfit = self.why_unfit(&config);
+            if config.block_size != 0 && self.config.block_size == 0 {
+                self.config.block_size = config.block_size;
+            }
+            self.learn_blocks(config.blocks);
         }
-        self.learn_blocks(config.blocks);
+        self.end_look_if_answered(now_ms);
+    }
+
+    fn end_look_if_answered(&mut self, now_ms: u64) {
+        // One that said nothing the last time is not waited for again.
+        let away = |c: ChildId| self.watch.away_ms[usize::from(c.0)].is_some();
+        let silent = self.connected().without(self.watch.heard);
+        let answered = self.watch.looking_ms.is_some() && silent.iter().all(away);
+        if answered && self.seen() != Seen::Unknown {
+            self.look_over(now_ms);
+        }
     }
 
     /// The volume may have grown. It never shrinks: who tells of a smaller size has missed that.
@@ -176,13 +231,36 @@ impl Nexus {
         self.tell_watch();
     }
 
-    /// A round is over: what it told, and the next.
+    /// It is time for the next look, or for what this one told without those that do not answer.
     pub(crate) fn watch_timeout(&mut self, now_ms: u64) {
-        let since_ms = *self.watch.since_ms.get_or_insert(now_ms);
+        self.watch.since_ms.get_or_insert(now_ms);
+        match self.watch.looking_ms {
+            Some(_) => self.look_over(now_ms),
+            None => self.begin_look(now_ms),
+        }
+    }
+
+    fn begin_look(&mut self, now_ms: u64) {
+        self.round += 1;
+        let (round, limit_ms) = (self.round, (self.config.lease_ms / 4).max(10));
+        let assembly = self.assembling();
+        assembly.round = round;
+        assembly.deadline_ms = Some(now_ms + limit_ms);
+        self.watch.looking_ms = Some(now_ms);
+        self.watch.heard = ChildSet::EMPTY;
+        for child in self.connected().iter() {
+            self.ask(child, round, RegisterOp::Read);
+        }
+    }
+
+    /// What a look told: how long until the next, or whether to take over.
+    fn look_over(&mut self, now_ms: u64) {
+        self.note_who_is_away(now_ms);
         let auto_after_ms = match self.config.purpose {
             Purpose::StandBy { auto_after_ms } => auto_after_ms,
             Purpose::Create | Purpose::Assemble | Purpose::ForceStart { .. } => None,
         };
+        let since_ms = self.watch.since_ms.unwrap_or(now_ms);
         self.watch.auto = auto_after_ms.is_some_and(|after| now_ms >= since_ms + after);
         let seen = self.seen();
         let before = self.watch.idle.take();
@@ -197,14 +275,24 @@ impl Nexus {
         }
         self.watch.told = self.who_serves(seen, auto_after_ms.is_some());
         self.tell_watch();
-        self.round += 1;
-        let (round, watch_ms) = (self.round, self.watch_ms(seen));
-        let assembly = self.assembling();
-        assembly.round = round;
-        assembly.deadline_ms = Some(now_ms + watch_ms);
-        self.watch.heard = ChildSet::EMPTY;
-        for child in self.connected().iter() {
-            self.ask(child, round, RegisterOp::Read);
+        let watch_ms = self.watch_ms(seen, now_ms);
+        self.assembling().deadline_ms = Some(now_ms + watch_ms);
+    }
+
+    /// Where no majority is there, or where that is not known, those that are not count as away from the moment that
+    /// one is: a whole cluster that starts is given its time.
+    fn note_who_is_away(&mut self, now_ms: u64) {
+        let began_ms = self.watch.looking_ms.take().unwrap_or(now_ms);
+        let Some(found) = self.highest() else { return };
+        let (voters, unknown) = self.voters_of(&found.config);
+        let heard = voters.and(self.watch.heard);
+        let enough = heard.len() > (voters.len() + unknown.len()) / 2;
+        for child in self.everybody().iter() {
+            let away = &mut self.watch.away_ms[usize::from(child.0)];
+            match enough && !self.watch.heard.has(child) {
+                true => *away = Some(away.unwrap_or(began_ms)),
+                false => *away = None,
+            }
         }
     }
 
@@ -212,15 +300,16 @@ impl Nexus {
         let Some(found) = self.highest() else { return Seen::Unknown };
         let (voters, unknown) = self.voters_of(&found.config);
         let heard = voters.and(self.watch.heard);
-        let registers = self.assembly.as_ref().map_or(&[][..], |a| &a.registers);
-        let of = |c: ChildId| registers[usize::from(c.0)].as_ref();
-        let left_ms = heard.iter().filter_map(of).map(|r| r.lease_ms).max().unwrap_or(0);
-        if left_ms > 0 && !on(Mutant::StandbyIgnoresLeases) {
-            return Seen::Served { left_ms };
+        let lasts = |c: ChildId| self.watch.leased_ms[usize::from(c.0)];
+        let until_ms = heard.iter().map(lasts).max().unwrap_or(0);
+        if until_ms > 0 && !on(Mutant::StandbyIgnoresLeases) {
+            return Seen::Served { until_ms };
         }
         if heard.len() <= (voters.len() + unknown.len()) / 2 {
             return Seen::Unknown;
         }
+        let registers = self.assembly.as_ref().map_or(&[][..], |a| &a.registers);
+        let of = |c: ChildId| registers[usize::from(c.0)].as_ref();
         let promised = heard.iter().filter_map(of).map(|r| r.promised_epoch).max();
         Seen::Idle(promised.unwrap_or_default())
     }

@@ -304,3 +304,33 @@ fn a_replica_whose_pool_is_offline_is_taken_out_by_a_renewal_and_not_rebuilt() {
     assert_eq!(states(&b)[0], ChildState::Offline);
     assert!(b.nexus.status().children[0].in_sync);
 }
+
+#[test]
+fn a_nexus_that_reaches_no_majority_knows_once_its_lease_is_over_that_another_may_serve() {
+    let mut b = Bench::online(3);
+    b.nexus.config.shared = true;
+    (0..8).for_each(|_| b.pass(LEASE / 8));
+    b.disconnect(1);
+    b.pass(LEASE);
+    assert!(!b.nexus.is_cut_off(b.now), "two of three are there");
+    b.disconnect(2);
+    let since = b.now;
+    while !b.nexus.is_cut_off(b.now) {
+        b.pass(1);
+        assert!(b.now < since + 2 * LEASE);
+    }
+    // What it had left of the lease, and half of one.
+    let took = b.now - since;
+    assert!((LEASE..=LEASE + LEASE / 2).contains(&took), "{took}");
+    b.connect(2);
+    assert!(!b.nexus.is_cut_off(b.now));
+}
+
+#[test]
+fn a_volume_that_nobody_stands_by_for_is_never_another_nexuss() {
+    let mut b = Bench::online(3);
+    b.disconnect(1);
+    b.disconnect(2);
+    b.pass(100 * LEASE);
+    assert!(!b.nexus.is_cut_off(b.now));
+}

@@ -331,3 +331,108 @@ fn of_two_that_take_over_by_themselves_one_gives_way() {
     }
     assert!(b.registers[0].promised_epoch > promised);
 }
+
+/// Whoever serves died: its lease lasts until `until_ms`. How long after that the volume is served again.
+fn taken_over_after(b: &mut Bench, until_ms: u64) -> u64 {
+    while !b.nexus.state().is_serving() {
+        let left = until_ms.saturating_sub(b.now);
+        lease(b, left);
+        b.pass(1);
+        assert!(b.now < until_ms + 50 * LEASE, "{:?}", b.nexus.state());
+    }
+    b.now.saturating_sub(until_ms)
+}
+
+/// It stands by for a volume that is served, and takes over from now on.
+fn ready_to_take_over(n: u8) -> Bench {
+    let mut b = standing_by(Bench::online(n), AUTO);
+    lease(&mut b, LEASE);
+    look(&mut b, 8);
+    b
+}
+
+#[test]
+fn it_sees_the_end_of_a_lease_at_once() {
+    for left in [LEASE / 2, LEASE / 2 + 1, LEASE - 20, LEASE] {
+        let mut b = ready_to_take_over(3);
+        let until = b.now + left;
+        let took = taken_over_after(&mut b, until);
+        assert!((LEASE / 8..=LEASE / 4 + 5).contains(&took), "{left}: {took}");
+    }
+}
+
+#[test]
+fn a_replica_that_died_with_the_nexus_has_had_its_time_by_then() {
+    for n in [3, 5] {
+        let mut b = ready_to_take_over(n);
+        let died = b.now;
+        b.disconnect(0);
+        taken_over_after(&mut b, died + LEASE);
+        assert_eq!(*b.nexus.state(), VolumeState::Degraded);
+        let took = b.now - died;
+        assert!((WAIT..WAIT + 10).contains(&took), "{n}: {took} ms, it was given {WAIT}");
+    }
+}
+
+#[test]
+fn a_replica_that_hangs_with_the_nexus_has_had_its_time_by_then() {
+    let mut b = ready_to_take_over(3);
+    b.hold_registers = true;
+    let died = b.now;
+    while !b.nexus.state().is_serving() {
+        let left = (died + LEASE).saturating_sub(b.now);
+        lease(&mut b, left);
+        for io in std::mem::take(&mut b.held) {
+            if io.child != ChildId(0) {
+                let reply = b.obey(&io);
+                b.nexus.handle_register(io.child, io.ticket, reply, b.now);
+                b.pump();
+            }
+        }
+        b.pass(1);
+        assert!(b.now < died + 50 * LEASE, "{:?}", b.nexus.state());
+    }
+    // It is asked something every half lease.
+    let took = b.now - died;
+    assert!((WAIT..WAIT + LEASE / 2 + 20).contains(&took), "{took}");
+}
+
+#[test]
+fn one_that_is_back_when_the_volume_is_taken_over_is_waited_for() {
+    let mut b = ready_to_take_over(3);
+    b.disconnect(0);
+    look(&mut b, 10);
+    b.connect(0);
+    let until = b.now;
+    taken_over_after(&mut b, until);
+    assert_eq!(*b.nexus.state(), VolumeState::Online);
+}
+
+#[test]
+fn who_is_away_while_too_few_are_there_has_its_time_from_when_enough_are() {
+    let mut b = ready_to_take_over(3);
+    b.disconnect(0);
+    b.disconnect(1);
+    lease(&mut b, 0);
+    b.pass(20 * WAIT);
+    look(&mut b, 10);
+    stands_by(&b);
+    b.connect(1);
+    let back = b.now;
+    taken_over_after(&mut b, back);
+    assert!(b.now >= back + WAIT, "{} ms", b.now - back);
+}
+
+#[test]
+fn those_who_see_the_end_of_a_lease_at_the_same_moment_do_not_take_over_at_the_same_moment() {
+    let of = |holder| {
+        let b = standing_by(Bench::online(3), AUTO);
+        let mut b = standing_by_as(b, AUTO, |c| c.holder = holder);
+        lease(&mut b, LEASE);
+        look(&mut b, 8);
+        let until = b.now + LEASE;
+        taken_over_after(&mut b, until)
+    };
+    let all: std::collections::BTreeSet<u64> = (1..20).map(of).collect();
+    assert!(all.len() > 8, "{all:?}");
+}

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Cluster, REPLICAS, STATE, VOLUME, text};
+use super::{Cluster, POOL_SIZE, REPLICAS, STATE, VOLUME, text};
 use crate::host::{run, wait_for};
 
 /// What is written to at all while a process is away, and so what a rebuild may copy at most: fio's part of the
@@ -21,6 +21,7 @@ impl Cluster<'_> {
 
     pub(super) fn act_together(&mut self, verb: &str) -> Result<String> {
         let (verb, name) = verb.split_once(' ').unwrap_or((verb, self.active));
+        let (name, rest) = name.split_once(' ').unwrap_or((name, ""));
         let at = REPLICAS.iter().position(|(known, _)| *known == name);
         let at = at.with_context(|| format!("there is no process {name}"))?;
         let name = REPLICAS[at].0;
@@ -50,6 +51,14 @@ impl Cluster<'_> {
             }
             "pause" => self.signal(name, "STOP"),
             "resume" => self.signal(name, "CONT"),
+            "fault" => self.say(name, rest).map(|()| format!("{name}: {rest}")),
+            "cure" => self.say(name, "").map(|()| format!("{name} is well")),
+            "lose-power" => self.lose_power(name),
+            "cut" => self.cut(name, false),
+            "vanish" => self.cut(name, true),
+            "heal" => self.heal(),
+            "grow-pool" => self.tell(name, &["pool", "grow", "p1", "--size", POOL_SIZE]),
+            "expect-degraded" => self.find_active(None, "degraded"),
             "expect-served" => self.find_active(Some(name), "degraded"),
             "expect-online" => self.find_active(None, "online"),
             "stop" => self.stop(name).map(|()| format!("stopped {name}")),
@@ -97,13 +106,22 @@ impl Cluster<'_> {
         Ok(format!("{} serves it", self.active))
     }
 
-    /// All others stand by for the volume.
-    fn share_all(&self) -> Result<String> {
+    /// All others stand by for the volume, and the first one serves it.
+    fn share_all(&mut self) -> Result<String> {
+        if self.shared {
+            let first = REPLICAS[0].0;
+            if self.active != first {
+                self.move_volume(self.active, first)?;
+                self.active = first;
+            }
+            return Ok("the first one serves it".to_owned());
+        }
         let from = self.socket(self.active).display().to_string();
         let others = REPLICAS.iter().filter(|(name, _)| *name != self.active);
         for (name, _) in others {
             self.call(name, &["volume", "standby", VOLUME, "--from", &from, "--auto"])?;
         }
+        self.shared = true;
         Ok("the others stand by".to_owned())
     }
 
