@@ -121,6 +121,8 @@ mutants! {
     CandidateStays,
     /// An extent that is allocated is not zeroed.
     StaleExtent,
+    /// What a pool has lost with one of its devices reads as zeros.
+    LostReadsAsZeros,
     /// A discard of a whole extent leaves what was there.
     DiscardKeepsData,
     /// What does not verify is answered as it is.

@@ -1,5 +1,6 @@
 //! The data path over several devices: each part of a request goes to the device that holds its extent.
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::{BlockSize, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
 
 use super::{Member, MultiPool, PART};
@@ -284,7 +285,7 @@ impl MultiPool {
 
     /// Whether a logical extent that is mapped nowhere may have been on a device that is not here.
     pub(super) fn may_be_lost(&self, slot: u16, logical: u32) -> bool {
-        if !self.lost.is_lost(slot) {
+        if !self.lost.is_lost(slot) || on(Mutant::LostReadsAsZeros) {
             return false;
         }
         let losses = self.membership.losses();
