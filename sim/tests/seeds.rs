@@ -249,3 +249,16 @@ fn what_a_loss_of_power_takes_is_noticed() {
 fn processes_that_stand_by_for_each_other() {
     check((0..40).chain([196]), |seed| run_at(seed, Focus::Standby, None));
 }
+
+/// The only replica's disk failed a flush and forgot what that was to cover. Once its process was started again, the next
+/// flush was acked over the loss.
+#[test]
+fn single_errors_of_the_only_replica() {
+    check((0..30).chain([37, 79, 178]), |seed| run_at(seed, Focus::Lone, None));
+}
+
+/// Volumes go back to snapshots while this and that goes wrong.
+#[test]
+fn volumes_that_go_back_to_snapshots() {
+    check(0..30, |seed| run_at(seed, Focus::Restore, None));
+}
