@@ -83,6 +83,8 @@ pub struct History {
     pub tears: bool,
     /// Nobody has a second copy: a block whose write failed may not be readable before it is written again.
     pub alone: bool,
+    /// What each block is once the volume is back at a snapshot, while it goes there.
+    coming: Vec<u64>,
     /// Reads that were judged.
     pub judged: u64,
     /// Writes that were acked.
@@ -117,6 +119,7 @@ impl History {
             reconciles: RECONCILES,
             tears: false,
             alone: false,
+            coming: Vec::new(),
             judged: 0,
             acked: 0,
         }
@@ -367,11 +370,13 @@ impl History {
         self.blocks[usize::try_from(lba).expect("a small volume")].torn
     }
 
-    /// Whether a block may not be readable: the last that was tried there failed, and nobody has a second copy.
+    /// Whether a block may not be readable: a write to it failed, or may have without anybody having been told, and
+    /// nobody has a second copy.
     #[must_use]
     pub fn may_be_unreadable(&self, lba: u64) -> bool {
         let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
-        self.alone && block.tainted_at.is_some()
+        let unsure = |w: &Write| w.maybe || w.ended == OPEN;
+        self.alone && (block.tainted_at.is_some() || block.writes.iter().any(unsure))
     }
 
     /// Whether replicas may differ in this block.
@@ -413,7 +418,8 @@ impl History {
             }
             let value = self.decode(lba, bytes);
             let block = &mut self.blocks[usize::try_from(lba).expect("a small volume")];
-            if block.tainted_at.is_some() || invoked < block.since {
+            let is_back = self.coming.get(at).is_some_and(|then| *then == value);
+            if block.tainted_at.is_some() || invoked < block.since || is_back {
                 continue;
             }
             let admissible = block.writes.iter().any(|w| {

@@ -258,3 +258,16 @@ fn disks_that_die() {
         run_at(seed, Focus::Everything, None)
     });
 }
+
+/// The only replica's disk failed a flush and forgot what that was to cover. Once its process was started again, the next
+/// flush was acked over the loss.
+#[test]
+fn single_errors_of_the_only_replica() {
+    check((0..30).chain([37, 79, 178]), |seed| run_at(seed, Focus::Lone, None));
+}
+
+/// Volumes go back to snapshots while this and that goes wrong.
+#[test]
+fn volumes_that_go_back_to_snapshots() {
+    check(0..30, |seed| run_at(seed, Focus::Restore, None));
+}

@@ -1,8 +1,9 @@
 //! Volumes that are taken back to a snapshot.
 
+use std::rc::Rc;
 use std::sync::mpsc::TryRecvError;
 
-use cairn_block::{SnapshotId, SnapshotVerb};
+use cairn_block::{ReplicaId, SnapshotId, SnapshotVerb};
 use cairn_engine::{EngineError, WatchedVolume};
 
 use super::{Answer, Cluster, volume_of};
@@ -17,10 +18,30 @@ pub(super) struct GoingBack {
     bytes: Vec<u8>,
     /// What whoever asked was told; nothing once that is known.
     answer: Option<Answer>,
+    told: Option<Told>,
     /// The epoch of the nexus that was asked, or of the last one that is known to go on with it.
     epoch: u64,
     /// It is known to be stored: so it goes back, whoever serves it.
     stored: bool,
+}
+
+/// What whoever asked for a restore was told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Done,
+    Refused,
+    /// It may have been done, or be done by another nexus.
+    Unsure,
+}
+
+impl Told {
+    fn of(answer: &Result<(), EngineError>) -> Self {
+        match answer {
+            Ok(()) => Self::Done,
+            Err(EngineError::Storage(_)) => Self::Unsure,
+            Err(_) => Self::Refused,
+        }
+    }
 }
 
 impl Cluster {
@@ -57,7 +78,15 @@ impl Cluster {
         let epoch = self.era(volume, report.epoch);
         self.history(volume).borrow_mut().epoch_serves(epoch);
         self.world().say(format_args!("volume {volume} goes back to snapshot {id:x?}"));
-        self.back.push(GoingBack { volume, id, bytes, answer: None, epoch, stored: false });
+        self.back.push(GoingBack {
+            volume,
+            id,
+            bytes,
+            answer: None,
+            told: None,
+            epoch,
+            stored: false,
+        });
         let answer = self.snapshot_call(volume, id, SnapshotVerb::Restore);
         if let Some(back) = self.back.first_mut() {
             back.answer = answer;
@@ -89,20 +118,50 @@ impl Cluster {
             Some(id) if id == back.id => {
                 back.epoch = epoch;
                 if !std::mem::replace(&mut back.stored, true) {
-                    let bytes = std::mem::take(&mut back.bytes);
-                    let history = self.history(volume);
+                    let history = Rc::clone(&self.histories[volume]);
                     history.borrow_mut().epoch_serves(epoch);
-                    history.borrow_mut().goes_back(&bytes);
+                    history.borrow_mut().may_go_back(&back.bytes);
                     self.world().say(format_args!("it is stored that volume {volume} goes back"));
                 }
             }
             _ if back.stored || epoch > back.epoch => {
-                let what = if back.stored { "is back" } else { "does not go back" };
-                self.back.swap_remove(at);
+                let back = self.back.swap_remove(at);
+                let done = back.stored && self.is_back(found, back, epoch);
+                let what = if done { "is back" } else { "is not taken back" };
                 self.world().say(format_args!("volume {volume} {what}"));
             }
             _ => {}
         }
+    }
+
+    /// It is stored that a restore is over, and hosts may go on: it was done, on all members, or every one of those
+    /// that were there refused, and nothing was.
+    fn is_back(&mut self, found: &WatchedVolume, back: GoingBack, epoch: u64) -> bool {
+        let GoingBack { volume, id, bytes, answer, told, .. } = back;
+        let told = told
+            .or_else(|| answer.and_then(|answer| answer.try_recv().ok()).as_ref().map(Told::of));
+        let reports = self.reports();
+        let report = reports.iter().find(|r| r.id == found.id);
+        let members = report.map_or(&[][..], |r| &r.children).iter().filter(|c| c.in_sync);
+        let members: Vec<ReplicaId> = members.map(|c| c.replica).collect();
+        let now = members.first().map(|member| {
+            let bytes = self.contents(volume, *member);
+            self.decrypted(volume, 0, &bytes)
+        });
+        let done = now.is_none_or(|now| now == bytes);
+        check!(
+            Check::Snapshots,
+            if done { told != Some(Told::Refused) } else { told != Some(Told::Done) },
+            "volume {volume} is as snapshot {id} was: {done}; who asked for it was told: {told:?}"
+        );
+        let history = self.history(volume);
+        history.borrow_mut().epoch_serves(epoch);
+        if done {
+            history.borrow_mut().goes_back(&bytes);
+        } else {
+            history.borrow_mut().stays();
+        }
+        done
     }
 
     /// Looks at what whoever asked was told.
@@ -114,20 +173,18 @@ impl Cluster {
             let Some(answer) = back.answer.as_ref() else { return true };
             let told = match answer.try_recv() {
                 Err(TryRecvError::Empty) => return true,
-                Err(TryRecvError::Disconnected) => None,
-                Ok(told) => Some(told),
+                Err(TryRecvError::Disconnected) => Told::Unsure,
+                Ok(told) => Told::of(&told),
             };
-            back.answer = None;
+            (back.answer, back.told) = (None, Some(told));
             check!(
                 Check::Snapshots,
-                told.as_ref().is_none_or(|told| told.is_err() || back.stored),
+                told != Told::Done || back.stored,
                 "volume {} is said to be back at snapshot {}, and that was not stored",
                 back.volume,
                 back.id
             );
-            // What was begun by a nexus that has lost the volume may go on elsewhere.
-            let begun = matches!(told, None | Some(Ok(()) | Err(EngineError::Storage(_))));
-            begun || back.stored
+            back.stored || told == Told::Unsure
         });
     }
 }

@@ -270,7 +270,9 @@ impl Cluster {
         let spec = SnapshotSpec { id, name: format!("{id}"), created: 1 };
         let call = SnapshotCall { spec, clone: None };
         let volumes = vec![format!("volume{volume}")];
-        shard.command(Command::Snapshot { volumes, verb, call, force: false, reply });
+        // Hosts stay connected to what goes back.
+        let force = verb == SnapshotVerb::Restore;
+        shard.command(Command::Snapshot { volumes, verb, call, force, reply });
         self.run(node);
         Some(rx)
     }

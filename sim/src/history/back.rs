@@ -3,13 +3,24 @@
 use super::{Block, History, OPEN, PAGE, Write};
 
 impl History {
-    /// It is stored that the volume goes back to these bytes: nobody reads or writes anything before all replicas
-    /// have. What is under way for the nexus of now may be done before that or after it; what was for earlier
-    /// ones is not done any more.
+    /// It is stored that the volume goes back to these bytes: what comes from now on waits until it has. Reads that
+    /// are under way may be from before or from after that.
+    pub fn may_go_back(&mut self, bytes: &[u8]) {
+        let values = (0..).zip(bytes.chunks(PAGE)).map(|(lba, bytes)| self.decode(lba, bytes));
+        self.coming = values.collect();
+    }
+
+    /// It is stored that it does not go there any more, and has not.
+    pub fn stays(&mut self) {
+        self.coming.clear();
+    }
+
+    /// The volume is back at these bytes, and nobody has read or written anything since. What is under way for the nexus of now may be done yet; what was for earlier ones is not done any more.
     ///
     /// # Panics
     /// Where the reads of a block went back before.
     pub fn goes_back(&mut self, bytes: &[u8]) {
+        self.coming.clear();
         let now = self.tick();
         let last = self.epochs.last().map_or(0, |(epoch, _)| *epoch);
         for (at, bytes) in bytes.chunks(PAGE).enumerate() {
@@ -73,6 +84,22 @@ mod tests {
         read(&mut history, late);
         let next = write(&mut history);
         read(&mut history, next);
+        history.judge_all();
+    }
+
+    #[test]
+    fn a_read_that_is_under_way_meanwhile_sees_one_or_the_other() {
+        let mut history = History::new(1, 1);
+        let then = write(&mut history);
+        let bytes = page(&history, then);
+        let since = write(&mut history);
+        let invoked = history.tick();
+        history.may_go_back(&bytes);
+        let late = page(&history, since);
+        history.read_ended(0, &bytes, invoked);
+        history.read_ended(0, &late, invoked);
+        history.goes_back(&bytes);
+        read(&mut history, then);
         history.judge_all();
     }
 

@@ -15,7 +15,7 @@ use crate::nodes::{POOL, socket};
 use crate::shared::{Phase, Shared};
 use crate::volume::View;
 
-type Client = CairnClient<Channel>;
+pub(crate) type Client = CairnClient<Channel>;
 
 /// How often each process is asked.
 const EVERY: Duration = Duration::from_millis(150);
@@ -26,7 +26,7 @@ const SETUP: Duration = Duration::from_secs(60);
 /// A block.
 const BLOCK: u64 = 4096;
 
-async fn connect(path: &Path) -> Result<Client> {
+pub(crate) async fn connect(path: &Path) -> Result<Client> {
     let path = path.to_owned();
     let channel = Endpoint::from_static("http://cairn.invalid")
         .connect_with_connector(tower::service_fn(move |_: Uri| {
@@ -37,11 +37,11 @@ async fn connect(path: &Path) -> Result<Client> {
     Ok(CairnClient::new(channel))
 }
 
-fn said(status: &tonic::Status) -> anyhow::Error {
+pub(crate) fn said(status: &tonic::Status) -> anyhow::Error {
     anyhow!("{}", status.message())
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime> {
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
@@ -70,6 +70,7 @@ pub(crate) fn set_up(shared: &Shared, dir: &Path) -> Result<Places> {
                 let volume = volume.lock();
                 (volume.name.clone(), volume.id.clone(), volume.shape.clone())
             };
+            let encryption = shape.encrypted.then(|| key(dir, &name)).transpose()?;
             let mut members = Vec::new();
             for node in shape.data.iter().chain(&shape.witness).copied() {
                 let witness = shape.witness == Some(node);
@@ -103,6 +104,7 @@ pub(crate) fn set_up(shared: &Shared, dir: &Path) -> Result<Places> {
                 replicas: as_seen_by(shape.home, false),
                 witnesses: as_seen_by(shape.home, true),
                 id: id.clone(),
+                encryption: encryption.clone(),
                 ..Default::default()
             };
             clients[shape.home].create_volume(request).await.map_err(|s| said(&s))?;
@@ -127,6 +129,7 @@ pub(crate) fn set_up(shared: &Shared, dir: &Path) -> Result<Places> {
                     replicas: as_seen_by(node, false),
                     witnesses: as_seen_by(node, true),
                     block_size: 4096,
+                    encryption: encryption.clone(),
                     sharing: Some(v1::Sharing { elsewhere: elsewhere(node), ..sharing.clone() }),
                     ..Default::default()
                 };
@@ -136,6 +139,15 @@ pub(crate) fn set_up(shared: &Shared, dir: &Path) -> Result<Places> {
         }
         Ok(places)
     })
+}
+
+/// Writes a volume's key where all processes find it.
+fn key(dir: &Path, name: &str) -> Result<v1::KeySource> {
+    let file = dir.join(format!("{name}.key"));
+    let digits = format!("{:032x}", uuid::Uuid::new_v4().as_u128());
+    std::fs::write(&file, digits.repeat(2)).context("writing a key")?;
+    let file = file.display().to_string();
+    Ok(v1::KeySource { file, allow_open_file: true, ..Default::default() })
 }
 
 /// Asks a process to take a volume over, and does not wait for long.
@@ -163,7 +175,7 @@ pub(crate) fn has_failed_pool(dir: &Path, node: usize) -> Result<bool> {
 }
 
 /// Asks a node's process over and over how its volumes are, until the run ends.
-pub(crate) fn watch(shared: &Arc<Shared>, dir: &Path, node: usize, places: &Places) -> Result<()> {
+pub(crate) fn watch(shared: &Arc<Shared>, dir: &Path, node: usize) -> Result<()> {
     runtime()?.block_on(async {
         let mut client: Option<Client> = None;
         while shared.phase() != Phase::End {
@@ -190,7 +202,8 @@ pub(crate) fn watch(shared: &Arc<Shared>, dir: &Path, node: usize, places: &Plac
                 continue;
             }
             for told in list {
-                observe(shared, places, tenure, asked, &told);
+                let places = shared.places.lock().clone();
+                observe(shared, &places, tenure, asked, &told);
             }
         }
         Ok(())

@@ -29,6 +29,8 @@ const REQUEST_TIMEOUT: [Duration; 2] = [Duration::from_millis(1_500), Duration::
 const MAX_BLOCKS: u64 = 16;
 /// How often what a lost write was to change is looked at, where it is not made again.
 const LOOKS: u8 = 6;
+/// A clone is read within this time, or not at all.
+const CLONE: Duration = Duration::from_secs(10);
 /// Blocks of an extent: a discard of a whole one gives it back.
 const EXTENT_BLOCKS: u64 = 256;
 const MS: u64 = 1_000_000;
@@ -116,6 +118,9 @@ pub(crate) struct Host {
     requests: Vec<Option<Request>>,
     /// What is read next, once all is read.
     verify: u64,
+    /// It reads a snapshot that was asked for then, and nothing else; and blocks that it has read.
+    snapshot: Option<u64>,
+    read: u64,
     next_ns: u64,
     completions: Vec<Completion>,
     windows: Vec<BufSlice>,
@@ -172,6 +177,8 @@ impl Host {
             session: None,
             sockets: [Socket::default(); 2],
             verify: 0,
+            snapshot: None,
+            read: 0,
             next_ns: 0,
             completions: Vec::new(),
             windows: Vec::with_capacity(SEND_WINDOWS),
@@ -205,6 +212,31 @@ impl Host {
         while self.stage == Stage::Closing && Instant::now() < until {
             self.turn();
         }
+    }
+
+    /// Reads a clone of the snapshot that was asked for at `invoked`, and has it judged as a read of the volume
+    /// since then. Returns how many blocks could be read in time.
+    pub(crate) fn read_clone(mut self, invoked: u64) -> u64 {
+        self.snapshot = Some(invoked);
+        let until = Instant::now() + CLONE;
+        loop {
+            let idle = self.requests.iter().all(Option::is_none);
+            let over = self.shared.phase() != Phase::Work || Instant::now() > until;
+            if over || self.verified() && idle {
+                break;
+            }
+            self.turn();
+        }
+        self.fail();
+        let until = Instant::now() + Duration::from_secs(2);
+        while self.stage == Stage::Closing && Instant::now() < until {
+            self.turn();
+        }
+        self.read
+    }
+
+    fn reads_all(&self) -> bool {
+        self.snapshot.is_some() || self.shared.phase() == Phase::Verify
     }
 
     fn verified(&self) -> bool {
@@ -247,6 +279,7 @@ impl Host {
         let waiting = self.requests.iter().flatten().any(|r| r.attempt.is_none());
         let free = self.requests.iter().any(Option::is_none);
         let new = match self.shared.phase() {
+            _ if self.snapshot.is_some() => !self.verified(),
             Phase::Work => true,
             Phase::Verify => self.number == 0 && !self.verified(),
             Phase::Drain | Phase::End => false,
@@ -402,7 +435,7 @@ impl Host {
                 self.next_ns = now + MS;
                 break;
             }
-            let gap = if self.shared.phase() == Phase::Verify { 1 } else { self.work.gap_ns };
+            let gap = if self.reads_all() { 1 } else { self.work.gap_ns };
             self.next_ns = now + self.rng.below(gap);
         }
     }
@@ -427,7 +460,7 @@ impl Host {
 
     fn choose(&mut self) -> (IoOp, u64, u64) {
         let volume = self.shared.blocks;
-        if self.shared.phase() == Phase::Verify {
+        if self.reads_all() {
             let lba = self.verify;
             let blocks = MAX_BLOCKS.min(volume - lba);
             self.verify += blocks;
@@ -502,7 +535,7 @@ impl Host {
                 history.write_began((lba, blocks), 0, (self.id, 1), fua)
             }
             IoOp::Discard => history.write_began((lba, blocks), 0, (self.id, 1), false),
-            _ => history.tick(),
+            _ => self.snapshot.unwrap_or_else(|| history.tick()),
         };
         volume.under_way.insert(invoked);
         drop(volume);
@@ -543,7 +576,11 @@ impl Host {
             outcome,
         };
         let mut volume = self.shared.volumes[self.volume].lock();
-        volume.under_way.remove(&io.invoked);
+        if self.snapshot.is_none() {
+            volume.under_way.remove(&io.invoked);
+        } else if io.outcome == Outcome::Done {
+            self.read += io.blocks;
+        }
         let read = io.op == IoOp::Read && io.outcome == Outcome::Done;
         let word = |page: &[u8]| page.first_chunk().map_or(0, |w| u64::from_le_bytes(*w));
         let (lba, blocks, invoked) = (io.lba, io.blocks, io.invoked);

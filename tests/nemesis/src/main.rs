@@ -6,6 +6,7 @@ mod api;
 mod host;
 mod net;
 mod nodes;
+mod operator;
 mod plan;
 mod run;
 mod shared;
@@ -152,6 +153,10 @@ fn tell(args: &Args, options: &Options, report: &Report) {
         report.acked,
         report.epochs,
         did.longest.as_secs_f64()
+    );
+    println!(
+        "  operator    {} snapshots read whole by their clones, {} replicas replaced",
+        report.snapshots, report.replaced
     );
     match &report.failure {
         None if report.interrupted => println!("  interrupted: nothing was read afterwards"),

@@ -11,6 +11,9 @@ const KILL_EVERY: (u64, u64) = (3_500, 6_000);
 /// Between two other faults.
 const FAULT_EVERY: (u64, u64) = (2_000, 5_000);
 
+/// Between two things that an operator does.
+const OPERATOR_EVERY: (u64, u64) = (3_000, 9_000);
+
 /// Before everybody loses power the caches are volatile for so long at least.
 const CACHED_FOR: u64 = 2_000;
 
@@ -25,6 +28,7 @@ pub(crate) struct VolumeShape {
     pub(crate) home: usize,
     /// Who stands by for it.
     pub(crate) standbys: Vec<usize>,
+    pub(crate) encrypted: bool,
 }
 
 /// The cluster that a seed means.
@@ -86,6 +90,10 @@ pub(crate) enum Fault {
     ClockJump { node: usize, seconds: i64 },
     /// Somebody who stands by takes a volume over.
     TakeOver { volume: usize, standby: usize },
+    /// A snapshot is taken, and its clone is read.
+    Snapshot { volume: usize, number: u64 },
+    /// A replica is replaced by a new one on its node; with `now`, at once.
+    Replace { volume: usize, node: usize, now: bool },
 }
 
 impl Fault {
@@ -104,6 +112,8 @@ impl Fault {
             Self::FullDisk { .. } => "full-disk",
             Self::ClockJump { .. } => "clock-jump",
             Self::TakeOver { .. } => "take-over",
+            Self::Snapshot { .. } => "snapshot",
+            Self::Replace { .. } => "replace",
         }
     }
 }
@@ -124,7 +134,12 @@ pub(crate) struct Event {
 impl Shape {
     pub(crate) fn drawn(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5ba9e);
-        let volumes = (0..2).map(|index| VolumeShape::drawn(&mut rng, index)).collect();
+        let mut volumes: Vec<_> = (0..2).map(|index| VolumeShape::drawn(&mut rng, index)).collect();
+        // Drawn apart: nothing else changes with it.
+        let mut apart = Rng::new(seed ^ 0xc4e9);
+        for volume in &mut volumes {
+            volume.encrypted = apart.chance(400);
+        }
         Self {
             volumes,
             lease_ms: [400, 800, 1_600][rng.index(3)],
@@ -153,7 +168,7 @@ impl VolumeShape {
             (_, 2) => vec![a, b],
             _ => Vec::new(),
         };
-        Self { data, witness, home, standbys }
+        Self { data, witness, home, standbys, encrypted: false }
     }
 }
 
@@ -189,8 +204,28 @@ pub(crate) fn drawn(seed: u64, shape: &Shape, run_ms: u64) -> Vec<Event> {
         events.push(Event { at_ms, fault: other(&mut rng, shape) });
         at_ms += rng.range(FAULT_EVERY.0, FAULT_EVERY.1);
     }
+    operator(seed, shape, run_ms, &mut events);
     events.sort_by_key(|event| event.at_ms);
     events
+}
+
+/// What an operator does meanwhile; drawn apart: nothing else changes with it.
+fn operator(seed: u64, shape: &Shape, run_ms: u64, events: &mut Vec<Event>) {
+    let mut rng = Rng::new(seed ^ 0x09e7a);
+    let (mut at_ms, mut number) = (3_000, 0);
+    while at_ms < run_ms {
+        let volume = rng.index(shape.volumes.len());
+        let of = &shape.volumes[volume];
+        number += 1;
+        let fault = if rng.chance(600) {
+            Fault::Snapshot { volume, number }
+        } else {
+            let node = of.data[rng.index(of.data.len())];
+            Fault::Replace { volume, node, now: rng.chance(300) }
+        };
+        events.push(Event { at_ms, fault });
+        at_ms += rng.range(OPERATOR_EVERY.0, OPERATOR_EVERY.1);
+    }
 }
 
 fn kill(rng: &mut Rng) -> Fault {

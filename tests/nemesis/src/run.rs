@@ -16,6 +16,7 @@ use crate::api;
 use crate::host::{Did, Host};
 use crate::net::{Net, address};
 use crate::nodes::Nodes;
+use crate::operator;
 use crate::plan::{self, Event, Fault, NODES, Shape};
 use crate::shared::{Failure, Phase, Shared};
 use crate::trace::Trace;
@@ -60,6 +61,8 @@ pub(crate) struct Report {
     pub(crate) strict: u64,
     pub(crate) lots: u64,
     pub(crate) epochs: u64,
+    pub(crate) snapshots: u64,
+    pub(crate) replaced: u64,
     pub(crate) took: Duration,
     pub(crate) recovered: Duration,
     pub(crate) interrupted: bool,
@@ -126,12 +129,13 @@ impl Run {
             self.nodes.start(node)?;
         }
         let places = api::set_up(&self.shared, &self.options.dir).context("making the volumes")?;
+        *self.shared.places.lock() = places;
         let mut watchers = Vec::new();
         for node in 0..NODES {
-            let (shared, places) = (Arc::clone(&self.shared), places.clone());
+            let shared = Arc::clone(&self.shared);
             let dir = self.options.dir.clone();
             watchers.push(guarded(&self.shared, None, move || {
-                if let Err(error) = api::watch(&shared, &dir, node, &places) {
+                if let Err(error) = api::watch(&shared, &dir, node) {
                     shared.fail(
                         format!("[nemesis] n{} cannot be watched: {error:#}", node + 1),
                         None,
@@ -261,6 +265,24 @@ impl Run {
             }
             Fault::ClockJump { node, seconds } => {
                 self.nodes.trouble(*node, "clock_s", Some(seconds.to_string()))?;
+            }
+            Fault::Snapshot { volume, number } => {
+                let (dir, shared) = (self.options.dir.clone(), Arc::clone(&self.shared));
+                let (volume, number) = (*volume, *number);
+                guarded(&self.shared, Some(volume), move || {
+                    if let Err(error) = operator::snapshot(&shared, &dir, volume, number) {
+                        shared.trace.say("note", &format!("snapshot s{number}: {error:#}"));
+                    }
+                })?;
+            }
+            Fault::Replace { volume, node, now } => {
+                let (dir, shared) = (self.options.dir.clone(), Arc::clone(&self.shared));
+                let (what, now) = ((*volume, *node), *now);
+                guarded(&self.shared, None, move || {
+                    if let Err(error) = operator::replace(&shared, &dir, what, now) {
+                        shared.trace.say("note", &format!("nothing is replaced: {error:#}"));
+                    }
+                })?;
             }
             Fault::TakeOver { volume, standby } => {
                 let name = self.shared.volumes[*volume].lock().name.clone();
@@ -419,6 +441,8 @@ impl Run {
             strict: sum(&|v| v.strict),
             lots: sum(&|v| v.lots),
             epochs: sum(&|v| v.epochs),
+            snapshots: *self.shared.snapshots.lock(),
+            replaced: *self.shared.replaced.lock(),
             took,
             recovered,
             interrupted: self.stop.load(Ordering::Relaxed),

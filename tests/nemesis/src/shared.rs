@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use crate::api::Places;
 use crate::host::Did;
 use crate::plan::NODES;
 use crate::trace::Trace;
@@ -32,6 +33,11 @@ pub(crate) struct Shared {
     pub(crate) blocks: u64,
     pub(crate) trace: Trace,
     pub(crate) did: Mutex<Did>,
+    /// Where replicas are, also those that came later.
+    pub(crate) places: Mutex<Places>,
+    /// Snapshots that were read whole, and replicas that were replaced.
+    pub(crate) snapshots: Mutex<u64>,
+    pub(crate) replaced: Mutex<u64>,
     /// For each node the ends of its lives so far; the number of ends, if it is up, is its life's.
     lives: [Mutex<Lives>; NODES],
     phase: AtomicU8,
@@ -59,6 +65,9 @@ impl Shared {
             blocks,
             trace,
             did: Mutex::new(Did::default()),
+            places: Mutex::default(),
+            snapshots: Mutex::default(),
+            replaced: Mutex::default(),
             lives: Default::default(),
             phase: AtomicU8::new(Phase::Work as u8),
             failure: Mutex::new(None),

@@ -294,7 +294,13 @@ mod tests {
     const N2: Tenure = Tenure { node: 1, life: 0 };
 
     fn volume() -> Volume {
-        let shape = VolumeShape { data: vec![0, 1, 2], witness: None, home: 0, standbys: vec![1] };
+        let shape = VolumeShape {
+            data: vec![0, 1, 2],
+            witness: None,
+            home: 0,
+            standbys: vec![1],
+            encrypted: false,
+        };
         Volume::new(0, "v1", shape, 1, false)
     }
 
