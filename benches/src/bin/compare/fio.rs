@@ -1,6 +1,6 @@
 //! fio as the client, with its words.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -13,7 +13,7 @@ use crate::procs::run_json;
 pub(crate) const PROGRAM: (&str, &str) = ("fio", "fio");
 
 /// How fio reaches a stack.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Fio {
     /// `--ioengine=` and what that engine needs.
     pub(crate) engine: Vec<String>,
@@ -21,6 +21,9 @@ pub(crate) struct Fio {
     pub(crate) sync: &'static str,
     /// Bytes of the volume.
     pub(crate) size: u64,
+    pub(crate) env: Vec<(&'static str, PathBuf)>,
+    /// What runs it, and that one's arguments.
+    pub(crate) prefix: Vec<String>,
 }
 
 impl Fio {
@@ -28,11 +31,19 @@ impl Fio {
     pub(crate) fn file(path: &Path, size: u64) -> Self {
         let file = format!("--filename={}", path.display());
         let engine = vec!["--ioengine=io_uring".to_owned(), "--direct=1".to_owned(), file];
-        Self { engine, sync: "--fdatasync=1", size }
+        Self { engine, sync: "--fdatasync=1", size, ..Self::default() }
     }
 
     fn command(&self) -> Command {
-        let mut fio = Command::new(PROGRAM.0);
+        let mut fio = match self.prefix.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(PROGRAM.0);
+                command
+            }
+            None => Command::new(PROGRAM.0),
+        };
+        fio.envs(self.env.iter().map(|(name, value)| (name, value)));
         fio.args(["--name=load", "--output-format=json", "--lat_percentiles=1", "--norandommap"]);
         fio.args(["--randrepeat=0", "--thread", &format!("--size={}", self.size)])
             .args(&self.engine);

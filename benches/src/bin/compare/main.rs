@@ -108,7 +108,7 @@ fn main() -> ExitCode {
 fn list() {
     for stack in STACKS {
         let why = procs::missing(stack.programs).unwrap_or_default();
-        println!("{:14} {:46} {why}", stack.name, stack.title);
+        println!("{:14} {:48} {why}", stack.name, stack.title);
     }
     LOADS.iter().for_each(|load| println!("{:14} {}", load.name, load.title));
 }

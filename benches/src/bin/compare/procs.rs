@@ -16,12 +16,18 @@ fn with_descendants(pids: &[u32]) -> BTreeSet<u32> {
     let mut found: BTreeSet<u32> = pids.iter().copied().collect();
     let mut ahead = pids.to_vec();
     while let Some(pid) = ahead.pop() {
-        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for task in tasks.flatten() {
-            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            let children = children.split_whitespace().filter_map(|word| word.parse().ok());
-            ahead.extend(children.filter(|&child| found.insert(child)));
-        }
+        ahead.extend(children(pid).into_iter().filter(|&child| found.insert(child)));
+    }
+    found
+}
+
+/// What a process has started.
+pub(crate) fn children(pid: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return found };
+    for task in tasks.flatten() {
+        let text = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        found.extend(text.split_whitespace().filter_map(|word| word.parse::<u32>().ok()));
     }
     found
 }
@@ -167,6 +173,7 @@ pub(crate) fn wait_for(
 pub(crate) fn installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let dirs = std::env::split_paths(&path);
+    // A path from the root stays one.
     dirs.chain(["/usr/sbin".into(), "/sbin".into()]).any(|dir| dir.join(program).is_file())
 }
 

@@ -153,11 +153,11 @@ impl Report {
             self.print_group(group);
         }
         if !self.stacks.is_empty() {
-            println!("\n{:46} {:>12} {:>14}", "servers", "resident MiB", "idle % a core");
+            println!("\n{:48} {:>12} {:>14}", "servers", "resident MiB", "idle % a core");
         }
         for facts in &self.stacks {
             let idle = facts.idle_percent.map_or_else(|| "-".to_owned(), |p| format!("{p:.2}"));
-            println!("{:46} {:>12.0} {idle:>14}", facts.stack.title, facts.resident_mib);
+            println!("{:48} {:>12.0} {idle:>14}", facts.stack.title, facts.resident_mib);
         }
         println!();
         self.gaps.iter().for_each(|gap| println!("{gap}"));
@@ -180,7 +180,7 @@ impl Report {
             return;
         }
         println!(
-            "\n{:46} {:>9} {:>8} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}",
+            "\n{:48} {:>9} {:>8} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}",
             group.title(),
             "IOPS",
             "MiB/s",
@@ -210,7 +210,7 @@ impl Report {
         let of_base = self.base(row).map(|base| m.iops / base);
         let of_ours = self.ours(row).filter(|_| m.iops > 0.0).map(|ours| ours / m.iops);
         println!(
-            "  {:44} {:>9.0} {:>8.1} {:>9.1} {:>9} {:>9} {:>9} {:>8} {:>8}",
+            "  {:46} {:>9.0} {:>8.1} {:>9.1} {:>9} {:>9} {:>9} {:>8} {:>8}",
             row.stack.title,
             m.iops,
             m.mib_s,

@@ -1,9 +1,12 @@
 //! Everything that is compared: one file for each.
 
 pub(crate) mod cairn;
+pub(crate) mod ceph;
 pub(crate) mod floor;
+pub(crate) mod gluster;
 pub(crate) mod loopback;
 pub(crate) mod quorum;
+pub(crate) mod tgt;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -103,11 +106,14 @@ pub(crate) const STACKS: &[Stack] = &[
     cairn::VOLUME,
     cairn::LOCAL,
     cairn::OVER_TCP,
+    tgt::STACK,
     floor::ONE,
     floor::THREE,
     cairn::FILES,
     cairn::FILES_BESIDE,
     quorum::STACK,
+    ceph::STACK,
+    gluster::STACK,
 ];
 
 /// A file of so many bytes that are no zeros, all there.

@@ -76,7 +76,7 @@ fn start(place: &Place) -> Result<Box<dyn Running>> {
     daemons.push(front);
     let uri = format!("--uri=nbd+unix:///disk?socket={}", socket.display());
     let engine = vec!["--ioengine=nbd".to_owned(), uri];
-    let fio = Fio { engine, sync: "--fsync=1", size: place.size };
+    let fio = Fio { engine, sync: "--fsync=1", size: place.size, ..Fio::default() };
     fio.fill()?;
     Ok(Box::new(Quorum { fio, daemons }))
 }
