@@ -182,6 +182,9 @@ fn measure(
     loads: &[Load],
     report: &mut Report,
 ) -> Result<()> {
+    if stacks.is_empty() {
+        return Ok(());
+    }
     let mut up = Vec::new();
     for stack in stacks {
         let missing = procs::missing(stack.programs);

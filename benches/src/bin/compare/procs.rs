@@ -81,12 +81,16 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// What it says goes to `log`.
-    pub(crate) fn start(command: &mut Command, log: &Path) -> Result<Self> {
+    pub(crate) fn start(command: &Command, log: &Path) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let out =
             fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
-        command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
-        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        // It ends with this process, however that ends.
+        let mut bound = Command::new("setpriv");
+        bound.args(["--pdeathsig", "KILL"]).arg(command.get_program()).args(command.get_args());
+        bound.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        bound.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        let child = bound.spawn().with_context(|| format!("cannot start {name}"))?;
         Ok(Self { child, name })
     }
 

@@ -70,7 +70,9 @@ fn start(place: &Place) -> Result<Box<dyn Running>> {
     }
     create.push("force".to_owned());
     gluster(&create.iter().map(String::as_str).collect::<Vec<_>>())?;
-    for option in ["write-behind", "read-ahead", "io-cache", "quick-read", "stat-prefetch", "open-behind"] {
+    for option in
+        ["write-behind", "read-ahead", "io-cache", "quick-read", "stat-prefetch", "open-behind"]
+    {
         gluster(&["volume", "set", "v", &format!("performance.{option}"), "off"])?;
     }
     gluster(&["volume", "set", "v", "performance.strict-o-direct", "on"])?;
@@ -79,7 +81,8 @@ fn start(place: &Place) -> Result<Box<dyn Running>> {
     let engine = ["--ioengine=gfapi_async", "--volume=v", "--filename=disk", "--direct=1"];
     let mut engine: Vec<String> = engine.map(str::to_owned).to_vec();
     engine.push(format!("--brick={ADDRESS}"));
-    let fio = Fio { engine, sync: "--fdatasync=1", size: place.size, prefix: enter, ..Fio::default() };
+    let fio =
+        Fio { engine, sync: "--fdatasync=1", size: place.size, prefix: enter, ..Fio::default() };
     fio.fill().context("writing the file")?;
     Ok(Box::new(Gluster { fio, init }))
 }

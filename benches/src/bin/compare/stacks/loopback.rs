@@ -51,7 +51,7 @@ impl Loopback {
         let log = self.place.log(&format!("server-{request}-{reply}"));
         let mut command = pinned(&self.place.own, self.place.cores.map(|(server, _)| server));
         command.args(["reply", "--request", &request.to_string(), "--reply", &reply.to_string()]);
-        let mut daemon = Daemon::start(&mut command, &log)?;
+        let mut daemon = Daemon::start(&command, &log)?;
         let mut address = None;
         wait_for("the loopback server", 10, || {
             daemon.check(&log)?;

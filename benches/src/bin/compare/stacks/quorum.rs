@@ -43,7 +43,7 @@ fn daemon(
     command.arg(format!("addr.type=unix,addr.path={},max-connections=0", socket.display()));
     command.arg("--export").arg(format!("nbd,id=e,node-name={node},name=disk,writable=on"));
     let log = place.log(name);
-    let mut daemon = Daemon::start(&mut command, &log)?;
+    let mut daemon = Daemon::start(&command, &log)?;
     wait_for("the socket of qemu-storage-daemon", 10, || {
         daemon.check(&log)?;
         Ok(socket.exists())

@@ -47,12 +47,15 @@ fn start(place: &Place) -> Result<Box<dyn Running>> {
     let log = place.log("tgtd");
     let mut command = pinned("tgtd".as_ref(), place.cores.map(|(server, _)| server));
     command.args(["-f", "--iscsi", &format!("portal={PORTAL}")]).env("TGT_IPC_SOCKET", &socket);
-    let daemon = Daemon::start(&mut command, &log)?;
+    let daemon = Daemon::start(&command, &log)?;
     let mut tgt = Tgt { place: place.clone(), daemon, backing };
     full_file(&tgt.backing, place.size)?;
     let admin = |args: &str| {
         let mut command = Command::new("tgtadm");
-        command.args(["--lld", "iscsi", "--op"]).args(args.split(' ')).env("TGT_IPC_SOCKET", &socket);
+        command
+            .args(["--lld", "iscsi", "--op"])
+            .args(args.split(' '))
+            .env("TGT_IPC_SOCKET", &socket);
         run(&mut command)
     };
     wait_for("tgtd", 10, || {
