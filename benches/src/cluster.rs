@@ -111,6 +111,11 @@ impl Cluster {
         cluster
     }
 
+    /// Whether instructions are counted from now on: see [`Wires::count`].
+    pub fn count(&mut self, counting: bool) {
+        self.wires.borrow_mut().count(counting);
+    }
+
     fn turn(&mut self) {
         for shard in &mut self.shards {
             shard.turn();

@@ -1,7 +1,8 @@
 //! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask rot`, `cargo xtask sim`,
-//! `cargo xtask nemesis`, `cargo xtask measure`, `cargo xtask compare`.
+//! `cargo xtask nemesis`, `cargo xtask measure`, `cargo xtask compare`, `cargo xtask gate`.
 #![forbid(unsafe_code)]
 
+mod gate;
 mod install;
 mod nemesis;
 mod process;
@@ -56,6 +57,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Count the instructions that a request takes, with valgrind, and hold them to those of before.
+    Gate(gate::Options),
     /// Torment real processes in network namespaces, and judge what hosts see: `--minutes N`, `--seed S`,
     /// `--mutant NAME` with one of the deliberate bugs, `--mutants` with each of five until it is caught,
     /// `--trace`, `--keep`. Needs root, iproute2 and nftables. docs/nemesis.md tells of it.
@@ -98,6 +101,7 @@ fn run() -> Result<bool> {
         Task::Compare { options } => {
             Ok(release()? && tool(&["-p", "cairn-benches", "--bin", "compare"], &options)?)
         }
+        Task::Gate(options) => gate::run(&options),
         Task::Nemesis { options } => nemesis::run(&options),
         Task::Sim { options } if options.iter().any(|o| o == "--mutants") => {
             tool(&["-p", "cairn-sim", "--features", "mutants"], &options)
