@@ -12,8 +12,8 @@ use crate::report::Report;
 pub(crate) struct Verdict {
     what: String,
     figure: f64,
-    /// At least so much; at most, where `most` is set.
-    bar: f64,
+    /// At least so much; at most, where `most` is set; nothing, where it is only told.
+    bar: Option<f64>,
     most: bool,
     unit: &'static str,
     note: String,
@@ -23,7 +23,21 @@ pub(crate) struct Verdict {
 impl Verdict {
     fn new(what: &str, figure: f64, bar: f64, most: bool, unit: &'static str) -> Self {
         let held = if most { figure <= bar } else { figure >= bar };
-        Self { what: what.to_owned(), figure, bar, most, unit, note: String::new(), held }
+        let (what, note) = (what.to_owned(), String::new());
+        Self { what, figure, bar: Some(bar), most, unit, note, held }
+    }
+
+    /// A figure that is held to nothing.
+    pub(crate) fn told(what: &str, figure: f64, unit: &'static str) -> Self {
+        Self { bar: None, held: true, ..Self::new(what, figure, 0.0, false, unit) }
+    }
+
+    pub(crate) fn at_most(what: &str, figure: f64, bar: f64, unit: &'static str) -> Self {
+        Self::new(what, figure, bar, true, unit)
+    }
+
+    pub(crate) fn note(self, note: String) -> Self {
+        Self { note, ..self }
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -36,11 +50,15 @@ impl Verdict {
 
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let digits = if self.bar >= 1000.0 { 0 } else { 2 };
-        let sign = if self.most { "<=" } else { ">=" };
+        let digits = if self.figure >= 1000.0 { 0 } else { 2 };
         let figure = format!("{:.digits$}{}", self.figure, self.unit);
-        let bar = format!("{sign} {:.digits$}{}", self.bar, self.unit);
-        let verdict = if self.held { "held" } else { "MISSED" };
+        let sign = if self.most { "<=" } else { ">=" };
+        let bar = self.bar.map_or_else(String::new, |bar| format!("{sign} {bar}{}", self.unit));
+        let verdict = match (self.bar, self.held) {
+            (None, _) => "",
+            (Some(_), true) => "held",
+            (Some(_), false) => "MISSED",
+        };
         write!(f, "{:66} {figure:>12} {bar:>12}  {verdict:6}  {}", self.what, self.note)
     }
 }
@@ -88,10 +106,9 @@ impl Judge<'_> {
             return;
         };
         if theirs > 0.0 {
-            let mut verdict = Verdict::new(what, ours / theirs, bar, most, "x");
             let digits = if ours > 100.0 { 0 } else { 2 };
-            verdict.note = format!("{ours:.digits$} of {theirs:.digits$} ({})", pair.1);
-            self.verdicts.push(verdict);
+            let note = format!("{ours:.digits$} of {theirs:.digits$} ({})", pair.1);
+            self.verdicts.push(Verdict::new(what, ours / theirs, bar, most, "x").note(note));
         }
     }
 
@@ -187,6 +204,6 @@ mod tests {
         assert!(Verdict::new("most", 1.0, 2.0, true, "").held);
         assert!(!Verdict::new("least", 1.0, 2.0, false, "").held);
         let told = Verdict::new("least", 1.0, 2.0, false, "x").to_string();
-        assert!(told.contains("MISSED") && told.contains(">= 2.00x"), "{told}");
+        assert!(told.contains("MISSED") && told.contains(">= 2x"), "{told}");
     }
 }

@@ -5,6 +5,8 @@
 mod bars;
 mod chart;
 mod fio;
+mod hosts;
+mod limits;
 mod load;
 mod procs;
 mod report;
@@ -14,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
 use load::{LOADS, Load, Measured, medians};
@@ -68,9 +70,10 @@ struct Args {
     part: Option<Part>,
 }
 
-/// What this program runs of itself.
 #[derive(Debug, Subcommand)]
 enum Part {
+    /// Many volumes and many hosts: shares, memory, idle CPU, latency under load.
+    Limits(limits::Options),
     /// Part of `three-files`.
     #[command(hide = true)]
     FanOut(stacks::floor::FanOut),
@@ -84,10 +87,13 @@ enum Part {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    let limits = matches!(&args.part, Some(Part::Limits(options)) if options.strict);
+    let strict = args.strict || limits;
     let result = match &args.part {
         Some(Part::FanOut(options)) => stacks::floor::fan_out(options).map(|()| true),
         Some(Part::Reply(options)) => stacks::loopback::reply(options).map(|()| true),
         Some(Part::Request(options)) => stacks::loopback::request(options).map(|()| true),
+        Some(Part::Limits(options)) => at_limits(options),
         None if args.list => {
             list();
             Ok(true)
@@ -96,7 +102,7 @@ fn main() -> ExitCode {
     };
     match result {
         // A bar that is missed is told and is no failure, unless it is asked for: the machine may have been busy.
-        Ok(held) if held || !args.strict => ExitCode::SUCCESS,
+        Ok(held) if held || !strict => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("compare: {error:#}");
@@ -128,20 +134,10 @@ fn compare(args: &Args) -> Result<bool> {
     }
     let stacks = chosen(STACKS, &args.rows, |stack| stack.name);
     let loads = chosen(LOADS, &args.rows, |load| load.name);
-    let own = std::env::current_exe()?;
-    let cairn = own.with_file_name("cairn");
-    if !cairn.exists() {
-        bail!("{} is not there; build it: cargo build --release -p cairn", cairn.display());
-    }
-    let dir = std::path::absolute(&args.dir)?.join(std::process::id().to_string());
-    std::fs::create_dir_all(&dir)?;
     let place = Place {
-        dir: dir.clone(),
         size: args.mib << 20,
-        cairn,
-        own,
-        cores: cores(),
         client_spin_us: args.client_spin_us,
+        ..Place::new(&args.dir)?
     };
     let mut report = Report::new(Settings::new(args.seconds, args.rounds, args.mib, &args.dir));
     report.settings.print();
@@ -149,9 +145,8 @@ fn compare(args: &Args) -> Result<bool> {
         let of_group: Vec<Stack> = stacks.iter().filter(|s| s.group == group).copied().collect();
         measure(args, &place, &of_group, &loads, &mut report)
     });
-    let removed = std::fs::remove_dir_all(&dir);
+    place.remove()?;
     result?;
-    removed.with_context(|| format!("removing {}", dir.display()))?;
     report.finish();
     report.print();
     if let Some(file) = &args.json {
@@ -163,10 +158,11 @@ fn compare(args: &Args) -> Result<bool> {
     Ok(report.held())
 }
 
-/// One for the server and one for the client.
-fn cores() -> Option<(usize, usize)> {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    (cores > 1).then_some((0, 1))
+fn at_limits(options: &limits::Options) -> Result<bool> {
+    let place = Place::new(&options.dir)?;
+    let result = limits::run(options, &place);
+    place.remove()?;
+    result
 }
 
 /// A stack that is up, with what was measured of it.

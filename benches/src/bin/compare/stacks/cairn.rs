@@ -110,7 +110,8 @@ impl Node {
         // Extents and what tells of them take some more than the volume.
         let room = place.size / (1 << 20) * 5 / 4 + 64;
         let mut config = format!(
-            "name = \"{name}\"\nstate_dir = {state:?}\n[nvmf]\nlisten = [\"127.0.0.1:0\"]\n"
+            "name = \"{name}\"\nstate_dir = {state:?}\n[nvmf]\nlisten = [\"127.0.0.1:0\"]\n\
+             controller_ids = [1, 4000]\n"
         );
         for (i, pool) in pools.iter().enumerate() {
             config += &format!("[[pool]]\nname = \"p{i}\"\ncreate = true\n");
@@ -181,6 +182,26 @@ impl Node {
         let mut args = vec!["volume", "create", name, "--size", &size];
         for pool in &pools {
             args.extend(["--pool", pool]);
+        }
+        self.serving(name, &args)
+    }
+
+    /// A volume with a new replica in the first pool of each of these; its URI.
+    pub(crate) fn remote_volume(&self, name: &str, replicas: &[Self], size: u64) -> Result<String> {
+        let size = size.to_string();
+        let (mut id, mut uris) = (String::new(), Vec::new());
+        for node in replicas {
+            let mut args = vec!["replica", "create", "--pool", "p0", "--size", &size];
+            if !id.is_empty() {
+                args.extend(["--volume", &id]);
+            }
+            let made = node.ask(&args)?;
+            made["volume_id"].as_str().context("a replica of no volume")?.clone_into(&mut id);
+            uris.push(made["uri"].as_str().context("a replica without a URI")?.to_owned());
+        }
+        let mut args = vec!["volume", "create", name, "--size", &size, "--id", &id];
+        for uri in &uris {
+            args.extend(["--replica", uri]);
         }
         self.serving(name, &args)
     }

@@ -11,7 +11,7 @@ pub(crate) mod tgt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 
 use crate::load::{Load, Measured};
 
@@ -53,6 +53,26 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// A new folder below this one.
+    pub(crate) fn new(dir: &Path) -> Result<Self> {
+        let own = std::env::current_exe()?;
+        let cairn = own.with_file_name("cairn");
+        if !cairn.exists() {
+            bail!("{} is not there; build it: cargo build --release -p cairn", cairn.display());
+        }
+        let dir = std::path::absolute(dir)?.join(std::process::id().to_string());
+        std::fs::create_dir_all(&dir)?;
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let cores = (cores > 1).then_some((0, 1));
+        Ok(Self { dir, size: 0, cairn, own, cores, client_spin_us: 0 })
+    }
+
+    /// Nothing is left of it.
+    pub(crate) fn remove(&self) -> Result<()> {
+        std::fs::remove_dir_all(&self.dir)
+            .with_context(|| format!("removing {}", self.dir.display()))
+    }
+
     /// The folder of one stack.
     pub(crate) fn of(&self, stack: &str) -> Result<Self> {
         let dir = self.dir.join(stack);
