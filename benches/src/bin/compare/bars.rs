@@ -36,6 +36,10 @@ impl Verdict {
         Self::new(what, figure, bar, true, unit)
     }
 
+    pub(crate) fn at_least(what: &str, figure: f64, bar: f64, unit: &'static str) -> Self {
+        Self::new(what, figure, bar, false, unit)
+    }
+
     pub(crate) fn note(self, note: String) -> Self {
         Self { note, ..self }
     }
