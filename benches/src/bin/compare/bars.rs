@@ -21,22 +21,32 @@ pub(crate) struct Verdict {
 }
 
 impl Verdict {
-    fn new(what: &str, figure: f64, bar: f64, most: bool, unit: &'static str) -> Self {
+    fn new(what: impl Into<String>, figure: f64, bar: f64, most: bool, unit: &'static str) -> Self {
         let held = if most { figure <= bar } else { figure >= bar };
-        let (what, note) = (what.to_owned(), String::new());
+        let (what, note) = (what.into(), String::new());
         Self { what, figure, bar: Some(bar), most, unit, note, held }
     }
 
     /// A figure that is held to nothing.
-    pub(crate) fn told(what: &str, figure: f64, unit: &'static str) -> Self {
+    pub(crate) fn told(what: impl Into<String>, figure: f64, unit: &'static str) -> Self {
         Self { bar: None, held: true, ..Self::new(what, figure, 0.0, false, unit) }
     }
 
-    pub(crate) fn at_most(what: &str, figure: f64, bar: f64, unit: &'static str) -> Self {
+    pub(crate) fn at_most(
+        what: impl Into<String>,
+        figure: f64,
+        bar: f64,
+        unit: &'static str,
+    ) -> Self {
         Self::new(what, figure, bar, true, unit)
     }
 
-    pub(crate) fn at_least(what: &str, figure: f64, bar: f64, unit: &'static str) -> Self {
+    pub(crate) fn at_least(
+        what: impl Into<String>,
+        figure: f64,
+        bar: f64,
+        unit: &'static str,
+    ) -> Self {
         Self::new(what, figure, bar, false, unit)
     }
 
@@ -52,8 +62,9 @@ impl Verdict {
     }
 }
 
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Verdict {
+    /// The figure, the bar, and whether it is held.
+    fn words(&self) -> (String, String, &'static str) {
         let digits = if self.figure >= 1000.0 { 0 } else { 2 };
         let figure = format!("{:.digits$}{}", self.figure, self.unit);
         let sign = if self.most { "<=" } else { ">=" };
@@ -63,6 +74,19 @@ impl fmt::Display for Verdict {
             (Some(_), true) => "held",
             (Some(_), false) => "MISSED",
         };
+        (figure, bar, verdict)
+    }
+
+    /// A row of a table.
+    pub(crate) fn markdown(&self) -> String {
+        let (figure, bar, verdict) = self.words();
+        format!("| {} | {figure} | {bar} | {verdict} |\n", self.what)
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (figure, bar, verdict) = self.words();
         write!(f, "{:66} {figure:>12} {bar:>12}  {verdict:6}  {}", self.what, self.note)
     }
 }

@@ -96,8 +96,8 @@ fn as_many(uris: &[String], most: usize) -> Result<(Hosts, usize)> {
 }
 
 impl Limits<'_> {
-    fn told(&mut self, what: String, figure: f64, unit: &'static str) {
-        self.figures.push(Verdict::told(&what, figure, unit));
+    fn told(&mut self, what: impl Into<String>, figure: f64, unit: &'static str) {
+        self.figures.push(Verdict::told(what, figure, unit));
     }
 
     /// Many volumes in one process: throughput, shares, memory, and one host that floods its volume.
@@ -127,10 +127,10 @@ impl Limits<'_> {
                 p99.push(took[0].p99_us);
             }
             let (alone, beside) = (median(&mut alone), median(&mut beside));
-            self.told("a host at QD1 alone, mean".to_owned(), alone, " us");
+            self.told("a host at QD1 alone, mean", alone, " us");
             let what = format!("a host at QD1 beside {name} at QD128 of another volume, mean");
             self.told(what, beside, " us");
-            self.told("the same, p99".to_owned(), median(&mut p99), " us");
+            self.told("the same, p99", median(&mut p99), " us");
         }
         drop(two);
 
@@ -150,7 +150,7 @@ impl Limits<'_> {
         let what = format!("connections that it takes, of {connections}");
         #[expect(clippy::cast_precision_loss, reason = "few")]
         let (taken, asked) = (2.0 * count as f64, connections as f64);
-        self.figures.push(Verdict::at_least(&what, taken, asked, ""));
+        self.figures.push(Verdict::at_least(what, taken, asked, ""));
         let connections = 2 * count;
         let hosts = vec![Task::default(); count];
         let silent = resident();
@@ -166,11 +166,11 @@ impl Limits<'_> {
         self.told(what, iops, "");
         let grown = resident() - silent;
         let what = format!("resident memory that {} requests in flight add", 16 * count);
-        self.figures.push(Verdict::at_most(&what, grown, MEMORY_MIB, " MiB"));
+        self.figures.push(Verdict::at_most(what, grown, MEMORY_MIB, " MiB"));
         let writes: Vec<Task> = hosts.iter().map(|_| Task { depth: 1, write: true }).collect();
         let (iops, least, most) = sum(&all.run(&writes, seconds)?);
         self.told(format!("{connections} connections, 4K randwrite QD1 each, together"), iops, "");
-        self.told("the same, the slowest host against the fastest".to_owned(), least / most, "x");
+        self.told("the same, the slowest host against the fastest", least / most, "x");
         Ok(())
     }
 
@@ -195,8 +195,8 @@ impl Limits<'_> {
         let used = (fine_cpu_seconds(&pids) - before) / WATCHED * 100.0;
         let what =
             format!("{SILENT} volumes, {SILENT} silent hosts, 4 processes: idle CPU of a core");
-        self.figures.push(Verdict::at_most(&what, used, 0.5, " %"));
-        self.told("the same, resident memory of all".to_owned(), resident_mib(&pids), " MiB");
+        self.figures.push(Verdict::at_most(what, used, 0.5, " %"));
+        self.told("the same, resident memory of all", resident_mib(&pids), " MiB");
         Ok(())
     }
 
@@ -223,7 +223,7 @@ impl Limits<'_> {
             let what =
                 format!("the same at 70 % of that ({rate} IOPS), p99.9 from when it was due");
             self.told(what, loaded.p999_us.unwrap_or(0.0), " us");
-            self.told("the same, mean".to_owned(), loaded.mean_us, " us");
+            self.told("the same, mean", loaded.mean_us, " us");
         }
         Ok(())
     }

@@ -50,6 +50,10 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
+    /// Write the tables as Markdown to this file.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+
     /// Draw charts into this folder.
     #[arg(long, value_name = "DIR")]
     svg: Option<PathBuf>,
@@ -151,6 +155,9 @@ fn compare(args: &Args) -> Result<bool> {
     report.print();
     if let Some(file) = &args.json {
         report.write_json(file)?;
+    }
+    if let Some(file) = &args.markdown {
+        report.write_markdown(file)?;
     }
     if let Some(dir) = &args.svg {
         chart::draw(&report, dir)?;

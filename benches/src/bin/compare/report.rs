@@ -62,6 +62,11 @@ impl Settings {
     }
 }
 
+/// A figure, or that there is none.
+fn some(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+}
+
 /// A stack under a load.
 #[derive(Debug)]
 pub(crate) struct Row {
@@ -156,7 +161,7 @@ impl Report {
             println!("\n{:48} {:>12} {:>14}", "servers", "resident MiB", "idle % a core");
         }
         for facts in &self.stacks {
-            let idle = facts.idle_percent.map_or_else(|| "-".to_owned(), |p| format!("{p:.2}"));
+            let idle = some(facts.idle_percent, 2);
             println!("{:48} {:>12.0} {idle:>14}", facts.stack.title, facts.resident_mib);
         }
         println!();
@@ -204,9 +209,6 @@ impl Report {
 
     fn print_row(&self, row: &Row) {
         let m = &row.median;
-        let some = |value: Option<f64>, digits: usize| {
-            value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
-        };
         let of_base = self.base(row).map(|base| m.iops / base);
         let of_ours = self.ours(row).filter(|_| m.iops > 0.0).map(|ours| ours / m.iops);
         println!(
@@ -221,6 +223,66 @@ impl Report {
             some(of_base, 2),
             some(of_ours, 2),
         );
+    }
+
+    /// The tables, for a page of the documentation.
+    pub(crate) fn write_markdown(&self, file: &Path) -> Result<()> {
+        let mut text = format!(
+            "{}; volumes of {} MiB, {} rounds of {} s; load average {:.1} at the start, {:.1} at most; commit {}.\n",
+            self.settings.machine,
+            self.settings.mib,
+            self.settings.rounds,
+            self.settings.seconds,
+            self.settings.loads[0],
+            self.settings.most_load(),
+            self.settings.commit
+        );
+        for group in Group::ALL {
+            text += &self.markdown_group(group);
+        }
+        if !self.stacks.is_empty() {
+            text += "\n| servers | resident MiB | idle, % of a core |\n| --- | --- | --- |\n";
+        }
+        for facts in &self.stacks {
+            let idle = some(facts.idle_percent, 2);
+            text += &format!("| {} | {:.0} | {idle} |\n", facts.stack.title, facts.resident_mib);
+        }
+        if !self.verdicts.is_empty() {
+            text += "\n| bar | figure | is to be | |\n| --- | --- | --- | --- |\n";
+        }
+        for verdict in &self.verdicts {
+            text += &verdict.markdown();
+        }
+        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+    }
+
+    fn markdown_group(&self, group: Group) -> String {
+        let rows: Vec<&Row> = self.rows.iter().filter(|r| r.stack.group == group).collect();
+        if rows.is_empty() {
+            return String::new();
+        }
+        let mut text = format!(
+            "\n| {} | IOPS | mean us | p99 us | CPU-s per 100k | x limit | cairn is |\n{}\n",
+            group.title(),
+            "| --- ".repeat(7) + "|"
+        );
+        for row in LOADS.iter().flat_map(|l| rows.iter().filter(|r| r.load.name == l.name)) {
+            let m = &row.median;
+            let of_base = self.base(row).map(|base| m.iops / base);
+            let of_ours = self.ours(row).filter(|_| m.iops > 0.0).map(|ours| ours / m.iops);
+            text += &format!(
+                "| {}: {} | {:.0} | {:.0} | {} | {} | {} | {} |\n",
+                row.load.title,
+                row.stack.title,
+                m.iops,
+                m.mean_us,
+                some(m.p99_us, 0),
+                some(m.cpu_s_per_100k, 2),
+                some(of_base, 2),
+                some(of_ours, 2),
+            );
+        }
+        text
     }
 
     pub(crate) fn write_json(&self, file: &Path) -> Result<()> {
