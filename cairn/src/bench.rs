@@ -53,6 +53,15 @@ pub(crate) struct BenchArgs {
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u8).range(0..=100))]
     rwmixread: u8,
 
+    /// Requests a second at most, all jobs together; latency counts from when each was due. 0: connect, and ask
+    /// for nothing. Default: the next one as soon as one is answered.
+    #[arg(long, value_name = "IOPS")]
+    rate: Option<f64>,
+
+    /// Write everything once, in order, and end.
+    #[arg(long, conflicts_with_all = ["verify", "rate", "fsync"])]
+    fill: bool,
+
     /// Flush after every write, as part of its latency.
     #[arg(long)]
     fsync: bool,
@@ -129,6 +138,8 @@ struct JobResult {
     read: Side,
     write: Side,
     verified: u64,
+    /// What it took, where it was not said before.
+    seconds: f64,
 }
 
 /// One request in flight.
@@ -149,6 +160,16 @@ pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
     if !valid_time(args.time) || !valid_time(args.ramp) || args.time == 0.0 {
         bail!("--time and --ramp are seconds, up to a day");
     }
+    if args.rate.is_some_and(|rate| !rate.is_finite() || !(0.0..=1e8).contains(&rate)) {
+        bail!("--rate is a number of requests a second, 0 or more");
+    }
+    let mut args = args.clone();
+    if args.fill {
+        if args.rw != Rw::Write || args.jobs != 1 {
+            bail!("--fill goes with --rw write and one job");
+        }
+        args.ramp = 0.0;
+    }
     let cpu_before = cpu_seconds(&args.server_pid)?;
     let threads: Vec<_> = (0..args.jobs)
         .map(|job| {
@@ -164,9 +185,12 @@ pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
         read.add(&result.read)?;
         write.add(&result.write)?;
         verified += result.verified;
+        if args.fill {
+            args.time = result.seconds;
+        }
     }
     let cpu = cpu_seconds(&args.server_pid)? - cpu_before;
-    report(global, args, &read, &write, verified, cpu)?;
+    report(global, &args, &read, &write, verified, cpu)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -190,7 +214,7 @@ impl Job {
             header_digest: args.hdgst,
             data_digest: args.ddgst,
             spin_us: args.spin_us,
-            arena_len: 256 << 20,
+            arena_len: arena_len(args)?,
             ..HostConfig::default()
         };
         let host = Host::connect(&args.target, &config)?;
@@ -239,7 +263,8 @@ impl Job {
     fn run(mut self) -> Result<JobResult> {
         let bs = u32::try_from(self.args.bs.as_u64())?;
         let qd = usize::from(self.args.qd);
-        let mut result = JobResult { read: Side::new()?, write: Side::new()?, verified: 0 };
+        let mut result =
+            JobResult { read: Side::new()?, write: Side::new()?, verified: 0, seconds: 0.0 };
         let mut flights: Vec<Option<Flight>> = Vec::new();
         let mut busy = std::collections::BTreeSet::new();
         let mut free: Vec<Buf> = Vec::new();
@@ -256,12 +281,17 @@ impl Job {
         }
         let start = self.host.now_ns();
         let measured = start + nanos(self.args.ramp);
-        let end = measured + nanos(self.args.time);
+        let end = if self.args.fill { u64::MAX } else { measured + nanos(self.args.time) };
+        let mut left = if self.args.fill { self.units } else { u64::MAX };
+        let mut pace = Pace::new(&self.args, start);
         let mut done = Vec::with_capacity(qd);
         let mut in_flight = 0;
         loop {
             let now = self.host.now_ns();
-            while now < end && in_flight < qd && self.host.free_slots() > 0 {
+            while now < end && left > 0 && in_flight < qd && self.host.free_slots() > 0 {
+                if !pace.is_due(now) {
+                    break;
+                }
                 let Some(slot) = flights.iter().position(Option::is_none) else { break };
                 let Some(buf) = free.pop() else { break };
                 let (read, unit) = self.choose(&busy);
@@ -276,17 +306,20 @@ impl Job {
                 let range = LbaRange::new(Lba(block), self.unit_blocks)?;
                 let request = IoRequest { op, range, buf: buf.slice() };
                 self.host.submit(u32::try_from(slot)?, request)?;
-                let started_ns = self.host.now_ns();
+                let started_ns = pace.begin(self.host.now_ns());
+                left -= 1;
                 flights[slot] = Some(Flight { buf, started_ns, read, block, flushing: false });
                 in_flight += 1;
             }
-            if in_flight == 0 {
+            if in_flight == 0 && (now >= end || left == 0) {
                 break;
             }
             done.clear();
-            self.host.poll(&mut done, Some(now + 60_000_000_000))?;
+            let until = if in_flight == 0 { end } else { now + PATIENCE_NS };
+            let next = pace.next(now).filter(|_| left > 0 && in_flight < qd);
+            self.host.poll(&mut done, Some(next.map_or(until, |next| next.min(until))))?;
             let now = self.host.now_ns();
-            if done.is_empty() && now > end + 60_000_000_000 {
+            if done.is_empty() && now > end.saturating_add(PATIENCE_NS) {
                 bail!("{in_flight} requests were not answered in 60 s");
             }
             for answer in &done {
@@ -324,6 +357,7 @@ impl Job {
                 in_flight -= 1;
             }
         }
+        result.seconds = Duration::from_nanos(self.host.now_ns() - start).as_secs_f64();
         if self.args.verify {
             result.verified += self.read_back(&mut free)?;
         }
@@ -393,6 +427,48 @@ impl Job {
         self.host.memory().release(buf);
         Ok(verified)
     }
+}
+
+/// An answer is waited for so long.
+const PATIENCE_NS: u64 = 60_000_000_000;
+
+/// When the next request is due.
+struct Pace {
+    due: u64,
+    /// Between two; nothing: the next one as soon as there is room.
+    every: Option<u64>,
+}
+
+impl Pace {
+    fn new(args: &BenchArgs, start: u64) -> Self {
+        let every = args.rate.map(|rate| nanos((f64::from(args.jobs) / rate).min(1e9)));
+        // With nothing to ask for it is due after the end.
+        let due = if args.rate == Some(0.0) { u64::MAX } else { start };
+        Self { due, every }
+    }
+
+    fn is_due(&self, now: u64) -> bool {
+        self.every.is_none() || now >= self.due
+    }
+
+    /// What is worth waking up for; a request that is overdue starts when another one ends.
+    fn next(&self, now: u64) -> Option<u64> {
+        self.every.and(Some(self.due)).filter(|due| *due > now)
+    }
+
+    /// When the request counts as begun: when it was due, although there may have been no room then.
+    fn begin(&mut self, now: u64) -> u64 {
+        let Some(every) = self.every else { return now };
+        let due = self.due;
+        self.due += every;
+        due
+    }
+}
+
+/// Memory for the requests in flight, and for what the session itself keeps.
+fn arena_len(args: &BenchArgs) -> Result<u32> {
+    let payload = args.bs.as_u64() * u64::from(args.qd);
+    Ok(u32::try_from((payload + (8 << 20)).next_power_of_two())?)
 }
 
 fn nanos(seconds: f64) -> u64 {

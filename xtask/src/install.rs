@@ -23,6 +23,9 @@ pub(crate) const GUEST: &[(&str, &str)] = &[
 pub(crate) const NEMESIS: &[(&str, &str)] =
     &[("ip", "iproute2"), ("nft", "nftables"), ("setpriv", "util-linux")];
 
+/// What the gate counts with.
+pub(crate) const GATE: &[(&str, &str)] = &[("valgrind", "valgrind")];
+
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Makes the programs available; the reason if they cannot be, for the suite to be skipped by.

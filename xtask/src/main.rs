@@ -1,7 +1,8 @@
 //! Development tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask crash`, `cargo xtask rot`, `cargo xtask sim`,
-//! `cargo xtask nemesis`, `cargo xtask measure`.
+//! `cargo xtask nemesis`, `cargo xtask measure`, `cargo xtask compare`, `cargo xtask gate`.
 #![forbid(unsafe_code)]
 
+mod gate;
 mod install;
 mod nemesis;
 mod process;
@@ -48,6 +49,16 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Run Cairn beside other stacks and beside what the machine gives, and hold it to its bars (`--list`,
+    /// `[ROWS..]`, `--seconds N`, `--rounds N`, `--json FILE`, `--svg DIR`, `--strict`). docs/performance.md
+    /// tells of it.
+    #[command(disable_help_flag = true)]
+    Compare {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
+    /// Count the instructions that a request takes, with valgrind, and hold them to those of before.
+    Gate(gate::Options),
     /// Torment real processes in network namespaces, and judge what hosts see: `--minutes N`, `--seed S`,
     /// `--mutant NAME` with one of the deliberate bugs, `--mutants` with each of five until it is caught,
     /// `--trace`, `--keep`. Needs root, iproute2 and nftables. docs/nemesis.md tells of it.
@@ -90,16 +101,14 @@ fn run() -> Result<bool> {
         Task::Test(options) => suites::run(&options),
         Task::Crash { options } => tool(&["-p", "cairn-fuzz", "--bin", "crash"], &options),
         Task::Rot { flips } => tool(&["-p", "cairn"], &["up".into(), format!("--rot={flips}")]),
+        // The real thing is measured, too.
         Task::Measure { options } => {
-            // The checksums are measured through the real thing as well.
-            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let mut build = std::process::Command::new(cargo);
-            let built = build.args(["build", "-q", "--release", "-p", "cairn"]).status()?;
-            if !built.success() {
-                return Ok(false);
-            }
-            tool(&["-p", "cairn-benches", "--bin", "measure"], &options)
+            Ok(release()? && tool(&["-p", "cairn-benches", "--bin", "measure"], &options)?)
         }
+        Task::Compare { options } => {
+            Ok(release()? && tool(&["-p", "cairn-benches", "--bin", "compare"], &options)?)
+        }
+        Task::Gate(options) => gate::run(&options),
         Task::Nemesis { options } => nemesis::run(&options),
         Task::Guest { options } => nemesis::guest(&options),
         Task::Sim { options } if options.iter().any(|o| o == "--mutants") => {
@@ -117,10 +126,15 @@ fn commit() -> String {
     found.unwrap_or_else(|| "unknown".to_owned())
 }
 
+/// Builds cairn for speed.
+fn release() -> Result<bool> {
+    let mut build = std::process::Command::new(process::cargo());
+    Ok(build.args(["build", "-q", "--release", "-p", "cairn"]).status()?.success())
+}
+
 /// Runs a tool of the workspace, built for speed, with the caller's options.
 fn tool(which: &[&str], options: &[String]) -> Result<bool> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut run = std::process::Command::new(cargo);
+    let mut run = std::process::Command::new(process::cargo());
     run.args(["run", "-q", "--release"]).args(which).arg("--").args(options);
     run.env("CAIRN_COMMIT", commit());
     Ok(run.status()?.success())

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::MetadataCommand;
 
 use crate::process::{self, cargo, cargo_has, is_root};
-use crate::{install, nemesis as torment};
+use crate::{gate as counting, install, nemesis as torment};
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -45,6 +45,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "sim", what: "simulated clusters from seeds, for a few minutes", run: sim },
     Suite { name: "check", what: "cairn up --check", run: check },
     Suite { name: "rot", what: "bits flipped in a running cluster's pools", run: rot },
+    Suite { name: "gate", what: "instructions a request, against the baseline", run: gate },
     Suite { name: "nemesis", what: "real processes killed, stopped, cut off", run: nemesis },
     Suite { name: "guest", what: "a Linux guest uses a volume", run: guest },
 ];
@@ -308,6 +309,24 @@ fn check(bench: &Bench) -> Result<Counts> {
 fn rot(bench: &Bench) -> Result<Counts> {
     let mut rot = Command::new(bench.cairn()?);
     bench.run(rot.args(["up", "--rot", "60"]), Duration::from_secs(300)).map(Counts::of)
+}
+
+fn gate(bench: &Bench) -> Result<Counts> {
+    if let Some(why) = install::provide(install::GATE, &bench.log)? {
+        return Ok(Counts::skipped(1, why));
+    }
+    if !bench.cargo(counting::BUILD)? {
+        return Ok(Counts::one_failed("the program that counts does not build"));
+    }
+    let mut count = Command::new(bench.target.join("release/gate"));
+    let ended = bench.run(&mut count, Duration::from_secs(600))?;
+    let said = bench.output();
+    let mut counts = last_line(&said).checked(ended);
+    if counts.skipped > 0 {
+        "counted with another compiler, valgrind or C library than the baseline"
+            .clone_into(&mut counts.note);
+    }
+    Ok(counts)
 }
 
 fn nemesis(bench: &Bench) -> Result<Counts> {

@@ -1,0 +1,228 @@
+//! What the disk gives: one file, and three files written by one process that counts a write when all
+//! three have it. No replication over processes can be faster than the second.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use cairn_block::{Buf, ByteOffset, Memory};
+use cairn_reactor::{
+    Attach, BlockFile, Completion, DeviceId, Driver, DriverConfig, IoMode, Op, Token, UringDriver,
+};
+use clap::Args;
+use hdrhistogram::Histogram;
+use serde_json::json;
+
+use super::{Group, Place, Running, Stack, full_file};
+use crate::fio::{self, Fio};
+use crate::load::{Load, Measured};
+use crate::procs::run_json;
+
+pub(crate) const ONE: Stack = Stack {
+    name: "one-file",
+    title: "floor: fio, io_uring, one file",
+    group: Group::Files,
+    programs: &[fio::PROGRAM],
+    start: one,
+};
+
+pub(crate) const THREE: Stack = Stack {
+    name: "three-files",
+    title: "floor: one process, three files",
+    group: Group::Files,
+    programs: &[],
+    start: three,
+};
+
+struct One(Fio);
+
+fn one(place: &Place) -> Result<Box<dyn Running>> {
+    let path = place.dir.join("file");
+    full_file(&path, place.size)?;
+    Ok(Box::new(One(Fio::file(&path, place.size))))
+}
+
+impl Running for One {
+    fn load(&mut self, load: &Load, seconds: f64) -> Result<Measured> {
+        self.0.load(load, seconds)
+    }
+
+    fn servers(&self) -> Vec<u32> {
+        Vec::new()
+    }
+}
+
+struct Three {
+    own: PathBuf,
+    files: Vec<PathBuf>,
+}
+
+fn three(place: &Place) -> Result<Box<dyn Running>> {
+    let files: Vec<PathBuf> = (0..3).map(|i| place.dir.join(format!("file{i}"))).collect();
+    for file in &files {
+        full_file(file, place.size)?;
+    }
+    Ok(Box::new(Three { own: place.own.clone(), files }))
+}
+
+impl Running for Three {
+    /// Reads of three replicas are reads of one file.
+    fn takes(&self, load: &Load) -> bool {
+        load.write
+    }
+
+    fn load(&mut self, load: &Load, seconds: f64) -> Result<Measured> {
+        let mut command = Command::new(&self.own);
+        command.args(["fan-out", "--bs", &load.bs.to_string(), "--qd", &load.qd.to_string()]);
+        command.args(["--seconds", &seconds.to_string()]);
+        if load.random {
+            command.arg("--random");
+        }
+        if load.durable {
+            command.arg("--durable");
+        }
+        let said = run_json(command.args(&self.files))?;
+        let of = |name: &str| said[name].as_f64();
+        let iops = of("iops").context("no figure")?;
+        Ok(Measured {
+            iops,
+            mib_s: iops * f64::from(load.bs) / f64::from(1 << 20),
+            mean_us: of("mean_us").unwrap_or(0.0),
+            p99_us: of("p99_us"),
+            p999_us: of("p999_us"),
+            cpu_s_per_100k: of("cpu_s_per_100k"),
+        })
+    }
+
+    fn servers(&self) -> Vec<u32> {
+        Vec::new()
+    }
+}
+
+/// `fan-out`: writes everything to each of the files.
+#[derive(Debug, Args)]
+pub(crate) struct FanOut {
+    /// The files, of the same size.
+    files: Vec<PathBuf>,
+    #[arg(long)]
+    bs: u32,
+    #[arg(long)]
+    qd: u16,
+    #[arg(long)]
+    seconds: f64,
+    #[arg(long)]
+    random: bool,
+    /// A flush of each file after each write.
+    #[arg(long)]
+    durable: bool,
+}
+
+/// A write under way.
+struct Slot {
+    buf: Buf,
+    begun_ns: u64,
+    /// Completions that are still to come.
+    missing: usize,
+    flushing: bool,
+}
+
+struct Fan<'a> {
+    options: &'a FanOut,
+    driver: UringDriver,
+    devices: Vec<DeviceId>,
+    units: u64,
+    next: u64,
+}
+
+impl Fan<'_> {
+    fn write(&mut self, at: u64, slot: &mut Slot) {
+        self.next = if self.options.random {
+            self.next
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407)
+        } else {
+            self.next + 1
+        };
+        let unit = if self.options.random { self.next >> 33 } else { self.next } % self.units;
+        let offset = ByteOffset(unit * u64::from(self.options.bs));
+        slot.begun_ns = self.driver.now_ns();
+        slot.missing = self.devices.len();
+        slot.flushing = false;
+        for &device in &self.devices {
+            let op = Op::Write { device, offset, buf: slot.buf.slice(), fua: false };
+            self.driver.submit(op, Token::new(at));
+        }
+    }
+
+    fn flush(&mut self, at: u64, slot: &mut Slot) {
+        slot.missing = self.devices.len();
+        slot.flushing = true;
+        for &device in &self.devices {
+            self.driver.submit(Op::Flush { device }, Token::new(at));
+        }
+    }
+}
+
+/// Prints what it measured as JSON.
+pub(crate) fn fan_out(options: &FanOut) -> Result<()> {
+    let mut driver = UringDriver::new(&DriverConfig { spin_ns: 0, ..DriverConfig::default() })?;
+    let (mut devices, mut shortest) = (Vec::new(), u64::MAX);
+    for path in &options.files {
+        let file = BlockFile::open(path, IoMode::Direct)?;
+        shortest = shortest.min(file.len());
+        devices.push(driver.attach_device(Attach::File(file))?);
+    }
+    let units = shortest / u64::from(options.bs.max(1));
+    if devices.is_empty() || units == 0 {
+        bail!("there is nothing to write to");
+    }
+    let mut slots = Vec::new();
+    for _ in 0..options.qd {
+        let buf = driver.memory().alloc(options.bs).context("no memory")?;
+        driver.memory().bytes_mut(buf.slice()).fill(0xa7);
+        slots.push(Slot { buf, begun_ns: 0, missing: 0, flushing: false });
+    }
+    let mut fan = Fan { options, driver, devices, units, next: 1 };
+    let begun = fan.driver.now_ns();
+    let end = begun + u64::try_from(Duration::from_secs_f64(options.seconds).as_nanos())?;
+    for (at, slot) in (0..).zip(&mut slots) {
+        fan.write(at, slot);
+    }
+    let mut latency = Histogram::<u64>::new_with_bounds(1, 100_000_000_000, 3)?;
+    let mut out = Vec::with_capacity(1024);
+    let mut busy = slots.len();
+    while busy > 0 {
+        fan.driver.poll(&mut out, None);
+        for completion in out.drain(..) {
+            let Completion::Disk { token, result } = completion else { continue };
+            result.map_err(|fault| anyhow::anyhow!("a file failed: {fault}"))?;
+            let slot = &mut slots[usize::try_from(token.value())?];
+            slot.missing -= 1;
+            if slot.missing > 0 {
+                continue;
+            }
+            if options.durable && !slot.flushing {
+                fan.flush(token.value(), slot);
+                continue;
+            }
+            let now = fan.driver.now_ns();
+            latency.saturating_record(now - slot.begun_ns);
+            if now < end {
+                fan.write(token.value(), slot);
+            } else {
+                busy -= 1;
+            }
+        }
+    }
+    let seconds = Duration::from_nanos(fan.driver.now_ns() - begun).as_secs_f64();
+    let cpu = crate::procs::cpu_seconds(&[std::process::id()]);
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    let (ios, us) = (latency.len() as f64, |q| latency.value_at_quantile(q) as f64 / 1000.0);
+    let value = json!({
+        "iops": ios / seconds, "mean_us": latency.mean() / 1000.0, "p99_us": us(0.99),
+        "p999_us": us(0.999), "cpu_s_per_100k": cpu / ios * 100_000.0,
+    });
+    println!("{value}");
+    Ok(())
+}
