@@ -213,8 +213,10 @@ impl Nexus {
     /// long enough that one which stands by would have taken the volume over.
     #[must_use]
     pub fn is_cut_off(&self, now_ms: u64) -> bool {
+        // Who gives its lease back ends, or hands the volume over.
+        let keeps = self.keeps_lease() && !self.lease.released;
         let over_ms = self.lease.until_ms + self.config.lease_ms / 2;
-        self.keeps_lease() && now_ms >= over_ms && !self.voters.has_majority_in(self.connected())
+        keeps && now_ms >= over_ms && !self.voters.has_majority_in(self.connected())
     }
 
     /// Whether every voter that is there knows that the lease was given back.

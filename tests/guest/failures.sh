@@ -25,7 +25,7 @@ failures() {
     step "the process that serves hangs"
     host_do "pause r1"
     host_do "expect-served r1"
-    sleep 4
+    sleep 8
     noticed "the process that serves hangs" 12000
     host_do "resume r1"
     host_do "expect-whole r1"

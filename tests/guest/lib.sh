@@ -157,20 +157,25 @@ now_ms() { sed 's/\([0-9]*\)\.\([0-9]*\) .*/\1\20/' /proc/uptime; }
 probe() {
     echo 0 >/tmp/worst
     while [ -e /tmp/probing ]; do
-        before=$(now_ms)
-        echo $before >/tmp/reading
+        now_ms >/tmp/reading
         dd if="$D" of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null || echo "a read failed" >/tmp/probe-error
-        took=$(($(now_ms) - before))
+        began=$(cat /tmp/reading)
+        took=$(($(now_ms) - ${began:-$(now_ms)}))
         [ $took -le "$(cat /tmp/worst)" ] || echo $took >/tmp/worst
     done
 }
 
-# longest WORST BEGAN: the longest that a request took, by these two files, one that is under way included.
+# longest WORST BEGAN: the longest that a request took, by these two files, one that is under way included: what it
+# takes from now on counts the next time.
 longest() {
     worst=$(cat "$1")
-    so_far=$(($(now_ms) - $(cat "$2")))
+    now=$(now_ms)
+    # It may be empty for a moment.
+    began=$(cat "$2")
+    so_far=$((now - ${began:-$now}))
     [ $worst -ge $so_far ] || worst=$so_far
     echo 0 >"$1"
+    echo $now >"$2"
 }
 
 # pause WHAT LIMIT: what the host noticed since the last call.
@@ -186,11 +191,11 @@ pause() {
 probe_writes() {
     echo 0 >/tmp/worst-write
     while [ -e /tmp/probing ]; do
-        before=$(now_ms)
-        echo $before >/tmp/writing
+        now_ms >/tmp/writing
         dd if=/dev/zero of="$D" bs=4k count=1 seek=200000 oflag=direct conv=notrunc 2>/dev/null ||
             echo "a write failed" >/tmp/probe-error
-        took=$(($(now_ms) - before))
+        began=$(cat /tmp/writing)
+        took=$(($(now_ms) - ${began:-$(now_ms)}))
         [ $took -le "$(cat /tmp/worst-write)" ] || echo $took >/tmp/worst-write
     done
 }

@@ -194,7 +194,7 @@ impl<D: Driver> Shard<D> {
     /// long as it is cut off, and are told to use another path.
     pub(super) fn stand_by_if_cut_off(&mut self, at: u32, now: u64) {
         let volume = &self.volumes[at];
-        let free = volume.hand_over.is_none() && !volume.removing();
+        let free = volume.hand_over.is_none() && !volume.removing() && self.stopping.is_none();
         if free && volume.spec.sharing.is_some() && volume.nexus.is_cut_off(now) {
             tracing::warn!(
                 volume = %volume.spec.name,

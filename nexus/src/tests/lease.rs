@@ -326,6 +326,19 @@ fn a_nexus_that_reaches_no_majority_knows_once_its_lease_is_over_that_another_ma
     assert!(!b.nexus.is_cut_off(b.now));
 }
 
+/// A process that was told to end stood by instead, and did not end: its sessions were closed already.
+#[test]
+fn who_gives_its_lease_back_is_not_cut_off() {
+    let mut b = Bench::online(3);
+    b.nexus.config.shared = true;
+    (0..8).for_each(|_| b.pass(LEASE / 8));
+    b.nexus.release_lease();
+    b.pump();
+    (0..3).for_each(|child| b.disconnect(child));
+    b.pass(10 * LEASE);
+    assert!(!b.nexus.is_cut_off(b.now));
+}
+
 #[test]
 fn a_volume_that_nobody_stands_by_for_is_never_another_nexuss() {
     let mut b = Bench::online(3);
