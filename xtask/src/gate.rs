@@ -1,6 +1,6 @@
 //! `cargo xtask gate`: builds the program that counts instructions, and one of another commit where that is asked for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -40,13 +40,13 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         gate.arg("--update");
     }
     if let Some(commit) = &options.base {
-        gate.arg("--against").arg(base(target.join("gate-base"), commit)?);
+        gate.arg("--against").arg(base(&target.join("gate-base"), commit)?);
     }
     Ok(gate.status()?.success())
 }
 
 /// The same program, of another commit. Its folder is kept: the next one builds only what differs.
-fn base(dir: PathBuf, commit: &str) -> Result<PathBuf> {
+fn base(dir: &Path, commit: &str) -> Result<PathBuf> {
     let tree = dir.join("tree");
     let git = |args: &[&str]| -> Result<()> {
         let status = Command::new("git").args(args).status().context("cannot start git")?;
@@ -59,7 +59,7 @@ fn base(dir: PathBuf, commit: &str) -> Result<PathBuf> {
     if tree.join(".git").exists() {
         git(&["-C", &path, "checkout", "-q", "--detach", commit])?;
     } else {
-        std::fs::create_dir_all(&dir)?;
+        std::fs::create_dir_all(dir)?;
         git(&["worktree", "add", "-q", "--force", "--detach", &path, commit])?;
     }
     let mut build = Command::new(cargo());
