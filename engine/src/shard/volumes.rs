@@ -112,9 +112,11 @@ pub(super) struct Volume {
 }
 
 impl Volume {
-    /// Whether requests of hosts go to the nexus.
+    /// Whether requests of hosts go to the nexus. One that does not serve, or does not any more, refuses them:
+    /// nobody waits for a restore that goes on elsewhere.
     fn admits(&self) -> bool {
-        !self.frozen && self.nexus.restoring().is_none()
+        let waits = self.frozen || self.nexus.restoring().is_some();
+        !waits || !self.nexus.state().is_serving()
     }
 
     pub(super) fn removing(&self) -> bool {
