@@ -179,6 +179,8 @@ pub struct Cluster {
     snapshots: Vec<AskedSnapshot>,
     /// Snapshots that were taken: of which replica, and what each holds.
     taken: Vec<(usize, SnapshotId, ReplicaId, Vec<u8>)>,
+    /// Blocks of which nothing is known in a snapshot: a write to them had failed, and nobody has a second copy.
+    unknown: BTreeMap<SnapshotId, BTreeSet<u64>>,
     /// Snapshots that were asked to be deleted, and those of them that were.
     dropped: Vec<(usize, SnapshotId, Answer)>,
     deleted: Vec<(usize, SnapshotId)>,
@@ -281,6 +283,7 @@ impl Cluster {
             starts: 0,
             snapshots: Vec::new(),
             taken: Vec::new(),
+            unknown: BTreeMap::new(),
             dropped: Vec::new(),
             deleted: Vec::new(),
             back: Vec::new(),

@@ -183,7 +183,8 @@ impl History {
             write.maybe = write.ended == OPEN && write.lottery != 0 && !write.fua;
             write.ended = write.ended.min(now);
             write.durable |= write.fua;
-            if block.tainted_at.is_some_and(|at| at < invoked) {
+            let sure = !write.maybe;
+            if sure && block.tainted_at.is_some_and(|at| at < invoked) {
                 block.tainted_at = None;
                 block.torn = false;
                 block.since = now;

@@ -263,7 +263,9 @@ fn disks_that_die() {
 /// flush was acked over the loss.
 #[test]
 fn single_errors_of_the_only_replica() {
-    check((0..30).chain([37, 79, 178]), |seed| run_at(seed, Focus::Lone, None));
+    check((0..30).chain([37, 79, 178, 732, 771, 1_275, 1_465]), |seed| {
+        run_at(seed, Focus::Lone, None)
+    });
 }
 
 /// Volumes go back to snapshots while this and that goes wrong. What hosts had asked of a nexus that lost the volume

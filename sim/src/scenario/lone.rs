@@ -43,6 +43,10 @@ pub(super) fn slips(seed: u64, lone: bool, now: u64) -> Vec<(u64, Slip)> {
     plan
 }
 
+/// Between seeing that a pool is offline and starting its process anew: the process has told by then what its disk
+/// failed to do. Nobody would know of it where it died at that very moment.
+const REACTION_NS: u64 = 20 * MS;
+
 impl Run {
     /// Has fail what is to.
     pub(super) fn slip_alone(&mut self, now: u64) {
@@ -69,6 +73,10 @@ impl Run {
 
     /// Starts the processes anew whose pool is offline.
     pub(super) fn start_what_is_offline(&mut self) {
+        if (0..self.cluster.pools()).any(|at| self.cluster.pool_is_offline(at)) {
+            let soon = self.cluster.world().now_ns() + REACTION_NS;
+            self.cluster.run_until(soon);
+        }
         for at in 0..self.cluster.pools() {
             if !self.cluster.pool_is_offline(at) {
                 continue;
