@@ -287,6 +287,14 @@ impl History {
         }
     }
 
+    /// Likewise, and the nexus died with them: its hosts have seen their controllers go, and no flush tells them.
+    pub fn power_was_lost_with_the_nexus(&mut self) {
+        self.power_lost = true;
+        self.forgive(|_| true);
+        let now = self.tick();
+        self.draw_lots(now, false);
+    }
+
     /// Of what was written to a block and not flushed, any one may be left.
     fn draw_lots(&mut self, now: u64, lives: bool) {
         self.lotteries += 1;

@@ -222,14 +222,14 @@ impl Volume {
         let nexus_died = server.as_ref().is_none_or(|(node, _)| nodes.contains(node));
         if lost.is_empty() {
             if nexus_died && self.power.take().is_some() {
-                self.draw_lots();
+                self.draw_lots(nexus_died);
             }
             return;
         }
         let since = Instant::now();
         let others = server.is_some_and(|(_, in_sync)| in_sync.difference(&lost).count() > 0);
         if nexus_died || !others || members.len() < 3 {
-            self.draw_lots();
+            self.draw_lots(nexus_died);
             // The next nexus that comes up may still find some of them.
             self.power = Some(Power { nodes: lost, since, stage: Stage::Drawn });
             return;
@@ -243,9 +243,13 @@ impl Volume {
         self.power = Some(Power { nodes, since, stage });
     }
 
-    fn draw_lots(&mut self) {
+    fn draw_lots(&mut self, nexus_died: bool) {
         self.lots += 1;
-        self.history.power_was_lost(true);
+        if nexus_died {
+            self.history.power_was_lost_with_the_nexus();
+        } else {
+            self.history.power_was_lost(true);
+        }
     }
 
     /// Whoever serves has others than those that lost power: nothing is lost. Those were taken out, or were taken
@@ -273,7 +277,7 @@ impl Volume {
     /// The members that lost power may be the only ones.
     pub(crate) fn give_up(&mut self) {
         if self.power.as_ref().is_some_and(|power| power.stage != Stage::Drawn) {
-            self.draw_lots();
+            self.draw_lots(false);
             if let Some(power) = &mut self.power {
                 power.stage = Stage::Drawn;
             }
