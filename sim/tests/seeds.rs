@@ -268,6 +268,13 @@ fn single_errors_of_the_only_replica() {
     });
 }
 
+/// Payload took what a pool had left of the memory that is kept for its need, and waited for the pool: it never had the
+/// whole again.
+#[test]
+fn memory_is_kept_for_pools() {
+    check([66, 293].into_iter(), |seed| run_at(seed, Focus::Lone, None));
+}
+
 /// Volumes go back to snapshots while this and that goes wrong. What hosts had asked of a nexus that lost the volume
 /// meanwhile was held for ever (1148), and kept the volume from being removed there (309).
 #[test]

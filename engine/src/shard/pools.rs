@@ -369,6 +369,7 @@ impl<D: Driver> Shard<D> {
         });
         local.pool.handle_disk(number, DiskId(id), result, self.driver.memory());
         local.busy = true;
+        self.keep_lifeline();
     }
 
     /// Moves every pool on: completions out, disk operations down.

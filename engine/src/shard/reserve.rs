@@ -24,10 +24,52 @@ const PAGES: usize = 16;
 /// An admin and an I/O queue.
 const CONNECTIONS: usize = 2;
 
+/// What pools are given in their need. While they use a part of it the rest is kept in pieces: payload that
+/// took some would have to end before it is whole again, and may wait for the pool.
+#[derive(Debug, Default)]
+struct Lifeline {
+    pieces: Vec<Buf>,
+}
+
+impl Lifeline {
+    fn is_whole(&self) -> bool {
+        self.pieces.first().is_some_and(|piece| piece.slice().len() == LIFELINE)
+    }
+
+    /// Gives the pools what there is of it.
+    fn release<M: Memory>(&mut self, memory: &mut M) -> bool {
+        let any = !self.pieces.is_empty();
+        self.pieces.drain(..).for_each(|piece| memory.release(piece));
+        any
+    }
+
+    /// Takes it back: whole, or as much of it as there is.
+    fn keep<M: Memory>(&mut self, memory: &mut M) {
+        if self.is_whole() {
+            return;
+        }
+        self.release(memory);
+        let (mut size, mut left) = (LIFELINE, LIFELINE);
+        while left >= PAGE && size >= PAGE {
+            match memory.alloc(size) {
+                Some(piece) if size <= left => {
+                    self.pieces.push(piece);
+                    left -= size;
+                }
+                Some(piece) => {
+                    memory.release(piece);
+                    size /= 2;
+                }
+                None => size /= 2,
+            }
+        }
+    }
+}
+
 /// What is kept at the moment.
 #[derive(Debug, Default)]
 pub(super) struct Reserve {
-    lifeline: Option<Buf>,
+    lifeline: Lifeline,
     pages: Vec<Buf>,
     connections: Vec<Queue>,
 }
@@ -35,8 +77,8 @@ pub(super) struct Reserve {
 impl Reserve {
     /// Takes what is not kept yet, as far as there is memory.
     fn keep<M: Memory>(&mut self, pools: bool, memory: &mut M) {
-        if pools && self.lifeline.is_none() {
-            self.lifeline = memory.alloc(LIFELINE);
+        if pools {
+            self.lifeline.keep(memory);
         }
         while self.pages.len() < PAGES
             && let Some(page) = memory.alloc(PAGE)
@@ -68,6 +110,11 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// A pool has given memory back: before anybody else is given it.
+    pub(super) fn keep_lifeline(&mut self) {
+        self.reserve.lifeline.keep(self.driver.memory());
+    }
+
     /// A page for what the shard does by itself.
     pub(super) fn own_page(&mut self) -> Option<Buf> {
         self.reserve.page(self.driver.memory())
@@ -85,12 +132,9 @@ impl<D: Driver> Shard<D> {
         for local in &mut self.pools {
             let memory = self.driver.memory();
             let mut goes_on = local.pool.retry_short(memory);
-            if !goes_on
-                && local.pool.is_short()
-                && let Some(kept) = self.reserve.lifeline.take()
-            {
-                memory.release(kept);
+            if !goes_on && local.pool.is_short() && self.reserve.lifeline.release(memory) {
                 goes_on = local.pool.retry_short(memory);
+                self.reserve.lifeline.keep(memory);
             }
             local.busy |= goes_on;
             moved |= goes_on;
@@ -135,7 +179,7 @@ mod tests {
         let connections: Vec<Queue> =
             std::iter::from_fn(|| reserve.connection(&mut memory)).collect();
         assert_eq!(connections.len(), CONNECTIONS);
-        assert!(reserve.lifeline.is_some());
+        assert!(reserve.lifeline.is_whole());
         // What comes back first is kept anew, and nothing more than was.
         own.into_iter().for_each(|page| memory.release(page));
         reserve.keep(true, &mut memory);
@@ -151,12 +195,30 @@ mod tests {
         });
     }
 
+    /// A pool took a page of it, and payload the rest, which waited for the pool: it never got the whole again.
+    #[test]
+    fn what_pools_do_not_use_of_the_lifeline_is_kept() {
+        let mut memory = HeapMemory::new(4 << 20);
+        let mut reserve = Reserve::default();
+        reserve.keep(true, &mut memory);
+        let payload = fill(&mut memory);
+        assert!(reserve.lifeline.release(&mut memory));
+        let pages = memory.alloc(2 * PAGE).expect("it was given back");
+        reserve.lifeline.keep(&mut memory);
+        assert!(!reserve.lifeline.is_whole());
+        assert!(memory.alloc(PAGE).is_none(), "payload gets nothing of it");
+        memory.release(pages);
+        reserve.lifeline.keep(&mut memory);
+        assert!(reserve.lifeline.is_whole());
+        drop(payload);
+    }
+
     #[test]
     fn a_process_without_pools_keeps_pages_alone() {
         let mut memory = HeapMemory::new(1 << 20);
         let mut reserve = Reserve::default();
         reserve.keep(false, &mut memory);
         assert_eq!(fill(&mut memory).len(), 256 - PAGES);
-        assert!(reserve.lifeline.is_none() && reserve.connections.is_empty());
+        assert!(reserve.lifeline.pieces.is_empty() && reserve.connections.is_empty());
     }
 }
