@@ -224,7 +224,9 @@ impl Nexus {
         self.stored_seq = commit.register.seq;
         self.proposed = ChildSet::EMPTY;
         for member in commit.members {
-            if let Some(child) = self.children.iter_mut().find(|c| c.replica == member.replica) {
+            // One that was removed, and is a member again in another place, may still have its old one.
+            if let Some(child) = self.child_of(member.replica) {
+                let child = self.child(child);
                 child.member = member;
                 child.cursor = None;
             }

@@ -225,12 +225,13 @@ fn disks_that_come_and_go() {
     });
 }
 
-/// With an operator who changes members: replicas that another machine had added were told of as missing where a majority
+/// With an operator who changes members: one that was removed and was a member again in another place stored its
+/// configuration for ever (556, 1820); replicas that another machine had added were told of as missing where a majority
 /// was missing (2853); a witness whose pool went offline is not seen before its vote is needed (4143); and what was
 /// asked wrongly of pools that are lost (480, 1019, 4446) or have several disks (149, 20609).
 #[test]
 fn members_that_come_and_go() {
-    check([2_853, 4_143, 480, 1_019, 4_446, 149, 20_609].into_iter(), |seed| {
+    check([2_853, 4_143, 480, 1_019, 4_446, 149, 20_609, 556, 1_820].into_iter(), |seed| {
         run_at(seed, Focus::Everything, None)
     });
 }

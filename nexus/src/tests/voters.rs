@@ -398,3 +398,26 @@ fn replicas_that_a_nexus_was_never_told_of_are_not_called_missing() {
     assert!(said.contains(&format!("missing: replica {}; not among", id(1))), "{said}");
     assert!(said.contains(&format!("named for it here: replica {}; add", id(2))), "{said}");
 }
+
+/// A replica was removed and added again while its old place was not free yet. What was stored of it went to the old
+/// place, so that it was stored again, for ever.
+#[test]
+fn a_replica_that_was_removed_is_a_member_again_in_another_place() {
+    let mut b = Bench::online(2);
+    let third = b.add(2, false);
+    b.registers[2].incarnation = 7;
+    b.nexus.add_voter(third, b.now).unwrap();
+    b.connect(2);
+    b.nexus.remove_voter(third, b.now).unwrap();
+    b.pump();
+    assert!(b.events.contains(&Event::VoterRemoved(third)));
+    let again = b.add(2, false);
+    assert_ne!(again, third, "its place is not free yet");
+    b.registers[usize::from(again.0)].incarnation = 7;
+    b.nexus.add_voter(again, b.now).unwrap();
+    b.connect(again.0);
+    (0..20).for_each(|_| b.pass(Pace::default().settle_ms));
+    let stored = Config::decode(&b.registers[0].config).unwrap();
+    assert_eq!((stored.members[2].replica, stored.members[2].incarnation), (id(2), 7));
+    assert_eq!(b.nexus.children[usize::from(again.0)].member, stored.members[2]);
+}

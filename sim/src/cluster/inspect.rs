@@ -122,6 +122,11 @@ impl Cluster {
             if self.history(volume).borrow().alone {
                 self.unknown.insert(id, differing.clone());
             }
+            // One that went out while it was taken may lose it again.
+            let reports = self.volumes().unwrap_or_default();
+            let children =
+                reports.iter().filter(|r| volume_of(r.id) == volume).flat_map(|r| &r.children);
+            let sure: Vec<ReplicaId> = children.filter(|c| c.in_sync).map(|c| c.replica).collect();
             let mut first: Option<Vec<u8>> = None;
             let replicas: Vec<ReplicaId> = self.seats[volume].iter().map(|s| s.id).collect();
             for at in replicas {
@@ -141,7 +146,9 @@ impl Cluster {
                     }
                 }
                 first.get_or_insert_with(|| bytes.clone());
-                self.taken.push((volume, id, at, bytes));
+                if sure.contains(&at) {
+                    self.taken.push((volume, id, at, bytes));
+                }
             }
             // Where only a member had it whose disk died, it is lost.
             check!(
