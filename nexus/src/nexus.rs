@@ -495,12 +495,15 @@ impl Nexus {
         }
         self.settle(now_ms);
         if core::mem::take(&mut self.probes) {
-            self.handle_timeout(now_ms);
+            // And nothing else: a voter that refuses at once, as a replica of this process does whose pool is offline,
+            // would be asked again for ever.
+            self.give_up_late(now_ms);
+            self.settle(now_ms);
         }
     }
 
-    /// Time has passed.
-    pub fn handle_timeout(&mut self, now_ms: u64) {
+    /// Gives up who has not answered for too long, where somebody else is there.
+    fn give_up_late(&mut self, now_ms: u64) {
         let late = self.late_children(now_ms).or(self.late_in_mends(now_ms));
         let late = late.or(self.late_in_joining(now_ms)).or(self.late_in_upkeep(now_ms));
         let late = late.or(self.late_in_copies(now_ms));
@@ -511,6 +514,11 @@ impl Nexus {
         if late.is_empty() || self.one_is_there(left, now_ms) {
             self.give_up(late, now_ms);
         }
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now_ms: u64) {
+        self.give_up_late(now_ms);
         self.ask_again();
         self.growth_timeout(now_ms);
         self.voters_timeout(now_ms);

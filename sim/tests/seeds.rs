@@ -282,3 +282,10 @@ fn memory_is_kept_for_pools() {
 fn volumes_that_go_back_to_snapshots() {
     check((0..30).chain([309, 1148]), |seed| run_at(seed, Focus::Restore, None));
 }
+
+/// A replica of the nexus' own process, whose pool was offline, refused a configuration at once and was asked again at
+/// once, for ever, while all others were silent.
+#[test]
+fn a_voter_that_refuses_at_once() {
+    check([2_036].into_iter(), |seed| run_at(seed, Focus::Everything, None));
+}
