@@ -122,6 +122,12 @@ impl Cluster {
         self.note_loss(at, others);
     }
 
+    /// Whether every pool has a process: one whose machine lost power ends no connection.
+    #[must_use]
+    pub fn all_pools_run(&self) -> bool {
+        (0..self.pools()).all(|at| self.node_of(at).is_some())
+    }
+
     /// A pool has lost what was not flushed.
     fn note_loss(&self, at: usize, others: bool) {
         for (volume, history) in self.histories.iter().enumerate() {
@@ -308,7 +314,22 @@ impl Cluster {
             return;
         }
         let mut disks = self.copies(at);
-        for disk in &disks {
+        let superblocks = disks.iter_mut().map(|disk| {
+            let copies = inspect_superblock(disk).unwrap_or_default();
+            copies
+                .into_iter()
+                .filter_map(|c| c.content.ok())
+                .max_by_key(|s| s.membership.generation)
+        });
+        let superblocks: Vec<_> = superblocks.collect();
+        let members = superblocks.iter().flatten().map(|s| &s.membership);
+        let members = members.max_by_key(|m| m.generation).cloned();
+        for (disk, own) in disks.iter().zip(&superblocks) {
+            // One that has left, or is not a member yet, may be half blank.
+            let state = own.as_ref().map(|own| members.as_ref()?.state_of(own.device));
+            if disks.len() > 1 && state.is_some_and(|s| !s.is_some_and(|s| s.is_needed())) {
+                continue;
+            }
             let mut checked = disk.clone();
             let options = CheckOptions { repair: true, data: false };
             // One that was removed from its pool is blank.

@@ -317,7 +317,11 @@ impl Run {
         };
         let all = self.cluster.glance();
         let served = all.len() == self.cluster.volume_count() && all.iter().all(quiet);
-        if served && self.cluster.clients_are_done() && !self.cluster.goes_back() {
+        if served
+            && self.cluster.all_pools_run()
+            && self.cluster.clients_are_done()
+            && !self.cluster.goes_back()
+        {
             self.cluster.compare(false);
         }
     }
