@@ -108,7 +108,7 @@ fn hunt(mutant: Mutant, options: &Options) -> ExitCode {
             println!("seed {seed} fails without {mutant:?}, too");
             continue;
         }
-        print_failure(seed, &why);
+        print_failure(seed, about, &why);
         return ExitCode::FAILURE;
     }
     println!("{mutant:?} survived");
@@ -123,11 +123,7 @@ fn hunt_elsewhere(mutant: Mutant, options: &Options) -> Option<Caught> {
     command.args(["--mutants", &format!("{mutant:?}")]);
     command.args(["--seed", &options.first.to_string(), "--seeds", &options.seeds.to_string()]);
     command.args(["--seconds", &options.seconds.unwrap_or(120).to_string()]);
-    match options.about {
-        About::Drawn => {}
-        About::This(focus) => drop(command.args(["--focus", &format!("{focus:?}")])),
-        About::Plain => drop(command.arg("--plain")),
-    }
+    command.args(options.about.to_string().split_whitespace());
     let output = command.output().expect("it can be run again");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let line = text.lines().find(|line| line.contains(" FAILED: "))?;

@@ -3,6 +3,7 @@
 //! the feature `mutants` over deliberate bugs: `cairn-sim --mutants`.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -32,6 +33,17 @@ enum About {
     Drawn,
     This(Focus),
     Plain,
+}
+
+impl fmt::Display for About {
+    /// The flag that asks for it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Drawn => Ok(()),
+            Self::This(focus) => write!(f, " --focus {}", format!("{focus:?}").to_lowercase()),
+            Self::Plain => f.write_str(" --plain"),
+        }
+    }
 }
 
 /// What was asked for.
@@ -106,7 +118,7 @@ fn note_panic(info: &PanicHookInfo<'_>) {
 }
 
 /// Seeds that run, and since when.
-static RUNNING: Mutex<Vec<(u64, Instant)>> = Mutex::new(Vec::new());
+static RUNNING: Mutex<Vec<(u64, About, Instant)>> = Mutex::new(Vec::new());
 /// A seed takes a second or so.
 const SEED_LIMIT: Duration = Duration::from_secs(40);
 
@@ -115,19 +127,19 @@ fn watch() {
     loop {
         std::thread::sleep(Duration::from_millis(500));
         let running = RUNNING.lock().expect("nobody panics with it").clone();
-        if let Some((seed, _)) = running.iter().find(|(_, since)| since.elapsed() > SEED_LIMIT) {
+        if let Some((seed, about, _)) = running.iter().find(|(_, _, since)| since.elapsed() > SEED_LIMIT) {
             let why = format!("[liveness] it does not end within {} s", SEED_LIMIT.as_secs());
-            print_failure(*seed, &why);
+            print_failure(*seed, *about, &why);
             std::process::exit(1);
         }
     }
 }
 
-fn print_failure(seed: u64, why: &str) {
+fn print_failure(seed: u64, about: About, why: &str) {
     let why: String = why.chars().take(2500).collect();
     let commit = std::env::var("CAIRN_COMMIT").unwrap_or_else(|_| "unknown".to_owned());
     println!(
-        "seed {seed} of commit {commit} FAILED: {why}\n  see it with: cargo xtask sim --seed {seed} --trace"
+        "seed {seed} of commit {commit} FAILED: {why}\n  see it with: cargo xtask sim --seed {seed}{about} --trace"
     );
 }
 
@@ -138,9 +150,9 @@ fn run_seed(seed: u64, about: About, sink: Option<Sink>) -> Result<Outcome, Stri
         About::This(focus) => scenario::run_at(seed, focus, sink),
         About::Plain => scenario::run_plain(seed, sink),
     };
-    RUNNING.lock().expect("nobody panics with it").push((seed, Instant::now()));
+    RUNNING.lock().expect("nobody panics with it").push((seed, about, Instant::now()));
     let result = catch_unwind(AssertUnwindSafe(run));
-    RUNNING.lock().expect("nobody panics with it").retain(|(other, _)| *other != seed);
+    RUNNING.lock().expect("nobody panics with it").retain(|(other, ..)| *other != seed);
     result.map_err(|_| LAST_PANIC.with(RefCell::take))
 }
 
@@ -158,7 +170,7 @@ struct Total {
 }
 
 impl Total {
-    fn add(&mut self, seed: u64, result: Result<Outcome, String>) {
+    fn add(&mut self, seed: u64, about: About, result: Result<Outcome, String>) {
         self.seeds += 1;
         match result {
             Ok(outcome) => {
@@ -172,7 +184,7 @@ impl Total {
             }
             Err(why) => {
                 self.failed += 1;
-                print_failure(seed, &why);
+                print_failure(seed, about, &why);
             }
         }
     }
@@ -205,7 +217,7 @@ fn main() -> ExitCode {
         if let Ok(outcome) = &result {
             println!("{outcome:?}");
         }
-        total.lock().expect("one thread").add(options.first, result);
+        total.lock().expect("one thread").add(options.first, options.about, result);
     } else {
         run_all(&options, start, &total);
     }
@@ -252,7 +264,7 @@ fn run_all(options: &Options, start: Instant, total: &Mutex<Total>) {
                 continue;
             }
             let result = run_seed(seed, options.about, None);
-            total.lock().expect("no thread panics while it adds").add(seed, result);
+            total.lock().expect("no thread panics while it adds").add(seed, options.about, result);
         }
     };
     std::thread::scope(|scope| {

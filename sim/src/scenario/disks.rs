@@ -54,8 +54,10 @@ impl Run {
     pub(super) fn is_lost_with_a_disk(&mut self) -> bool {
         let reports = self.cluster.volumes().unwrap_or_default();
         reports.iter().any(|report| {
-            let mut left = report.children.iter().filter(|c| c.in_sync && !c.witness);
-            left.all(|c| self.cluster.may_have_lost(self.cluster.pool_of(c.replica)))
+            // A process that does not serve the volume knows of no member in sync.
+            let mut left = report.children.iter().filter(|c| c.in_sync && !c.witness).peekable();
+            left.peek().is_some()
+                && left.all(|c| self.cluster.may_have_lost(self.cluster.pool_of(c.replica)))
         })
     }
 
