@@ -48,6 +48,21 @@ pub struct Workload {
     pub digests: bool,
 }
 
+impl Default for Workload {
+    /// Some requests to few blocks.
+    fn default() -> Self {
+        Self {
+            depth: 8,
+            gap_ns: 0,
+            hot_blocks: 64,
+            requests: 100,
+            reads_per_mille: 300,
+            kato_ms: 5_000,
+            digests: false,
+        }
+    }
+}
+
 /// What a host does for a while in place of its workload.
 #[derive(Debug, Clone, Copy)]
 pub struct Orders {

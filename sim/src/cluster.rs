@@ -100,6 +100,35 @@ pub struct Tuning {
     pub dirty_extents: Option<usize>,
 }
 
+impl Default for ClusterConfig {
+    /// A small volume on three replicas in processes of their own.
+    fn default() -> Self {
+        Self {
+            volumes: 1,
+            blocks: 1024,
+            replicas: 3,
+            witness: None,
+            wide_pool: None,
+            spares: 0,
+            local_replica: false,
+            tears: true,
+            second: false,
+            second_local: false,
+            disk_len: 24 << 20,
+            small_pool: None,
+            child_deadline_ms: 1_000,
+            replica_kato_ms: 1_000,
+            digests: false,
+            queue_entries: 64,
+            volume_requests: 64,
+            arena_len: 8 << 20,
+            zeroed: true,
+            encrypted: false,
+            tuning: Tuning::default(),
+        }
+    }
+}
+
 impl ClusterConfig {
     /// Whether nothing has a second copy, or will have.
     #[must_use]

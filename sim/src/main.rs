@@ -127,7 +127,9 @@ fn watch() {
     loop {
         std::thread::sleep(Duration::from_millis(500));
         let running = RUNNING.lock().expect("nobody panics with it").clone();
-        if let Some((seed, about, _)) = running.iter().find(|(_, _, since)| since.elapsed() > SEED_LIMIT) {
+        if let Some((seed, about, _)) =
+            running.iter().find(|(_, _, since)| since.elapsed() > SEED_LIMIT)
+        {
             let why = format!("[liveness] it does not end within {} s", SEED_LIMIT.as_secs());
             print_failure(*seed, *about, &why);
             std::process::exit(1);

@@ -4,6 +4,7 @@ mod disks;
 mod faults;
 mod focus;
 mod force;
+mod joiner;
 mod lone;
 mod members;
 mod overtaken;

@@ -1,44 +1,27 @@
 //! Arenas that hosts fill while links to replicas break.
 
 use cairn_sim::world::MS;
-use cairn_sim::{Aim, Cluster, ClusterConfig, Orders, Tuning, Workload, World};
+use cairn_sim::{Aim, Cluster, ClusterConfig, Orders, Workload, World};
 
 /// Hosts of the volume, each with 2 MiB on its way.
 const HOSTS: usize = 6;
 
 fn cluster(seed: u64, local_replica: bool) -> Cluster {
     let config = ClusterConfig {
-        volumes: 1,
-        blocks: 1024,
-        replicas: 3,
-        witness: None,
-        wide_pool: None,
-        spares: 0,
         local_replica,
         tears: false,
-        second: false,
-        second_local: false,
-        disk_len: 24 << 20,
-        small_pool: None,
         child_deadline_ms: 2_000,
         replica_kato_ms: 2_000,
-        digests: false,
-        queue_entries: 64,
-        volume_requests: 64,
         arena_len: 5 << 20,
-        zeroed: true,
-        encrypted: false,
-        tuning: Tuning::default(),
+        ..ClusterConfig::default()
     };
     let mut cluster = Cluster::new(World::new(seed), config);
     let work = Workload {
         depth: 32,
-        gap_ns: 0,
-        hot_blocks: 64,
         requests: 0,
         reads_per_mille: 0,
         kato_ms: 60_000,
-        digests: false,
+        ..Workload::default()
     };
     for _ in 0..HOSTS {
         cluster.add_client(0, work.clone());

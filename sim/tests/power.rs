@@ -1,45 +1,11 @@
 //! A machine that loses power while nothing is written.
 
 use cairn_sim::world::MS;
-use cairn_sim::{Cluster, ClusterConfig, Tuning, Workload, World};
+use cairn_sim::{Cluster, ClusterConfig, Workload, World};
 
 fn cluster(seed: u64) -> Cluster {
-    let config = ClusterConfig {
-        volumes: 1,
-        blocks: 1024,
-        replicas: 3,
-        witness: None,
-        wide_pool: None,
-        spares: 0,
-        local_replica: false,
-        tears: true,
-        second: false,
-        second_local: false,
-        disk_len: 24 << 20,
-        small_pool: None,
-        child_deadline_ms: 1_000,
-        replica_kato_ms: 1_000,
-        digests: false,
-        queue_entries: 64,
-        volume_requests: 64,
-        arena_len: 8 << 20,
-        zeroed: true,
-        encrypted: false,
-        tuning: Tuning::default(),
-    };
-    let mut cluster = Cluster::new(World::new(seed), config);
-    cluster.add_client(
-        0,
-        Workload {
-            depth: 8,
-            gap_ns: 0,
-            hot_blocks: 64,
-            requests: 100,
-            reads_per_mille: 0,
-            kato_ms: 5_000,
-            digests: false,
-        },
-    );
+    let mut cluster = Cluster::new(World::new(seed), ClusterConfig::default());
+    cluster.add_client(0, Workload { reads_per_mille: 0, ..Workload::default() });
     assert!(cluster.run_while(20_000 * MS, Cluster::clients_are_done), "the writes end");
     cluster
 }

@@ -4,43 +4,20 @@ use cairn_sim::world::MS;
 use cairn_sim::{Cluster, ClusterConfig, Roles, Tuning, Workload, World};
 
 fn work(requests: u64) -> Workload {
-    Workload {
-        depth: 8,
-        gap_ns: 0,
-        hot_blocks: 64,
-        requests,
-        reads_per_mille: 300,
-        kato_ms: 60_000,
-        digests: false,
-    }
+    Workload { requests, kato_ms: 60_000, ..Workload::default() }
 }
 
 fn cluster(seed: u64) -> Cluster {
     let config = ClusterConfig {
-        volumes: 1,
-        blocks: 1024,
-        replicas: 3,
-        witness: None,
-        wide_pool: None,
-        spares: 0,
         local_replica: true,
         tears: false,
         second: true,
         second_local: true,
-        disk_len: 24 << 20,
-        small_pool: None,
-        child_deadline_ms: 1_000,
-        replica_kato_ms: 1_000,
-        digests: false,
-        queue_entries: 64,
-        volume_requests: 64,
-        arena_len: 8 << 20,
-        zeroed: true,
-        encrypted: false,
         tuning: Tuning {
             roles: Some(Roles { auto_after_ms: [Some(500), Some(500)] }),
             ..Tuning::default()
         },
+        ..ClusterConfig::default()
     };
     let mut cluster = Cluster::new(World::new(seed), config);
     cluster.add_client(0, work(100));

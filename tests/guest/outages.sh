@@ -19,7 +19,7 @@ end_outage() {
     end_work
 }
 
-# cut_off VERB NAME WHAT LIMIT: a member that is not the one that serves is cut off and comes back.
+# A member that is not the one that serves is cut off and comes back.
 cut_replica() {
     begin_outage
     step "the network between a replica and the others is cut"

@@ -100,8 +100,8 @@ pub struct CatalogPage {
 pub struct Whole {
     /// Its logical extents from this one on.
     pub from: u32,
-    /// So many times the pool had gone on without a device by then, as
-    /// [`Membership::losses`](super::Membership::losses) counts; when it does so once more this says nothing.
+    /// How often the pool had gone on without a device by then, as
+    /// [`Membership::losses`](super::Membership::losses) counts. It says nothing after one more time.
     pub losses: u32,
 }
 

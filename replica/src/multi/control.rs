@@ -165,8 +165,8 @@ impl MultiPool {
     }
 
     /// Gives up what a replica had on devices that are gone: what is mapped nowhere reads as zeros from now on,
-    /// and can be written in part. For whoever writes all of it anew, and durably knows that it has to. Answered
-    /// when it is durable.
+    /// and can be written in part. For whoever copies to it what others have: a hole here that is none there, and
+    /// whatever is open, needs it. Answered when it is durable.
     pub fn give_up_lost<M: Memory>(&mut self, tag: u64, slot: ReplicaSlot, mem: &mut M) {
         let kind = Kind::members(Change::Lost(slot.0, false), Then::GivenUp(slot.0));
         self.push_job(Some(tag), kind);

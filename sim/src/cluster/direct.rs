@@ -49,6 +49,13 @@ impl Cluster {
         self.reports().iter().any(|report| report.rebuild.is_some())
     }
 
+    /// Whether a member is about to be in sync again.
+    pub fn joins(&mut self) -> bool {
+        self.reports()
+            .iter()
+            .any(|report| report.rebuild.as_ref().is_some_and(|r| r.stage == "joining"))
+    }
+
     /// Whether a volume is served with a member that is not in sync.
     pub fn lacks_a_member(&mut self) -> bool {
         let out = |r: &VolumeReport| r.serving && r.children.iter().any(|c| !c.in_sync);

@@ -330,6 +330,11 @@ impl Run {
 
     /// A member is away, misses this and that, is rebuilt while hosts go on, and is back.
     fn rebuilds_round(&mut self) {
+        let mut apart = Rng::new(self.now() ^ 0x101e);
+        if apart.chance(250) {
+            self.joiner_round(&mut apart);
+            return self.settle_down();
+        }
         let victim = self.any_pool();
         self.slow_down();
         self.leaves(victim);
