@@ -81,7 +81,7 @@ fn haunt(mutant: Mutant) -> Option<Focus> {
         | Mutant::IgnoreFua
         | Mutant::LossNotTold => Some(Focus::Power),
         Mutant::StaleExtent | Mutant::SnapshotLetsWriteThrough => Some(Focus::Churn),
-        Mutant::LostReadsAsZeros => Some(Focus::Everything),
+        Mutant::LostReadsAsZeros => Some(Focus::Disks),
         _ => None,
     }
 }

@@ -309,14 +309,18 @@ fn run_in(
     run.victim = run.rng.index(pools);
     if let Some(pool) = wide {
         // Drawn apart: nothing else changes with it.
-        if Rng::new(seed ^ 0x71de).chance(600) {
+        let dies = focus == Focus::Disks;
+        if dies || Rng::new(seed ^ 0x71de).chance(600) {
             run.victim = pool;
         }
         run.disks = Disks::drawn(seed, pool, now, run.victim == pool && faults.replica && copies);
+        if dies {
+            run.disks.lose_one(seed, now);
+        }
     }
     match focus {
-        Focus::Everything => run.work(),
-        _ => run.work_at(focus),
+        focus if focus.is_chance() => run.work(),
+        focus => run.work_at(focus),
     }
     run.recover();
     if focus == Focus::Standby {

@@ -80,8 +80,10 @@ pub(super) fn open(disks: &mut Vec<SimDisk>) -> OpenedSet {
                     head.is_some_and(|head| head.device == device)
                 };
                 let place = disks.iter_mut().position(is_removed).expect("it was given");
-                // Its place stays: the others are known by theirs.
+                // Its place stays: the others are known by theirs. So does what the pool may have lost with it.
+                let has_failed = disks[place].has_failed;
                 disks[place] = SimDisk::new(disks[place].len());
+                disks[place].has_failed = has_failed;
             }
             Err(error) => panic!("a pool does not open after a crash: {error}"),
         }

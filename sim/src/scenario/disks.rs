@@ -37,6 +37,12 @@ impl Disks {
         Self { pool, plan: plan.collect() }
     }
 
+    /// One dies whatever else is drawn.
+    pub(super) fn lose_one(&mut self, seed: u64, now: u64) {
+        let mut rng = Rng::new(seed ^ 0xd1e5);
+        self.plan.push((now + rng.below(500 * MS), Wish::Die));
+    }
+
     /// When something is to be done next.
     pub(super) fn next(&self) -> u64 {
         self.plan.iter().map(|(at, _)| *at).min().unwrap_or(u64::MAX)
@@ -74,7 +80,8 @@ impl Run {
                     let disk = self.cluster.disk(pool);
                     let mut world = self.cluster.world();
                     world.say(format_args!("a disk of pool {pool} dies"));
-                    world.disk(disk).trouble.eio_per_mille = 1000;
+                    let disk = world.disk(disk);
+                    (disk.trouble.eio_per_mille, disk.has_failed) = (1000, true);
                 }
             }
         }

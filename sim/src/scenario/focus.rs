@@ -31,11 +31,13 @@ pub enum Focus {
     Lone,
     /// Volumes that go back to snapshots; only where it is asked for, but for rounds at the end of some seeds.
     Restore,
+    /// Whatever the faults are, and a pool on two disks of which one dies; only where it is asked for.
+    Disks,
 }
 
 impl Focus {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Everything,
         Self::Rebuild,
         Self::Takeover,
@@ -45,6 +47,7 @@ impl Focus {
         Self::Standby,
         Self::Lone,
         Self::Restore,
+        Self::Disks,
     ];
     /// Those that seeds draw.
     const DRAWN: &[Self] = Self::ALL.split_at(6).0;
@@ -60,6 +63,11 @@ impl Focus {
         }
     }
 
+    /// Whether hosts work while faults come by chance, and nothing is brought about.
+    pub(super) fn is_chance(self) -> bool {
+        matches!(self, Self::Everything | Self::Disks)
+    }
+
     /// The faults that go with it.
     pub(super) fn keep(self, faults: Faults, seed: u64) -> Faults {
         if self == Self::Everything {
@@ -68,6 +76,9 @@ impl Focus {
         let mut rng = Rng::new(seed ^ 0xfa17);
         // Where something rots, disks cannot be compared at any moment.
         let faults = Faults { rot: false, slips: false, full: false, ..faults };
+        if self == Self::Disks {
+            return Faults { replica: true, ..faults };
+        }
         let takeover = self == Self::Takeover || rng.chance(200);
         let faults = Faults { takeover, nexus: true, replica: true, storm: true, ..faults };
         let pure = rng.chance(600);
@@ -80,6 +91,10 @@ impl Focus {
             return config;
         }
         let mut rng = Rng::new(seed ^ 0x54a9);
+        if self == Self::Disks {
+            let replicas = config.replicas.max(2);
+            return ClusterConfig { replicas, wide_pool: Some(rng.index(replicas)), ..config };
+        }
         let mut tuning = config.tuning;
         tuning.pace.settle_ms = [5, 20, 100, 1_000][rng.index(4)];
         tuning.pace.checkpoint_ms = [20, 200, 10_000][rng.index(3)];
@@ -112,13 +127,13 @@ impl Focus {
 
     /// How many hosts each volume has.
     pub(super) fn hosts(self, drawn: usize) -> usize {
-        if self == Self::Everything { drawn } else { 2 }
+        if self.is_chance() { drawn } else { 2 }
     }
 
     /// What hosts do until they are told: nothing.
     pub(super) fn work(self, drawn: Workload) -> Workload {
         match self {
-            Self::Everything => drawn,
+            Self::Everything | Self::Disks => drawn,
             _ => Workload { depth: 32, requests: 0, ..drawn },
         }
     }
@@ -158,7 +173,7 @@ impl Run {
         let most = if focus == Focus::Power { 5 } else { 3 };
         for _ in 0..1 + self.rng.below(most) {
             match focus {
-                Focus::Everything => {}
+                Focus::Everything | Focus::Disks => {}
                 Focus::Rebuild => self.rebuilds_round(),
                 Focus::Takeover => self.takeover_round(),
                 Focus::Power if self.rng.chance(250) => self.vigil(),
