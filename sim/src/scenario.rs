@@ -617,10 +617,10 @@ impl Run {
             let limit = limit.max(self.forced_at + RECOVERY_NS);
             check!(Check::Liveness, now < limit, "a volume does not come up: {state:?}");
             self.operate(now);
-            if self.cluster.has_second() {
-                self.cluster.retire_other();
-                self.cluster.supervise();
-            }
+            self.cluster.retire_other();
+            // What a process that was killed had asked for may come late, and fence its successor for good: somebody
+            // has that one begin anew.
+            self.cluster.supervise();
             self.cluster.run_until(now + 200 * MS);
         }
     }

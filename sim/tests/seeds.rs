@@ -289,3 +289,23 @@ fn volumes_that_go_back_to_snapshots() {
 fn a_voter_that_refuses_at_once() {
     check([2_036].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
+
+/// A process was killed while it took a volume up; what it had asked for came late, and fenced its successor, which
+/// nobody had begin anew. (A disk of a pool on two dies in each of these.)
+#[test]
+fn disks_that_die_in_each() {
+    check((0..30).chain([1_455, 2_213]), |seed| run_at(seed, Focus::Disks, None));
+}
+
+/// Nobody served the volume yet, which was taken for one that had gone with a disk: the run ended unjudged.
+#[test]
+fn processes_that_stand_by_are_waited_for() {
+    check([489, 648].into_iter(), |seed| run_at(seed, Focus::Standby, None));
+}
+
+/// A replica whose pool was offline said of a snapshot that it had deleted it, and had it still when it was back
+/// (20652, 21338). A process that is told of no replica that is left cannot tell which are missing (20449).
+#[test]
+fn snapshots_deleted_where_a_pool_is_offline() {
+    check([20_652, 21_338, 20_449].into_iter(), |seed| run_at(seed, Focus::Everything, None));
+}

@@ -7,7 +7,9 @@ use cairn_nvmf::sqe::Sqe;
 use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{NamespaceHandle, SlotId, status_of};
 use cairn_reactor::Driver;
-use cairn_replica::{MultiPool, ReplicaInfo, ReplicaSlot, ReplicaSpec, ReplicaState, SnapshotInfo};
+use cairn_replica::{
+    MultiPool, PoolState, ReplicaInfo, ReplicaSlot, ReplicaSpec, ReplicaState, SnapshotInfo,
+};
 
 use super::Shard;
 use super::io::Export;
@@ -316,6 +318,10 @@ impl<D: Driver> Shard<D> {
         let Some(of) = local.replicas().find(|r| r.slot == slot) else {
             return self.snapshot_answered(origin, IoStatus::NotReady, now);
         };
+        if local.state() != PoolState::Online {
+            // It finds none, and has them still when it is back.
+            return self.snapshot_answered(origin, IoStatus::MediaError, now);
+        }
         let id = call.spec.id;
         let found = local.find_snapshot(of.id, id);
         let clone = call.clone.map(|clone| ReplicaSpec {

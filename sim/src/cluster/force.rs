@@ -93,6 +93,12 @@ impl Cluster {
         self.remove_volume(self.active, volume);
     }
 
+    /// Whether the machine that is to serve a volume is told of a replica.
+    #[must_use]
+    pub fn is_named(&self, volume: usize, id: ReplicaId) -> bool {
+        self.named[self.active][volume].iter().any(|seat| seat.id == id)
+    }
+
     /// Whether a volume is being started by force.
     #[must_use]
     pub fn is_forced(&self, volume: usize) -> bool {

@@ -57,9 +57,11 @@ impl Run {
             if !names && operator.asks_again(volume) {
                 return;
             }
+            // Nor does one that is not told of any replica that is left.
+            let hears = left.sources.iter().any(|seat| self.cluster.is_named(volume, seat.id));
             check!(
                 Check::Liveness,
-                names || !self.recovering,
+                names || !self.recovering || !hears,
                 "volume {volume} waits for {:?}, and says: {}",
                 left.missing,
                 report.detail
