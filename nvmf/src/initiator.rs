@@ -365,11 +365,18 @@ impl Session {
             let sqe = Sqe::new(opcode::KEEP_ALIVE);
             let sent = self.queues[0].submit(Owner::KeepAlive, sqe, Data::None, 0, mem);
             let kato = u64::from(self.config.kato_ms);
-            self.next_keep_alive_ms = Some(now_ms.saturating_add((kato / 2).max(1)));
+            self.plan_keep_alive(now_ms);
             if sent && self.keep_alive_by_ms.is_none() {
                 self.keep_alive_by_ms = Some(now_ms.saturating_add(kato));
             }
         }
+    }
+
+    /// The next Keep Alive is due within half of the timeout, where the clock is a multiple of that: all sessions of a
+    /// process send theirs together, and an idle one wakes up once for all.
+    fn plan_keep_alive(&mut self, now_ms: u64) {
+        let half = u64::from(self.config.kato_ms / 2).max(1);
+        self.next_keep_alive_ms = Some((now_ms / half).saturating_add(1).saturating_mul(half));
     }
 
     /// When [`Session::handle_timeout`] has something to do.

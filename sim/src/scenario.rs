@@ -634,14 +634,20 @@ impl Run {
     /// Hosts read every block.
     fn verify(&mut self) {
         self.cluster.verify();
-        let limit = self.cluster.world().now_ns() + RECOVERY_NS;
-        let mut verified = false;
+        let start = self.cluster.world().now_ns();
+        let limit = start + RECOVERY_NS;
+        let (mut verified, mut restarted) = (false, false);
         while !verified && self.cluster.world().now_ns() < limit.max(self.forced_at + RECOVERY_NS) {
             if self.cluster.has_second() {
                 self.cluster.supervise();
             }
             let now = self.cluster.world().now_ns();
             self.operate(now);
+            if now > start + RECOVERY_NS / 4 && !restarted && self.needs_help() {
+                // What a pool had failed to do is seen only now.
+                restarted = true;
+                self.restart_victim();
+            }
             verified = self.cluster.run_while(200 * MS, Cluster::clients_are_done);
         }
         let state = self.cluster.volumes();

@@ -254,15 +254,11 @@ impl Service {
     /// nothing is there that the nexus is still to hear of.
     pub(super) async fn forget_strangers(&self, name: &str) {
         let Ok(Some(report)) = self.report(name).await else { return };
-        // One that serves knows all members, and whoever may become one.
-        if !report.serving {
-            return;
-        }
-        let stranger = |uri: &String| id_of(uri).is_none_or(|id| child_of(&report, id).is_none());
         let Ok(saved) = self.saved(name) else { return };
-        if !saved.replicas.iter().chain(&saved.witnesses).any(stranger) {
+        if !has_strangers(&saved, &report) {
             return;
         }
+        let stranger = |uri: &String| is_stranger(uri, &report);
         let stored = self.change_one(name, |volume| {
             volume.replicas.retain(|uri| !stranger(uri));
             volume.witnesses.retain(|uri| !stranger(uri));
@@ -324,8 +320,11 @@ impl Service {
                 let Some(turn) = self.members.try_turn(name) else { continue };
                 if let Some(report) = reports.iter().find(|r| r.name == *name) {
                     self.remember_learnt(volume, report);
+                    // One may be on its way to become a member: the engine is asked again under the turn.
+                    if has_strangers(volume, report) {
+                        self.forget_strangers(name).await;
+                    }
                 }
-                self.forget_strangers(name).await;
                 if volume.forced.is_some() {
                     self.go_on_with_force(name).await;
                 }
@@ -337,6 +336,17 @@ impl Service {
             self.look_for_spares(&reports).await;
         }
     }
+}
+
+/// Whether a replica is named that is no child of the volume any more. A nexus that serves knows all members, and
+/// whoever may become one.
+fn has_strangers(saved: &SavedVolume, report: &VolumeReport) -> bool {
+    let mut named = saved.replicas.iter().chain(&saved.witnesses);
+    report.serving && named.any(|uri| is_stranger(uri, report))
+}
+
+fn is_stranger(uri: &str, report: &VolumeReport) -> bool {
+    id_of(uri).is_none_or(|id| child_of(report, id).is_none())
 }
 
 fn still_storing(name: &str) -> Status {

@@ -201,8 +201,7 @@ impl Session {
         }
         if csts & 1 != 0 {
             if self.config.kato_ms > 0 {
-                let half = u64::from(self.config.kato_ms / 2).max(1);
-                self.next_keep_alive_ms = Some(now_ms.saturating_add(half));
+                self.plan_keep_alive(now_ms);
             }
             self.identify(Step::IdentifyController, cns::CONTROLLER, 0, now_ms, mem);
             return Ok(());
