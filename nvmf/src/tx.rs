@@ -60,6 +60,20 @@ impl TxQueue {
         })
     }
 
+    /// Takes a ring of at least `ring_len` bytes in place of its own. Nothing may be queued. False where `mem` has no
+    /// room for it.
+    #[must_use]
+    pub(crate) fn enlarge<M: Memory>(&mut self, ring_len: u32, mem: &mut M) -> bool {
+        debug_assert!(self.is_idle(), "the ring is in use");
+        if self.ring.len() >= ring_len {
+            return true;
+        }
+        let Some(ring) = mem.alloc(ring_len.next_multiple_of(4096)) else { return false };
+        mem.release(std::mem::replace(&mut self.ring, ring));
+        self.head = 0;
+        true
+    }
+
     /// Whether nothing is queued and nothing is in flight.
     #[must_use]
     pub fn is_idle(&self) -> bool {

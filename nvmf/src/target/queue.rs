@@ -173,8 +173,6 @@ impl Queue {
         config.max_data_len = config.max_data_len.min(mem.max_alloc());
         config.max_h2c_data = config.max_h2c_data.max(4096) & !3;
         let n = usize::from(config.max_slots);
-        let ring_len =
-            slot_reserve(MAX_PDA) * (u32::from(config.max_slots) + 2) + CONNECTION_RESERVE;
         let slot = || Slot {
             state: SlotState::Free,
             sqe: Sqe([0; 64]),
@@ -183,7 +181,7 @@ impl Queue {
             buf: None,
             failure: None,
         };
-        let tx = TxQueue::new(ring_len, 2 * SLOT_ITEMS * (n + 2), mem)?;
+        let tx = TxQueue::new(ring_len(&config, 0), 2 * SLOT_ITEMS * (n + 2), mem)?;
         let Some(spare) = mem.alloc(spare_len(&config)) else {
             tx.close(mem);
             return None;
@@ -467,6 +465,10 @@ impl Queue {
         if hpda > MAX_PDA {
             return Err(Violation::unsupported(10));
         }
+        // Few hosts want data at an alignment, and all connections would keep room for it.
+        if !self.tx.enlarge(ring_len(&self.config, hpda), mem) {
+            return Err(Violation::unsupported(10));
+        }
         let digests = Digests::from_wire(dgst).ok_or(Violation::unsupported(11))?;
         self.digests = Some(digests);
         self.hpda = hpda;
@@ -714,6 +716,11 @@ impl Queue {
 /// The most data that a capsule brings.
 fn spare_len(config: &QueueConfig) -> u32 {
     ADMIN_IN_CAPSULE_LEN.max(config.in_capsule_len)
+}
+
+/// Ring bytes for as many commands as there are slots.
+fn ring_len(config: &QueueConfig, pda: u8) -> u32 {
+    slot_reserve(pda) * (u32::from(config.max_slots) + 2) + CONNECTION_RESERVE
 }
 
 /// Ring bytes that one command may need: R2T, C2HData, data digest, response.
