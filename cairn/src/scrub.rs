@@ -22,6 +22,8 @@ use crate::service::Service;
 
 /// How often the engine is asked.
 const PERIOD: Duration = Duration::from_secs(2);
+/// Where no volume is being scrubbed.
+const CALM_PERIOD: Duration = Duration::from_secs(8);
 /// Bytes of a block.
 const BLOCK: u64 = 4096;
 
@@ -290,9 +292,14 @@ impl Scrubs {
 
 /// Looks after the scrubs for as long as the process lives.
 pub(crate) async fn run(service: Arc<Service>) {
+    let mut pause = PERIOD;
     loop {
-        tokio::time::sleep(PERIOD).await;
+        tokio::time::sleep(pause).await;
         let Ok(volumes) = service.volume_reports().await else { return };
+        let runs = |v: &VolumeReport| {
+            v.scrub.as_ref().is_some_and(|s| s.state == ScrubState::Running) || !v.serving
+        };
+        pause = if volumes.iter().any(runs) { PERIOD } else { CALM_PERIOD };
         for (name, action) in service.scrubs().look(&volumes, now_s()) {
             tracing::info!(volume = %name, "scrub starts");
             let started = service.ask(|reply| Command::ScrubVolume { name, action, reply }).await;

@@ -23,6 +23,8 @@ use crate::state::SavedVolume;
 
 /// How often the task looks at what it has to do.
 const PERIOD: Duration = Duration::from_secs(1);
+/// Where every volume is served and whole: whatever happens, the engine deals with at once.
+const CALM_PERIOD: Duration = Duration::from_secs(4);
 
 /// What is known of changes of members.
 #[derive(Debug)]
@@ -306,13 +308,17 @@ impl Service {
 
     /// What is to be done by itself, for as long as the process lives.
     pub(crate) async fn look_after_members(&self) {
+        let mut pause = PERIOD;
         loop {
             tokio::select! {
-                () = tokio::time::sleep(PERIOD) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = self.members.wake.notified() => {}
             }
             let Ok(reports) = self.volume_reports().await else { return };
             let saved = self.state.lock().volumes.clone();
+            let changes = saved.iter().any(|v| v.forced.is_some() || v.replacement.is_some());
+            let calm = !changes && saved.len() == reports.len() && reports.iter().all(is_calm);
+            pause = if calm { CALM_PERIOD } else { PERIOD };
             let known: Vec<String> = saved.iter().map(|v| v.id.clone()).collect();
             self.rebuilds.look(&reports, &known);
             for volume in &saved {
@@ -336,6 +342,13 @@ impl Service {
             self.look_for_spares(&reports).await;
         }
     }
+}
+
+/// Whether nothing is to be expected of a volume.
+fn is_calm(report: &VolumeReport) -> bool {
+    report.serving
+        && report.rebuild.is_none()
+        && report.children.iter().all(|c| c.in_sync || c.witness)
 }
 
 /// Whether a replica is named that is no child of the volume any more. A nexus that serves knows all members, and
