@@ -244,6 +244,13 @@ pub trait Driver {
     /// completion, but not past `deadline_ns`; a deadline that has passed means "do not wait".
     fn poll(&mut self, out: &mut Vec<Completion>, deadline_ns: Option<u64>);
 
+    /// Reports at most about so many completions at once, as far as each is one. What comes of them is submitted
+    /// before the others are told of.
+    fn set_batch(&mut self, most: usize) {
+        // Who is asked for everything at once has nothing to send in between.
+        let _ = most;
+    }
+
     /// Nanoseconds of a monotonic clock that goes on while the machine is suspended.
     fn now_ns(&self) -> u64;
 

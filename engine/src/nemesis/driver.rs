@@ -207,6 +207,10 @@ impl Driver for FaultyDriver {
         }
     }
 
+    fn set_batch(&mut self, most: usize) {
+        self.inner.set_batch(most);
+    }
+
     fn poll(&mut self, out: &mut Vec<Completion>, deadline_ns: Option<u64>) {
         self.look();
         let deadline = deadline_ns.map(|at| scaled(at, 1_000_000, 1_000_000 + self.rate_ppm));

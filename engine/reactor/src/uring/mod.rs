@@ -240,6 +240,8 @@ pub struct UringDriver {
     wake: Arc<EventFd>,
     wake_value: Box<[u8; 8]>,
     spinner: Spinner,
+    /// Completions that are told of at once.
+    batch: usize,
     /// When it was made, by [`boot_clock`].
     started: Duration,
 }
@@ -293,6 +295,7 @@ impl UringDriver {
             wake: Arc::new(wake),
             wake_value: Box::new([0; 8]),
             spinner: Spinner::new(config.spin_ns),
+            batch: usize::MAX,
             started: boot_clock(),
         };
         driver.arm_wake();
@@ -349,8 +352,8 @@ impl UringDriver {
 
     /// Moves what the kernel completed to `out`.
     fn reap(&mut self, out: &mut Vec<Completion>) {
-        out.extend(self.core.ready.drain(..));
-        loop {
+        self.take_ready(out);
+        while out.len() < self.batch {
             let next = self.core.ring.completion().next();
             let Some(cqe) = next else { break };
             let (kind, index) = Kind::of(cqe.user_data());
@@ -380,7 +383,13 @@ impl UringDriver {
                 Kind::Ignored => {}
             }
         }
-        out.extend(self.core.ready.drain(..));
+        self.take_ready(out);
+    }
+
+    fn take_ready(&mut self, out: &mut Vec<Completion>) {
+        let room = self.batch.saturating_sub(out.len());
+        let count = self.core.ready.len().min(room);
+        out.extend(self.core.ready.drain(..count));
     }
 
     fn handle_accept(&mut self, index: u32, result: i32, flags: u32, out: &mut Vec<Completion>) {
@@ -514,6 +523,10 @@ impl Driver for UringDriver {
         // Sockets that ran out of receive buffers are armed again as buffers come back; those of a
         // socket that is being closed come back here.
         self.sockets.rearm(&mut self.core, &self.recv);
+    }
+
+    fn set_batch(&mut self, most: usize) {
+        self.batch = most.max(1);
     }
 
     fn now_ns(&self) -> u64 {
