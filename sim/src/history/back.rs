@@ -15,7 +15,8 @@ impl History {
         self.coming.clear();
     }
 
-    /// The volume is back at these bytes, and nobody has read or written anything since. What is under way for the nexus of now may be done yet; what was for earlier ones is not done any more.
+    /// The volume is back at these bytes, and nobody has read or written anything since. What is under way for the
+    /// nexus of now may be done yet; what was for earlier ones is not done any more.
     ///
     /// # Panics
     /// Where the reads of a block went back before.
