@@ -376,7 +376,9 @@ impl Pool {
         layer: u16,
         mem: &mut M,
     ) -> u32 {
-        let sum = match self.prepare(extent, true) {
+        let layered = self.layer(layer).parent.is_some();
+        let ready = if layered { self.prepare(extent, true) } else { self.prepare_write(extent) };
+        let sum = match ready {
             Ready::Now(sum) => sum,
             Ready::Wait(sum) => {
                 self.wait_for_sum(sum, part);
@@ -384,7 +386,6 @@ impl Pool {
             }
         };
         let data = matches!(part.action, Action::Write { .. }).then_some(part.buf);
-        let layered = self.layer(layer).parent.is_some();
         let begun = self.begin_mutation(sum, part.first, part.blocks, data, layered, mem);
         if begun == Begun::Conflict {
             self.hold_conflict(part);
@@ -593,6 +594,7 @@ impl Pool {
             self.verifier.note_done(request.tag, request.verified);
         }
         self.slots[usize::from(request.slot)].in_flight -= 1;
+        self.sums.answered = self.sums.answered.saturating_add(1);
         self.done.push_back(Done { tag: request.tag, status: request.status, error: None });
     }
 

@@ -4,7 +4,9 @@
 //! before its first write: by the record of its allocation, or by a mark of its own. So a steady
 //! overwrite logs nothing. A dirty extent is *washed* when the cache or the number of dirty extents
 //! outgrows its limit, and at a clean stop: its page is written, flushed, and then its mark is taken
-//! back. After a crash the extents that are dirty are read and hashed anew before they are used.
+//! back. After a crash the extents that are dirty are read and hashed anew before they are read from. What
+//! is written to one before that need not be hashed: it waits until somebody reads, or the pool has nothing
+//! else to do, and a member that is written from end to end by a rebuild is not read first.
 
 mod load;
 mod wash;
@@ -32,6 +34,8 @@ const DIRTY_LIMIT: usize = 4_096;
 const MAX_WASHING: u32 = 32;
 /// Extents that are hashed in the background together after a crash.
 const MAX_HASHING: u32 = 2;
+/// While the pool has requests, one more is hashed in the background for so many of them.
+const REQUESTS_PER_HASH: u32 = 256;
 /// A read that keeps meeting writes of its blocks is given up after so many tries.
 const MAX_TRIES: u8 = 200;
 
@@ -41,6 +45,8 @@ pub(crate) enum SumState {
     Loading,
     /// It was dirty at a crash, or a write of it failed: its blocks are being read and hashed.
     Hashing,
+    /// It was dirty at a crash, and only what was written since is known.
+    Partial,
     /// Its page is damaged: one is being written that says so.
     Condemned,
     /// As on the device.
@@ -77,6 +83,10 @@ pub(crate) struct Sum {
     page: u64,
     /// A write failed: hash anew once none is in flight.
     rehash: bool,
+    /// Whether all of it is to be hashed, once no mutation is in flight: somebody reads, or it is its turn.
+    wanted: bool,
+    /// What was written since the crash, of an extent that is not hashed yet.
+    fresh: BlockSet,
     /// What was copied from the parent is durable: the next page need not mention it.
     arrived: bool,
     /// The page that is being written does not mention it.
@@ -144,7 +154,11 @@ pub(crate) struct Sums {
     to_load: VecDeque<u32>,
     /// Dirty since before the pool was opened, and not hashed yet.
     stale: VecDeque<u32>,
+    /// Written since, and not hashed yet.
+    partial: VecDeque<u32>,
     hashing: u32,
+    /// Requests since an extent was hashed in the background.
+    pub(crate) answered: u32,
     /// Extents whose checksums are on their way here.
     loading: usize,
     dirty: usize,
@@ -178,7 +192,9 @@ impl Sums {
             order: VecDeque::with_capacity(1024),
             to_load: VecDeque::new(),
             stale,
+            partial: VecDeque::new(),
             hashing: 0,
+            answered: 0,
             loading: 0,
             dirty: 0,
             washing: 0,
@@ -199,12 +215,14 @@ impl Sums {
     }
 
     pub(crate) fn is_idle(&self) -> bool {
-        self.to_load.is_empty() && self.stale.is_empty() && self.commands.is_empty()
+        let hashed = self.stale.is_empty() && self.partial.is_empty();
+        self.to_load.is_empty() && hashed && self.commands.is_empty()
     }
 
     pub(crate) fn clear(&mut self) {
         self.to_load.clear();
         self.stale.clear();
+        self.partial.clear();
         self.conflicts.clear();
         self.mutating.clear();
         self.unnoted.clear();
@@ -238,7 +256,7 @@ impl Pool {
     /// Extents that a crash now would have hashed anew.
     #[must_use]
     pub fn dirty_extents(&self) -> u64 {
-        (self.sums.dirty + self.sums.stale.len()) as u64
+        (self.sums.dirty + self.sums.stale.len() + self.sums.partial.len()) as u64
     }
 
     fn sum_of(&mut self, extent: u32) -> Option<&mut Sum> {
@@ -262,6 +280,8 @@ impl Pool {
                 in_wash: false,
                 page: 0,
                 rehash: false,
+                wanted: false,
+                fresh: BlockSet::default(),
                 arrived: false,
                 clears: false,
                 cleaning: (0, false),
@@ -273,6 +293,8 @@ impl Pool {
         sum.extent = extent;
         sum.state = state;
         sum.rehash = false;
+        sum.wanted = false;
+        sum.fresh = BlockSet::default();
         sum.held = false;
         sum.owed = 0;
         sum.arrived = false;
@@ -325,17 +347,22 @@ impl Pool {
     /// is missing is begun.
     pub(crate) fn prepare(&mut self, extent: u32, mutation: bool) -> Ready {
         let e = *self.extents.get(extent);
-        let at = e.sum;
-        if at == NIL {
-            let at = self.begin_load(extent);
-            return Ready::Wait(at);
-        }
+        let at = match e.sum {
+            NIL => self.begin_load(extent),
+            at => at,
+        };
         let sum = self.sums.cache.get_mut(at);
         sum.used = true;
+        // Whoever comes this way needs to know all of it.
+        sum.wanted = true;
         if sum.rehash || (sum.held && mutation) {
             return Ready::Wait(at);
         }
         match (sum.state, mutation) {
+            (SumState::Partial, _) => {
+                self.hash_when_quiet(extent);
+                Ready::Wait(at)
+            }
             (SumState::Dirty, false)
             | (SumState::Clean | SumState::Washing | SumState::Unmarking, false) => Ready::Now(at),
             (
@@ -363,6 +390,43 @@ impl Pool {
                 self.journal.push(Owner::Mark(extent));
                 Ready::Wait(at)
             }
+        }
+    }
+
+    /// As [`Pool::prepare`], for a write to a layer that has no parent: what else is in the extent need not be
+    /// known for it.
+    pub(crate) fn prepare_write(&mut self, extent: u32) -> Ready {
+        let e = *self.extents.get(extent);
+        if e.sum == NIL && e.dirty {
+            return Ready::Wait(self.begin_load(extent));
+        }
+        let known = e.sum == NIL || {
+            let sum = self.sums.cache.get(e.sum);
+            let read = matches!(sum.state, SumState::Loading | SumState::Partial);
+            !read || sum.rehash || sum.held || sum.wanted
+        };
+        if known {
+            return self.prepare(extent, true);
+        }
+        let sum = self.sums.cache.get_mut(e.sum);
+        sum.used = true;
+        if sum.state == SumState::Loading
+            || (e.opened != Opened::Fresh && !self.open_for_change(extent))
+        {
+            return Ready::Wait(e.sum);
+        }
+        Ready::Now(e.sum)
+    }
+
+    /// Has an extent read and hashed of which only a part is known, as soon as no mutation is in flight.
+    fn hash_when_quiet(&mut self, extent: u32) {
+        let Some(sum) = self.sum_of(extent) else { return };
+        sum.wanted = true;
+        if sum.writers == 0 {
+            sum.state = SumState::Hashing;
+            self.extents.get_mut(extent).pins += 1;
+            self.sums.loading += 1;
+            self.sums.to_load.push_back(extent);
         }
     }
 
@@ -429,6 +493,15 @@ impl Pool {
         self.sums.mutating.push((extent, first, blocks));
         let start = extent_offset(&self.superblock.segments, extent) / BLOCK + u64::from(first);
         let range = BlockSet::range(first, blocks);
+        if sum.state == SumState::Partial {
+            sum.fresh = sum.fresh.or(range);
+            if sum.fresh == BlockSet::range(0, 256) {
+                // There is nothing in it that was there at the crash.
+                sum.fresh = BlockSet::default();
+                sum.state = SumState::Dirty;
+                self.sums.dirty += 1;
+            }
+        }
         // What was copied here is vouched for by its checksum alone: not when something else is there.
         let copied = !BlockSet(sum.sums.incoming).and(range).is_empty();
         sum.sums.incoming = BlockSet(sum.sums.incoming).minus(range).0;
@@ -554,12 +627,13 @@ impl Pool {
         sum.writers -= 1;
         sum.rehash |= failed_for_space;
         if sum.rehash && sum.writers == 0 {
-            assert_eq!(sum.state, SumState::Dirty, "an extent is written that is not dirty");
-            sum.state = SumState::Hashing;
-            self.sums.dirty -= 1;
-            self.extents.get_mut(extent).pins += 1;
-            self.sums.loading += 1;
-            self.sums.to_load.push_back(extent);
+            let (state, partial) = (sum.state, sum.state == SumState::Partial);
+            assert!(partial || state == SumState::Dirty, "an extent is written that is not dirty");
+            sum.fresh = BlockSet::default();
+            self.sums.dirty -= usize::from(!partial);
+            self.hash_when_quiet(extent);
+        } else if sum.state == SumState::Partial && sum.wanted {
+            self.hash_when_quiet(extent);
         }
         for _ in 0..self.sums.conflicts.len() {
             let Some(part) = self.sums.conflicts.pop_front() else { break };
@@ -580,8 +654,10 @@ impl Pool {
         let start = extent_offset(&self.superblock.segments, extent) / BLOCK + u64::from(first);
         let check = self.sums.verify;
         let Some(sum) = self.sum_of(extent) else { return Verdict::Again };
-        let unread =
-            matches!(sum.state, SumState::Loading | SumState::Hashing | SumState::Condemned);
+        let unread = matches!(
+            sum.state,
+            SumState::Loading | SumState::Hashing | SumState::Partial | SumState::Condemned
+        );
         if unread || sum.rehash {
             return if tries < MAX_TRIES { Verdict::Again } else { Verdict::Bad };
         }

@@ -91,6 +91,12 @@ impl BlockSums {
         Self { valid: [u64::MAX; 4], bad: [u64::MAX; 4], ..Self::default() }
     }
 
+    /// Whether anything but data has been noted: what was zeroed, is being copied, or is not known.
+    #[must_use]
+    pub fn tells_of_layers(&self) -> bool {
+        [self.zeroed, self.incoming, self.bad].into_iter().flatten().any(|bits| bits != 0)
+    }
+
     /// Block `at` was never written here.
     pub fn forget(&mut self, at: usize) {
         self.valid[at / 64] &= !(1 << (at % 64));

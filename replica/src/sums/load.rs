@@ -2,7 +2,7 @@
 
 use cairn_block::{BufSlice, ByteOffset, IoStatus, Memory, PoolId};
 
-use super::{MAX_HASHING, PersistFor, Redeemed, SumState, is_zeros};
+use super::{MAX_HASHING, PersistFor, REQUESTS_PER_HASH, Redeemed, SumState, is_zeros};
 use crate::DiskError;
 use crate::blocks::BlockSet;
 use crate::disk::{BLOCK, BLOCK_BYTES, BLOCK_LEN, BlockSums, EXTENT, EXTENT_BLOCKS, block_crc};
@@ -12,13 +12,7 @@ use crate::pool::{DiskOp, Pool, Purpose};
 
 impl Pool {
     pub(crate) fn pump_sums<M: Memory>(&mut self, mem: &mut M) {
-        while self.sums.hashing < MAX_HASHING && self.sums.to_load.is_empty() {
-            let Some(extent) = self.sums.stale.pop_front() else { break };
-            let e = self.extents.get(extent);
-            if e.dirty && e.sum == NIL && e.state == ExtentState::Allocated {
-                self.begin_load(extent);
-            }
-        }
+        self.hash_in_background();
         while let Some(&extent) = self.sums.to_load.front() {
             let hashing = self.sum_of(extent).is_some_and(|s| s.state == SumState::Hashing);
             let start = extent_offset(&self.superblock.segments, extent);
@@ -40,6 +34,31 @@ impl Pool {
         self.pump_washing(mem);
     }
 
+    /// Hashes what was dirty at a crash, little by little where the pool has requests: what they write need not
+    /// be read before.
+    fn hash_in_background(&mut self) {
+        while self.sums.hashing < MAX_HASHING && self.sums.to_load.is_empty() {
+            if self.requests.len() > 0 && self.sums.answered < REQUESTS_PER_HASH {
+                return;
+            }
+            if let Some(extent) = self.sums.stale.pop_front() {
+                let e = self.extents.get(extent);
+                if e.dirty && e.sum == NIL && e.state == ExtentState::Allocated {
+                    let at = self.begin_load(extent);
+                    self.sums.cache.get_mut(at).wanted = true;
+                    self.sums.answered = 0;
+                }
+            } else if let Some(extent) = self.sums.partial.pop_front() {
+                if self.sum_of(extent).is_some_and(|sum| sum.state == SumState::Partial) {
+                    self.hash_when_quiet(extent);
+                    self.sums.answered = 0;
+                }
+            } else {
+                return;
+            }
+        }
+    }
+
     /// The pages, or the whole extent, has been read into `bytes`.
     pub(crate) fn sum_loaded<M: Memory>(
         &mut self,
@@ -57,7 +76,8 @@ impl Pool {
         let hashed = sum.state == SumState::Hashing;
         let loaded = result.is_ok();
         if loaded && hashed {
-            let junk = hash(&mut sum.sums, start, mem.bytes(bytes));
+            let fresh = core::mem::take(&mut sum.fresh);
+            let junk = hash(&mut sum.sums, fresh, start, mem.bytes(bytes));
             sum.rehash = false;
             if !junk.is_empty() {
                 self.clean_junk(extent, junk);
@@ -69,6 +89,14 @@ impl Pool {
                 sum.sums = sums;
                 sum.page = sequence;
                 sum.state = SumState::Clean;
+            }
+            let plain = newest.as_ref().is_none_or(|(sums, _)| !sums.tells_of_layers());
+            if e.dirty && plain && !sum.wanted {
+                sum.state = SumState::Partial;
+                self.sums.partial.push_back(extent);
+                self.sums.loading -= 1;
+                self.unpin(extent);
+                return self.run_sum_waiters(extent, mem);
             }
             if e.dirty {
                 // Only what was zeroed or copied is taken from it: the rest may be behind the data.
@@ -228,12 +256,15 @@ fn next_page(e: &Extent, extent: u32, address: u64, pool: PoolId, bytes: &[u8]) 
     }
 }
 
-/// Hashes a whole extent. A block of zeros is one that holds no data. Returns the blocks whose copying
-/// from the parent layer was cut off.
-fn hash(sums: &mut BlockSums, start: u64, bytes: &[u8]) -> BlockSet {
+/// Hashes a whole extent, but what is known of it. A block of zeros is one that holds no data. Returns the
+/// blocks whose copying from the parent layer was cut off.
+fn hash(sums: &mut BlockSums, known: BlockSet, start: u64, bytes: &[u8]) -> BlockSet {
     assert_eq!(bytes.len() as u64, EXTENT_BLOCKS * BLOCK, "a whole extent");
     let mut junk = BlockSet::default();
     for ((block, bytes), address) in (0u32..).zip(bytes.chunks_exact(BLOCK_LEN)).zip(start..) {
+        if known.contains(block) {
+            continue;
+        }
         let at = block as usize;
         let crc = block_crc(address, bytes);
         if is_zeros(bytes) {

@@ -97,6 +97,8 @@ pub(crate) struct Disk {
     pub(crate) flushes: u64,
     /// Bytes that were written.
     pub(crate) written: u64,
+    /// Bytes read.
+    pub(crate) read: u64,
 }
 
 fn apply(dev: &mut SparseDevice, change: &Change) {
@@ -151,6 +153,7 @@ impl Disk {
             fail_zero: None,
             flushes: 0,
             written: 0,
+            read: 0,
         }
     }
 
@@ -182,6 +185,7 @@ impl Disk {
         let io = flying.io;
         match io.op {
             DiskOp::Read { offset, buf } => {
+                self.read += u64::from(buf.len());
                 self.now.read_at(offset.0, mem.bytes_mut(buf)).unwrap();
             }
             DiskOp::Write { offset, buf, fua } => {
