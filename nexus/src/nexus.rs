@@ -35,6 +35,8 @@ pub struct Nexus {
     pub(crate) children: Vec<Child>,
     /// Of the configuration committed last.
     pub(crate) in_sync: ChildSet,
+    /// Who was read from last, and how many times in a row.
+    pub(crate) reader: (ChildId, u32),
     pub(crate) epoch: Epoch,
     pub(crate) seq: u64,
     /// Of the configuration that is known to be stored.
@@ -119,6 +121,7 @@ impl Nexus {
             state: VolumeState::Assembling("waiting for its replicas".to_owned()),
             children,
             in_sync: ChildSet::EMPTY,
+            reader: (ChildId(0), 0),
             epoch: Epoch(0),
             seq: 0,
             stored_seq: 0,

@@ -10,6 +10,9 @@ use crate::nexus::Nexus;
 use crate::slots::{ChildSet, Phase};
 use crate::types::{ChildId, ChildIo, ChildOp, Done, Ticket};
 
+/// Reads that go to one child in a row, and by how many it may be ahead of the others for that.
+const READ_RUN: u32 = 8;
+
 impl Nexus {
     /// The slot's turn has come: hand it to the children.
     pub(crate) fn start(&mut self, at: u16, now_ms: u64) {
@@ -105,17 +108,33 @@ impl Nexus {
         self.child_ios.push_back(ChildIo { child, ticket: Ticket::io(at), op });
     }
 
-    /// Sends a read to the best child that has not failed it: a local one, else the least loaded.
+    /// Who of `from` is read from next: a local child, else the least loaded; the next ones in a row from the
+    /// same, since what goes to one child together is one send there.
+    fn reader(&mut self, from: ChildSet) -> Option<ChildId> {
+        let usable = from.iter().filter(|&c| self.is_usable(c));
+        let (last, run) = self.reader;
+        let best = usable.min_by_key(|&c| {
+            let child = &self.children[usize::from(c.0)];
+            let load = if c == last && run < READ_RUN {
+                child.load.saturating_sub(READ_RUN)
+            } else {
+                child.load
+            };
+            // Of equals whoever comes after the last one.
+            (!child.local, load, c != last || run >= READ_RUN, c <= last)
+        })?;
+        self.reader = if best == last && run < READ_RUN { (best, run + 1) } else { (best, 1) };
+        Some(best)
+    }
+
+    /// Sends a read to the best child that has not failed it.
     fn read(&mut self, at: u16, now_ms: u64) {
         let slot = self.slots.slot(at);
         let (tried, request, fault, refused) =
             (slot.failed, slot.request, slot.fault, slot.refused);
         slot.started_ms = now_ms;
         let from = if on(Mutant::ReadOutOfSync) { self.connected() } else { self.in_sync };
-        let best = from.without(tried).iter().filter(|&c| self.is_usable(c)).min_by_key(|&c| {
-            let child = &self.children[usize::from(c.0)];
-            (!child.local, child.load)
-        });
+        let best = self.reader(from.without(tried));
         if best.is_none() {
             self.read_ended(at);
         }

@@ -135,11 +135,10 @@ fn when_everybody_is_late_nobody_is_given_up() {
 #[test]
 fn nobody_is_given_up_for_one_that_is_silent() {
     let mut b = Bench::online(3);
-    b.submit(1, IoOp::Read, 0, 1);
-    b.submit(2, IoOp::Read, 8, 1);
+    (10..19).for_each(|tag| b.submit(tag, IoOp::Read, 8 * tag, 1));
     b.submit(3, IoOp::Flush, 0, 0);
     b.answer(2, IoStatus::Ok);
-    assert_eq!([b.pending(0), b.pending(1), b.pending(2)], [2, 2, 0]);
+    assert_eq!([b.pending(0), b.pending(1), b.pending(2)], [9, 2, 0], "a run of reads, and one");
     b.hold_registers = true;
     b.pass(DEADLINE * 2);
     assert_eq!(b.stored_in_sync(0), [true; 3]);
