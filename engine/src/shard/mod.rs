@@ -48,7 +48,7 @@ const SEND_WINDOWS: usize = 128;
 /// each asleep while the other works, and with fewer a send carries less than it costs. docs/performance.md has figures.
 const BATCH: usize = 8;
 /// Where there are replicas elsewhere: a write goes out on three connections more.
-const LINKED_BATCH: usize = 32;
+const LINKED_BATCH: usize = 128;
 /// Hosts are given so long to see their I/O finished when the shard stops, in milliseconds.
 const DRAIN_MS: u64 = 10_000;
 
