@@ -62,8 +62,9 @@ struct Args {
     #[arg(long, default_value = "target/compare")]
     dir: PathBuf,
 
-    /// Let Cairn's client look for answers so long before it sleeps, in microseconds.
-    #[arg(long, default_value_t = 0)]
+    /// In memory, where it has a core of its own, let the client of Cairn and of the ceiling look for answers so
+    /// long before it sleeps, in microseconds.
+    #[arg(long, default_value_t = 50)]
     client_spin_us: u64,
 
     /// Fail where a bar is missed.

@@ -246,7 +246,8 @@ impl Cairn {
         let core = self.place.cores.filter(|_| self.pin).map(|(_, client)| client);
         let mut command = pinned(&self.place.cairn, core);
         command.args(["bench", &self.uri, "--json", "--ramp", "0"]);
-        command.args(["--spin-us", &self.place.client_spin_us.to_string()]);
+        let spin_us = if self.pin { self.place.client_spin_us } else { 0 };
+        command.args(["--spin-us", &spin_us.to_string()]);
         command
     }
 }

@@ -1,14 +1,18 @@
 //! What loopback TCP gives to requests and replies of the sizes of NVMe/TCP's, with nothing behind it: one
-//! thread a side, everything that is ready read at once, and the replies to it sent at once.
+//! thread a side, everything that is ready read at once, and the replies to it sent at once. Both sides look for
+//! what comes next before they sleep, for as long as Cairn's do.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use hdrhistogram::Histogram;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use serde_json::json;
 
 use super::{Group, Place, Running, Stack};
@@ -51,6 +55,7 @@ impl Loopback {
         let log = self.place.log(&format!("server-{request}-{reply}"));
         let mut command = pinned(&self.place.own, self.place.cores.map(|(server, _)| server));
         command.args(["reply", "--request", &request.to_string(), "--reply", &reply.to_string()]);
+        command.args(["--spin-us", &SERVER_SPIN_US.to_string()]);
         let mut daemon = Daemon::start(&command, &log)?;
         let mut address = None;
         wait_for("the loopback server", 10, || {
@@ -75,6 +80,7 @@ impl Running for Loopback {
         let mut command = pinned(&self.place.own, self.place.cores.map(|(_, client)| client));
         command.args(["request", "--request", &request.to_string(), "--reply", &reply.to_string()]);
         command.args(["--qd", &load.qd.to_string(), "--seconds", &seconds.to_string()]);
+        command.args(["--spin-us", &self.place.client_spin_us.to_string()]);
         let said = run_json(command.arg(address.to_string()))?;
         let of = |name: &str| said[name].as_f64();
         let iops = of("iops").context("no figure")?;
@@ -104,6 +110,8 @@ pub(crate) struct Reply {
     request: usize,
     #[arg(long)]
     reply: usize,
+    #[arg(long)]
+    spin_us: u64,
 }
 
 /// `request`: asks.
@@ -118,6 +126,23 @@ pub(crate) struct Request {
     qd: usize,
     #[arg(long)]
     seconds: f64,
+    #[arg(long)]
+    spin_us: u64,
+}
+
+/// What `spin_us` of a Cairn process is unless it is set.
+const SERVER_SPIN_US: u64 = 20;
+
+/// Reads what is there; looks for it for so long before it sleeps.
+fn read(stream: &mut TcpStream, buf: &mut [u8], spin_us: u64) -> std::io::Result<usize> {
+    let until = Instant::now() + Duration::from_micros(spin_us);
+    while spin_us > 0 && Instant::now() < until {
+        match recv(stream.as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN) => std::hint::spin_loop(),
+            got => return got.map_err(std::io::Error::from),
+        }
+    }
+    stream.read(buf)
 }
 
 const RECEIVE: usize = 256 << 10;
@@ -133,7 +158,7 @@ pub(crate) fn reply(options: &Reply) -> Result<()> {
         stream.set_nodelay(true)?;
         let mut held = 0;
         // A client that is gone ends its connection, one way or another.
-        while let Ok(got) = stream.read(&mut buf) {
+        while let Ok(got) = read(&mut stream, &mut buf, options.spin_us) {
             if got == 0 {
                 break;
             }
@@ -162,7 +187,7 @@ pub(crate) fn request(options: &Request) -> Result<()> {
     stream.write_all(&requests)?;
     let mut held = 0;
     while !sent.is_empty() {
-        let got = stream.read(&mut buf)?;
+        let got = read(&mut stream, &mut buf, options.spin_us)?;
         if got == 0 {
             bail!("the server is gone");
         }
