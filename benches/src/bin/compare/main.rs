@@ -64,7 +64,7 @@ struct Args {
 
     /// In memory, where it has a core of its own, let the client of Cairn and of the ceiling look for answers so
     /// long before it sleeps, in microseconds.
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 1000)]
     client_spin_us: u64,
 
     /// Fail where a bar is missed.
