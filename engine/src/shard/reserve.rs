@@ -13,12 +13,13 @@ use cairn_block::{Buf, Memory};
 use cairn_nvmf::target::{Queue, QueueConfig};
 use cairn_reactor::Driver;
 
+use super::moves::FRONT;
 use super::Shard;
 
 /// Bytes of the lifeline: what hashing an extent takes.
 const LIFELINE: u32 = 1 << 20;
 /// Bytes of a page.
-const PAGE: u32 = 4096;
+pub(super) const PAGE: u32 = 4096;
 /// A register operation and a settling round at each of eight links.
 const PAGES: usize = 16;
 /// An admin and an I/O queue.
@@ -76,7 +77,7 @@ pub(super) struct Reserve {
 
 impl Reserve {
     /// Takes what is not kept yet, as far as there is memory.
-    fn keep<M: Memory>(&mut self, pools: bool, memory: &mut M) {
+    fn keep<M: Memory>(&mut self, pools: bool, connections: bool, memory: &mut M) {
         if pools {
             self.lifeline.keep(memory);
         }
@@ -85,7 +86,7 @@ impl Reserve {
         {
             self.pages.push(page);
         }
-        while pools
+        while connections
             && self.connections.len() < CONNECTIONS
             && let Some(queue) = Queue::new(&QueueConfig::default(), memory)
         {
@@ -105,8 +106,11 @@ impl Reserve {
 impl<D: Driver> Shard<D> {
     /// Before anybody else is given memory.
     pub(super) fn keep_reserve(&mut self) {
-        if !self.pools.is_empty() || !self.volumes.is_empty() {
-            self.reserve.keep(!self.pools.is_empty(), self.driver.memory());
+        // Connections to replicas of other shards arrive here, too.
+        let front = self.config.shards > 1 && self.config.shard == FRONT;
+        let pools = !self.pools.is_empty();
+        if pools || front || !self.volumes.is_empty() {
+            self.reserve.keep(pools, pools || front, self.driver.memory());
         }
     }
 

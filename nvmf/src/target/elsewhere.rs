@@ -124,3 +124,6 @@ impl Target {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

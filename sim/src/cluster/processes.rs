@@ -37,6 +37,7 @@ impl Cluster {
             assembly_wait_ms: 300,
             overcommit: 0,
             pace: self.config.tuning.pace,
+            ..ShardConfig::default()
         }
     }
 
