@@ -176,11 +176,7 @@ impl<D: Driver> Shard<D> {
                 .any(|r| matches!(r, Route::Local(l) if (l.pool, l.slot) == (pool, slot)))
         });
         if let Some((_, volume)) = user {
-            reply.send(Err(EngineError::Busy(format!(
-                "replica {id} belongs to volume `{name}`, which is served here; make it no member first: cairn \
-                 volume remove-replica {name} {id}, or delete the volume",
-                name = volume.spec.name
-            ))));
+            reply.send(Err(crate::process::in_use(id, &volume.spec.name)));
             return;
         }
         if let Some(Export::Replica { subsystem, .. }) = self.exports[handle].take() {

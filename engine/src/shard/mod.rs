@@ -41,6 +41,7 @@ use links::Link;
 use pools::LocalPool;
 use table::Table;
 use volumes::Volume;
+pub(crate) use pools::replica_nqn;
 pub use moves::{FRONT, Message, Moved};
 pub use watch::{WatchedRegister, WatchedVolume};
 
