@@ -175,7 +175,7 @@ mod tests {
     fn payload_that_takes_all_leaves_what_is_kept() {
         let mut memory = HeapMemory::new(4 << 20);
         let mut reserve = Reserve::default();
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         let payload = fill(&mut memory);
         assert!(memory.alloc(PAGE).is_none());
         let own: Vec<Buf> = std::iter::from_fn(|| reserve.page(&mut memory)).collect();
@@ -186,15 +186,15 @@ mod tests {
         assert!(reserve.lifeline.is_whole());
         // What comes back first is kept anew, and nothing more than was.
         own.into_iter().for_each(|page| memory.release(page));
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         assert_eq!(reserve.pages.len(), PAGES);
         payload.into_iter().for_each(|page| memory.release(page));
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         let left = fill(&mut memory).len();
         connections.into_iter().for_each(|queue| queue.close(&mut memory));
         assert_eq!(fill(&mut memory).len() + left, {
             let mut memory = HeapMemory::new(4 << 20);
-            Reserve::default().keep(true, &mut memory);
+            Reserve::default().keep(true, true, &mut memory);
             fill(&mut memory).len()
         });
     }
@@ -204,7 +204,7 @@ mod tests {
     fn what_pools_do_not_use_of_the_lifeline_is_kept() {
         let mut memory = HeapMemory::new(4 << 20);
         let mut reserve = Reserve::default();
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         let payload = fill(&mut memory);
         assert!(reserve.lifeline.release(&mut memory));
         let pages = memory.alloc(2 * PAGE).expect("it was given back");
@@ -221,7 +221,7 @@ mod tests {
     fn a_process_without_pools_keeps_pages_alone() {
         let mut memory = HeapMemory::new(1 << 20);
         let mut reserve = Reserve::default();
-        reserve.keep(false, &mut memory);
+        reserve.keep(false, false, &mut memory);
         assert_eq!(fill(&mut memory).len(), 256 - PAGES);
         assert!(reserve.lifeline.pieces.is_empty() && reserve.connections.is_empty());
     }
