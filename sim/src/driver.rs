@@ -114,6 +114,7 @@ impl SimDriver {
                 }
                 Completion::Sent { token, result }
             }
+            Inbox::Woken => Completion::Woken,
             Inbox::Closed { token } => {
                 self.world().forget_socket(self.node, token);
                 Completion::Closed { token }
