@@ -84,6 +84,10 @@ impl<D: Driver> Shard<D> {
     /// Bytes of a connection of which it is not known yet whose it is, or that goes to another shard.
     pub(super) fn handle_early_bytes(&mut self, at: u32, chunk: Chunk, now: u64) {
         let host = &mut self.hosts[at];
+        if host.phase == Phase::New && host.queue.is_settled() {
+            (host.phase, host.early) = (Phase::Settled, None);
+            return self.handle_host_bytes(at, chunk, now);
+        }
         let moving = host.phase == Phase::Moving;
         let Some(early) = host.early.as_mut() else {
             self.driver.release_chunk(chunk);
@@ -104,13 +108,6 @@ impl<D: Driver> Shard<D> {
         }
         host.backlog.push_back(chunk);
         self.pump_host(at, now);
-        if let Some(host) = self.hosts.get_mut(at)
-            && host.phase == Phase::New
-            && host.queue.is_settled()
-        {
-            host.phase = Phase::Settled;
-            host.early = None;
-        }
     }
 
     /// A connection's Connect names a subsystem of another shard.
