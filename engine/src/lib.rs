@@ -30,6 +30,6 @@ pub use control::{
     ReplicaReport, Reply, ScrubAction, Sharing, SnapshotReport, VolumeReplica, VolumeReport,
     VolumeSpec,
 };
-pub use shard::{Message, Shard, ShardConfig, WatchedRegister, WatchedVolume};
 pub use process::EngineHandle;
+pub use shard::{Message, Shard, ShardConfig, WatchedRegister, WatchedVolume};
 pub use thread::{MAX_SHARDS, start, start_shards};

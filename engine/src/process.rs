@@ -244,17 +244,15 @@ impl Router {
                 }
                 self.to(FRONT, command);
             }
-            AnyCommand::AddPool { name, devices, pool, reply } => {
-                match self.enter_pool(&name) {
-                    Ok(shard) => {
-                        let reply = self.or_forget(reply, name.clone(), |places, name| {
-                            places.pools.retain(|(pool, _)| pool != name);
-                        });
-                        self.to(shard, AnyCommand::AddPool { name, devices, pool, reply });
-                    }
-                    Err(error) => reply.send(Err(error)),
+            AnyCommand::AddPool { name, devices, pool, reply } => match self.enter_pool(&name) {
+                Ok(shard) => {
+                    let reply = self.or_forget(reply, name.clone(), |places, name| {
+                        places.pools.retain(|(pool, _)| pool != name);
+                    });
+                    self.to(shard, AnyCommand::AddPool { name, devices, pool, reply });
                 }
-            }
+                Err(error) => reply.send(Err(error)),
+            },
             AnyCommand::AddVolume { mut spec, reply } => match self.enter_volume(&mut spec) {
                 Ok(shard) => {
                     let reply = self.or_forget(reply, spec.name.clone(), |places, name| {

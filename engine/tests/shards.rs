@@ -18,7 +18,9 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::initiator::{QueueIndex, Session, SessionConfig, SessionEvent, Submit};
 use cairn_engine::nvmf::log::{self, DISCOVERY_NQN, DiscoveryEntry, DiscoveryHeader};
 use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
-use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec, SnapshotSpec};
+use cairn_engine::replica::{
+    Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec, SnapshotSpec,
+};
 use cairn_engine::snapshot::SnapshotCall;
 use cairn_engine::{
     ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReplica, VolumeReport,
@@ -367,8 +369,7 @@ fn a_connection_moves_however_its_bytes_arrive() {
         for digests in [false, true] {
             for volume in ["a", "b"] {
                 let nqn = volume_nqn(volume);
-                let mut host =
-                    Client::connect(engine.address, &nqn, HOST, digests, piece).unwrap();
+                let mut host = Client::connect(engine.address, &nqn, HOST, digests, piece).unwrap();
                 host.write(1, 5);
                 assert_eq!(host.read(1), 5);
             }
@@ -505,8 +506,7 @@ fn a_snapshot_of_volumes_on_several_shards_is_refused() {
     let refused = take(&["a", "b"], 1).unwrap_err().to_string();
     assert!(refused.contains("`a` is on shard 0, `b` is on shard 1"), "{refused}");
     take(&["b"], 2).unwrap();
-    let told = engine
-        .call(|reply| Command::ListSnapshots { volume: "b".to_owned(), reply })
-        .unwrap();
+    let told =
+        engine.call(|reply| Command::ListSnapshots { volume: "b".to_owned(), reply }).unwrap();
     assert_eq!(told.len(), 1);
 }

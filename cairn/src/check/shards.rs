@@ -32,7 +32,11 @@ fn settings(folder: &Path, shards: u16, places: [Option<u16>; 2]) -> NexusSettin
     NexusSettings { engine, pools: pools.collect(), ..NexusSettings::default() }
 }
 
-async fn replica(client: &mut CairnClient<Channel>, pool: &str, volume: &str) -> Result<v1::Replica> {
+async fn replica(
+    client: &mut CairnClient<Channel>,
+    pool: &str,
+    volume: &str,
+) -> Result<v1::Replica> {
     let request = v1::CreateReplicaRequest {
         pool: pool.to_owned(),
         volume_id: volume.to_owned(),
@@ -86,7 +90,8 @@ async fn online(client: &mut CairnClient<Channel>, count: usize) -> Result<Vec<v
 fn work(volumes: &[v1::Volume], write: bool) -> Result<()> {
     let one = |volume: &v1::Volume, seed: u64| -> Result<()> {
         let peer = volume.addresses.first().context("it is exported nowhere")?.parse()?;
-        let digests = HostConfig { header_digest: true, data_digest: true, ..HostConfig::default() };
+        let digests =
+            HostConfig { header_digest: true, data_digest: true, ..HostConfig::default() };
         let config = if seed.is_multiple_of(2) { digests } else { HostConfig::default() };
         let mut host = Host::connect(&Target { peer, nqn: volume.nqn.clone() }, &config)?;
         transfer(&mut host, 0..UNITS, seed, write, &ProgressBar::hidden())
@@ -169,6 +174,8 @@ pub(super) async fn run(cluster: &Cluster, folder: &Path) -> Result<()> {
     }
     work(&online(&mut client, 3).await?[..1], false)?;
     process.kill()?;
-    say!("  several shards in a process: volumes on each, killed, and started with fewer and with more");
+    say!(
+        "  several shards in a process: volumes on each, killed, and started with fewer and with more"
+    );
     Ok(())
 }

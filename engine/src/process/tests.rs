@@ -230,10 +230,9 @@ fn commands_go_to_the_shard_of_what_they_name() {
 fn a_volume_is_forgotten_once_it_is_removed() {
     let (router, seen) = with_pools(2, 2);
     add(&router, &seen, spec("v", vec![child("p1", 1)]), Ok(()));
-    for (said, known) in [
-        (Err(EngineError::Busy("it is being removed".to_owned())), true),
-        (Ok(()), false),
-    ] {
+    for (said, known) in
+        [(Err(EngineError::Busy("it is being removed".to_owned())), true), (Ok(()), false)]
+    {
         let (reply, told) = answer();
         router.send(AnyCommand::RemoveVolume { name: "v".to_owned(), reply });
         let (shard, command) = next(&seen);
@@ -324,8 +323,7 @@ fn a_replica_is_deleted_by_whoever_has_it() {
         told
     };
     let none = || vec![Vec::new(), Vec::new(), Vec::new()];
-    let missing =
-        || Err(EngineError::NotFound { kind: "replica", name: ReplicaId(7).to_string() });
+    let missing = || Err(EngineError::NotFound { kind: "replica", name: ReplicaId(7).to_string() });
     let asked = |wanted: u16, said| {
         let (shard, command) = next(&seen);
         let AnyCommand::DeleteReplica { reply, .. } = command else { panic!("{command:?}") };
@@ -369,11 +367,7 @@ fn a_snapshot_of_several_volumes_is_one_shards() {
     let take = |volumes: &[&str]| {
         let (reply, told) = answer();
         let call = SnapshotCall {
-            spec: SnapshotSpec {
-                id: cairn_block::SnapshotId(1),
-                name: String::new(),
-                created: 0,
-            },
+            spec: SnapshotSpec { id: cairn_block::SnapshotId(1), name: String::new(), created: 0 },
             clone: None,
         };
         let volumes = volumes.iter().map(|&name| name.to_owned()).collect();

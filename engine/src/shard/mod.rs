@@ -38,11 +38,11 @@ use crate::control::{Command, EngineError, Reply};
 use hosts::Host;
 use io::HostIo;
 use links::Link;
+pub use moves::{FRONT, Message, Moved};
 use pools::LocalPool;
+pub(crate) use pools::replica_nqn;
 use table::Table;
 use volumes::Volume;
-pub(crate) use pools::replica_nqn;
-pub use moves::{FRONT, Message, Moved};
 pub use watch::{WatchedRegister, WatchedVolume};
 
 /// Windows in one send at most: what the driver takes.

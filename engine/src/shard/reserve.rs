@@ -13,8 +13,8 @@ use cairn_block::{Buf, Memory};
 use cairn_nvmf::target::{Queue, QueueConfig};
 use cairn_reactor::Driver;
 
-use super::moves::FRONT;
 use super::Shard;
+use super::moves::FRONT;
 
 /// Bytes of the lifeline: what hashing an extent takes.
 const LIFELINE: u32 = 1 << 20;

@@ -70,8 +70,8 @@ impl Target {
         let known = &mut self.elsewhere.known;
         let at = known.iter().position(|(of, l)| *of == owner && l.nqn() == listing.nqn());
         let before = at.map(|at| known[at].1.clone());
-        let listed = listing.is_discoverable()
-            || before.as_ref().is_some_and(Listing::is_discoverable);
+        let listed =
+            listing.is_discoverable() || before.as_ref().is_some_and(Listing::is_discoverable);
         let changed = before.as_ref() != Some(&listing);
         match (&listing, at) {
             (Listing::Gone { .. }, Some(at)) => {

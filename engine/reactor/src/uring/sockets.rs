@@ -104,9 +104,8 @@ impl Sockets {
 
     /// Gives a quiet socket away.
     pub(super) fn detach(&mut self, core: &mut Core, id: SocketId) -> Option<TcpStream> {
-        let quiet = |s: &&mut Socket| {
-            s.receiving == Receiving::Off && s.is_quiet() && s.closing.is_none()
-        };
+        let quiet =
+            |s: &&mut Socket| s.receiving == Receiving::Off && s.is_quiet() && s.closing.is_none();
         self.socket(id).filter(quiet)?;
         self.remove(core, id.index)
     }

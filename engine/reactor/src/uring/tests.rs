@@ -230,8 +230,7 @@ fn a_quiet_socket_moves_to_another_driver_with_what_has_arrived() {
         let mut got = Vec::new();
         while got.len() < want.len() {
             let chunk = loop {
-                if let Some(at) =
-                    rest.iter().position(|c| matches!(c, Completion::Received { .. }))
+                if let Some(at) = rest.iter().position(|c| matches!(c, Completion::Received { .. }))
                     && let Completion::Received { chunk, token } = rest.remove(at)
                 {
                     assert_eq!(token.value(), 5);

@@ -7,9 +7,7 @@ use crate::loopback::{HOST, NQN, subsystem, target};
 use crate::pdu::{Body, Digests, Header};
 use crate::sqe::Sqe;
 use crate::target::tests::{connect_capsule, property_get};
-use crate::target::{
-    ConnId, Outcome, Queue, QueueConfig, SubsystemConfig, TargetConfig,
-};
+use crate::target::{ConnId, Outcome, Queue, QueueConfig, SubsystemConfig, TargetConfig};
 
 const OWNER: Owner = Owner(3);
 
