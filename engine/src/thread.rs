@@ -18,6 +18,7 @@ pub const MAX_SHARDS: u16 = 64;
 
 /// What reaches a shard from other threads.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "few are on their way at once")]
 pub(crate) enum Input {
     /// Of the control side.
     Command(Command),
@@ -47,10 +48,10 @@ impl ShardHandle {
 /// # Errors
 /// [`DriverError`] where io_uring cannot be set up; it says what is missing.
 pub fn start(
-    driver: DriverConfig,
-    config: ShardConfig,
+    driver: &DriverConfig,
+    config: &ShardConfig,
 ) -> Result<(EngineHandle, JoinHandle<()>), DriverError> {
-    start_shards(&driver, &config, 1)
+    start_shards(driver, config, 1)
 }
 
 /// Starts a process with so many shards, each on a thread and with a driver of its own. The thread that is told of ends

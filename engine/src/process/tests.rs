@@ -56,13 +56,13 @@ fn spec(name: &str, children: Vec<VolumeReplica>) -> VolumeSpec {
 }
 
 /// Adds a volume; the shard that was asked, which answers so.
-fn add(router: &Arc<Router>, seen: &Seen, spec: VolumeSpec, said: Result<(), EngineError>) -> u16 {
+fn add(router: &Arc<Router>, seen: &Seen, spec: VolumeSpec, said: &Result<(), EngineError>) -> u16 {
     let (reply, told) = answer();
     router.send(AnyCommand::AddVolume { spec, reply });
     let (shard, command) = next(seen);
     let AnyCommand::AddVolume { reply, .. } = command else { panic!("{command:?}") };
     reply.send(said.clone());
-    assert_eq!(told.recv().unwrap(), said);
+    assert_eq!(told.recv().unwrap(), *said);
     shard
 }
 
@@ -110,13 +110,13 @@ fn a_pool_that_could_not_be_added_is_nowhere() {
 #[test]
 fn a_volume_is_where_its_pools_are_and_the_others_are_spread() {
     let (router, seen) = with_pools(3, 4);
-    assert_eq!(add(&router, &seen, spec("local", vec![far(9), child("p1", 1)]), Ok(())), 1);
+    assert_eq!(add(&router, &seen, spec("local", vec![far(9), child("p1", 1)]), &Ok(())), 1);
     let both = spec("both", vec![child("p0", 2), child("p3", 3)]);
-    assert_eq!(add(&router, &seen, both, Ok(())), 0, "both pools are there");
-    assert_eq!(add(&router, &seen, spec("x", vec![far(4)]), Ok(())), 2, "it has the fewest");
-    assert_eq!(add(&router, &seen, spec("y", vec![far(5)]), Ok(())), 0);
+    assert_eq!(add(&router, &seen, both, &Ok(())), 0, "both pools are there");
+    assert_eq!(add(&router, &seen, spec("x", vec![far(4)]), &Ok(())), 2, "it has the fewest");
+    assert_eq!(add(&router, &seen, spec("y", vec![far(5)]), &Ok(())), 0);
     // Of a pool that is not there the shard knows what to say.
-    assert_eq!(add(&router, &seen, spec("z", vec![child("nowhere", 6)]), Ok(())), 1);
+    assert_eq!(add(&router, &seen, spec("z", vec![child("nowhere", 6)]), &Ok(())), 1);
 
     let taken = refused(&router, &seen, spec("x", vec![far(7)]));
     assert!(matches!(taken, EngineError::Exists { kind: "volume", .. }), "{taken:?}");
@@ -126,8 +126,8 @@ fn a_volume_is_where_its_pools_are_and_the_others_are_spread() {
 
     // One that is refused leaves nothing behind.
     let no = Err(EngineError::Invalid("no".to_owned()));
-    assert_eq!(add(&router, &seen, spec("w", vec![far(7)]), no), 2);
-    assert_eq!(add(&router, &seen, spec("w", vec![far(7)]), Ok(())), 2);
+    assert_eq!(add(&router, &seen, spec("w", vec![far(7)]), &no), 2);
+    assert_eq!(add(&router, &seen, spec("w", vec![far(7)]), &Ok(())), 2);
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn a_volume_that_exists_reaches_pools_of_other_shards_over_the_network() {
 fn commands_go_to_the_shard_of_what_they_name() {
     let (router, seen) = with_pools(4, 4);
     for (at, pool) in ["p3", "p2"].iter().enumerate() {
-        add(&router, &seen, spec(&format!("v{at}"), vec![child(pool, at as u128)]), Ok(()));
+        add(&router, &seen, spec(&format!("v{at}"), vec![child(pool, at as u128)]), &Ok(()));
     }
     let volume = |of: &str| of.to_owned();
     let commands: Vec<(u16, Command)> = vec![
@@ -229,7 +229,7 @@ fn commands_go_to_the_shard_of_what_they_name() {
 #[test]
 fn a_volume_is_forgotten_once_it_is_removed() {
     let (router, seen) = with_pools(2, 2);
-    add(&router, &seen, spec("v", vec![child("p1", 1)]), Ok(()));
+    add(&router, &seen, spec("v", vec![child("p1", 1)]), &Ok(()));
     for (said, known) in
         [(Err(EngineError::Busy("it is being removed".to_owned())), true), (Ok(()), false)]
     {
@@ -297,7 +297,7 @@ fn list(seen: &Seen, told: Vec<Vec<VolumeReport>>) {
 fn lists_are_put_together_in_the_order_in_which_things_came() {
     let (router, seen) = with_pools(2, 2);
     for (name, pool) in [("first", "p1"), ("second", "p0"), ("third", "p1")] {
-        add(&router, &seen, spec(name, vec![child(pool, 1)]), Ok(()));
+        add(&router, &seen, spec(name, vec![child(pool, 1)]), &Ok(()));
     }
     let (reply, told) = answer();
     router.send(AnyCommand::ListVolumes { reply });
@@ -362,7 +362,7 @@ fn a_replica_is_deleted_by_whoever_has_it() {
 fn a_snapshot_of_several_volumes_is_one_shards() {
     let (router, seen) = with_pools(2, 4);
     for (name, pool) in [("a", "p0"), ("b", "p2"), ("c", "p1")] {
-        add(&router, &seen, spec(name, vec![child(pool, 1)]), Ok(()));
+        add(&router, &seen, spec(name, vec![child(pool, 1)]), &Ok(()));
     }
     let take = |volumes: &[&str]| {
         let (reply, told) = answer();
