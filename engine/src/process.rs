@@ -287,14 +287,14 @@ impl Router {
             }
             AnyCommand::DeleteReplica { replica, reply } => self.delete_replica(replica, reply),
             AnyCommand::ListPools { reply } => {
-                self.gather(Vec::new(), FRONT, |reply| AnyCommand::ListPools { reply }, {
-                    let router = Arc::clone(self);
-                    Reply::new(move |told| reply.send(told.map(|pools| router.in_order(pools))))
-                });
+                let router = Arc::clone(self);
+                let reply =
+                    Reply::new(move |told| reply.send(told.map(|pools| router.in_order(pools))));
+                self.gather(self.with_pools(), |reply| AnyCommand::ListPools { reply }, reply);
             }
             AnyCommand::ListReplicas { reply } => {
                 let list = |reply| AnyCommand::ListReplicas { reply };
-                self.gather(Vec::new(), FRONT, list, reply);
+                self.gather(self.with_pools(), list, reply);
             }
             AnyCommand::ListVolumes { reply } => self.list_volumes(reply),
             AnyCommand::Shutdown { reply } => self.shut_down(reply),
@@ -412,7 +412,9 @@ impl Router {
                 volumes
             }));
         });
-        self.gather(Vec::new(), FRONT, |reply| AnyCommand::ListVolumes { reply }, reply);
+        let volumes = |places: &Places| places.volumes.iter().map(|volume| volume.shard).collect();
+        let shards = self.holders(volumes);
+        self.gather(shards, |reply| AnyCommand::ListVolumes { reply }, reply);
     }
 
     fn in_order(&self, mut pools: Vec<crate::PoolReport>) -> Vec<crate::PoolReport> {
@@ -422,23 +424,43 @@ impl Router {
         pools
     }
 
+    fn with_pools(&self) -> Vec<u16> {
+        self.holders(|places| places.pools.iter().map(|&(_, shard)| shard).collect())
+    }
+
+    /// The shards that have something to tell, and the first: it says whether they are still there. One without
+    /// anything sleeps on.
+    fn holders(&self, of: fn(&Places) -> Vec<u16>) -> Vec<u16> {
+        let mut shards = of(&self.places.lock());
+        shards.push(FRONT);
+        shards.sort_unstable();
+        shards.dedup();
+        shards
+    }
+
     /// Asks one shard after the other and puts what they tell together.
     fn gather<T: Send + 'static>(
         self: &Arc<Self>,
-        mut told: Vec<T>,
-        shard: u16,
+        shards: Vec<u16>,
         make: fn(Reply<Vec<T>>) -> Command,
         reply: Reply<Vec<T>>,
     ) {
+        self.gather_from(shards.into_iter(), Vec::new(), make, reply);
+    }
+
+    fn gather_from<T: Send + 'static>(
+        self: &Arc<Self>,
+        mut left: std::vec::IntoIter<u16>,
+        mut told: Vec<T>,
+        make: fn(Reply<Vec<T>>) -> Command,
+        reply: Reply<Vec<T>>,
+    ) {
+        let Some(shard) = left.next() else { return reply.send(Ok(told)) };
         let router = Arc::clone(self);
         let next = Reply::new(move |result: Result<Vec<T>, EngineError>| match result {
             Ok(more) => {
                 told.extend(more);
-                if shard + 1 < router.shards {
-                    router.gather(told, shard + 1, make, reply);
-                } else {
-                    reply.send(Ok(told));
-                }
+                router.gather_from(left, told, make, reply);
             }
             Err(error) => reply.send(Err(error)),
         });

@@ -314,8 +314,35 @@ fn lists_are_put_together_in_the_order_in_which_things_came() {
 }
 
 #[test]
+fn who_has_nothing_is_not_woken_for_a_list() {
+    let (router, seen) = with_pools(8, 5);
+    add(&router, &seen, spec("v", vec![child("p3", 1)]), &Ok(()));
+    let (reply, told) = answer();
+    router.send(AnyCommand::ListVolumes { reply });
+    for wanted in [0, 3] {
+        let (shard, command) = next(&seen);
+        let AnyCommand::ListVolumes { reply } = command else { panic!("{command:?}") };
+        assert_eq!(shard, wanted);
+        reply.send(Ok(Vec::new()));
+    }
+    assert_eq!(told.recv().unwrap(), Ok(Vec::new()));
+    let (reply, told) = answer();
+    router.send(AnyCommand::ListReplicas { reply });
+    for wanted in 0..5 {
+        let (shard, command) = next(&seen);
+        let AnyCommand::ListReplicas { reply } = command else { panic!("{command:?}") };
+        assert_eq!(shard, wanted);
+        reply.send(Ok(Vec::new()));
+    }
+    assert_eq!(told.recv().unwrap(), Ok(Vec::new()));
+}
+
+#[test]
 fn a_replica_is_deleted_by_whoever_has_it() {
     let (router, seen) = with_pools(3, 3);
+    for (name, pool) in [("x", "p0"), ("v", "p1"), ("y", "p2")] {
+        add(&router, &seen, spec(name, vec![child(pool, 1)]), &Ok(()));
+    }
     let ask = |volumes: Vec<Vec<VolumeReport>>| {
         let (reply, told) = answer();
         router.send(AnyCommand::DeleteReplica { replica: ReplicaId(7), reply });
