@@ -86,6 +86,9 @@ pub struct ClusterConfig {
     pub encrypted: bool,
     /// Whether each process has two shards: one that listens, and one that has the pools and the volumes.
     pub fronts: bool,
+    /// Whether the pools of processes that serve volumes are on the shard that listens, so that a volume reaches a replica
+    /// of its own process over the network.
+    pub pools_in_front: bool,
     /// What is otherwise as it is in a process of the program.
     pub tuning: Tuning,
 }
@@ -128,6 +131,7 @@ impl Default for ClusterConfig {
             zeroed: true,
             encrypted: false,
             fronts: false,
+            pools_in_front: false,
             tuning: Tuning::default(),
         }
     }
@@ -414,9 +418,11 @@ impl Cluster {
         (0..self.config.pools()).filter(there).collect()
     }
 
-    /// The process of a pool, where it runs.
+    /// The shard of a pool, where its process runs.
     fn node_of(&self, pool: usize) -> Option<NodeId> {
-        self.home(pool).map_or(self.replicas[pool], |which| self.nexuses[which])
+        let Some(which) = self.home(pool) else { return self.replicas[pool] };
+        let node = self.nexuses[which]?;
+        if self.config.pools_in_front { self.partners.get(&node).copied() } else { Some(node) }
     }
 
     /// How many pools have a replica of each volume at first.

@@ -135,6 +135,7 @@ impl Cluster {
         self.nexuses[which] = Some(node);
         self.world().say(format_args!("node {} is nexus {which}", node.0));
         for at in self.pools_in(which) {
+            let node = self.node_of(at).expect("it was just started");
             self.add_pool(node, at);
         }
     }

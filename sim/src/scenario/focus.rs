@@ -95,7 +95,10 @@ impl Focus {
             return config;
         }
         if self == Self::Shards {
-            return ClusterConfig { fronts: true, ..config };
+            // Of two seeds one has a replica in the process of the volume, on another shard.
+            let apart = seed % 2 == 1;
+            let local_replica = config.local_replica || apart;
+            return ClusterConfig { fronts: true, pools_in_front: apart, local_replica, ..config };
         }
         let mut rng = Rng::new(seed ^ 0x54a9);
         if self == Self::Disks {
