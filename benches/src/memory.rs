@@ -184,6 +184,7 @@ impl Driver for MemoryDriver {
     type Memory = HeapMemory;
     type Device = Attach;
     type Listener = SocketAddr;
+    type Socket = SocketId;
 
     fn memory(&mut self) -> &mut HeapMemory {
         &mut self.memory
@@ -273,5 +274,17 @@ impl Driver for MemoryDriver {
 
     fn detach_listener(&mut self, listener: ListenerId) {
         self.wires.borrow_mut().listeners[listener.0 as usize].2 = None;
+    }
+
+    fn detach_socket(&mut self, socket: SocketId) -> Option<SocketId> {
+        let receiving = self.wires.borrow().ends[end(socket)].receiving.is_some();
+        self.ends.retain(|at| *at != end(socket));
+        (!receiving).then_some(socket)
+    }
+
+    /// Its number is the same for all drivers.
+    fn attach_socket(&mut self, socket: SocketId) -> Result<SocketId, SocketFault> {
+        self.wires.borrow_mut().ends[end(socket)].node = self.node;
+        Ok(socket)
     }
 }

@@ -3,6 +3,7 @@
 mod keep;
 mod members;
 mod sectors;
+mod shards;
 mod share;
 mod snapshots;
 mod standby;
@@ -58,6 +59,7 @@ pub(crate) async fn run() -> Result<ExitCode> {
 async fn check(cluster: &mut Cluster, folder: &Path) -> Result<()> {
     let volume = cluster.volume(VOLUME_SIZE).await?;
     say!("  volume `{VOLUME}` is {}", volume.state);
+    shards::run(cluster, folder).await?;
     keep::run(cluster, folder).await?;
     snapshots::run(cluster, folder).await?;
     sectors::run(cluster, folder).await?;

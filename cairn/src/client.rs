@@ -640,6 +640,8 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
                 }
                 let id = id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
                 let mut replicas = replica;
+                // Before replicas are made that the volume could not have.
+                on_one_shard(&mut client, &pool).await?;
                 for pool in pool {
                     let request = v1::CreateReplicaRequest {
                         pool: pool.clone(),
@@ -749,6 +751,24 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Whether the volume that has replicas in these pools can be served by one shard.
+async fn on_one_shard(client: &mut CairnClient<Channel>, pools: &[String]) -> Result<()> {
+    let known = client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;
+    let known = known.into_inner().pools;
+    let used: Vec<&v1::Pool> = known.iter().filter(|p| pools.contains(&p.name)).collect();
+    if used.iter().any(|pool| pool.shard != used[0].shard) {
+        let at: Vec<String> =
+            used.iter().map(|pool| format!("`{}` is on shard {}", pool.name, pool.shard)).collect();
+        bail!(
+            "the pools are on several shards of the process: {}. Give them the same `shard` in its configuration file \
+             and restart it, or make the replicas with `cairn replica create` and name one by its nvme+tcp:// URI, \
+             which is slower. Nothing was made",
+            at.join(", ")
+        );
+    }
+    Ok(())
 }
 
 pub(crate) async fn volumes(client: &mut CairnClient<Channel>) -> Result<Vec<v1::Volume>> {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
+use cairn_engine::MAX_SHARDS;
 use cairn_engine::block::PoolDeviceId;
 use cairn_engine::nexus::Pace;
 use cairn_engine::replica::MAX_DEVICES;
@@ -182,11 +183,13 @@ pub(crate) struct Engine {
     pub(crate) spin_us: u64,
     /// Register descriptors and buffers with the kernel where its limits allow.
     pub(crate) registered: bool,
+    /// Threads that serve, each with pools, volumes and buffers of its own.
+    pub(crate) shards: u16,
 }
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { buffers: ByteSize::mib(64), spin_us: 20, registered: true }
+        Self { buffers: ByteSize::mib(64), spin_us: 20, registered: true, shards: 1 }
     }
 }
 
@@ -382,6 +385,9 @@ pub(crate) struct Pool {
     /// Extents that may be dirty: what a crash makes the next start read and hash.
     #[serde(default = "dirty_extents")]
     pub(crate) dirty_extents: usize,
+    /// The shard that serves it; default: one after the other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) shard: Option<u16>,
     /// Neither hash nor verify blocks: to measure what that costs, in memory pools alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) disable_checksums_for_benchmark: bool,
@@ -450,6 +456,7 @@ impl Pool {
             io: Io::Direct,
             cached_extents: cached_extents(),
             dirty_extents: dirty_extents(),
+            shard: None,
             disable_checksums_for_benchmark: false,
         }
     }
@@ -479,6 +486,10 @@ impl Config {
         let buffers = self.engine.buffers.as_u64();
         if !(8 << 20..=2 << 30).contains(&buffers) {
             bail!("buffers = \"{}\": from 8 MiB to 2 GiB", self.engine.buffers);
+        }
+        let shards = self.engine.shards;
+        if !(1..=MAX_SHARDS).contains(&shards) {
+            bail!("shards = {shards}: from 1 to {MAX_SHARDS}");
         }
         if !(100..=60_000).contains(&self.nexus.lease_ms) {
             bail!("lease_ms = {}: from 100 to 60000", self.nexus.lease_ms);
@@ -511,6 +522,13 @@ impl Config {
                 |at: usize, path: &String| !path.starts_with("mem:") && paths[..at].contains(path);
             if let Some((_, twice)) = paths.iter().enumerate().find(|(at, path)| again(*at, path)) {
                 bail!("pool \"{}\" names {twice} twice", pool.name);
+            }
+            if let Some(shard) = pool.shard.filter(|&shard| shard >= shards) {
+                bail!(
+                    "pool \"{}\": shard = {shard}: there are {shards}, from 0 to {} ([engine] shards = ...)",
+                    pool.name,
+                    shards - 1
+                );
             }
             let in_memory = paths.iter().all(|path| path.starts_with("mem:"));
             if pool.disable_checksums_for_benchmark && !in_memory {
@@ -554,6 +572,19 @@ mod tests {
         let again: Config = toml::from_str(&toml::to_string(&several).unwrap()).unwrap();
         assert_eq!(again.pools[0].without[0].to_string(), id);
 
+        for (shards, pool, wrong) in [
+            (0, 0, "shards = 0: from 1 to 64"),
+            (65, 0, "shards = 65"),
+            (2, 2, "shard = 2: there are 2, from 0 to 1"),
+            (2, 1, ""),
+            (64, 63, ""),
+        ] {
+            let text = format!("{text}shard = {pool}\n[engine]\nshards = {shards}\n");
+            let checked = toml::from_str::<Config>(&text).unwrap().check();
+            let said = checked.err().map_or_else(String::new, |error| error.to_string());
+            assert!(said.contains(wrong), "{said}");
+            assert_eq!(said.is_empty(), wrong.is_empty(), "{said}");
+        }
         let typo = toml::from_str::<Config>(&text.replace("path", "pth")).unwrap_err();
         assert!(typo.to_string().contains("pth"), "{typo}");
         let seldom = format!("{text}[nexus]\nscrub_interval = \"30d\"\nscrub_rate = \"8MiB\"\n");

@@ -63,6 +63,7 @@ const VOLUME_GAUGES: &[Field<v1::Volume>] = &[
     ("cairn_volume_epoch", "The epoch that it is served in", |v| v.epoch),
     ("cairn_volume_hosts", "Hosts that are connected", |v| v.hosts.len() as u64),
     ("cairn_volume_in_flight_requests", "Requests that are not answered yet", |v| v.in_flight),
+    ("cairn_volume_shard", "The shard that serves it", |v| u64::from(v.shard)),
     ("cairn_volume_replicas", "Members that hold data", |v| data(v).count() as u64),
     ("cairn_volume_in_sync_replicas", "Members that hold every acked write", |v| {
         data(v).filter(|c| c.in_sync).count() as u64
@@ -129,6 +130,7 @@ const POOL_GAUGES: &[Field<v1::Pool>] = &[
         p.dirty_extents
     }),
     ("cairn_pool_open_extents", "Extents that are not settled among replicas", |p| p.open_extents),
+    ("cairn_pool_shard", "The shard that has it", |p| u64::from(p.shard)),
 ];
 
 const POOL_COUNTERS: &[Field<v1::Pool>] =

@@ -98,7 +98,7 @@ impl Show for v1::Pool {
             "checksum_mismatches": self.checksum_mismatches,
             "devices": self.devices.iter().map(device_json).collect::<Vec<_>>(),
             "reserved_bytes": self.reserved_bytes, "provisioned_bytes": self.provisioned_bytes,
-            "warning": self.warning, "open_extents": self.open_extents,
+            "warning": self.warning, "open_extents": self.open_extents, "shard": self.shard,
         })
     }
 }
@@ -304,6 +304,7 @@ impl Show for v1::Volume {
             "rebuilt": self.rebuilt.iter().map(Show::json).collect::<Vec<_>>(),
             "replacement": self.replacement.as_ref().map(rebuilds::replacement_json),
             "unreconciled_mib": self.unreconciled_mib, "reconcile_mib": self.reconcile_mib,
+            "shard": self.shard,
         })
     }
 }
@@ -324,6 +325,7 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     let mut text = format!(
         "volume    {} ({})\nstate     {}: {}\nsize      {}, blocks of {} bytes\nencrypted {}\n\
          epoch     {}\n\
+         shard     {}\n\
          requests  {} reads, {} writes, {} flushes, {} discards, {} errors, {} in flight\n",
         volume.name,
         volume.id,
@@ -333,6 +335,7 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
         volume.block_size,
         encryption_text(volume.encryption.as_ref()),
         volume.epoch,
+        volume.shard,
         c.reads,
         c.writes,
         c.flushes,

@@ -31,6 +31,7 @@ pub(crate) fn open_all(engine: &EngineHandle, config: &Config, state: &State) ->
         let mut pool = config::Pool::new(&saved.name, String::new(), None, false);
         pool.path = Paths::Many(Vec::new());
         pool.io = if saved.buffered { Io::Buffered } else { Io::Direct };
+        pool.shard = saved.shard.filter(|&shard| shard < engine.shards());
         // Nobody can be asked, and the other pools are served all the same.
         if let Err(error) = open(engine, &pool, &saved.paths) {
             tracing::error!(pool = %saved.name, "the pool is not opened: {error:#}");
@@ -233,6 +234,9 @@ fn add(
     );
     let name = spec.name.clone();
     let pool = Box::new(pool);
+    if let Some(shard) = spec.shard {
+        engine.place_pool(&name, shard)?;
+    }
     engine.call(|reply| Command::AddPool { name, devices, pool, reply })?;
     Ok(())
 }
@@ -330,5 +334,5 @@ pub(crate) fn make_device(
 
 /// What is written down of a pool.
 pub(crate) fn saved(name: &str, paths: Vec<String>, buffered: bool) -> SavedPool {
-    SavedPool { name: name.to_owned(), paths, buffered }
+    SavedPool { name: name.to_owned(), paths, buffered, shard: None }
 }

@@ -43,9 +43,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     // Held for as long as the engine lives.
     let holder = crate::holder::take(&config.state_dir, boot_id());
     let shard = ShardConfig { holder: holder.id, ..shard_config(&config, holder.id) };
-    let (engine, thread) = cairn_engine::start(driver_config(&config), shard)
+    let shards = config.engine.shards;
+    let (engine, thread) = cairn_engine::start_shards(&driver_config(&config), &shard, shards)
         .context("the data engine cannot start")?;
-    tracing::info!(name = %config.name, features = ?engine.features(), "engine started");
+    tracing::info!(name = %config.name, shards, features = ?engine.features(), "engine started");
 
     pools::open_all(&engine, &config, &state)?;
     let mut addresses = Vec::new();
@@ -74,7 +75,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     runtime.shutdown_background();
     let joined = thread.join().and_then(|joined| joined);
     drop(holder);
-    joined.map_err(|_| anyhow!("the engine's thread panicked; see the log above"))?;
+    joined.map_err(|_| anyhow!("a thread of the engine panicked; see the log above"))?;
     served?;
     stopped?;
     tracing::info!("stopped");

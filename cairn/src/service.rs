@@ -267,7 +267,13 @@ impl Service {
         let saved = self.state.lock().pools.iter().find(|p| p.name == report.name).cloned();
         let paths = report.devices.iter().map(|d| d.path.clone()).filter(|p| !p.is_empty());
         let buffered = saved.is_some_and(|saved| saved.buffered);
-        pools::saved(&report.name, paths.collect(), buffered)
+        let pool = pools::saved(&report.name, paths.collect(), buffered);
+        SavedPool { shard: self.shard_to_save(report), ..pool }
+    }
+
+    /// One of one is not chosen: there may be more at the next start.
+    fn shard_to_save(&self, report: &PoolReport) -> Option<u16> {
+        (self.engine.shards() > 1).then_some(report.shard)
     }
 
     /// Brings up a volume of replicas that have no configuration yet, and remembers it.
@@ -372,6 +378,7 @@ impl Cairn for Service {
                 .map(|(_, name)| (*name).to_owned())
                 .collect(),
             metrics: self.metrics.lock().map_or_else(String::new, |a| a.to_string()),
+            shards: u32::from(self.engine.shards()),
         }))
     }
 
@@ -413,8 +420,10 @@ impl Cairn for Service {
         made.await
             .map_err(|e| Status::internal(e.to_string()))?
             .map_err(|e| Status::failed_precondition(format!("{e:#}")))?;
-        self.remember_pool(pools::saved(&request.name, paths, request.buffered))?;
+        let saved = pools::saved(&request.name, paths, request.buffered);
+        self.remember_pool(saved.clone())?;
         let report = self.pool_report(&request.name).await?;
+        self.remember_pool(SavedPool { shard: self.shard_to_save(&report), ..saved })?;
         Ok(Response::new(Self::pool_message(report)))
     }
 

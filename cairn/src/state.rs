@@ -29,6 +29,9 @@ pub(crate) struct SavedPool {
     pub(crate) paths: Vec<String>,
     #[serde(default)]
     pub(crate) buffered: bool,
+    /// The shard that has it, where there are several: its volumes' other pools are there, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) shard: Option<u16>,
 }
 
 /// A start by force.

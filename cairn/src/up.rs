@@ -170,6 +170,10 @@ pub(crate) struct NexusSettings {
     pub(crate) nexus: config::Nexus,
     pub(crate) metrics: config::Metrics,
     pub(crate) standbys: Vec<config::Standby>,
+    pub(crate) engine: config::Engine,
+    pub(crate) pools: Vec<config::Pool>,
+    /// 0: one that is free.
+    pub(crate) port: u16,
 }
 
 /// The API socket of a process of the cluster. A socket's path is at most 107 bytes.
@@ -317,13 +321,13 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts one more process, without pools.
+    /// Starts one more process.
     pub(crate) async fn start_other(
         &self,
         name: &str,
         settings: &NexusSettings,
     ) -> Result<(Process, CairnClient<Channel>)> {
-        start_process(&self.data, name, 0, Vec::new(), Some(settings)).await
+        start_process(&self.data, name, settings.port, Vec::new(), Some(settings)).await
     }
 
     /// Starts a replica's process that was killed, at this port; 0: at one that is free.
@@ -417,13 +421,14 @@ async fn start_process(
     data: &Path,
     name: &str,
     port: u16,
-    pools: Vec<config::Pool>,
+    mut pools: Vec<config::Pool>,
     settings: Option<&NexusSettings>,
 ) -> Result<(Process, CairnClient<Channel>)> {
     let dir = data.join(name);
     std::fs::create_dir_all(&dir)
         .with_context(|| format!("cannot make the folder {}", dir.display()))?;
     let settings = settings.cloned().unwrap_or_default();
+    pools.extend(settings.pools);
     let config = Config {
         name: name.to_owned(),
         state_dir: dir.clone(),
@@ -433,7 +438,7 @@ async fn start_process(
             listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port))],
             ..config::Nvmf::default()
         },
-        engine: config::Engine::default(),
+        engine: settings.engine,
         nexus: settings.nexus,
         metrics: settings.metrics,
         pools,

@@ -202,6 +202,8 @@ pub struct PoolReport {
     pub slots: u16,
     /// Its devices.
     pub devices: Vec<DeviceReport>,
+    /// The shard that has it.
+    pub shard: u16,
 }
 
 /// A device of a pool, as told.
@@ -338,6 +340,8 @@ pub struct VolumeReport {
     pub rebuilt: Vec<RebuildEnded>,
     /// Extents that may still differ since the nexus that served the volume last died, and how many did.
     pub unreconciled: (usize, usize),
+    /// The shard that serves it.
+    pub shard: u16,
 }
 
 /// A rebuild that runs, as told.

@@ -10,6 +10,7 @@ pub mod control;
 pub mod device;
 #[cfg(feature = "nemesis")]
 pub mod nemesis;
+pub mod process;
 pub mod register;
 pub mod shard;
 pub mod snapshot;
@@ -29,5 +30,6 @@ pub use control::{
     ReplicaReport, Reply, ScrubAction, Sharing, SnapshotReport, VolumeReplica, VolumeReport,
     VolumeSpec,
 };
-pub use shard::{Shard, ShardConfig, WatchedRegister, WatchedVolume};
-pub use thread::{EngineHandle, start};
+pub use process::EngineHandle;
+pub use shard::{Message, Shard, ShardConfig, WatchedRegister, WatchedVolume};
+pub use thread::{MAX_SHARDS, start, start_shards};

@@ -33,7 +33,7 @@ fn report(engine: &EngineHandle) -> PoolReport {
 #[test]
 fn devices_come_and_go() {
     let driver = DriverConfig { arena_len: 16 << 20, ..DriverConfig::default() };
-    let (engine, thread) = cairn_engine::start(driver, ShardConfig::default()).unwrap();
+    let (engine, thread) = cairn_engine::start(&driver, &ShardConfig::default()).unwrap();
     let mut devices = vec![memory(), memory()];
     let format =
         FormatOptions { pool_id: POOL, device_is_zeroed: true, sector_size: 4096, force: false };

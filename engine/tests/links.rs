@@ -42,7 +42,7 @@ impl Engine {
     fn start() -> Self {
         let driver = DriverConfig { arena_len: 16 << 20, ..DriverConfig::default() };
         let shard = ShardConfig { assembly_wait_ms: 200, ..ShardConfig::default() };
-        let (handle, thread) = cairn_engine::start(driver, shard).unwrap();
+        let (handle, thread) = cairn_engine::start(&driver, &shard).unwrap();
         Self { handle, thread: Some(thread) }
     }
 

@@ -101,6 +101,8 @@ pub fn target_stream(data: &[u8]) {
                     IoCommand::Flush | IoCommand::Verify { .. } | IoCommand::WriteZeroes { .. } => {
                     }
                 },
+                // No other target was told of.
+                Outcome::Elsewhere(_) => return,
                 Outcome::Vendor { data, .. } => {
                     if let Some(data) = data {
                         mem.release(data);

@@ -245,6 +245,7 @@ impl World {
                 self.target.handle_command(conn.id, queue, cmd, self.now_ms, &mut self.mem);
             match outcome {
                 Outcome::Done => {}
+                Outcome::Elsewhere(owner) => panic!("{owner:?} is asked, and there is none"),
                 Outcome::Io(io) => {
                     assert_eq!(io.namespace, NamespaceHandle(7));
                     carry_out(

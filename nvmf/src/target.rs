@@ -6,6 +6,7 @@
 mod admin;
 mod controller;
 mod discovery;
+mod elsewhere;
 mod fabrics;
 mod io;
 mod mark;
@@ -16,6 +17,7 @@ use std::collections::VecDeque;
 use cairn_block::{BlockSize, Buf, LbaRange, Memory};
 
 use self::controller::{Controller, Kind};
+pub use self::elsewhere::{Listing, Owner};
 pub use self::fabrics::connect_subnqn;
 pub(crate) use self::fabrics::{
     CATTR_DISABLE_SQ_FLOW_CONTROL, CONNECT_DATA_LEN, PROPERTY_CAP, PROPERTY_CC, PROPERTY_CSTS,
@@ -207,6 +209,9 @@ pub enum Outcome {
         /// The host's data.
         data: Option<Buf>,
     },
+    /// The connection's first command is a Connect to a subsystem that another target of the process has: it gets
+    /// the connection as it was received, and answers. The queue hands out nothing that is to be carried out here.
+    Elsewhere(Owner),
 }
 
 /// A block request of a host.
@@ -312,6 +317,7 @@ pub struct Target {
     /// GENCTR of the discovery log.
     genctr: u64,
     next_discovery_cntlid: u16,
+    elsewhere: elsewhere::Elsewhere,
     closing: VecDeque<ConnId>,
     deferred: VecDeque<Deferred>,
 }
@@ -328,6 +334,7 @@ impl Target {
             generation: 0,
             genctr: 1,
             next_discovery_cntlid: 1,
+            elsewhere: elsewhere::Elsewhere::default(),
             closing: VecDeque::new(),
             deferred: VecDeque::new(),
         }
@@ -365,6 +372,7 @@ impl Target {
             ana_changes: 1,
             elsewhere: Vec::new(),
         }));
+        self.announce(id);
         if discoverable {
             self.discovery_changed();
         }
@@ -383,6 +391,7 @@ impl Target {
             }
         }
         self.deferred.retain(|d| !closing.contains(&d.conn));
+        self.announce_removed(&subsystem.config.nqn);
         if subsystem.config.discoverable {
             self.discovery_changed();
         }
@@ -480,6 +489,7 @@ impl Target {
         let subsystem = self.subsystem_mut(id)?;
         if subsystem.elsewhere != ports {
             subsystem.elsewhere = ports;
+            self.announce(id);
             self.discovery_changed();
         }
         Ok(())

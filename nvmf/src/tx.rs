@@ -119,6 +119,16 @@ impl TxQueue {
         self.in_flight = 0;
     }
 
+    /// Drops what is queued, as if it had been sent.
+    ///
+    /// # Panics
+    /// Where a batch is in flight.
+    pub(crate) fn forget<M: Memory>(&mut self, mem: &mut M) {
+        assert_eq!(self.in_flight, 0, "what is being sent cannot be forgotten");
+        self.in_flight = self.items.len();
+        self.handle_sent(mem);
+    }
+
     /// Ring bytes that are free.
     pub(crate) fn free(&self) -> u32 {
         self.ring.len() - self.used

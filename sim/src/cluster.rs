@@ -11,7 +11,7 @@ mod standby;
 mod volumes;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::mpsc;
@@ -19,11 +19,12 @@ use std::sync::mpsc;
 use cairn_block::{ReplicaId, SnapshotId, VolumeId};
 use cairn_engine::crypt::{DATA_KEY_LEN, Kek, VolumeKey};
 use cairn_engine::nexus::{Pace, Purpose};
-use cairn_engine::{Command, EncryptionSpec, EngineError, Shard, VolumeReport};
+use cairn_engine::{Command, EncryptionSpec, EngineError, Message, Shard, VolumeReport};
 
 use crate::client::{Client, Serving};
 use crate::driver::SimDriver;
 use crate::history::History;
+use crate::net::SimSocket;
 use crate::world::{DiskRef, Machine, NodeId, World};
 use force::Forced;
 pub use members::Seat;
@@ -83,6 +84,11 @@ pub struct ClusterConfig {
     pub tears: bool,
     /// Whether volumes are encrypted.
     pub encrypted: bool,
+    /// Whether each process has two shards: one that listens, and one that has the pools and the volumes.
+    pub fronts: bool,
+    /// Whether the pools of processes that serve volumes are on the shard that listens, so that a volume reaches a replica
+    /// of its own process over the network.
+    pub pools_in_front: bool,
     /// What is otherwise as it is in a process of the program.
     pub tuning: Tuning,
 }
@@ -124,6 +130,8 @@ impl Default for ClusterConfig {
             arena_len: 8 << 20,
             zeroed: true,
             encrypted: false,
+            fronts: false,
+            pools_in_front: false,
             tuning: Tuning::default(),
         }
     }
@@ -178,6 +186,10 @@ pub struct Cluster {
     world: Rc<RefCell<World>>,
     config: ClusterConfig,
     processes: Vec<Process>,
+    /// The other shard of the same process.
+    partners: BTreeMap<NodeId, NodeId>,
+    /// What shards are told by others, and have not looked at yet.
+    mail: BTreeMap<NodeId, VecDeque<Message<SimSocket>>>,
     disks: Vec<Vec<DiskRef>>,
     replicas: Vec<Option<NodeId>>,
     /// The processes of the two machines that serve volumes.
@@ -324,6 +336,8 @@ impl Cluster {
             standing: Standing::default(),
             seats,
             processes: Vec::new(),
+            partners: BTreeMap::new(),
+            mail: BTreeMap::new(),
             disks,
             replicas: vec![None; config.pools()],
             nexuses: [None; 2],
@@ -404,9 +418,11 @@ impl Cluster {
         (0..self.config.pools()).filter(there).collect()
     }
 
-    /// The process of a pool, where it runs.
+    /// The shard of a pool, where its process runs.
     fn node_of(&self, pool: usize) -> Option<NodeId> {
-        self.home(pool).map_or(self.replicas[pool], |which| self.nexuses[which])
+        let Some(which) = self.home(pool) else { return self.replicas[pool] };
+        let node = self.nexuses[which]?;
+        if self.config.pools_in_front { self.partners.get(&node).copied() } else { Some(node) }
     }
 
     /// How many pools have a replica of each volume at first.

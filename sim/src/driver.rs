@@ -5,10 +5,12 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use cairn_block::{Buf, HeapMemory, Memory};
-use cairn_engine::reactor::{Chunk, Completion, DeviceId, Driver, ListenerId, Op, Token};
+use cairn_engine::reactor::{
+    Chunk, Completion, DeviceId, Driver, ListenerId, Op, SocketFault, SocketId, Token,
+};
 
 use crate::disk::{PAGE, page_of};
-use crate::net::checksum;
+use crate::net::{SimSocket, checksum};
 use crate::world::{CHUNK, CHUNKS, DiskRef, DiskWork, Inbox, Machine, NodeId, World};
 
 /// What a buffer is filled with while a read that was asked to fill it is under way.
@@ -112,6 +114,7 @@ impl SimDriver {
                 }
                 Completion::Sent { token, result }
             }
+            Inbox::Woken => Completion::Woken,
             Inbox::Closed { token } => {
                 self.world().forget_socket(self.node, token);
                 Completion::Closed { token }
@@ -133,6 +136,7 @@ impl Driver for SimDriver {
     type Memory = HeapMemory;
     type Device = DiskRef;
     type Listener = SocketAddr;
+    type Socket = SimSocket;
 
     fn memory(&mut self) -> &mut HeapMemory {
         &mut self.memory
@@ -216,5 +220,13 @@ impl Driver for SimDriver {
         if let Some(address) = address {
             self.world().stop_listening(address);
         }
+    }
+
+    fn detach_socket(&mut self, socket: SocketId) -> Option<SimSocket> {
+        self.world().detach_socket(self.node, socket)
+    }
+
+    fn attach_socket(&mut self, socket: SimSocket) -> Result<SocketId, SocketFault> {
+        Ok(self.world().attach_socket(self.node, &socket))
     }
 }

@@ -133,6 +133,13 @@ struct ConnectRequest {
     give_up_at: u64,
 }
 
+/// A connection's end on its way from one process's shard to another.
+#[derive(Debug)]
+pub struct SimSocket {
+    conn: usize,
+    side: usize,
+}
+
 /// Sockets of one node.
 #[derive(Debug, Default)]
 struct Sockets {
@@ -313,6 +320,32 @@ impl World {
         self.fin(conn, side);
         let at = self.now + self.rng.below(50 * US);
         self.net_at(at, NetEvent::CloseDone { conn, side });
+    }
+
+    /// Gives a quiet socket away; the peer notices nothing.
+    pub(crate) fn detach_socket(&mut self, node: NodeId, id: SocketId) -> Option<SimSocket> {
+        let (conn, side) = self.net.find(node, id)?;
+        let end = &self.net.conns[conn].sides[side];
+        let quiet = end.receiving == Receiving::Off && end.send.is_none() && end.closing.is_none();
+        if !quiet || end.gone {
+            return None;
+        }
+        let sockets = self.net.sockets(node);
+        let slot = &mut sockets.slots[id.index as usize];
+        slot.0 = None;
+        slot.1 += 1;
+        sockets.free.push(id.index);
+        Some(SimSocket { conn, side })
+    }
+
+    /// Takes up a socket that another shard's driver gave away.
+    pub(crate) fn attach_socket(&mut self, node: NodeId, socket: &SimSocket) -> SocketId {
+        let (conn, side) = (socket.conn, socket.side);
+        let id = self.net.new_socket(node, (conn, side));
+        let end = &mut self.net.conns[conn].sides[side];
+        end.node = node;
+        end.socket = id;
+        id
     }
 
     /// The windows of the send in flight, when its end is reported, and what they held at its start.

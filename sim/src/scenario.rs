@@ -256,6 +256,8 @@ fn run_in(
         zeroed: rng.chance(500),
         // Drawn apart: nothing else changes with it.
         encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
+        fronts: false,
+        pools_in_front: false,
         tuning: Tuning::default(),
     };
     if members_change {

@@ -45,6 +45,7 @@ pub(crate) enum Inbox {
     ReceiveEnded { socket: SocketId, token: Token, reason: EndReason },
     Sent { socket: SocketId, token: Token, result: Result<(), SocketFault> },
     Closed { token: Token },
+    Woken,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc;
 
 use cairn_block::{
@@ -16,7 +16,7 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::initiator::{QueueIndex, Session, SessionConfig, SessionEvent, Submit};
 use cairn_engine::reactor::{
     Arena, Attach, Chunk, Completion, DeviceId, Driver, DriverConfig, ListenerId, MemRegion, Op,
-    SocketId, Token, UringDriver,
+    SocketFault, SocketId, Token, UringDriver,
 };
 use cairn_engine::replica::{
     Device, DeviceOptions, FormatOptions, MultiPool, OpenOptions, ReplicaSpec,
@@ -46,6 +46,7 @@ impl Driver for Quick {
     type Memory = Arena;
     type Device = Attach;
     type Listener = TcpListener;
+    type Socket = TcpStream;
 
     fn memory(&mut self) -> &mut Arena {
         self.0.memory()
@@ -81,6 +82,14 @@ impl Driver for Quick {
 
     fn detach_listener(&mut self, listener: ListenerId) {
         self.0.detach_listener(listener);
+    }
+
+    fn detach_socket(&mut self, socket: SocketId) -> Option<TcpStream> {
+        self.0.detach_socket(socket)
+    }
+
+    fn attach_socket(&mut self, socket: TcpStream) -> Result<SocketId, SocketFault> {
+        self.0.attach_socket(socket)
     }
 }
 

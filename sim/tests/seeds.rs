@@ -309,3 +309,10 @@ fn processes_that_stand_by_are_waited_for() {
 fn snapshots_deleted_where_a_pool_is_offline() {
     check([20_652, 21_338, 20_449].into_iter(), |seed| run_at(seed, Focus::Everything, None));
 }
+
+/// Every connection goes from the shard that listens to the one that has the volume or the replica, whatever happens
+/// meanwhile.
+#[test]
+fn connections_that_go_from_shard_to_shard() {
+    check(0..60, |seed| run_at(seed, Focus::Shards, None));
+}

@@ -127,6 +127,11 @@ impl<'a> Cluster<'a> {
              [nvmf]\nlisten = [\"{STORAGE_IP}:{port}\"]\n",
             socket.display()
         );
+        // Every connection is one that the shard which listens has handed over.
+        let shards = self.layout == Layout::Together;
+        if shards {
+            text.push_str("[engine]\nshards = 2\n");
+        }
         if pool {
             let small = self.layout == Layout::Faulty && name == REPLICAS[2].0;
             let size = if small { SMALL_POOL_SIZE } else { POOL_SIZE };
@@ -134,6 +139,9 @@ impl<'a> Cluster<'a> {
                 "[[pool]]\nname = \"p1\"\npath = \"{state}/pool.img\"\nsize = \"{size}\"\n\
                  create = true\n"
             ));
+            if shards {
+                text.push_str("shard = 1\n");
+            }
         }
         fs::write(self.config(name), text)?;
         Ok(())

@@ -414,6 +414,7 @@ pub(super) mod samples {
             rebuild: None,
             rebuilt: Vec::new(),
             unreconciled: (0, 0),
+            shard: 0,
         }
     }
 }

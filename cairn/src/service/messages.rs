@@ -26,6 +26,7 @@ impl Service {
             reserved_bytes: report.usage.extents_reserved * extent,
             provisioned_bytes: report.usage.extents_provisioned * extent,
             warning: report.warning,
+            shard: u32::from(report.shard),
         }
     }
 
@@ -111,6 +112,7 @@ impl Service {
             replacement,
             unreconciled_mib: report.unreconciled.0 as u64,
             reconcile_mib: report.unreconciled.1 as u64,
+            shard: u32::from(report.shard),
         }
     }
 }

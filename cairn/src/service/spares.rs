@@ -313,8 +313,11 @@ impl Service {
             Ok(made) => made,
         };
         let uri = match spare.socket {
-            None => format!("local:{}/{}", spare.pool, found.id),
-            Some(_) => found.uri,
+            // One of another shard is reached as one of another process.
+            None if self.pool_report(&spare.pool).await?.shard == report.shard => {
+                format!("local:{}/{}", spare.pool, found.id)
+            }
+            _ => found.uri,
         };
         self.change_one(&report.name, |volume| {
             volume.replacement.iter_mut().for_each(|r| r.uri.clone_from(&uri));

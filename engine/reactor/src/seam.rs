@@ -233,6 +233,8 @@ pub trait Driver {
     type Device;
     /// What can be attached as a listener.
     type Listener;
+    /// A connection on its way from one driver to another.
+    type Socket;
 
     /// The arena.
     fn memory(&mut self) -> &mut Self::Memory;
@@ -274,4 +276,14 @@ pub trait Driver {
 
     /// Stops listening.
     fn detach_listener(&mut self, listener: ListenerId);
+
+    /// Lets go of a quiet socket, for another driver to have: one that is not received from, has no send in flight and
+    /// is not being closed. Its slot is free afterwards. Nothing where it is not quiet, or gone.
+    fn detach_socket(&mut self, socket: SocketId) -> Option<Self::Socket>;
+
+    /// Takes up a socket that another driver let go of. What arrived meanwhile is reported by a [`Op::Receive`].
+    ///
+    /// # Errors
+    /// [`SocketFault::NoSlot`] where every slot is taken; the connection ends.
+    fn attach_socket(&mut self, socket: Self::Socket) -> Result<SocketId, SocketFault>;
 }

@@ -3,13 +3,13 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
 
 use cairn_block::{BufSlice, ByteOffset, Memory as _};
 use cairn_reactor::{
-    Arena, Attach, Chunk, Completion, DeviceId, DiskFault, Driver, ListenerId, Op, Token,
-    UringDriver,
+    Arena, Attach, Chunk, Completion, DeviceId, DiskFault, Driver, ListenerId, Op, SocketFault,
+    SocketId, Token, UringDriver,
 };
 
 use super::disk::{CachedDisk, Medium, PAGE};
@@ -186,6 +186,7 @@ impl Driver for FaultyDriver {
     type Memory = Arena;
     type Device = Attach;
     type Listener = TcpListener;
+    type Socket = TcpStream;
 
     fn memory(&mut self) -> &mut Arena {
         self.inner.memory()
@@ -279,5 +280,13 @@ impl Driver for FaultyDriver {
 
     fn detach_listener(&mut self, listener: ListenerId) {
         self.inner.detach_listener(listener);
+    }
+
+    fn detach_socket(&mut self, socket: SocketId) -> Option<TcpStream> {
+        self.inner.detach_socket(socket)
+    }
+
+    fn attach_socket(&mut self, socket: TcpStream) -> Result<SocketId, SocketFault> {
+        self.inner.attach_socket(socket)
     }
 }

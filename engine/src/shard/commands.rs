@@ -142,6 +142,7 @@ impl<D: Driver> Shard<D> {
             .driver
             .attach_listener(listener)
             .map_err(|e| EngineError::Invalid(format!("listening failed: {e}")))?;
+        self.addresses.push(advertise);
         let port = Port { traddr: advertise.ip().to_string(), trsvcid: advertise.port() };
         self.listeners.push((id, port));
         let ports = self.listeners.iter().map(|(_, port)| port.clone()).collect();
@@ -175,11 +176,7 @@ impl<D: Driver> Shard<D> {
                 .any(|r| matches!(r, Route::Local(l) if (l.pool, l.slot) == (pool, slot)))
         });
         if let Some((_, volume)) = user {
-            reply.send(Err(EngineError::Busy(format!(
-                "replica {id} belongs to volume `{name}`, which is served here; make it no member first: cairn \
-                 volume remove-replica {name} {id}, or delete the volume",
-                name = volume.spec.name
-            ))));
+            reply.send(Err(crate::process::in_use(id, &volume.spec.name)));
             return;
         }
         if let Some(Export::Replica { subsystem, .. }) = self.exports[handle].take() {
@@ -204,6 +201,7 @@ impl<D: Driver> Shard<D> {
                 checksum_mismatches: local.pool.checksum_mismatches(),
                 slots: local.pool.slot_count(),
                 devices: local.device_reports(),
+                shard: self.config.shard,
                 state: match local.pool.state() {
                     PoolState::Failed(why) => format!("failed: {why}"),
                     PoolState::Online if local.is_degraded() => "degraded".to_owned(),
@@ -356,6 +354,7 @@ impl<D: Driver> Shard<D> {
             }),
             rebuilt: volume.nexus.rebuild_history().iter().map(|r| rebuilt(r, now)).collect(),
             unreconciled: volume.nexus.unreconciled(),
+            shard: self.config.shard,
         }
     }
 }

@@ -5,23 +5,39 @@ use std::collections::VecDeque;
 use cairn_nvmf::target::{self, ConnId, Outcome};
 use cairn_reactor::{Chunk, Driver, EndReason, Op, SocketFault, SocketId};
 
+use super::moves::Early;
 use super::{Shard, Subject, token};
 use crate::{register, snapshot, upkeep};
 
+/// Where a connection is in its life. What arrives is taken up to [`Phase::New`], with more looked at then; what was
+/// queued is sent up to [`Phase::Moving`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Phase {
+    /// It is this shard's.
+    Settled,
+    /// Its first command may be a Connect to what another shard has.
+    New,
+    /// It goes to another shard, once it is quiet.
+    Moving,
+    Closing,
+}
+
 /// One connection.
 pub(super) struct Host {
-    socket: SocketId,
+    pub(super) socket: SocketId,
     /// Tells this connection from earlier ones with its number.
     pub(super) generation: u32,
     pub(super) queue: target::Queue,
     /// Received and not yet taken, and how much of the first chunk is.
-    backlog: VecDeque<Chunk>,
-    taken: u32,
-    receiving: bool,
-    pausing: bool,
+    pub(super) backlog: VecDeque<Chunk>,
+    pub(super) taken: u32,
+    pub(super) receiving: bool,
+    pub(super) pausing: bool,
     stalled: bool,
-    sending: bool,
-    closing: bool,
+    pub(super) sending: bool,
+    pub(super) phase: Phase,
+    /// What arrived until it was known whose it is, where several shards share a listener.
+    pub(super) early: Option<Box<Early>>,
     /// Its volume knows the host as one that writes.
     pub(super) noted: bool,
     pub(super) busy: bool,
@@ -41,41 +57,61 @@ impl<D: Driver> Shard<D> {
             self.submit(Op::Close { socket }, token(Subject::HostClose, 0, u32::MAX));
             return;
         };
+        let early = (self.config.shards > 1).then(Box::default);
+        let at = self.add_host(socket, queue, early);
+        self.start_receive(at);
+    }
+
+    /// A connection that is not received from yet.
+    pub(super) fn add_host(
+        &mut self,
+        socket: SocketId,
+        queue: target::Queue,
+        early: Option<Box<Early>>,
+    ) -> u32 {
         self.next_generation = self.next_generation.wrapping_add(1);
-        let at = self.hosts.insert(Host {
+        self.hosts.insert(Host {
             socket,
             generation: self.next_generation,
             queue,
             backlog: VecDeque::with_capacity(8),
             taken: 0,
-            receiving: true,
+            receiving: false,
             pausing: false,
             stalled: false,
             sending: false,
-            closing: false,
+            phase: if early.is_some() { Phase::New } else { Phase::Settled },
+            early,
             noted: false,
             busy: false,
-        });
+        })
+    }
+
+    pub(super) fn start_receive(&mut self, at: u32) {
+        let host = &mut self.hosts[at];
+        host.receiving = true;
+        let socket = host.socket;
         self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));
     }
 
     pub(super) fn handle_host_bytes(&mut self, at: u32, chunk: Chunk, now: u64) {
         match self.hosts.get_mut(at) {
-            Some(host) if !host.closing => {
+            Some(host) if host.phase == Phase::Settled => {
                 host.backlog.push_back(chunk);
                 self.pump_host(at, now);
             }
+            Some(host) if host.phase < Phase::Closing => self.handle_early_bytes(at, chunk, now),
             _ => self.driver.release_chunk(chunk),
         }
     }
 
     /// Feeds what was received to the queue, and acts on the commands that come of it. Returns
     /// whether anything was taken.
-    fn pump_host(&mut self, at: u32, now: u64) -> bool {
+    pub(super) fn pump_host(&mut self, at: u32, now: u64) -> bool {
         let mut moved = false;
         loop {
             let Some(host) = self.hosts.get_mut(at) else { return moved };
-            if host.closing {
+            if host.phase >= Phase::Moving {
                 return moved;
             }
             let Some(chunk) = host.backlog.front() else { break };
@@ -102,10 +138,9 @@ impl<D: Driver> Shard<D> {
             self.stalled.push(at);
         }
         let host = &mut self.hosts[at];
-        if host.backlog.is_empty() && !host.receiving && !host.closing && !host.pausing {
-            host.receiving = true;
-            let socket = host.socket;
-            self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));
+        let receives = host.receiving || host.pausing || host.phase >= Phase::Moving;
+        if host.backlog.is_empty() && !receives {
+            self.start_receive(at);
         }
         self.touch_host(at);
         moved
@@ -114,14 +149,10 @@ impl<D: Driver> Shard<D> {
     /// Stops receiving until there is room: the peer's own window does the rest.
     fn stall_host(&mut self, at: u32) {
         let Some(host) = self.hosts.get_mut(at) else { return };
-        if host.closing {
+        if host.phase >= Phase::Moving {
             return;
         }
-        if host.receiving && !host.pausing {
-            host.pausing = true;
-            let socket = host.socket;
-            self.submit(Op::PauseReceive { socket }, token(Subject::HostReceive, 0, at));
-        }
+        self.pause_receive(at);
         let host = &mut self.hosts[at];
         if !host.stalled {
             host.stalled = true;
@@ -129,16 +160,29 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    pub(super) fn pause_receive(&mut self, at: u32) {
+        let host = &mut self.hosts[at];
+        if host.receiving && !host.pausing {
+            host.pausing = true;
+            let socket = host.socket;
+            self.submit(Op::PauseReceive { socket }, token(Subject::HostReceive, 0, at));
+        }
+    }
+
     pub(super) fn retry_host(&mut self, at: u32, now: u64) -> bool {
         let Some(host) = self.hosts.get_mut(at) else { return false };
         host.stalled = false;
+        // What its queue holds is another shard's to carry out.
+        if host.phase == Phase::Moving {
+            return false;
+        }
         host.queue.retry(self.driver.memory());
         self.take_commands(at, now);
         self.pump_host(at, now)
     }
 
     /// Carries out the commands that are complete.
-    fn take_commands(&mut self, at: u32, now: u64) {
+    pub(super) fn take_commands(&mut self, at: u32, now: u64) {
         while let Some(host) = self.hosts.get_mut(at) {
             let Some(command) = host.queue.poll_command() else { break };
             let memory = self.driver.memory();
@@ -148,6 +192,7 @@ impl<D: Driver> Shard<D> {
                     self.wants_timeout(next);
                 }
                 Outcome::Io(io) => self.start_host_io(at, io, now),
+                Outcome::Elsewhere(owner) => return self.begin_move(at, owner),
                 Outcome::Vendor { slot, namespace, sqe, data } => {
                     let opcode = sqe.opcode();
                     if snapshot::verb(opcode).is_some() || opcode == snapshot::OPCODE_LIST {
@@ -168,11 +213,11 @@ impl<D: Driver> Shard<D> {
         host.receiving = false;
         host.pausing = false;
         if reason == EndReason::Paused {
-            // A retry may have emptied the backlog meanwhile.
-            if host.backlog.is_empty() && !host.closing {
-                host.receiving = true;
-                let socket = host.socket;
-                self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));
+            if host.phase == Phase::Moving {
+                self.touch_host(at);
+            } else if host.backlog.is_empty() && host.phase < Phase::Closing {
+                // A retry has emptied the backlog meanwhile.
+                self.start_receive(at);
             }
         } else {
             self.close_host(at);
@@ -193,10 +238,11 @@ impl<D: Driver> Shard<D> {
     /// Ends a connection. Its requests in flight run on; their answers find nobody.
     pub(super) fn close_host(&mut self, at: u32) {
         let Some(host) = self.hosts.get_mut(at) else { return };
-        if host.closing {
+        if host.phase == Phase::Closing {
             return;
         }
-        host.closing = true;
+        host.phase = Phase::Closing;
+        host.early = None;
         if let Some(reason) = host.queue.close_reason() {
             tracing::info!(connection = at, %reason, "connection closed");
         }
@@ -219,7 +265,7 @@ impl<D: Driver> Shard<D> {
         while let Some(at) = self.busy_hosts.pop() {
             let Some(host) = self.hosts.get_mut(at) else { continue };
             host.busy = false;
-            if host.closing {
+            if host.phase == Phase::Closing {
                 continue;
             }
             if !host.sending && host.queue.tx().wants_send() {
@@ -227,6 +273,8 @@ impl<D: Driver> Shard<D> {
                 host.sending = true;
                 let op = Op::Send { socket: host.socket, windows: &self.windows };
                 self.driver.submit(op, token(Subject::HostSend, 0, at));
+            } else if host.phase == Phase::Moving {
+                self.move_if_quiet(at);
             } else if host.queue.wants_close() && host.queue.tx().is_idle() {
                 self.close_host(at);
             }
@@ -237,7 +285,7 @@ impl<D: Driver> Shard<D> {
     pub(super) fn host_queue(&mut self, at: u32, generation: u32) -> Option<&mut target::Queue> {
         self.hosts
             .get_mut(at)
-            .filter(|host| host.generation == generation && !host.closing)
+            .filter(|host| host.generation == generation && host.phase < Phase::Closing)
             .map(|host| &mut host.queue)
     }
 

@@ -119,10 +119,7 @@ impl<D: Driver> Shard<D> {
     /// Where a replica is, as others are told.
     pub(super) fn place_of(&self, replica: &VolumeReplica) -> Place {
         let peer = match &replica.address {
-            ChildAddress::Local { .. } => self.listeners.first().and_then(|(_, port)| {
-                let ip = port.traddr.parse().ok()?;
-                Some(SocketAddr::new(ip, port.trsvcid))
-            }),
+            ChildAddress::Local { .. } => self.addresses.first().copied(),
             // The subsystem's name is not told besides.
             ChildAddress::Remote { peer, nqn } => {
                 (*nqn == Self::replica_nqn(replica.id)).then_some(*peer)

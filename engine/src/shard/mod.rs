@@ -11,6 +11,7 @@ mod keys;
 mod leases;
 mod links;
 mod members;
+mod moves;
 mod noise;
 mod pools;
 mod registers;
@@ -27,6 +28,7 @@ mod volumes;
 mod watch;
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 
 use cairn_block::{Buf, BufSlice, Memory};
 use cairn_nvmf::target::{ConnId, Port, Target, TargetConfig};
@@ -36,7 +38,9 @@ use crate::control::{Command, EngineError, Reply};
 use hosts::Host;
 use io::HostIo;
 use links::Link;
+pub use moves::{FRONT, Message, Moved};
 use pools::LocalPool;
+pub(crate) use pools::replica_nqn;
 use table::Table;
 use volumes::Volume;
 pub use watch::{WatchedRegister, WatchedVolume};
@@ -93,6 +97,10 @@ pub struct ShardConfig {
     pub overcommit: u32,
     /// How often nexuses do what nobody asks for, and how fast.
     pub pace: cairn_nexus::Pace,
+    /// Which shard of its process it is. The first one listens for all.
+    pub shard: u16,
+    /// How many there are.
+    pub shards: u16,
 }
 
 impl Default for ShardConfig {
@@ -114,6 +122,8 @@ impl Default for ShardConfig {
             volume_requests: 512,
             assembly_wait_ms: 2_000,
             overcommit: 0,
+            shard: FRONT,
+            shards: 1,
         }
     }
 }
@@ -150,6 +160,10 @@ pub struct Shard<D: Driver> {
     config: ShardConfig,
     target: Target,
     listeners: Vec<(ListenerId, Port)>,
+    /// Where the process listens, as others are told.
+    addresses: Vec<SocketAddr>,
+    /// What other shards are to be told.
+    outbox: moves::Outbox<D::Socket>,
     hosts: Table<Host>,
     ios: Table<HostIo>,
     volumes: Table<Volume>,
@@ -214,11 +228,17 @@ impl<D: Driver> Shard<D> {
     /// An empty shard over `driver`.
     #[must_use]
     pub fn new(driver: D, config: ShardConfig) -> Self {
+        let mut target = Target::new(TargetConfig::default());
+        if config.shard != FRONT {
+            target.announce_subsystems();
+        }
         Self {
             driver,
-            target: Target::new(TargetConfig::default()),
+            target,
             config,
             listeners: Vec::new(),
+            addresses: Vec::new(),
+            outbox: VecDeque::new(),
             hosts: Table::new(),
             ios: Table::new(),
             volumes: Table::new(),

@@ -170,6 +170,11 @@ impl Owner {
     }
 }
 
+/// The subsystem of a replica.
+pub(crate) fn replica_nqn(id: ReplicaId) -> String {
+    format!("nqn.2026-11.io.cairn:replica:{id}")
+}
+
 impl<D: Driver> Shard<D> {
     /// Serves an opened pool: its live replicas become subsystems.
     pub(super) fn add_pool(
@@ -296,7 +301,7 @@ impl<D: Driver> Shard<D> {
 
     /// The subsystem of a replica.
     pub(super) fn replica_nqn(id: ReplicaId) -> String {
-        format!("nqn.2026-11.io.cairn:replica:{id}")
+        replica_nqn(id)
     }
 
     pub(super) fn export_replica(

@@ -14,11 +14,12 @@ use cairn_nvmf::target::{Queue, QueueConfig};
 use cairn_reactor::Driver;
 
 use super::Shard;
+use super::moves::FRONT;
 
 /// Bytes of the lifeline: what hashing an extent takes.
 const LIFELINE: u32 = 1 << 20;
 /// Bytes of a page.
-const PAGE: u32 = 4096;
+pub(super) const PAGE: u32 = 4096;
 /// A register operation and a settling round at each of eight links.
 const PAGES: usize = 16;
 /// An admin and an I/O queue.
@@ -76,7 +77,7 @@ pub(super) struct Reserve {
 
 impl Reserve {
     /// Takes what is not kept yet, as far as there is memory.
-    fn keep<M: Memory>(&mut self, pools: bool, memory: &mut M) {
+    fn keep<M: Memory>(&mut self, pools: bool, connections: bool, memory: &mut M) {
         if pools {
             self.lifeline.keep(memory);
         }
@@ -85,7 +86,7 @@ impl Reserve {
         {
             self.pages.push(page);
         }
-        while pools
+        while connections
             && self.connections.len() < CONNECTIONS
             && let Some(queue) = Queue::new(&QueueConfig::default(), memory)
         {
@@ -105,8 +106,11 @@ impl Reserve {
 impl<D: Driver> Shard<D> {
     /// Before anybody else is given memory.
     pub(super) fn keep_reserve(&mut self) {
-        if !self.pools.is_empty() || !self.volumes.is_empty() {
-            self.reserve.keep(!self.pools.is_empty(), self.driver.memory());
+        // Connections to replicas of other shards arrive here, too.
+        let front = self.config.shards > 1 && self.config.shard == FRONT;
+        let pools = !self.pools.is_empty();
+        if pools || front || !self.volumes.is_empty() {
+            self.reserve.keep(pools, pools || front, self.driver.memory());
         }
     }
 
@@ -171,7 +175,7 @@ mod tests {
     fn payload_that_takes_all_leaves_what_is_kept() {
         let mut memory = HeapMemory::new(4 << 20);
         let mut reserve = Reserve::default();
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         let payload = fill(&mut memory);
         assert!(memory.alloc(PAGE).is_none());
         let own: Vec<Buf> = std::iter::from_fn(|| reserve.page(&mut memory)).collect();
@@ -182,15 +186,15 @@ mod tests {
         assert!(reserve.lifeline.is_whole());
         // What comes back first is kept anew, and nothing more than was.
         own.into_iter().for_each(|page| memory.release(page));
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         assert_eq!(reserve.pages.len(), PAGES);
         payload.into_iter().for_each(|page| memory.release(page));
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         let left = fill(&mut memory).len();
         connections.into_iter().for_each(|queue| queue.close(&mut memory));
         assert_eq!(fill(&mut memory).len() + left, {
             let mut memory = HeapMemory::new(4 << 20);
-            Reserve::default().keep(true, &mut memory);
+            Reserve::default().keep(true, true, &mut memory);
             fill(&mut memory).len()
         });
     }
@@ -200,7 +204,7 @@ mod tests {
     fn what_pools_do_not_use_of_the_lifeline_is_kept() {
         let mut memory = HeapMemory::new(4 << 20);
         let mut reserve = Reserve::default();
-        reserve.keep(true, &mut memory);
+        reserve.keep(true, true, &mut memory);
         let payload = fill(&mut memory);
         assert!(reserve.lifeline.release(&mut memory));
         let pages = memory.alloc(2 * PAGE).expect("it was given back");
@@ -217,7 +221,7 @@ mod tests {
     fn a_process_without_pools_keeps_pages_alone() {
         let mut memory = HeapMemory::new(1 << 20);
         let mut reserve = Reserve::default();
-        reserve.keep(false, &mut memory);
+        reserve.keep(false, false, &mut memory);
         assert_eq!(fill(&mut memory).len(), 256 - PAGES);
         assert!(reserve.lifeline.pieces.is_empty() && reserve.connections.is_empty());
     }

@@ -26,6 +26,9 @@ impl Target {
                 list(Subtype::Nvm, &subsystem.config.nqn, &subsystem.elsewhere);
             }
         }
+        for (nqn, elsewhere) in self.listed_elsewhere(hostnqn) {
+            list(Subtype::Nvm, nqn, elsewhere);
+        }
         let header = DiscoveryHeader { genctr: self.genctr, numrec: entries.len() as u64 };
         let mut page = header.encode().to_vec();
         page.extend(entries.iter().flatten());

@@ -57,8 +57,7 @@ fn absent(offset: u64) -> Refusal {
     (Status::CONNECT_INVALID_PARAMETERS, IATTR_DATA | offset)
 }
 
-/// The subsystem that a Connect names, to choose who serves the connection; nothing for any other
-/// command.
+/// The subsystem that a Connect names; nothing for any other command.
 pub fn connect_subnqn<'m, M: Memory>(cmd: &Command, mem: &'m M) -> Option<&'m str> {
     if cmd.sqe.opcode() != opcode::FABRICS || cmd.sqe.fctype() != opcode::CONNECT {
         return None;
@@ -107,6 +106,15 @@ impl Target {
         now_ms: u64,
         mem: &mut M,
     ) -> Outcome {
+        // Only the first: another target can take up the connection from its beginning alone.
+        if !std::mem::replace(&mut queue.answered, true)
+            && let Some(owner) = connect_subnqn(&cmd, mem).and_then(|nqn| self.owner_of(nqn))
+        {
+            if let Some(data) = cmd.data {
+                mem.release(data);
+            }
+            return Outcome::Elsewhere(owner);
+        }
         if cmd.sqe.opcode() != opcode::FABRICS || cmd.sqe.fctype() != opcode::CONNECT {
             return refuse(queue, cmd, Status::COMMAND_SEQUENCE_ERROR.with_dnr(), mem);
         }

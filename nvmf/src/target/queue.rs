@@ -159,6 +159,8 @@ pub struct Queue {
     out: usize,
     close_reason: Option<CloseReason>,
     pub(crate) binding: Option<Binding>,
+    /// A command was answered before a Connect was accepted.
+    pub(crate) answered: bool,
     sqhd: u16,
     sq_entries: u16,
     sq_flow_control: bool,
@@ -203,6 +205,7 @@ impl Queue {
             out: 0,
             close_reason: None,
             binding: None,
+            answered: false,
             sqhd: 0,
             sq_entries: 0,
             sq_flow_control: true,
@@ -371,6 +374,33 @@ impl Queue {
     #[must_use]
     pub fn digests(&self) -> Digests {
         self.digests.unwrap_or_default()
+    }
+
+    /// Whether its first command was answered, by whichever end: it is this target's then.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.answered
+    }
+
+    /// How many windows were queued to be sent since the beginning.
+    #[must_use]
+    pub fn queued(&self) -> u64 {
+        self.tx.mark()
+    }
+
+    /// Takes up a connection that another queue of the same limits began. `received` is all that it was fed, and
+    /// `queued` its [`Queue::queued`], all of it sent and no command answered. The same bytes have the same
+    /// outcome however they are cut, so what comes of them here has been sent, and is forgotten; the commands are
+    /// handed out anew. False where there is not the memory for it, or the peer broke the protocol: then the
+    /// connection is of no use.
+    #[must_use]
+    pub fn resume<M: Memory>(&mut self, received: BufSlice, queued: u64, mem: &mut M) -> bool {
+        let whole = self.handle_recv(received, mem) == received.len();
+        if !whole || self.close_reason.is_some() || self.tx.mark() != queued {
+            return false;
+        }
+        self.tx.forget(mem);
+        true
     }
 
     /// Gives every buffer back. Nothing of [`Queue::tx`] may be in flight any more.

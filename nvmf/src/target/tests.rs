@@ -132,7 +132,12 @@ impl Host {
     }
 }
 
-fn connect_capsule(qid: u16, cntlid: u16, subnqn: &str, hostnqn: &str) -> (Sqe, Vec<u8>) {
+pub(super) fn connect_capsule(
+    qid: u16,
+    cntlid: u16,
+    subnqn: &str,
+    hostnqn: &str,
+) -> (Sqe, Vec<u8>) {
     let mut sqe = [0; 64];
     sqe[0] = 0x7f;
     sqe[1] = 0x40;
@@ -152,7 +157,7 @@ fn connect_capsule(qid: u16, cntlid: u16, subnqn: &str, hostnqn: &str) -> (Sqe, 
     (Sqe(sqe), data)
 }
 
-fn property_get(offset: u32, wide: bool) -> Sqe {
+pub(super) fn property_get(offset: u32, wide: bool) -> Sqe {
     let mut sqe = [0; 64];
     sqe[0] = 0x7f;
     sqe[1] = 0x40;

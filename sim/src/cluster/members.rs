@@ -94,7 +94,8 @@ impl Cluster {
     /// A replica, as a machine that serves volumes is told of it.
     pub(super) fn place_of(&self, which: usize, seat: Seat) -> VolumeReplica {
         let id = seat.id;
-        let place = if self.home(seat.pool) == Some(which) {
+        let local = self.home(seat.pool) == Some(which) && !self.config.pools_in_front;
+        let place = if local {
             ChildAddress::Local { pool: pool_name(seat.pool) }
         } else {
             ChildAddress::Remote {

@@ -4,13 +4,14 @@ use std::sync::mpsc;
 
 use cairn_block::ReplicaId;
 use cairn_engine::replica::{CheckOptions, PoolError, check_pool, inspect_superblock};
-use cairn_engine::{Command, EngineError, Reply, Shard, ShardConfig, WatchedVolume};
+use cairn_engine::{Command, EngineError, Message, Reply, Shard, ShardConfig, WatchedVolume};
 
 use super::members::pool_of;
 use super::{Cluster, Process, SimCommand, address, pool_name, pools, volume_of};
 use crate::checks::{Check, check};
 use crate::driver::SimDriver;
-use crate::world::{MS, Machine, NodeId};
+use crate::net::SimSocket;
+use crate::world::{Inbox, MS, Machine, NodeId};
 
 /// Turns in one moment, before it is taken for a busy loop.
 const MAX_TURNS: usize = 200;
@@ -37,18 +38,61 @@ impl Cluster {
             assembly_wait_ms: 300,
             overcommit: 0,
             pace: self.config.tuning.pace,
+            shard: 0,
+            shards: 1,
         }
     }
 
     pub(super) fn start(&mut self, machine: Machine, arena_len: u32) -> NodeId {
-        let driver = SimDriver::new(&self.world, machine, arena_len);
-        let node = driver.node();
-        let shard = Shard::new(driver, self.shard_config(machine));
-        self.add(node, Process::Shard(Box::new(shard)));
         let listener = address(machine);
-        self.command(node, |reply| Command::AddListener { listener, advertise: listener, reply })
+        let (front, node) = if self.config.fronts {
+            let front = self.start_shard(machine, arena_len, (0, 2));
+            let node = self.start_shard(machine, arena_len, (1, 2));
+            self.partners.extend([(front, node), (node, front)]);
+            self.tell(node, Message::Listening(listener));
+            self.run(node);
+            (front, node)
+        } else {
+            let node = self.start_shard(machine, arena_len, (0, 1));
+            (node, node)
+        };
+        self.command(front, |reply| Command::AddListener { listener, advertise: listener, reply })
             .expect("the address is free");
         node
+    }
+
+    fn start_shard(
+        &mut self,
+        machine: Machine,
+        arena_len: u32,
+        (shard, shards): (u16, u16),
+    ) -> NodeId {
+        let driver = SimDriver::new(&self.world, machine, arena_len);
+        let node = driver.node();
+        let config = ShardConfig { shard, shards, ..self.shard_config(machine) };
+        self.add(node, Process::Shard(Box::new(Shard::new(driver, config))));
+        node
+    }
+
+    /// Has a shard hear something from another one of its process.
+    fn tell(&mut self, node: NodeId, message: Message<SimSocket>) {
+        self.mail.entry(node).or_default().push_back(message);
+        self.world().deliver(node, Inbox::Woken);
+    }
+
+    /// Passes on what a shard tells the other one of its process.
+    fn pass_on(&mut self, node: NodeId) {
+        let Some(&partner) = self.partners.get(&node) else { return };
+        loop {
+            let Process::Shard(shard) = &mut self.processes[node.0] else { return };
+            let Some((_, message)) = shard.poll_message() else { return };
+            self.tell(partner, message);
+        }
+    }
+
+    /// All shards of a process.
+    fn shards_of(&self, node: NodeId) -> impl Iterator<Item = NodeId> + use<> {
+        std::iter::once(node).chain(self.partners.get(&node).copied())
     }
 
     pub(super) fn add(&mut self, node: NodeId, process: Process) {
@@ -91,6 +135,7 @@ impl Cluster {
         self.nexuses[which] = Some(node);
         self.world().say(format_args!("node {} is nexus {which}", node.0));
         for at in self.pools_in(which) {
+            let node = self.node_of(at).expect("it was just started");
             self.add_pool(node, at);
         }
     }
@@ -194,13 +239,19 @@ impl Cluster {
     /// Stops the process of a nexus for so long.
     pub fn pause_process(&mut self, which: usize, for_ns: u64) {
         if let Some(node) = self.nexuses[which] {
-            self.world().pause(node, for_ns);
+            self.pause_all(node, for_ns);
         }
     }
 
     /// Stops the process of a pool for so long.
     pub fn pause_replica(&mut self, at: usize, for_ns: u64) {
         if let Some(node) = self.node_of(at) {
+            self.pause_all(node, for_ns);
+        }
+    }
+
+    fn pause_all(&mut self, node: NodeId, for_ns: u64) {
+        for node in self.shards_of(node) {
             self.world().pause(node, for_ns);
         }
     }
@@ -212,8 +263,11 @@ impl Cluster {
     }
 
     pub(super) fn kill(&mut self, node: NodeId) {
-        self.processes[node.0] = Process::Dead;
-        self.world().kill(node);
+        for node in self.shards_of(node) {
+            self.processes[node.0] = Process::Dead;
+            self.world().kill(node);
+            self.mail.remove(&node);
+        }
     }
 
     /// Gives a node its turns for this moment.
@@ -223,8 +277,13 @@ impl Cluster {
             match &mut self.processes[node.0] {
                 Process::Dead => return,
                 Process::Shard(shard) => {
-                    shard.turn();
+                    if shard.turn()
+                        && let Some(mail) = self.mail.remove(&node)
+                    {
+                        mail.into_iter().for_each(|message| shard.handle_message(message));
+                    }
                     self.watch(node);
+                    self.pass_on(node);
                 }
                 Process::Client(client) => client.turn(),
             }

@@ -33,11 +33,14 @@ pub enum Focus {
     Restore,
     /// Whatever the faults are, and a pool on two disks of which one dies; only where it is asked for.
     Disks,
+    /// Whatever the faults are, and processes whose connections go from the shard that listens to another one; only
+    /// where it is asked for.
+    Shards,
 }
 
 impl Focus {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Everything,
         Self::Rebuild,
         Self::Takeover,
@@ -48,6 +51,7 @@ impl Focus {
         Self::Lone,
         Self::Restore,
         Self::Disks,
+        Self::Shards,
     ];
     /// Those that seeds draw.
     const DRAWN: &[Self] = Self::ALL.split_at(6).0;
@@ -65,12 +69,12 @@ impl Focus {
 
     /// Whether hosts work while faults come by chance, and nothing is brought about.
     pub(super) fn is_chance(self) -> bool {
-        matches!(self, Self::Everything | Self::Disks)
+        matches!(self, Self::Everything | Self::Disks | Self::Shards)
     }
 
     /// The faults that go with it.
     pub(super) fn keep(self, faults: Faults, seed: u64) -> Faults {
-        if self == Self::Everything {
+        if matches!(self, Self::Everything | Self::Shards) {
             return faults;
         }
         let mut rng = Rng::new(seed ^ 0xfa17);
@@ -89,6 +93,12 @@ impl Focus {
     pub(super) fn shape(self, config: ClusterConfig, seed: u64) -> ClusterConfig {
         if self == Self::Everything {
             return config;
+        }
+        if self == Self::Shards {
+            // Of two seeds one has a replica in the process of the volume, on another shard.
+            let apart = seed % 2 == 1;
+            let local_replica = config.local_replica || apart;
+            return ClusterConfig { fronts: true, pools_in_front: apart, local_replica, ..config };
         }
         let mut rng = Rng::new(seed ^ 0x54a9);
         if self == Self::Disks {
@@ -133,7 +143,7 @@ impl Focus {
     /// What hosts do until they are told: nothing.
     pub(super) fn work(self, drawn: Workload) -> Workload {
         match self {
-            Self::Everything | Self::Disks => drawn,
+            Self::Everything | Self::Disks | Self::Shards => drawn,
             _ => Workload { depth: 32, requests: 0, ..drawn },
         }
     }
@@ -173,7 +183,7 @@ impl Run {
         let most = if focus == Focus::Power { 5 } else { 3 };
         for _ in 0..1 + self.rng.below(most) {
             match focus {
-                Focus::Everything | Focus::Disks => {}
+                Focus::Everything | Focus::Disks | Focus::Shards => {}
                 Focus::Rebuild => self.rebuilds_round(),
                 Focus::Takeover => self.takeover_round(),
                 Focus::Power if self.rng.chance(250) => self.vigil(),

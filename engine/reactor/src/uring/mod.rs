@@ -12,7 +12,7 @@ mod sockets;
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +22,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::arena::Arena;
 use crate::device::{BlockFile, MemRegion};
-use crate::seam::{Chunk, Completion, DeviceId, Driver, ListenerId, Op, Token};
+use crate::seam::{
+    Chunk, Completion, DeviceId, Driver, ListenerId, Op, SocketFault, SocketId, Token,
+};
 use crate::spin::Spinner;
 use disk::Disks;
 pub use features::{DriverError, Features};
@@ -450,6 +452,7 @@ impl Driver for UringDriver {
     type Memory = Arena;
     type Device = Attach;
     type Listener = TcpListener;
+    type Socket = TcpStream;
 
     fn memory(&mut self) -> &mut Arena {
         &mut self.core.arena
@@ -566,6 +569,14 @@ impl Driver for UringDriver {
             self.core.enter(0, None);
             self.core.unregister(gone.target);
         }
+    }
+
+    fn detach_socket(&mut self, socket: SocketId) -> Option<TcpStream> {
+        self.sockets.detach(&mut self.core, socket)
+    }
+
+    fn attach_socket(&mut self, socket: TcpStream) -> Result<SocketId, SocketFault> {
+        self.sockets.attach(&mut self.core, socket)
     }
 }
 

@@ -93,6 +93,23 @@ impl Sockets {
         self.insert(core, TcpStream::from(fd))
     }
 
+    /// Takes a socket into the table that was another driver's.
+    pub(super) fn attach(
+        &mut self,
+        core: &mut Core,
+        stream: TcpStream,
+    ) -> Result<SocketId, SocketFault> {
+        self.insert(core, stream)
+    }
+
+    /// Gives a quiet socket away.
+    pub(super) fn detach(&mut self, core: &mut Core, id: SocketId) -> Option<TcpStream> {
+        let quiet =
+            |s: &&mut Socket| s.receiving == Receiving::Off && s.is_quiet() && s.closing.is_none();
+        self.socket(id).filter(quiet)?;
+        self.remove(core, id.index)
+    }
+
     fn insert(&mut self, core: &mut Core, stream: TcpStream) -> Result<SocketId, SocketFault> {
         let index = match self.free.pop() {
             Some(index) => index,
@@ -378,13 +395,13 @@ impl Sockets {
         }
     }
 
-    fn remove(&mut self, core: &mut Core, index: u32) {
-        if let Some(socket) = self.slots[index as usize].take() {
-            core.unregister(socket.target);
-            self.generations[index as usize] = socket.generation.wrapping_add(1);
-            self.starved.retain(|&s| s != index);
-            self.free.push(index);
-        }
+    fn remove(&mut self, core: &mut Core, index: u32) -> Option<TcpStream> {
+        let socket = self.slots[index as usize].take()?;
+        core.unregister(socket.target);
+        self.generations[index as usize] = socket.generation.wrapping_add(1);
+        self.starved.retain(|&s| s != index);
+        self.free.push(index);
+        Some(socket.stream)
     }
 }
 

@@ -200,6 +200,80 @@ fn a_receive_pauses_resumes_and_ends_with_the_peer() {
 }
 
 #[test]
+fn a_quiet_socket_moves_to_another_driver_with_what_has_arrived() {
+    both(|mut d| {
+        let mut rest = Vec::new();
+        let (client, server) = pair(&mut d, &mut rest);
+        let ended = |c: &Completion| match c {
+            Completion::ReceiveEnded { reason, .. } => Some(*reason),
+            _ => None,
+        };
+        d.submit(Op::Receive { socket: server }, Token::new(3));
+        assert!(d.detach_socket(server).is_none(), "it is received from");
+        d.submit(Op::PauseReceive { socket: server }, Token::new(3));
+        assert!(d.detach_socket(server).is_none(), "the end of that was not told yet");
+        assert_eq!(until(&mut d, &mut rest, ended), EndReason::Paused);
+        // Arrives while nobody receives.
+        let body = fill(&mut d, 4096);
+        d.submit(Op::Send { socket: client, windows: &[body.slice()] }, Token::new(4));
+        until(&mut d, &mut rest, |c| matches!(c, Completion::Sent { .. }).then_some(()));
+        let stream = d.detach_socket(server).expect("it is quiet");
+        assert!(d.detach_socket(server).is_none(), "it is gone");
+        // The slot is another's at once.
+        let (next, _) = pair(&mut d, &mut rest);
+        assert_ne!(next, server);
+        let want = d.memory().bytes(body.slice()).to_vec();
+
+        let mut other = driver(Features::all());
+        let socket = other.attach_socket(stream).unwrap();
+        other.submit(Op::Receive { socket }, Token::new(5));
+        let mut got = Vec::new();
+        while got.len() < want.len() {
+            let chunk = loop {
+                if let Some(at) = rest.iter().position(|c| matches!(c, Completion::Received { .. }))
+                    && let Completion::Received { chunk, token } = rest.remove(at)
+                {
+                    assert_eq!(token.value(), 5);
+                    break chunk;
+                }
+                let deadline = other.now_ns() + 5_000_000_000;
+                other.poll(&mut rest, Some(deadline));
+            };
+            got.extend_from_slice(other.memory().bytes(chunk.slice));
+            other.release_chunk(chunk);
+        }
+        assert!(got == want);
+        // And back the other way, from its new place.
+        let answer = fill(&mut other, 512);
+        other.submit(Op::Send { socket, windows: &[answer.slice()] }, Token::new(6));
+        until(&mut other, &mut rest, |c| matches!(c, Completion::Sent { .. }).then_some(()));
+        d.submit(Op::Receive { socket: client }, Token::new(7));
+        until(&mut d, &mut rest, |c| match c {
+            Completion::Received { chunk, token } if token.value() == 7 => Some(chunk.slice.len()),
+            _ => None,
+        });
+        d.memory().release(body);
+        other.memory().release(answer);
+    });
+}
+
+#[test]
+fn a_socket_that_finds_no_slot_is_closed() {
+    let small = DriverConfig { arena_len: 8 << 20, max_sockets: 1, ..DriverConfig::default() };
+    let mut d = UringDriver::new(&small).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connect = || {
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    };
+    let (_near, first) = connect();
+    d.attach_socket(first).unwrap();
+    let (mut near, second) = connect();
+    assert_eq!(d.attach_socket(second), Err(SocketFault::NoSlot));
+    assert_eq!(std::io::Read::read(&mut near, &mut [0; 1]).unwrap(), 0, "the peer hears of it");
+}
+
+#[test]
 fn a_close_answers_the_send_in_flight_first() {
     both(|mut d| {
         let mut rest = Vec::new();
