@@ -193,6 +193,11 @@ impl TxQueue {
         self.push(Item { window: buf.slice().sub(0, len), content: Content::Owned(buf) });
     }
 
+    /// Queues `window`, the last that is sent of a buffer: the buffer is released once it is sent.
+    pub fn push_last(&mut self, buf: Buf, window: BufSlice) {
+        self.push(Item { window, content: Content::Owned(buf) });
+    }
+
     fn push(&mut self, item: Item) {
         self.pushed += 1;
         self.items.push_back(item);
