@@ -13,12 +13,15 @@ use std::fmt;
 use cairn_block::{Buf, BufSlice, IoStatus, Memory, TxQueue};
 
 use self::receive::Stage;
+pub(crate) use self::task::Aborted;
 use self::task::{OutData, State, Task};
 use crate::keys::{Offer, Params};
 use crate::login::{Login, LoginStatus};
 use crate::pdu::{LoginRequest, NO_TAG, RejectReason};
 use crate::rx::HeaderReader;
+use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
+use crate::wire::{len32, put, u64_at};
 
 /// Tasks that immediate commands may take beside those of the command window.
 const IMMEDIATE_TASKS: u16 = 16;
@@ -118,6 +121,15 @@ pub struct ScsiCommand {
     pub received: u32,
 }
 
+/// Blocks that follow each other and are all mapped, or all not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LbaExtent {
+    /// How many.
+    pub blocks: u32,
+    /// Whether they take space.
+    pub mapped: bool,
+}
+
 /// Why a connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloseReason {
@@ -175,6 +187,7 @@ pub struct Connection {
     pub(crate) login: Option<Box<Login>>,
     params: Params,
     cid: u16,
+    portal_group: u16,
     tasks: Vec<Task>,
     /// The tag of each task, close together for they are searched.
     itts: Vec<u32>,
@@ -211,11 +224,12 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection that was just accepted; nothing where `mem` has no room for its header ring.
-    /// `entropy` makes the challenge that the initiator has to answer: random, and used once.
+    /// A connection that was just accepted, at a portal of this group; nothing where `mem` has no
+    /// room for its header ring. `entropy` makes the challenge that the initiator has to answer: random, and used once.
     #[must_use]
     pub fn new<M: Memory>(
         config: &ConnectionConfig,
+        portal_group: u16,
         entropy: &[u8; 32],
         mem: &mut M,
     ) -> Option<Self> {
@@ -233,6 +247,7 @@ impl Connection {
             login: Some(Box::new(Login::new(entropy))),
             params: Params::default(),
             cid: 0,
+            portal_group,
             tasks: std::iter::repeat_with(Task::free).take(usize::from(n)).collect(),
             itts: vec![NO_TAG; usize::from(n)],
             free: (0..n).rev().collect(),
@@ -450,9 +465,12 @@ impl Connection {
         }
     }
 
-    /// Takes a command back that could not be answered for want of memory; [`Connection::retry`]
-    /// offers it again.
-    pub(crate) fn park(&mut self, slot: SlotId, data: Option<Buf>) {
+    /// Takes a command back that could not be carried out for want of memory, with its data;
+    /// [`Connection::retry`] offers it again.
+    ///
+    /// # Panics
+    /// Where the slot was not handed out.
+    pub fn park(&mut self, slot: SlotId, data: Option<Buf>) {
         let task = &mut self.tasks[usize::from(slot.0)];
         assert_eq!(task.state, State::Out, "parked slot {} was not handed out", slot.0);
         task.state = State::Ready;
@@ -481,12 +499,61 @@ impl Connection {
         task.good = good;
     }
 
+    /// The tag of the portal group that it came in at.
+    #[must_use]
+    pub fn portal_group(&self) -> u16 {
+        self.portal_group
+    }
+
+    pub(crate) fn offer(&self) -> Offer {
+        self.config.offer
+    }
+
+    pub(crate) fn max_data_len(&self) -> u32 {
+        self.config.max_data_len
+    }
+
+    /// Aborts the tasks on a logical unit, or on all: see [`crate::target::Target::poll_abort`]. No
+    /// responses are sent for them; those that are being carried out are completed as ever.
+    pub fn abort<M: Memory>(&mut self, lun: Option<u64>, mem: &mut M) {
+        self.abort_tasks(lun, mem);
+    }
+
+    /// Ends GET LBA STATUS with the extents from the first block that was asked for on, in order.
+    ///
+    /// # Panics
+    /// As [`Connection::complete`].
+    pub fn complete_lba_status<M: Memory>(
+        &mut self,
+        slot: SlotId,
+        extents: &[LbaExtent],
+        mem: &mut M,
+    ) {
+        let Request::Scsi(scsi) = self.tasks[usize::from(slot.0)].request else {
+            return self.complete(slot, IoStatus::Internal, mem);
+        };
+        let mut lba = u64_at(&scsi.cdb, 2);
+        let mut data = vec![0; 8];
+        for extent in extents {
+            let mut d = [0; 16];
+            put(&mut d, 0, &lba.to_be_bytes());
+            put(&mut d, 8, &extent.blocks.to_be_bytes());
+            d[12] = u8::from(!extent.mapped);
+            data.extend_from_slice(&d);
+            lba += u64::from(extent.blocks);
+        }
+        let len = len32(data.len() - 4);
+        put(&mut data, 0, &len.to_be_bytes());
+        data.truncate(allocation_len(&scsi.cdb));
+        self.send_data(slot, OutData::Made(data), mem);
+    }
+
     /// The connection id that the initiator gave.
     pub(crate) fn cid(&self) -> u16 {
         self.cid
     }
 
-    fn fail(&mut self, reason: CloseReason) {
+    pub(crate) fn fail(&mut self, reason: CloseReason) {
         self.close_reason.get_or_insert(reason);
     }
 

@@ -14,6 +14,7 @@ pub mod login;
 pub mod pdu;
 mod rx;
 pub mod scsi;
+pub mod target;
 pub mod text;
 mod wire;
 

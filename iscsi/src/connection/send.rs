@@ -325,7 +325,9 @@ impl Connection {
         response: u8,
         mem: &mut M,
     ) {
+        const TARGET_COLD_RESET: u8 = 7;
         let itt = self.itts[usize::from(slot.0)];
+        let request = self.tasks[usize::from(slot.0)].request;
         if !self.take_back(slot) {
             return;
         }
@@ -334,6 +336,11 @@ impl Connection {
             let sn = self.next_sn();
             let body = Body::TaskManagementResponse { response, sn };
             self.push_header(&Header::new(itt, 0, body), mem);
+        }
+        if response == 0
+            && matches!(request, Request::TaskManagement { function: TARGET_COLD_RESET, .. })
+        {
+            self.fail(CloseReason::Dropped);
         }
     }
 

@@ -172,7 +172,7 @@ impl Connection {
     /// The task's tag of a Task Management request, if there is such a task on this logical unit.
     pub(crate) fn abort_task<M: Memory>(&mut self, itt: u32, lun: u64, mem: &mut M) -> Aborted {
         match self.slot_of(itt) {
-            Some(index) if self.tasks[usize::from(index)].lun == lun => self.abort(index, mem),
+            Some(index) if self.tasks[usize::from(index)].lun == lun => self.abort_slot(index, mem),
             _ => Aborted::Nothing,
         }
     }
@@ -184,14 +184,14 @@ impl Connection {
             let Ok(index) = u16::try_from(index) else { break };
             let task = &self.tasks[usize::from(index)];
             if lun.is_none_or(|lun| lun == task.lun) {
-                during |= self.abort(index, mem) == Aborted::During;
+                during |= self.abort_slot(index, mem) == Aborted::During;
             }
         }
         during
     }
 
     /// Aborts one SCSI task. No response is sent for it.
-    fn abort<M: Memory>(&mut self, index: u16, mem: &mut M) -> Aborted {
+    fn abort_slot<M: Memory>(&mut self, index: u16, mem: &mut M) -> Aborted {
         let task = &mut self.tasks[usize::from(index)];
         if !matches!(task.request, Request::Scsi(_)) {
             return Aborted::Nothing;
