@@ -14,7 +14,7 @@ use cairn_block::{Buf, BufSlice, IoStatus, Memory, TxQueue};
 
 use self::receive::Stage;
 pub(crate) use self::task::Aborted;
-use self::task::{OutData, State, Task};
+use self::task::{CopyRecord, OutData, State, Task};
 use crate::keys::{Offer, Params};
 use crate::login::{Login, LoginStatus};
 use crate::pdu::{LoginRequest, NO_TAG, RejectReason};
@@ -218,6 +218,8 @@ pub struct Connection {
     shifts: Vec<u8>,
     /// The state of the configuration that `shifts` is of.
     pub(crate) shifts_of: u64,
+    /// The last copies, for RECEIVE COPY RESULTS.
+    copies: VecDeque<CopyRecord>,
     heard: bool,
     pinged: bool,
     deadline_ms: Option<u64>,
@@ -268,6 +270,7 @@ impl Connection {
             binding: None,
             shifts: Vec::new(),
             shifts_of: 0,
+            copies: VecDeque::new(),
             heard: false,
             pinged: false,
             deadline_ms: None,
@@ -296,6 +299,7 @@ impl Connection {
     /// # Panics
     /// Where the slot was not handed out, or was completed before.
     pub fn complete<M: Memory>(&mut self, slot: SlotId, status: IoStatus, mem: &mut M) {
+        self.end_copy(slot, status.is_ok());
         let task = &self.tasks[usize::from(slot.0)];
         match task.request {
             Request::TaskManagement { .. } => self.respond_task_management(slot, 0, mem),

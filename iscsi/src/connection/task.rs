@@ -111,6 +111,60 @@ impl Task {
     }
 }
 
+/// Copies that are remembered.
+const MAX_COPIES: usize = 16;
+
+/// An EXTENDED COPY, for whoever asks what became of it.
+#[derive(Debug)]
+pub(super) struct CopyRecord {
+    /// LIST IDENTIFIER.
+    list: u8,
+    segments: u16,
+    state: CopyState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum CopyState {
+    Running(SlotId),
+    Done,
+    Failed,
+}
+
+impl Connection {
+    /// Remembers a copy that was handed out.
+    pub(crate) fn begin_copy(&mut self, slot: SlotId, list: u8, segments: usize) {
+        self.copies.retain(|copy| copy.list != list);
+        if self.copies.len() == MAX_COPIES {
+            self.copies.pop_front();
+        }
+        let segments = u16::try_from(segments).unwrap_or(u16::MAX);
+        self.copies.push_back(CopyRecord { list, segments, state: CopyState::Running(slot) });
+    }
+
+    pub(super) fn end_copy(&mut self, slot: SlotId, ok: bool) {
+        for copy in &mut self.copies {
+            if copy.state == CopyState::Running(slot) {
+                copy.state = if ok { CopyState::Done } else { CopyState::Failed };
+            }
+        }
+    }
+
+    /// The parameter data of RECEIVE COPY RESULTS, COPY STATUS (LID1).
+    pub(crate) fn copy_status(&self, list: u8) -> Option<Vec<u8>> {
+        let copy = self.copies.iter().find(|copy| copy.list == list)?;
+        let (state, segments) = match copy.state {
+            CopyState::Running(_) => (0, 0),
+            CopyState::Done => (1, copy.segments),
+            CopyState::Failed => (2, 0),
+        };
+        let mut b = vec![0; 12];
+        b[3] = 8;
+        b[4] = state;
+        crate::wire::put(&mut b, 5, &segments.to_be_bytes());
+        Some(b)
+    }
+}
+
 /// What became of a task that was to be aborted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Aborted {

@@ -2,7 +2,7 @@
 
 use cairn_block::{Buf, Lba, LbaRange, Memory};
 
-use super::cdb::{lba_and_blocks, op};
+use super::cdb::{data_out_len, lba_and_blocks, op};
 use super::copy::CopySegment;
 use super::inquiry::{Limits, MAX_UNMAP_RANGES};
 use super::sense::{Sense, Status};
@@ -170,6 +170,7 @@ fn is_write(code: u8) -> bool {
 pub(crate) fn decode<M: Memory>(
     unit: &Unit,
     cdb: &[u8; 16],
+    edtl: u32,
     data: Option<Buf>,
     limits: Limits,
     mem: &M,
@@ -185,6 +186,11 @@ pub(crate) fn decode<M: Memory>(
         Err(status) => return Err((data, status)),
     };
     let code = cdb[0];
+    let strict = matches!(code, op::WRITE_SAME_10 | op::WRITE_SAME_16 | op::COMPARE_AND_WRITE);
+    if strict && data_out_len(cdb, unit.shift()) != u64::from(edtl) {
+        // A host that sends another amount than the command takes means something else by it.
+        return Err((data, Sense::invalid_cdb(blocks_field(cdb), 7).into()));
+    }
     let none = range.is_empty();
     let fua = cdb[1] & FUA != 0 || !unit.modes.write_cache;
     let io = |command| Ok(Step::Io(command));
@@ -209,8 +215,7 @@ fn verify_or_write(
     fua: bool,
 ) -> Result<Step, Refused> {
     let bytchk = cdb[1] >> 1 & 3;
-    let bytes = range.blocks() << unit.shift();
-    let wanted = super::cdb::data_out_len(cdb, unit.shift());
+    let wanted = data_out_len(cdb, unit.shift());
     let is_verify = matches!(cdb[0], op::VERIFY_10 | op::VERIFY_12 | op::VERIFY_16);
     if is_verify && bytchk == 0 {
         return match data {
@@ -218,11 +223,11 @@ fn verify_or_write(
             Some(_) => Err((data, Sense::INVALID_INFORMATION_UNIT.into())),
         };
     }
-    let data = match data {
-        Some(data) if u64::from(data.len()) == wanted => data,
+    let (range, data) = match data {
+        Some(data) if u64::from(data.len()) == wanted => (range, data),
+        data if may_be_short(cdb[0]) => shorten(unit, range, data)?,
         data => return Err((data, Sense::INVALID_INFORMATION_UNIT.into())),
     };
-    debug_assert!(wanted >= bytes || bytchk == 3, "a command brings its range's data");
     let plain = |verify, atomic, fua, data| IoCommand::Write { range, data, fua, verify, atomic };
     Ok(Step::Io(match cdb[0] {
         op::VERIFY_10 | op::VERIFY_12 | op::VERIFY_16 => {
@@ -237,6 +242,31 @@ fn verify_or_write(
         op::WRITE_ATOMIC_16 => plain(false, true, fua, data),
         _ => plain(false, false, fua, data),
     }))
+}
+
+fn may_be_short(code: u8) -> bool {
+    matches!(
+        code,
+        op::WRITE_6
+            | op::WRITE_10
+            | op::WRITE_12
+            | op::WRITE_16
+            | op::WRITE_VERIFY_10
+            | op::WRITE_VERIFY_12
+            | op::WRITE_VERIFY_16
+    )
+}
+
+/// A write for which the initiator sends less than its range takes: what it sends is written, where
+/// that is whole blocks, and the residual tells the rest.
+fn shorten(unit: &Unit, range: LbaRange, data: Option<Buf>) -> Result<(LbaRange, Buf), Refused> {
+    let Some(data) = data else { return Err((None, Status::Good)) };
+    let blocks = u64::from(data.len() >> unit.shift());
+    let whole = blocks << unit.shift() == u64::from(data.len()) && blocks <= range.blocks();
+    match LbaRange::new(range.start(), blocks) {
+        Ok(range) if whole => Ok((range, data)),
+        _ => Err((Some(data), Sense::INVALID_INFORMATION_UNIT.into())),
+    }
 }
 
 /// The fields that commands on a range have in common.

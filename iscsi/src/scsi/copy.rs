@@ -53,6 +53,11 @@ pub(crate) fn segments(
         return Err(Sense::PARAMETER_LIST_LENGTH);
     }
     let (targets_len, segments_len) = (usize::from(u16_at(list, 2)), u32_at(list, 8) as usize);
+    if targets_len + segments_len > max_descriptor_list() as usize
+        || list.len() < HEADER_LEN + targets_len + segments_len
+    {
+        return Err(Sense::PARAMETER_LIST_LENGTH);
+    }
     if targets_len % TARGET_LEN != 0 {
         return Err(Sense::invalid_parameter(2));
     }
@@ -61,11 +66,6 @@ pub(crate) fn segments(
     }
     if segments_len / SEGMENT_LEN > usize::from(MAX_COPY_SEGMENTS) {
         return Err(TOO_MANY_SEGMENTS);
-    }
-    if targets_len + segments_len > max_descriptor_list() as usize
-        || list.len() < HEADER_LEN + targets_len + segments_len
-    {
-        return Err(Sense::PARAMETER_LIST_LENGTH);
     }
     if u32_at(list, 12) != 0 {
         return Err(INLINE_DATA);

@@ -34,9 +34,11 @@ pub(crate) struct Limits {
 }
 
 /// Bytes that WRITE SAME writes at most.
-const WRITE_SAME_LEN: u64 = 64 << 20;
+const WRITE_SAME_LEN: u64 = 16 << 20;
 /// Bytes that one range of UNMAP frees at most.
 const UNMAP_LEN: u64 = 1 << 30;
+/// Blocks of one range at most.
+const UNMAP_BLOCKS: u32 = 1 << 20;
 /// Ranges of one UNMAP at most.
 pub(crate) const MAX_UNMAP_RANGES: u32 = 256;
 /// What it takes to write a part of: everything below is read, changed and written.
@@ -59,7 +61,7 @@ impl Limits {
 
     /// MAXIMUM UNMAP LBA COUNT.
     pub(crate) fn unmap(self, unit: &UnitConfig) -> u32 {
-        u32::try_from(UNMAP_LEN >> unit.block_size.shift()).unwrap_or(u32::MAX)
+        u32::try_from(UNMAP_LEN >> unit.block_size.shift()).unwrap_or(u32::MAX).min(UNMAP_BLOCKS)
     }
 }
 
@@ -229,7 +231,8 @@ pub(crate) const MAX_COPY_SEGMENT_LEN: u32 = 16 << 20;
 
 /// The Third-party Copy page: only what SPC-5 asks for.
 fn third_party_copy(b: &mut Vec<u8>) {
-    // Supported Commands: EXTENDED COPY (LID1), and OPERATING PARAMETERS of RECEIVE COPY RESULTS.
+    // Supported Commands: EXTENDED COPY (LID1); COPY STATUS and OPERATING PARAMETERS of RECEIVE COPY
+    // RESULTS.
     let commands: [&[u8]; 2] =
         [&[op::THIRD_PARTY_COPY_OUT, 1, 0x00], &[op::THIRD_PARTY_COPY_IN, 2, 0x00, 0x03]];
     let list: Vec<u8> = commands.concat();
@@ -302,10 +305,7 @@ fn block_limits(b: &mut Vec<u8>, unit: &UnitConfig, limits: Limits) {
     // UGAVALID, and an alignment of 0.
     put(b, 32, &0x8000_0000_u32.to_be_bytes());
     put(b, 36, &limits.write_same(unit).to_be_bytes());
-    let atomic = unit.atomic_blocks;
-    put(b, 44, &atomic.to_be_bytes());
-    put(b, 48, &atomic.min(granularity).to_be_bytes());
-    put(b, 52, &atomic.min(1).to_be_bytes());
+    put(b, 44, &unit.atomic_blocks.to_be_bytes());
 }
 
 /// The parameter data of READ CAPACITY (10).

@@ -29,6 +29,8 @@ enum Ending {
     Io(IoCommand),
     /// Other tasks of the unit were aborted: drain, then success.
     Drain,
+    /// What became of the copy with this list identifier.
+    CopyStatus(u8),
 }
 
 /// Where a command is carried out.
@@ -226,6 +228,7 @@ impl Target {
             (op::MAINTENANCE_IN, 0x0a) => ports::report(cdb, &node.port_groups())?,
             (op::MAINTENANCE_IN, 0x0c) => opcodes::report(cdb)?,
             (op::MAINTENANCE_IN, _) => opcodes::report_tmfs(cdb),
+            (op::THIRD_PARTY_COPY_IN, 0) => return Ok(Ending::CopyStatus(cdb[2])),
             // RECEIVE COPY RESULTS, OPERATING PARAMETERS.
             _ => inquiry::copy_parameters(),
         };
@@ -360,7 +363,7 @@ fn on_blocks<M: Memory>(
     if scsi.cdb[0] == op::UNMAP {
         parameter_list(scsi, unit, data, mem)?;
     }
-    match block::decode(unit, &scsi.cdb, data.take(), limits, mem) {
+    match block::decode(unit, &scsi.cdb, scsi.edtl, data.take(), limits, mem) {
         Ok(Step::Io(command)) => Ok(Ending::Io(command)),
         Ok(Step::Zeroes { command, block }) => {
             *data = Some(block);
@@ -384,9 +387,16 @@ fn finish<M: Memory>(
     data: Option<Buf>,
     mem: &mut M,
 ) -> Outcome {
+    if let (Ending::Io(IoCommand::Copy { segments, .. }), Some(list)) = (&ending, &data) {
+        conn.begin_copy(slot, mem.bytes(list.slice())[0], segments.len());
+    }
     release(data, mem);
     match (ending, unit) {
         (Ending::Io(command), Some(unit)) => return Outcome::Io(Io { slot, unit, command }),
+        (Ending::CopyStatus(list), _) => match conn.copy_status(list) {
+            Some(data) => conn.respond_with(slot, data, mem),
+            None => conn.respond(slot, Sense::invalid_cdb(2, 7).into(), mem),
+        },
         (Ending::Drain, Some(unit)) => return Outcome::Drain { slot, units: vec![unit] },
         (Ending::Status(status), _) => conn.respond(slot, status, mem),
         (Ending::Data(mut bytes), _) => {
