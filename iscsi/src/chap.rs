@@ -48,7 +48,12 @@ impl Algorithm {
     #[must_use]
     pub fn respond(self, id: u8, secret: &[u8], challenge: &[u8]) -> Vec<u8> {
         fn hash<D: Digest>(id: u8, secret: &[u8], challenge: &[u8]) -> Vec<u8> {
-            D::new().chain_update([id]).chain_update(secret).chain_update(challenge).finalize().to_vec()
+            D::new()
+                .chain_update([id])
+                .chain_update(secret)
+                .chain_update(challenge)
+                .finalize()
+                .to_vec()
         }
         match self {
             Self::Md5 => hash::<Md5>(id, secret, challenge),
@@ -99,8 +104,14 @@ mod tests {
     fn responses_are_hashes_of_id_secret_and_challenge() {
         let of = |a: Algorithm| hex(&a.respond(1, b"secretsecretsecret", &[2, 3]));
         assert_eq!(of(Algorithm::Md5), "0xf11820f1f8f7c9b4f4332dc5f0a9c785");
-        assert_eq!(of(Algorithm::Sha256), "0xbbd299046107c266fa7de0e120cfd79f876bd3f3b9c4c1d3695a7ce5133bb5de");
-        assert_eq!(of(Algorithm::Sha3), "0x44f7e2d85b7ba32e8f62ed2adaf155d599fb9c31947b35467d0e555a726c236a");
+        assert_eq!(
+            of(Algorithm::Sha256),
+            "0xbbd299046107c266fa7de0e120cfd79f876bd3f3b9c4c1d3695a7ce5133bb5de"
+        );
+        assert_eq!(
+            of(Algorithm::Sha3),
+            "0x44f7e2d85b7ba32e8f62ed2adaf155d599fb9c31947b35467d0e555a726c236a"
+        );
     }
 
     #[test]

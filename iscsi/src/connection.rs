@@ -456,7 +456,8 @@ impl Connection {
     /// Gives every buffer back. Nothing that was taken for sending may be in flight any more.
     pub fn close<M: Memory>(self, mem: &mut M) {
         self.tx.close(mem);
-        if let Stage::Payload { sink: receive::Sink::Ping { buf: Some(buf), .. }, .. } = self.stage {
+        if let Stage::Payload { sink: receive::Sink::Ping { buf: Some(buf), .. }, .. } = self.stage
+        {
             mem.release(buf);
         }
         for task in self.tasks {
@@ -570,3 +571,6 @@ impl Connection {
         self.fail(CloseReason::Protocol(what));
     }
 }
+
+#[cfg(test)]
+mod tests;

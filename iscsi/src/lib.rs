@@ -11,6 +11,8 @@ pub mod chap;
 pub mod connection;
 pub mod keys;
 pub mod login;
+#[cfg(test)]
+mod loopback;
 pub mod pdu;
 mod rx;
 pub mod scsi;

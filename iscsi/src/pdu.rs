@@ -122,24 +122,99 @@ impl Residual {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are the specification's, by its names")]
 pub enum Body {
-    NopOut { ttt: u32, sn: CmdSn },
-    ScsiCommand { last: bool, read: bool, write: bool, attr: u8, edtl: u32, sn: CmdSn, cdb: [u8; 16] },
-    TaskManagement { function: u8, rtt: u32, sn: CmdSn, ref_cmd_sn: u32 },
+    NopOut {
+        ttt: u32,
+        sn: CmdSn,
+    },
+    ScsiCommand {
+        last: bool,
+        read: bool,
+        write: bool,
+        attr: u8,
+        edtl: u32,
+        sn: CmdSn,
+        cdb: [u8; 16],
+    },
+    TaskManagement {
+        function: u8,
+        rtt: u32,
+        sn: CmdSn,
+        ref_cmd_sn: u32,
+    },
     Login(LoginRequest),
-    Text { last: bool, more: bool, ttt: u32, sn: CmdSn },
-    DataOut { last: bool, ttt: u32, exp_stat_sn: u32, data_sn: u32, offset: u32 },
-    Logout { reason: u8, cid: u16, sn: CmdSn },
+    Text {
+        last: bool,
+        more: bool,
+        ttt: u32,
+        sn: CmdSn,
+    },
+    DataOut {
+        last: bool,
+        ttt: u32,
+        exp_stat_sn: u32,
+        data_sn: u32,
+        offset: u32,
+    },
+    Logout {
+        reason: u8,
+        cid: u16,
+        sn: CmdSn,
+    },
     Snack,
-    NopIn { ttt: u32, sn: Sn },
-    ScsiResponse { response: u8, status: u8, sn: Sn, exp_data_sn: u32, residual: Residual },
-    TaskManagementResponse { response: u8, sn: Sn },
+    NopIn {
+        ttt: u32,
+        sn: Sn,
+    },
+    ScsiResponse {
+        response: u8,
+        status: u8,
+        sn: Sn,
+        exp_data_sn: u32,
+        residual: Residual,
+    },
+    TaskManagementResponse {
+        response: u8,
+        sn: Sn,
+    },
     LoginResponse(LoginResponse),
-    TextResponse { last: bool, more: bool, ttt: u32, sn: Sn },
-    DataIn { last: bool, status: Option<u8>, ttt: u32, sn: Sn, data_sn: u32, offset: u32, residual: Residual },
-    LogoutResponse { response: u8, sn: Sn, time2wait: u16, time2retain: u16 },
-    R2t { ttt: u32, sn: Sn, r2t_sn: u32, offset: u32, len: u32 },
-    Async { event: u8, vcode: u8, sn: Sn, parameters: [u16; 3] },
-    Reject { reason: u8, sn: Sn },
+    TextResponse {
+        last: bool,
+        more: bool,
+        ttt: u32,
+        sn: Sn,
+    },
+    DataIn {
+        last: bool,
+        status: Option<u8>,
+        ttt: u32,
+        sn: Sn,
+        data_sn: u32,
+        offset: u32,
+        residual: Residual,
+    },
+    LogoutResponse {
+        response: u8,
+        sn: Sn,
+        time2wait: u16,
+        time2retain: u16,
+    },
+    R2t {
+        ttt: u32,
+        sn: Sn,
+        r2t_sn: u32,
+        offset: u32,
+        len: u32,
+    },
+    Async {
+        event: u8,
+        vcode: u8,
+        sn: Sn,
+        parameters: [u16; 3],
+    },
+    Reject {
+        reason: u8,
+        sn: Sn,
+    },
 }
 
 /// A Login Request.
@@ -281,9 +356,7 @@ impl Header {
                 data_sn: u32_at(b, 36),
                 offset: u32_at(b, 40),
             },
-            opcode::LOGOUT => {
-                Body::Logout { reason: flags & 0x7f, cid: u16_at(b, 20), sn: cmd_sn }
-            }
+            opcode::LOGOUT => Body::Logout { reason: flags & 0x7f, cid: u16_at(b, 20), sn: cmd_sn },
             opcode::SNACK => Body::Snack,
             opcode::NOP_IN => Body::NopIn { ttt, sn },
             opcode::SCSI_RESPONSE => Body::ScsiResponse {
@@ -293,9 +366,7 @@ impl Header {
                 exp_data_sn: u32_at(b, 36),
                 residual: Residual::from_bits(flags, u32_at(b, 44)),
             },
-            opcode::TASK_MANAGEMENT_RESPONSE => {
-                Body::TaskManagementResponse { response: b[2], sn }
-            }
+            opcode::TASK_MANAGEMENT_RESPONSE => Body::TaskManagementResponse { response: b[2], sn },
             opcode::LOGIN_RESPONSE => Body::LoginResponse(LoginResponse {
                 transit: last,
                 more,

@@ -90,12 +90,6 @@ impl HeaderReader {
     pub(crate) fn reset(&mut self) {
         self.have = 0;
     }
-
-    /// Whether nothing of a header has come.
-    #[cfg(test)]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.have == 0
-    }
 }
 
 /// The rest of a PDU: data, padding, data digest.

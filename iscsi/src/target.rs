@@ -15,11 +15,11 @@ use self::session::Session;
 use crate::chap::{Chap, MIN_SECRET_LEN};
 use crate::connection::{CloseReason, Command, Connection, Request, SlotId};
 use crate::login::{MAX_NAME_LEN, is_name};
+use crate::scsi::IoCommand;
 use crate::scsi::inquiry::Product;
 use crate::scsi::ports::{AccessState, PortGroup};
 use crate::scsi::reservation::Reservations;
 use crate::scsi::unit::{Attention, MAX_LUN, Unit, UnitConfig, UnitHandle};
-use crate::scsi::IoCommand;
 use crate::wire::len32;
 
 /// Names a connection; whoever owns the sockets chooses it.
@@ -110,7 +110,9 @@ pub struct NodeConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
     /// The name is no iSCSI name.
-    #[error("`{iqn}` is not an iSCSI name; it begins with `iqn.`, `eui.` or `naa.` and has at most {MAX_NAME_LEN} bytes")]
+    #[error(
+        "`{iqn}` is not an iSCSI name; it begins with `iqn.`, `eui.` or `naa.` and has at most {MAX_NAME_LEN} bytes"
+    )]
     InvalidName {
         /// What was given.
         iqn: String,

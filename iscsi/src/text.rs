@@ -42,7 +42,9 @@ pub fn push(text: &mut Vec<u8>, key: &str, value: &str) {
 #[must_use]
 pub fn number(value: &str) -> Option<u32> {
     match value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")) {
-        Some(hex) if hex.bytes().all(|b| b.is_ascii_hexdigit()) => u32::from_str_radix(hex, 16).ok(),
+        Some(hex) if hex.bytes().all(|b| b.is_ascii_hexdigit()) => {
+            u32::from_str_radix(hex, 16).ok()
+        }
         None if value.bytes().all(|b| b.is_ascii_digit()) => value.parse().ok(),
         _ => None,
     }

@@ -4,8 +4,8 @@ use cairn_block::{Buf, BufSlice, Memory};
 
 use super::task::State;
 use super::{
-    CONNECTION_RESERVE, CloseReason, Connection, Phase, RESPONSE_ITEMS, RESPONSE_RESERVE, Request,
-    RejectReason, ScsiCommand,
+    CONNECTION_RESERVE, CloseReason, Connection, Phase, RESPONSE_ITEMS, RESPONSE_RESERVE,
+    RejectReason, Request, ScsiCommand,
 };
 use crate::keys::DEFAULT_SEGMENT_LEN;
 use crate::login::LoginStatus;
@@ -198,7 +198,8 @@ impl Connection {
                 return true;
             }
         }
-        if discovery && matches!(header.body, Body::ScsiCommand { .. } | Body::TaskManagement { .. })
+        if discovery
+            && matches!(header.body, Body::ScsiCommand { .. } | Body::TaskManagement { .. })
         {
             self.violation("a SCSI request in a discovery session", mem);
             return true;
@@ -414,9 +415,17 @@ impl Connection {
     }
 
     /// Whether the data that comes with a command, or right after it, is what was agreed on.
-    fn check_unsolicited(&self, write: bool, last: bool, present: u32, edtl: u32) -> Option<Status> {
+    fn check_unsolicited(
+        &self,
+        write: bool,
+        last: bool,
+        present: u32,
+        edtl: u32,
+    ) -> Option<Status> {
         let too_much = present > 0
-            && (!write || !self.params.immediate_data || present > self.params.first_burst.min(edtl));
+            && (!write
+                || !self.params.immediate_data
+                || present > self.params.first_burst.min(edtl));
         let unexpected = write && !last && self.params.initial_r2t;
         (too_much || unexpected).then(|| Sense::UNEXPECTED_UNSOLICITED.into())
     }

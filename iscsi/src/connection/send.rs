@@ -8,9 +8,7 @@ use super::{
 };
 use crate::keys::Params;
 use crate::login::FULL_FEATURE;
-use crate::pdu::{
-    Body, Header, LoginRequest, LoginResponse, NO_TAG, RejectReason, Residual, Sn,
-};
+use crate::pdu::{Body, Header, LoginRequest, LoginResponse, NO_TAG, RejectReason, Residual, Sn};
 use crate::scsi::sense::Status;
 use crate::wire::{len32, pad_len};
 
@@ -240,7 +238,7 @@ impl Connection {
         let data_sn = task.data_in_sn;
         task.data_in_sn += 1;
         let last = task.sent == total;
-        let ends_burst = last || task.sent % max_burst == 0;
+        let ends_burst = last || task.sent.is_multiple_of(max_burst);
         let status = last.then(|| Status::Good.code());
         let residual = if last { self.residual(slot, all) } else { Residual::None };
         let sn = if last { self.next_sn() } else { Sn { stat: 0, ..self.sn() } };

@@ -14,10 +14,8 @@ fn hex(text: &str) -> [u8; BHS_LEN] {
 /// Laid out by hand from the figures of RFC 7143, section 11.
 #[test]
 fn a_scsi_command_is_where_the_rfc_puts_it() {
-    let bytes = hex(
-        "01a1 0000 00000200 0001000000000000 0000002a 00001000 00000007 00000009
-         2a00000000100000080000000000 0000",
-    );
+    let bytes = hex("01a1 0000 00000200 0001000000000000 0000002a 00001000 00000007 00000009
+         2a00000000100000080000000000 0000");
     let header = Header::decode(&bytes).unwrap();
     let mut cdb = [0; 16];
     cdb[..10].copy_from_slice(&[0x2a, 0, 0, 0, 0, 0x10, 0, 0, 8, 0]);
@@ -53,16 +51,14 @@ fn a_response_is_where_the_rfc_puts_it() {
             residual: Residual::Underflow(88),
         },
     );
-    let want = hex(
-        "2583 0000 00000000 0000000000000000 00000009 ffffffff 00000003 00000004 00000005
-         00000001 00000200 00000058",
-    );
+    let want =
+        hex("2583 0000 00000000 0000000000000000 00000009 ffffffff 00000003 00000004 00000005
+         00000001 00000200 00000058");
     assert_eq!(header.encode(), want);
     let r2t = Header::new(9, 0, Body::R2t { ttt: 7, sn, r2t_sn: 2, offset: 4096, len: 8192 });
-    let want = hex(
-        "3180 0000 00000000 0000000000000000 00000009 00000007 00000003 00000004 00000005
-         00000002 00001000 00002000",
-    );
+    let want =
+        hex("3180 0000 00000000 0000000000000000 00000009 00000007 00000003 00000004 00000005
+         00000002 00001000 00002000");
     assert_eq!(r2t.encode(), want);
 }
 

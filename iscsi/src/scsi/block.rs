@@ -118,7 +118,10 @@ pub enum IoCommand {
 pub(crate) enum Step {
     Io(IoCommand),
     /// A request that does without the data that came: it is released.
-    Zeroes { command: IoCommand, block: Buf },
+    Zeroes {
+        command: IoCommand,
+        block: Buf,
+    },
     /// There is nothing to do.
     End(Status),
 }
@@ -197,8 +200,8 @@ pub(crate) fn decode<M: Memory>(
     match code {
         op::SYNCHRONIZE_CACHE_10 | op::SYNCHRONIZE_CACHE_16 => io(IoCommand::Flush),
         op::PRE_FETCH_10 | op::PRE_FETCH_16 => Ok(Step::End(Status::ConditionMet)),
-        op::WRITE_SAME_10 | op::WRITE_SAME_16 => write_same(unit, cdb, range, data, mem),
         _ if none => Err((data, Status::Good)),
+        op::WRITE_SAME_10 | op::WRITE_SAME_16 => write_same(unit, cdb, range, data, mem),
         op::READ_6 | op::READ_10 | op::READ_12 | op::READ_16 => {
             let len = u32::try_from(range.blocks() << unit.shift()).unwrap_or(0);
             io(IoCommand::Read { range, len })
@@ -286,14 +289,18 @@ fn check(unit: &Unit, cdb: &[u8; 16], limits: Limits) -> Result<LbaRange, Status
         }
         _ => {}
     }
-    let range = range_of(unit, cdb)?;
+    let mut range = range_of(unit, cdb)?;
     let most = match code {
-        op::SYNCHRONIZE_CACHE_10 | op::SYNCHRONIZE_CACHE_16 | op::PRE_FETCH_10
+        op::SYNCHRONIZE_CACHE_10
+        | op::SYNCHRONIZE_CACHE_16
+        | op::PRE_FETCH_10
         | op::PRE_FETCH_16 => u64::MAX,
         op::WRITE_SAME_10 | op::WRITE_SAME_16 => {
-            // WSNZ.
             if range.is_empty() {
-                return Err(Sense::invalid_cdb(field, 7).into());
+                // All that follow.
+                let rest = unit.config.blocks - range.start().0;
+                range = LbaRange::within(range.start(), rest, unit.config.blocks)
+                    .map_err(|_| Sense::LBA_OUT_OF_RANGE)?;
             }
             limits.write_same(&unit.config)
         }
@@ -353,9 +360,7 @@ fn unmap<M: Memory>(
     let Some(ranges) = data else { return Ok(Step::End(Status::Good)) };
     match unmap_count(unit, mem.bytes(ranges.slice()), limits) {
         Ok(0) => Err((Some(ranges), Status::Good)),
-        Ok(count) => {
-            Ok(Step::Io(IoCommand::Unmap { ranges, count, fua: !unit.modes.write_cache }))
-        }
+        Ok(count) => Ok(Step::Io(IoCommand::Unmap { ranges, count, fua: !unit.modes.write_cache })),
         Err(sense) => Err((Some(ranges), sense.into())),
     }
 }

@@ -126,13 +126,7 @@ pub fn data_out_len(cdb: &[u8; 16], shift: u8) -> u64 {
         },
         op::WRITE_SAME_10 => 1 << shift,
         // NDOB: there is no block.
-        op::WRITE_SAME_16 => {
-            if cdb[1] & 1 == 0 {
-                1 << shift
-            } else {
-                0
-            }
-        }
+        op::WRITE_SAME_16 if cdb[1] & 1 == 0 => 1 << shift,
         op::MODE_SELECT_6 => u64::from(cdb[4]),
         op::UNMAP | op::MODE_SELECT_10 => u64::from(u16_at(cdb, 7)),
         op::RESERVE_10 | op::RELEASE_10 => u64::from(u16_at(cdb, 7)),

@@ -151,6 +151,7 @@ mod tests {
             handle: UnitHandle(u32::from(n)),
             blocks: 100,
             block_size: BlockSize::B4096,
+            physical_block_size: BlockSize::B4096,
             id: 0x1000 + u128::from(n),
             volatile_write_cache: false,
             read_only: n == 9,
@@ -191,12 +192,15 @@ mod tests {
     fn a_segment_names_two_units_and_two_ranges() {
         let got = parse(&list(0, 1, (5, 90), 10)).unwrap();
         let range = |lba| LbaRange::new(Lba(lba), 10).unwrap();
-        assert_eq!(got, [CopySegment {
-            from: UnitHandle(0),
-            from_range: range(5),
-            to: UnitHandle(1),
-            to_range: range(90),
-        }]);
+        assert_eq!(
+            got,
+            [CopySegment {
+                from: UnitHandle(0),
+                from_range: range(5),
+                to: UnitHandle(1),
+                to_range: range(90),
+            }]
+        );
         assert_eq!(parse(&list(0, 1, (0, 0), 0)), Ok(vec![]));
         assert_eq!(parse(&[]), Ok(vec![]));
     }

@@ -41,8 +41,11 @@ const UNMAP_LEN: u64 = 1 << 30;
 const UNMAP_BLOCKS: u32 = 1 << 20;
 /// Ranges of one UNMAP at most.
 pub(crate) const MAX_UNMAP_RANGES: u32 = 256;
-/// What it takes to write a part of: everything below is read, changed and written.
-const PHYSICAL_BLOCK_SHIFT: u8 = 12;
+
+/// LOGICAL BLOCKS PER PHYSICAL BLOCK EXPONENT.
+fn physical_exponent(unit: &UnitConfig) -> u8 {
+    unit.physical_block_size.shift().saturating_sub(unit.block_size.shift())
+}
 
 impl Limits {
     /// MAXIMUM TRANSFER LENGTH, in blocks.
@@ -292,9 +295,7 @@ pub(crate) fn copy_parameters() -> Vec<u8> {
 
 fn block_limits(b: &mut Vec<u8>, unit: &UnitConfig, limits: Limits) {
     b.resize(64, 0);
-    let granularity = 1_u32 << (PHYSICAL_BLOCK_SHIFT - unit.block_size.shift());
-    // WSNZ: WRITE SAME has to say how many blocks.
-    b[4] = 1;
+    let granularity = 1_u32 << physical_exponent(unit);
     b[5] = limits.compare_and_write(unit);
     put(b, 6, &granularity.to_be_bytes()[2..]);
     put(b, 8, &limits.transfer(unit).to_be_bytes());
@@ -322,7 +323,7 @@ pub(crate) fn capacity_16(unit: &UnitConfig) -> Vec<u8> {
     let mut b = vec![0; 32];
     put(&mut b, 0, &unit.blocks.saturating_sub(1).to_be_bytes());
     put(&mut b, 8, &unit.block_size.bytes().to_be_bytes());
-    b[13] = PHYSICAL_BLOCK_SHIFT - unit.block_size.shift();
+    b[13] = physical_exponent(unit);
     // LBPME, LBPRZ.
     b[14] = 0xc0;
     b
@@ -364,6 +365,7 @@ mod tests {
             handle: UnitHandle(1),
             blocks: 1 << 33,
             block_size: BlockSize::B512,
+            physical_block_size: BlockSize::B4096,
             id: 0x3f2c_1a60_5d1c_4b6e_9f0a_2b7f_6f1f_9a10,
             volatile_write_cache: true,
             read_only: false,

@@ -207,6 +207,7 @@ mod tests {
             handle: UnitHandle(0),
             blocks: 1000,
             block_size: BlockSize::B512,
+            physical_block_size: BlockSize::B4096,
             id: 1,
             volatile_write_cache: true,
             read_only: false,

@@ -109,25 +109,32 @@ pub(crate) static OPCODES: &[Opcode] = &[
     sa(op::THIRD_PARTY_COPY_IN, 0, Reads, Active, &[0, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F]),
     sa(op::THIRD_PARTY_COPY_IN, 3, Reads, Active, &[0, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F]),
     row(op::READ_16, Reads, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
-    row(op::COMPARE_AND_WRITE, Changes, Active, &[
-        RW_FLAGS, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP,
-    ]),
+    row(
+        op::COMPARE_AND_WRITE,
+        Changes,
+        Active,
+        &[RW_FLAGS, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP],
+    ),
     row(op::WRITE_16, Changes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(op::ORWRITE_16, Changes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(op::WRITE_VERIFY_16, Changes, Active, &[0x16, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(op::VERIFY_16, Reads, Active, &[0x16, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(op::PRE_FETCH_16, Reads, Active, &[0x02, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
-    row(op::SYNCHRONIZE_CACHE_16, Changes, Active, &[
-        0x06, F, F, F, F, F, F, F, F, F, F, F, F, GROUP,
-    ]),
+    row(
+        op::SYNCHRONIZE_CACHE_16,
+        Changes,
+        Active,
+        &[0x06, F, F, F, F, F, F, F, F, F, F, F, F, GROUP],
+    ),
     row(op::WRITE_SAME_16, Changes, Active, &[0x09, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
-    row(op::WRITE_ATOMIC_16, Changes, Active, &[
-        RW_FLAGS, F, F, F, F, F, F, F, F, 0, 0, F, F, GROUP,
-    ]),
+    row(
+        op::WRITE_ATOMIC_16,
+        Changes,
+        Active,
+        &[RW_FLAGS, F, F, F, F, F, F, F, F, 0, 0, F, F, GROUP],
+    ),
     // READ CAPACITY (16), GET LBA STATUS.
-    sa(op::SERVICE_ACTION_IN_16, 0x10, Free, Active, &[
-        0, F, F, F, F, F, F, F, F, F, F, F, F, 1,
-    ]),
+    sa(op::SERVICE_ACTION_IN_16, 0x10, Free, Active, &[0, F, F, F, F, F, F, F, F, F, F, F, F, 1]),
     sa(op::SERVICE_ACTION_IN_16, 0x12, Reads, Active, &[0, F, F, F, F, F, F, F, F, F, F, F, F]),
     row(op::REPORT_LUNS, Free, Any, &[0, F, 0, 0, 0, F, F, F, F]),
     // REPORT TARGET PORT GROUPS, REPORT SUPPORTED OPERATION CODES and TASK MANAGEMENT FUNCTIONS.

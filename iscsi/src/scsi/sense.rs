@@ -233,10 +233,7 @@ mod tests {
     #[test]
     fn fixed_sense_points_at_the_field() {
         let (bytes, len) = Sense::invalid_cdb(1, 4).encode(false);
-        assert_eq!(
-            bytes[..len],
-            [0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x24, 0, 0, 0xcc, 0, 1]
-        );
+        assert_eq!(bytes[..len], [0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x24, 0, 0, 0xcc, 0, 1]);
         let (bytes, _) = Sense::miscompare(0x1234).encode(false);
         assert_eq!(bytes[..7], [0xf0, 0, 0xe, 0, 0, 0x12, 0x34]);
     }
@@ -244,9 +241,10 @@ mod tests {
     #[test]
     fn descriptor_sense_has_room_for_more() {
         let (bytes, len) = Sense::miscompare(1 << 40).encode(true);
-        assert_eq!(bytes[..len], [
-            0x72, 0xe, 0x1d, 0, 0, 0, 0, 12, 0, 10, 0x80, 0, 0, 0, 1, 0, 0, 0, 0, 0
-        ]);
+        assert_eq!(
+            bytes[..len],
+            [0x72, 0xe, 0x1d, 0, 0, 0, 0, 12, 0, 10, 0x80, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+        );
         let (bytes, _) = Sense::miscompare(1 << 40).encode(false);
         assert_eq!(bytes[0], 0x70, "an offset that does not fit is not told");
         let sense = Sense { information: Some(1), ..Sense::invalid_parameter(7) };

@@ -20,6 +20,8 @@ pub struct UnitConfig {
     pub blocks: u64,
     /// The size of a block.
     pub block_size: BlockSize,
+    /// What it takes to write a part of: at least a block. Hosts align to it.
+    pub physical_block_size: BlockSize,
     /// The volume's id: the serial number and the NAA designator come from it.
     pub id: u128,
     /// Whether writes need SYNCHRONIZE CACHE to be durable.
@@ -132,20 +134,11 @@ pub(crate) struct Unit {
 impl Unit {
     pub(crate) fn new(config: UnitConfig) -> Self {
         let modes = Self::default_modes(&config);
-        Self {
-            config,
-            modes,
-            reservations: Reservations::default(),
-            reserved_by: None,
-        }
+        Self { config, modes, reservations: Reservations::default(), reserved_by: None }
     }
 
     pub(crate) fn default_modes(config: &UnitConfig) -> Modes {
-        Modes {
-            write_cache: config.volatile_write_cache,
-            write_protect: false,
-            descriptors: false,
-        }
+        Modes { write_cache: config.volatile_write_cache, write_protect: false, descriptors: false }
     }
 
     pub(crate) fn shift(&self) -> u8 {

@@ -54,7 +54,8 @@ impl Target {
         mem: &mut M,
     ) -> Outcome {
         self.refresh(index, conn);
-        let Some((node, nexus)) = self.sessions[index].as_ref().and_then(|s| Some((s.node?, s.nexus())))
+        let Some((node, nexus)) =
+            self.sessions[index].as_ref().and_then(|s| Some((s.node?, s.nexus())))
         else {
             release(data, mem);
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
@@ -206,9 +207,7 @@ impl Target {
                 inquiry::vital(cdb[2], &unit.config, &self.config.product, port, place.limits)?
             }
             (op::INQUIRY, _) if cdb[2] != 0 => return Err(Sense::invalid_cdb(2, 7).into()),
-            (op::INQUIRY, _) => {
-                inquiry::standard(Subject::Unit, &self.config.product)
-            }
+            (op::INQUIRY, _) => inquiry::standard(Subject::Unit, &self.config.product),
             (op::MODE_SENSE_6 | op::MODE_SENSE_10, _) => mode::sense(cdb, unit)?,
             (op::READ_CAPACITY_10, _) => {
                 // PMI off: there is nothing to begin at.
@@ -291,7 +290,7 @@ impl Target {
         let changed = before != unit.reservations;
         let lasts = lasted || unit.reservations.aptpl;
         let aborted = !effects.abort.is_empty();
-        self.take_effect(place, effects);
+        self.take_effect(place, &effects);
         Ok(match (aborted, changed && lasts) {
             // What is stored says who was preempted: nobody else's writes may come after it.
             (_, true) => Ending::Io(IoCommand::StoreReservations),
@@ -301,7 +300,7 @@ impl Target {
     }
 
     /// Tells, and stops, those that a change of the reservations concerns.
-    fn take_effect(&mut self, place: Place, effects: Effects) {
+    fn take_effect(&mut self, place: Place, effects: &Effects) {
         let lun = encode_lun(place.lun);
         for session in self.sessions.iter_mut().flatten().filter(|s| s.node == Some(place.node)) {
             for (registrant, attention) in &effects.attentions {
@@ -344,8 +343,8 @@ fn lba_status(cdb: &[u8; 16], unit: &Unit) -> Result<Ending, Status> {
     if lba >= blocks {
         return Err(Sense::LBA_OUT_OF_RANGE.into());
     }
-    let range = LbaRange::within(Lba(lba), blocks - lba, blocks)
-        .map_err(|_| Sense::LBA_OUT_OF_RANGE)?;
+    let range =
+        LbaRange::within(Lba(lba), blocks - lba, blocks).map_err(|_| Sense::LBA_OUT_OF_RANGE)?;
     // One at least, though it may be cut.
     let room = allocation_len(cdb).saturating_sub(8) / 16;
     let max_extents = u32::try_from(room.clamp(1, 256)).unwrap_or(1);
@@ -409,4 +408,3 @@ fn finish<M: Memory>(
     }
     Outcome::Done
 }
-

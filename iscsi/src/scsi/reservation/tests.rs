@@ -42,9 +42,14 @@ fn a_key_has_to_be_known_to_be_changed() {
 /// SPC-5, table 68, in short: who may read and write under each type.
 #[test]
 fn each_type_lets_in_whom_it_should() {
-    for (kind, registered, others_read) in
-        [(1, false, true), (3, false, false), (5, true, true), (6, true, false), (7, true, true), (8, true, false)]
-    {
+    for (kind, registered, others_read) in [
+        (1, false, true),
+        (3, false, false),
+        (5, true, true),
+        (6, true, false),
+        (7, true, true),
+        (8, true, false),
+    ] {
         let mut r = three();
         r.change(&nexus(1), 1, kind, &list(10, 0, 0)).unwrap();
         for guard in [Guard::Free, Guard::Reads, Guard::Changes] {
