@@ -5,7 +5,8 @@ use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoStatus, Lba, LbaRange,
 use crate::connection::{Connection, ConnectionConfig, LbaExtent, SlotId};
 use crate::login::{FULL_FEATURE, OPERATIONAL, SECURITY};
 use crate::pdu::{
-    BHS_LEN, Body, CmdSn, Header, LoginRequest, LoginResponse, NO_TAG, Residual, encode_lun, lengths,
+    BHS_LEN, Body, CmdSn, Header, LoginRequest, LoginResponse, NO_TAG, Residual, encode_lun,
+    lengths,
 };
 use crate::rx::Digests;
 use crate::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
@@ -164,14 +165,17 @@ impl World {
 
     /// A host that logs in with the usual keys.
     pub(crate) fn join(&mut self, n: u8) -> usize {
-        self.join_with(n, &[
-            ("HeaderDigest", "None"),
-            ("InitialR2T", "No"),
-            ("ImmediateData", "Yes"),
-            ("MaxRecvDataSegmentLength", "8192"),
-            ("MaxBurstLength", "65536"),
-            ("FirstBurstLength", "16384"),
-        ])
+        self.join_with(
+            n,
+            &[
+                ("HeaderDigest", "None"),
+                ("InitialR2T", "No"),
+                ("ImmediateData", "Yes"),
+                ("MaxRecvDataSegmentLength", "8192"),
+                ("MaxBurstLength", "65536"),
+                ("FirstBurstLength", "16384"),
+            ],
+        )
     }
 
     pub(crate) fn join_with(&mut self, n: u8, keys: &[(&str, &str)]) -> usize {
@@ -180,7 +184,9 @@ impl World {
         assert_eq!(response.status, (0, 0), "{text:?}");
         assert_eq!((response.transit, response.nsg), (true, FULL_FEATURE));
         self.settle(h, &text);
-        self.clear_attentions(h);
+        if !keys.contains(&("SessionType", "Discovery")) {
+            self.clear_attentions(h);
+        }
         h
     }
 
@@ -323,8 +329,7 @@ impl World {
         full[..cdb.len()].copy_from_slice(cdb);
         let write = !out.is_empty();
         let read = !write && edtl > 0;
-        let body =
-            Body::ScsiCommand { last: true, read, write, attr: 1, edtl, sn, cdb: full };
+        let body = Body::ScsiCommand { last: true, read, write, attr: 1, edtl, sn, cdb: full };
         let header = Header::new(itt, 0, body).with_lun(encode_lun(lun));
         self.send(h, header, &out[..immediate.min(out.len())]);
         itt
@@ -406,7 +411,9 @@ impl World {
         self.send(h, Header::new(itt, 0, body).with_lun(encode_lun(lun)), &[]);
         self.run();
         match self.receive(h) {
-            Some((Header { body: Body::TaskManagementResponse { response, .. }, .. }, _)) => response,
+            Some((Header { body: Body::TaskManagementResponse { response, .. }, .. }, _)) => {
+                response
+            }
             other => panic!("{other:?}"),
         }
     }
