@@ -287,18 +287,18 @@ impl World {
         let digest = if host.digests.data && len > 0 { 4 } else { 0 };
         host.to_host.drain(..whole + digest);
         let header = Header::decode(&bhs).unwrap();
-        let sn = match header.body {
-            Body::NopIn { sn, .. }
-            | Body::ScsiResponse { sn, .. }
-            | Body::TaskManagementResponse { sn, .. }
-            | Body::LoginResponse(LoginResponse { sn, .. })
-            | Body::TextResponse { sn, .. }
-            | Body::DataIn { sn, .. }
-            | Body::LogoutResponse { sn, .. }
-            | Body::R2t { sn, .. }
-            | Body::Async { sn, .. }
-            | Body::Reject { sn, .. } => sn,
-            _ => panic!("a target sent {header:?}"),
+        let (Body::NopIn { sn, .. }
+        | Body::ScsiResponse { sn, .. }
+        | Body::TaskManagementResponse { sn, .. }
+        | Body::LoginResponse(LoginResponse { sn, .. })
+        | Body::TextResponse { sn, .. }
+        | Body::DataIn { sn, .. }
+        | Body::LogoutResponse { sn, .. }
+        | Body::R2t { sn, .. }
+        | Body::Async { sn, .. }
+        | Body::Reject { sn, .. }) = header.body
+        else {
+            panic!("a target sent {header:?}");
         };
         host.max_cmd_sn = sn.max_cmd;
         host.exp_stat_sn = host.exp_stat_sn.max(sn.stat.wrapping_add(1));

@@ -2,6 +2,9 @@ use super::*;
 use crate::chap::Credentials;
 use crate::pdu::CmdSn;
 
+/// The stage to go on to and the text, or how the login ends.
+type Answered = Result<(Option<u8>, Vec<(String, String)>), LoginStatus>;
+
 const INITIATOR: &str = "iqn.2025-01.io.cairn:host";
 const TARGET: &str = "iqn.2025-01.io.cairn:volume";
 
@@ -39,12 +42,7 @@ impl Case {
         Self { login: Login::new(&[9; 32]), chap }
     }
 
-    fn step(
-        &mut self,
-        csg: u8,
-        nsg: Option<u8>,
-        keys: &[(&str, &str)],
-    ) -> Result<(Option<u8>, Vec<(String, String)>), LoginStatus> {
+    fn step(&mut self, csg: u8, nsg: Option<u8>, keys: &[(&str, &str)]) -> Answered {
         let mut out = Vec::new();
         for (key, value) in keys {
             text::push(&mut out, key, value);
@@ -65,12 +63,7 @@ impl Case {
         ))
     }
 
-    fn first(
-        &mut self,
-        csg: u8,
-        nsg: Option<u8>,
-        keys: &[(&str, &str)],
-    ) -> Result<(Option<u8>, Vec<(String, String)>), LoginStatus> {
+    fn first(&mut self, csg: u8, nsg: Option<u8>, keys: &[(&str, &str)]) -> Answered {
         let mut all = vec![("InitiatorName", INITIATOR), ("TargetName", TARGET)];
         all.extend_from_slice(keys);
         self.step(csg, nsg, &all)
@@ -111,7 +104,7 @@ fn prove(
     name: &str,
     secret: &str,
     challenge: Option<&str>,
-) -> Result<(Option<u8>, Vec<(String, String)>), LoginStatus> {
+) -> Answered {
     case.first(SECURITY, Some(OPERATIONAL), &[("AuthMethod", "None,CHAP")])?;
     let (to, pairs) = case.step(SECURITY, Some(OPERATIONAL), &[("CHAP_A", algorithm)])?;
     assert_eq!(to, None, "not before the answer");
