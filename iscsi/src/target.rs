@@ -19,6 +19,7 @@ use crate::scsi::IoCommand;
 use crate::scsi::inquiry::Product;
 use crate::scsi::ports::{AccessState, PortGroup};
 use crate::scsi::reservation::Reservations;
+use crate::scsi::sense::Status;
 use crate::scsi::unit::{Attention, MAX_LUN, Unit, UnitConfig, UnitHandle};
 use crate::wire::len32;
 
@@ -465,6 +466,7 @@ impl Target {
             // It was replaced, or its node is gone.
             release(data, mem);
             conn.fail(CloseReason::Dropped);
+            conn.respond(slot, Status::TaskAborted, mem);
             return Outcome::Done;
         };
         match request {

@@ -402,14 +402,17 @@ impl Connection {
         self.text.clear();
         match outcome {
             Ok((transit_to, tsih, text)) => {
+                if transit_to == Some(FULL_FEATURE) {
+                    // The last response tells the window of the session.
+                    let window = u32::from(self.config.max_tasks);
+                    self.max_cmd_sn = self.exp_cmd_sn.wrapping_add(window - 1);
+                }
                 self.push_login(itt, request, transit_to, (0, 0), tsih, text, mem);
                 if transit_to == Some(FULL_FEATURE)
                     && let Some(login) = self.login.take()
                 {
                     self.params = login.params();
                     self.phase = Phase::FullFeature { discovery: login.is_discovery() };
-                    let window = u32::from(self.config.max_tasks);
-                    self.max_cmd_sn = self.exp_cmd_sn.wrapping_add(window - 1);
                     self.deadline_ms = None;
                 }
             }

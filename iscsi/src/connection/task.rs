@@ -4,7 +4,7 @@ use cairn_block::{Buf, Memory};
 
 use super::receive::{Sink, Stage};
 use super::{Connection, Request, SlotId};
-use crate::pdu::NO_TAG;
+use crate::pdu::{NO_TAG, decode_lun};
 use crate::scsi::sense::Status;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,7 +226,9 @@ impl Connection {
     /// The task's tag of a Task Management request, if there is such a task on this logical unit.
     pub(crate) fn abort_task<M: Memory>(&mut self, itt: u32, lun: u64, mem: &mut M) -> Aborted {
         match self.slot_of(itt) {
-            Some(index) if self.tasks[usize::from(index)].lun == lun => self.abort_slot(index, mem),
+            Some(index) if same_lun(self.tasks[usize::from(index)].lun, lun) => {
+                self.abort_slot(index, mem)
+            }
             _ => Aborted::Nothing,
         }
     }
@@ -237,7 +239,7 @@ impl Connection {
         for index in 0..crate::wire::len32(self.tasks.len()) {
             let Ok(index) = u16::try_from(index) else { break };
             let task = &self.tasks[usize::from(index)];
-            if lun.is_none_or(|lun| lun == task.lun) {
+            if lun.is_none_or(|lun| same_lun(lun, task.lun)) {
                 during |= self.abort_slot(index, mem) == Aborted::During;
             }
         }
@@ -279,4 +281,9 @@ impl Connection {
         self.release_slot(index);
         Aborted::Before
     }
+}
+
+/// Whether two logical unit numbers are the same, in whatever form they came.
+fn same_lun(a: u64, b: u64) -> bool {
+    a == b || decode_lun(a).is_some_and(|lun| decode_lun(b) == Some(lun))
 }

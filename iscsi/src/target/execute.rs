@@ -2,6 +2,7 @@
 
 use cairn_block::{Buf, Lba, LbaRange, Memory};
 
+use super::session::Session;
 use super::{Io, NodeId, Outcome, Target, release};
 use crate::connection::{Connection, ScsiCommand, SlotId};
 use crate::pdu::{decode_lun, encode_lun};
@@ -11,7 +12,7 @@ use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
 use crate::scsi::copy;
 use crate::scsi::inquiry::{self, Limits, PortView, Subject};
 use crate::scsi::mode;
-use crate::scsi::opcodes::{self, allocation_len};
+use crate::scsi::opcodes::{self, Guard, allocation_len};
 use crate::scsi::ports;
 use crate::scsi::reservation::Effects;
 use crate::scsi::sense::{Sense, Status};
@@ -167,6 +168,17 @@ impl Target {
             op::THIRD_PARTY_COPY_OUT => {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 let segments = copy::segments(list, &node.units, &self.config.product)?;
+                for segment in &segments {
+                    // What is reserved is so for copies by others too.
+                    let reads = (segment.from, Guard::Reads);
+                    let changes = (segment.to, Guard::Changes);
+                    for (handle, guard) in [reads, changes] {
+                        let unit = node.units.iter().find(|u| u.config.handle == handle);
+                        if unit.is_some_and(|u| is_reserved(u, place.nexus, session, guard)) {
+                            return Err(Status::ReservationConflict);
+                        }
+                    }
+                }
                 let fua = !unit.modes.write_cache;
                 Ok(match segments.is_empty() {
                     true => Ending::Status(Status::Good),
@@ -185,7 +197,7 @@ impl Target {
         }
     }
 
-    fn at(&self, place: Place) -> Option<(&super::Node, &super::session::Session)> {
+    fn at(&self, place: Place) -> Option<(&super::Node, &Session)> {
         Some((self.node(place.node)?, self.sessions[place.session].as_ref()?))
     }
 
@@ -313,6 +325,12 @@ impl Target {
             }
         }
     }
+}
+
+/// Whether another nexus has reserved a unit, so that a copy may not do this to it.
+fn is_reserved(unit: &Unit, nexus: NexusId, session: &Session, guard: Guard) -> bool {
+    unit.reserved_by.is_some_and(|by| by != nexus)
+        || unit.reservations.conflicts(&session.registrant, guard)
 }
 
 /// The parameter list of a command, all of it.

@@ -76,7 +76,10 @@ impl Target {
         request: &LoginRequest,
         mem: &mut M,
     ) {
-        let Some(mut login) = conn.login.take() else { return };
+        let Some(mut login) = conn.login.take() else {
+            let over = Err(LoginStatus::InvalidDuringLogin);
+            return conn.respond_login(slot, request, over, mem);
+        };
         let offer = conn.offer();
         let portal_group = conn.portal_group();
         let outcome = login

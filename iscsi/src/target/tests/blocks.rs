@@ -219,6 +219,10 @@ fn a_copy_goes_from_unit_to_unit() {
     assert_eq!(world.scsi(h, 0, &cdb, &list, 0).status, GOOD);
     assert_eq!(world.disks[1][BLOCK..5 * BLOCK], [8; 4 * BLOCK]);
     assert_eq!(world.scsi(h, 0, &status, &[], 12).data[4..7], [1, 0, 1]);
+    // What another has reserved is not copied over.
+    let other = world.join(2);
+    assert_eq!(world.scsi(other, 1, &[0x16, 0, 0, 0, 0, 0], &[], 0).status, GOOD);
+    assert_eq!(world.scsi(h, 0, &cdb, &list, 0).status, CONFLICT);
     status[1] = 3;
     status[13] = 46;
     assert_eq!(world.scsi(h, 0, &status, &[], 46).data.len(), 46);
