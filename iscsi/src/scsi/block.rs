@@ -289,18 +289,16 @@ fn check(unit: &Unit, cdb: &[u8; 16], limits: Limits) -> Result<LbaRange, Status
         }
         _ => {}
     }
-    let mut range = range_of(unit, cdb)?;
+    let range = range_of(unit, cdb)?;
     let most = match code {
         op::SYNCHRONIZE_CACHE_10
         | op::SYNCHRONIZE_CACHE_16
         | op::PRE_FETCH_10
         | op::PRE_FETCH_16 => u64::MAX,
         op::WRITE_SAME_10 | op::WRITE_SAME_16 => {
+            // WSNZ.
             if range.is_empty() {
-                // All that follow.
-                let rest = unit.config.blocks - range.start().0;
-                range = LbaRange::within(range.start(), rest, unit.config.blocks)
-                    .map_err(|_| Sense::LBA_OUT_OF_RANGE)?;
+                return Err(Sense::invalid_cdb(field, 7).into());
             }
             limits.write_same(&unit.config)
         }

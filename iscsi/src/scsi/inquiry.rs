@@ -296,6 +296,8 @@ pub(crate) fn copy_parameters() -> Vec<u8> {
 fn block_limits(b: &mut Vec<u8>, unit: &UnitConfig, limits: Limits) {
     b.resize(64, 0);
     let granularity = 1_u32 << physical_exponent(unit);
+    // WSNZ: WRITE SAME has to say how many blocks.
+    b[4] = 1;
     b[5] = limits.compare_and_write(unit);
     put(b, 6, &granularity.to_be_bytes()[2..]);
     put(b, 8, &limits.transfer(unit).to_be_bytes());
