@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod iscsi;
 pub mod mutate;
 pub mod nvmf;
 pub mod pages;
@@ -20,6 +21,10 @@ const TARGETS: &[Target] = &[
     Target::new("nvmf-pdu-header", nvmf::pdu_header, || nvmf::seeds("pdu_header")),
     Target::new("nvmf-identify", nvmf::identify, || nvmf::seeds("identify")),
     Target::new("nvmf-discovery", nvmf::discovery, || nvmf::seeds("discovery")),
+    Target::new("iscsi-target-stream", iscsi::target_stream, || iscsi::seeds("target_stream"))
+        .with_words(&[b"InitiatorName=", b"AuthMethod=CHAP", b"CHAP_A=5", b"SendTargets=All"]),
+    Target::new("iscsi-session", iscsi::session, || iscsi::seeds("session")),
+    Target::new("iscsi-header", iscsi::header, || iscsi::seeds("header")),
     Target::new("config", config::config, config::seeds),
     Target::new("vendor-pages", pages::pages, pages::seeds),
     Target::new("replica-open-damaged", replica::open_damaged, replica::seeds),

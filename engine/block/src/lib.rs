@@ -10,9 +10,11 @@ mod ids;
 mod io;
 mod mem;
 pub mod mutants;
+mod tx;
 
 pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};
 pub use buddy::Buddy;
 pub use ids::{Epoch, ParseIdError, PoolDeviceId, PoolId, ReplicaId, SnapshotId, VolumeId};
 pub use io::{IoOp, IoRequest, IoStatus, SnapshotVerb};
 pub use mem::{Buf, BufSlice, HeapMemory, Memory};
+pub use tx::TxQueue;

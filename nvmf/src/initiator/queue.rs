@@ -11,7 +11,7 @@ use crate::pdu::{
 use crate::rx::{HeaderReader, Payload};
 use crate::sqe::{Cqe, SGL_IN_CAPSULE, SGL_TRANSPORT, Sgl, Sqe};
 use crate::status::Status;
-use crate::tx::TxQueue;
+use crate::tx::{PushHeader, TxQueue};
 use crate::wire::len32;
 
 /// Ring space beside that of the entries: ICReq, Connect's data, and the H2CData headers of one

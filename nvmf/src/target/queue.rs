@@ -12,7 +12,7 @@ use crate::pdu::{
 use crate::rx::{HeaderReader, Payload};
 use crate::sqe::{Cqe, Direction, SGL_IN_CAPSULE, SGL_TRANSPORT, Sqe, opcode};
 use crate::status::Status;
-use crate::tx::TxQueue;
+use crate::tx::{PushHeader, TxQueue};
 use crate::wire::len32;
 
 /// In-capsule data that fabrics and admin commands may carry whatever IOCCSZ says.

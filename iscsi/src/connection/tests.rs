@@ -1,0 +1,361 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::loopback::{BLOCK, NOBODY, World, read10, write10};
+use crate::pdu::{Body, CmdSn, Header, Residual, encode_lun};
+
+const DIGESTS: [(&str, &str); 4] = [
+    ("HeaderDigest", "CRC32C"),
+    ("DataDigest", "CRC32C"),
+    ("InitialR2T", "No"),
+    ("MaxRecvDataSegmentLength", "4096"),
+];
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| i.to_le_bytes()[0].wrapping_mul(31).wrapping_add(seed)).collect()
+}
+
+/// What a session comes to: login, a write that needs R2Ts, a read in several PDUs.
+fn session(cuts: Vec<usize>, keys: &[(&str, &str)]) -> Vec<u8> {
+    let mut world = World::new();
+    let mut i = 0;
+    world.cut = Box::new(move || {
+        i += 1;
+        cuts[i % cuts.len()]
+    });
+    let h = world.join_with(1, keys);
+    let data = pattern(200 * BLOCK, 3);
+    let reply = world.scsi(h, 0, &write10(7, 200), &data, 0);
+    assert_eq!((reply.status, reply.residual), (0, Residual::None), "{reply:?}");
+    let reply = world.scsi(h, 0, &read10(7, 200), &[], 200 * 512);
+    assert_eq!((reply.status, reply.residual), (0, Residual::None));
+    assert_eq!(reply.data, data);
+    world.close();
+    reply.data
+}
+
+#[test]
+fn data_goes_out_and_comes_back() {
+    session(vec![64 << 10], &[("InitialR2T", "No"), ("MaxBurstLength", "16384")]);
+    session(vec![64 << 10], &DIGESTS);
+    session(vec![64 << 10], &[("ImmediateData", "Yes"), ("InitialR2T", "Yes")]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// However the stream is cut, the same comes of it.
+    #[test]
+    fn any_split_gives_the_same(cuts in prop::collection::vec(1usize..3000, 1..40)) {
+        session(cuts, &DIGESTS);
+    }
+}
+
+#[test]
+fn bursts_are_as_long_as_agreed() {
+    let mut world = World::new();
+    let h = world.join_with(1, &[("MaxBurstLength", "4096"), ("MaxRecvDataSegmentLength", "1024")]);
+    let data = pattern(32 * BLOCK, 1);
+    let reply = world.scsi_edtl(h, 0, &write10(0, 32), &data, 16384, 0);
+    assert_eq!((reply.status, reply.r2ts), (0, 4));
+    let reply = world.scsi(h, 0, &read10(0, 32), &[], 16384);
+    assert_eq!((reply.data_ins, reply.data), (16, data));
+    world.close();
+}
+
+/// Unsolicited Data-Out follows the command; the rest is asked for.
+#[test]
+fn unsolicited_data_is_taken() {
+    let (mut world, h) = World::ready();
+    let data = pattern(64 * BLOCK, 5);
+    let (itt, sn) = world.next_sn(h);
+    let mut cdb = [0; 16];
+    cdb[..10].copy_from_slice(&write10(0, 64));
+    let edtl = 32768;
+    let command =
+        Body::ScsiCommand { last: false, read: false, write: true, attr: 1, edtl, sn, cdb };
+    world.send(h, Header::new(itt, 0, command), &data[..4096]);
+    world.send_data(h, itt, crate::pdu::NO_TAG, 4096, &data[4096..16384]);
+    world.run();
+    let reply = world.finish(h, itt, &data);
+    assert_eq!((reply.status, reply.r2ts), (0, 1));
+    assert_eq!(world.disks[0][..data.len()], data);
+    world.close();
+}
+
+#[test]
+fn too_much_unsolicited_data_ends_the_command() {
+    let mut world = World::new();
+    let h = world.join_with(1, &[("ImmediateData", "No")]);
+    let reply = world.scsi(h, 0, &write10(0, 2), &[1; 1024], 0);
+    assert_eq!(reply.key(), (0x0b, 0x0c, 0x0c));
+    assert_eq!(world.disks[0][0], 0);
+    world.close();
+}
+
+#[test]
+fn residuals_tell_both_ways() {
+    let (mut world, h) = World::ready();
+    let read = |world: &mut World, edtl| world.scsi(h, 0, &read10(0, 1), &[], edtl);
+    let reply = read(&mut world, 10_000);
+    assert_eq!((reply.data.len(), reply.residual), (512, Residual::Underflow(9488)));
+    let reply = read(&mut world, 200);
+    assert_eq!((reply.data.len(), reply.residual), (200, Residual::Overflow(312)));
+    let reply = read(&mut world, 0);
+    assert_eq!((reply.status, reply.residual), (0, Residual::Overflow(512)));
+    // Writes: what is sent is written; whole blocks only.
+    let write = |world: &mut World, blocks, len: usize| {
+        world.scsi_edtl(h, 0, &write10(0, blocks), &pattern(len, 9), u32::try_from(len).unwrap(), 0)
+    };
+    let reply = write(&mut world, 2, 512);
+    assert_eq!((reply.status, reply.residual), (0, Residual::Overflow(512)));
+    assert_eq!((world.disks[0][0], world.disks[0][512]), (9, 0));
+    let reply = write(&mut world, 1, 200);
+    assert_eq!((reply.key(), reply.residual), ((5, 0x0e, 3), Residual::Overflow(312)));
+    let reply = write(&mut world, 1, 10_000);
+    assert_eq!((reply.status, reply.residual), (0, Residual::Underflow(9488)));
+    // A command that fails has transferred nothing.
+    let reply = world.scsi(h, 0, &read10(0x00ff_ffff, 1), &[], 512);
+    assert_eq!((reply.key(), reply.residual), ((5, 0x21, 0), Residual::Underflow(512)));
+    world.close();
+}
+
+#[test]
+fn data_out_of_sequence_ends_the_command() {
+    let (mut world, h) = World::ready();
+    for (data_sn, offset) in [(5, 0), (0, 512)] {
+        let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 0);
+        world.run();
+        let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
+            panic!("no R2T");
+        };
+        let body = Body::DataOut { last: true, ttt, exp_stat_sn: 0, data_sn, offset };
+        world.send(h, Header::new(itt, 0, body), &[1; 1024]);
+        world.run();
+        assert_eq!(world.finish(h, itt, &[]).key(), (0x0b, 0x4b, 0));
+    }
+    // A Data-Out that nobody asked for is passed over.
+    let body = Body::DataOut { last: true, ttt: 77, exp_stat_sn: 0, data_sn: 0, offset: 0 };
+    world.send(h, Header::new(1, 0, body), &[1; 1024]);
+    assert_eq!(world.scsi(h, 0, &[0; 6], &[], 0).status, 0);
+    world.close();
+}
+
+#[test]
+fn a_damaged_header_ends_the_connection_and_damaged_data_the_command() {
+    let mut world = World::new();
+    let h = world.join_with(1, &DIGESTS);
+    let itt = world.start(h, 0, &write10(0, 1), &[1; 512], 512, 512);
+    let end = world.hosts[h].to_target.len() - 10;
+    world.hosts[h].to_target[end] ^= 1;
+    world.run();
+    let reject = world.receive(h).unwrap().0;
+    assert!(matches!(reject.body, Body::Reject { reason: 2, .. }), "{reject:?}");
+    assert_eq!(world.finish(h, itt, &[]).key(), (0x0b, 0x47, 5));
+    world.start(h, 0, &write10(0, 1), &[1; 512], 512, 512);
+    world.hosts[h].to_target[20] ^= 1;
+    world.run();
+    let conn = world.hosts[h].conn.as_ref().unwrap();
+    assert_eq!(conn.close_reason(), Some(CloseReason::HeaderDigest));
+    world.close();
+}
+
+#[test]
+fn the_command_window_holds() {
+    let (mut world, h) = World::ready();
+    let window = world.hosts[h].max_cmd_sn.wrapping_sub(world.hosts[h].cmd_sn);
+    assert!(window >= 127, "{window}");
+    let test_unit_ready = |world: &mut World, cmd: u32| {
+        let sn = CmdSn { cmd, exp_stat: 0 };
+        let cdb = [0; 16];
+        let body =
+            Body::ScsiCommand { last: true, read: false, write: false, attr: 1, edtl: 0, sn, cdb };
+        world.send(h, Header::new(5000, 0, body), &[]);
+        world.run();
+    };
+    let next = world.hosts[h].cmd_sn;
+    test_unit_ready(&mut world, next.wrapping_sub(1));
+    let past = world.hosts[h].max_cmd_sn.wrapping_add(1);
+    test_unit_ready(&mut world, past);
+    assert!(world.receive(h).is_none(), "both are ignored");
+    assert_eq!(world.scsi(h, 0, &[0; 6], &[], 0).status, 0);
+    // A gap cannot be filled on the only connection.
+    test_unit_ready(&mut world, next.wrapping_add(5));
+    let reject = world.receive(h).unwrap().0;
+    assert!(matches!(reject.body, Body::Reject { reason: 4, .. }));
+    assert!(world.hosts[h].conn.as_ref().unwrap().wants_close());
+    world.close();
+}
+
+#[test]
+fn many_commands_at_once_come_back_and_more_than_the_window_wait() {
+    let (mut world, h) = World::ready();
+    world.hold = true;
+    for _ in 0..128 {
+        world.start(h, 0, &read10(0, 16), &[], 8192, 0);
+    }
+    world.run();
+    assert_eq!(world.held.len(), 128);
+    world.start(h, 0, &read10(0, 16), &[], 8192, 0);
+    world.run();
+    assert_eq!(world.held.len(), 128, "it is past the window");
+    // Its number comes again.
+    world.hosts[h].cmd_sn = world.hosts[h].cmd_sn.wrapping_sub(1);
+    world.release_held();
+    world.run();
+    for itt in 0..128 {
+        let (header, data) = world.receive(h).unwrap();
+        assert!(matches!(header.body, Body::DataIn { last: true, status: Some(0), .. }), "{itt}");
+        assert_eq!(data.len(), 8192);
+    }
+    world.hold = false;
+    assert_eq!(world.scsi(h, 0, &[0; 6], &[], 0).status, 0);
+    world.close();
+}
+
+#[test]
+fn pings_go_both_ways() {
+    let (mut world, h) = World::ready();
+    let (itt, sn) = world.next_sn(h);
+    world.send(h, Header::new(itt, 0, Body::NopOut { ttt: NO_TAG, sn }), b"are you there?");
+    world.run();
+    let (header, data) = world.receive(h).unwrap();
+    assert!(matches!(header.body, Body::NopIn { ttt: NO_TAG, .. }) && header.itt == itt);
+    assert_eq!(data, b"are you there?");
+    let at = |world: &mut World, now| {
+        let World { hosts, mem, .. } = world;
+        hosts[h].conn.as_mut().unwrap().handle_timeout(now, mem);
+    };
+    let interval = world.config.nop_interval_ms;
+    at(&mut world, 0);
+    at(&mut world, interval);
+    at(&mut world, 2 * interval);
+    world.run();
+    let (header, _) = world.receive(h).expect("it was silent for an interval");
+    let Body::NopIn { ttt, .. } = header.body else { panic!("{header:?}") };
+    assert_eq!(header.itt, NO_TAG);
+    let sn = CmdSn { cmd: world.hosts[h].cmd_sn, exp_stat: 0 };
+    let mut answer = Header::new(NO_TAG, 0, Body::NopOut { ttt, sn });
+    answer.immediate = true;
+    world.send(h, answer, &[]);
+    world.run();
+    at(&mut world, 3 * interval);
+    assert!(!world.hosts[h].conn.as_ref().unwrap().wants_close());
+    at(&mut world, 4 * interval);
+    at(&mut world, 5 * interval);
+    let conn = world.hosts[h].conn.as_ref().unwrap();
+    assert_eq!(conn.close_reason(), Some(CloseReason::Silent));
+    world.close();
+}
+
+#[test]
+fn a_login_that_takes_too_long_ends() {
+    let mut world = World::new();
+    let h = world.connect(1);
+    let World { hosts, mem, config, .. } = &mut world;
+    let conn = hosts[h].conn.as_mut().unwrap();
+    conn.handle_timeout(1, mem);
+    assert_eq!(conn.poll_timeout(), 1 + config.login_timeout_ms);
+    conn.handle_timeout(1 + config.login_timeout_ms, mem);
+    assert_eq!(conn.close_reason(), Some(CloseReason::LoginTimeout));
+    world.close();
+}
+
+#[test]
+fn what_a_target_does_not_know_is_rejected() {
+    let (mut world, h) = World::ready();
+    let reject = |world: &mut World| match world.receive(h) {
+        Some((Header { body: Body::Reject { reason, .. }, .. }, data)) => {
+            assert_eq!(data.len(), 48, "the header that was wrong");
+            reason
+        }
+        other => panic!("{other:?}"),
+    };
+    world.send(h, Header::new(1, 0, Body::Snack), &[]);
+    world.run();
+    assert_eq!(reject(&mut world), 3);
+    let mut unknown = Header::new(1, 0, Body::Snack).encode();
+    unknown[0] = 0x1c;
+    world.hosts[h].to_target.extend_from_slice(&unknown);
+    world.run();
+    assert_eq!(reject(&mut world), 5);
+    // One tag for two tasks.
+    world.hold = true;
+    let itt = world.start(h, 0, &read10(0, 1), &[], 512, 0);
+    world.hosts[h].next_itt = itt - 1;
+    world.start(h, 0, &read10(0, 1), &[], 512, 0);
+    world.run();
+    assert_eq!(reject(&mut world), 7);
+    world.hold = false;
+    world.release_held();
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).status, 0);
+    assert_eq!(world.task_management(h, 1, 0, NOBODY), 1);
+    world.close();
+}
+
+/// Without memory a stream stops where nothing that holds memory waits for it; elsewhere its
+/// commands are told to come again. Either way all gets done in the end.
+#[test]
+fn writes_wait_for_memory() {
+    let (mut world, h) = World::ready();
+    let mut hogs = Vec::new();
+    while let Some(buf) = world.mem.alloc(4096) {
+        hogs.push(buf);
+    }
+    let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 4096);
+    world.run();
+    let conn = world.hosts[h].conn.as_ref().unwrap();
+    assert!(conn.is_waiting_for_memory() && !world.hosts[h].to_target.is_empty());
+    world.mem.release(hogs.pop().unwrap());
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).status, 0);
+    // One waits for its R2T's data and holds the only buffer; the next brings data along.
+    let first = world.start(h, 0, &write10(0, 8), &[2; 4096], 4096, 0);
+    world.run();
+    let second = world.start(h, 0, &write10(8, 8), &[3; 4096], 4096, 4096);
+    let third = world.start(h, 0, &write10(16, 8), &[4; 4096], 4096, 0);
+    world.run();
+    let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
+        panic!("no R2T");
+    };
+    assert_eq!(world.finish(h, second, &[]).status, 0x28, "TASK SET FULL");
+    assert!(world.hosts[h].conn.as_ref().unwrap().is_waiting_for_memory());
+    world.send_data(h, first, ttt, 0, &[2; 4096]);
+    world.run();
+    assert_eq!(world.finish(h, first, &[]).status, 0);
+    assert_eq!(world.finish(h, third, &[4; 4096]).status, 0);
+    for hog in hogs {
+        world.mem.release(hog);
+    }
+    world.close();
+}
+
+#[test]
+fn a_command_with_a_longer_cdb_is_refused_and_malformed_segments_rejected() {
+    let (mut world, h) = World::ready();
+    for (segment, reason) in [
+        ([0, 17, 1, 0].as_slice(), None),
+        (&[0, 17, 9, 0], Some(9)),
+        (&[0, 200, 1, 0], Some(9)),
+        (&[0, 5, 2, 0, 0, 0, 2, 0], None),
+    ] {
+        let mut ahs = segment.to_vec();
+        ahs.resize(if segment.len() == 8 { 8 } else { 20 }, 0);
+        let (itt, sn) = world.next_sn(h);
+        let cdb = [0x7f; 16];
+        let body =
+            Body::ScsiCommand { last: true, read: false, write: false, attr: 1, edtl: 0, sn, cdb };
+        let header = Header { ahs_len: len32(ahs.len()), ..Header::new(itt, 0, body) };
+        world.hosts[h].to_target.extend_from_slice(&header.with_lun(encode_lun(0)).encode());
+        world.hosts[h].to_target.extend_from_slice(&ahs);
+        world.run();
+        match reason {
+            None => assert_eq!(world.finish(h, itt, &[]).key(), (5, 0x20, 0)),
+            Some(reason) => {
+                let header = world.receive(h).unwrap().0;
+                assert!(matches!(header.body, Body::Reject { reason: r, .. } if r == reason));
+            }
+        }
+    }
+    world.close();
+}

@@ -1,0 +1,428 @@
+//! SCSI commands: what the target answers itself, and what goes to the disk.
+
+use cairn_block::{Buf, Lba, LbaRange, Memory};
+
+use super::session::Session;
+use super::{Io, NodeId, Outcome, Target, release};
+use crate::connection::{Connection, ScsiCommand, SlotId};
+use crate::pdu::{decode_lun, encode_lun};
+use crate::scsi::IoCommand;
+use crate::scsi::block::{self, Step};
+use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
+use crate::scsi::copy;
+use crate::scsi::inquiry::{self, Limits, PortView, Subject};
+use crate::scsi::mode;
+use crate::scsi::opcodes::{self, Guard, allocation_len};
+use crate::scsi::ports;
+use crate::scsi::reservation::Effects;
+use crate::scsi::sense::{Sense, Status};
+use crate::scsi::unit::{Attention, NexusId, Unit, UnitHandle};
+use crate::wire::{u32_at, u64_at};
+
+/// The eight bytes of the REPORT LUNS well known logical unit.
+const WELL_KNOWN_LUN: u64 = 0xc101 << 48;
+
+/// What a command comes to.
+enum Ending {
+    Status(Status),
+    /// Data for the initiator; it is cut to the allocation length.
+    Data(Vec<u8>),
+    Io(IoCommand),
+    /// Other tasks of the unit were aborted: drain, then success.
+    Drain,
+    /// What became of the copy with this list identifier.
+    CopyStatus(u8),
+}
+
+/// Where a command is carried out.
+#[derive(Clone, Copy)]
+struct Place {
+    session: usize,
+    node: NodeId,
+    nexus: NexusId,
+    lun: u16,
+    limits: Limits,
+}
+
+impl Target {
+    pub(super) fn handle_scsi<M: Memory>(
+        &mut self,
+        index: usize,
+        conn: &mut Connection,
+        slot: SlotId,
+        scsi: &ScsiCommand,
+        data: Option<Buf>,
+        mem: &mut M,
+    ) -> Outcome {
+        self.refresh(index, conn);
+        let Some((node, nexus)) =
+            self.sessions[index].as_ref().and_then(|s| Some((s.node?, s.nexus())))
+        else {
+            release(data, mem);
+            conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
+            return Outcome::Done;
+        };
+        let limits = Limits { max_data_len: conn.max_data_len() };
+        let lun = decode_lun(scsi.lun);
+        let place = Place { session: index, node, nexus, lun: lun.unwrap_or(u16::MAX), limits };
+        let unit = lun.and_then(|lun| self.node(node)?.unit(lun));
+        let Some(unit) = unit else {
+            let ending = self.without_unit(place, scsi);
+            return finish(conn, slot, scsi, None, ending, data, mem);
+        };
+        let handle = unit.config.handle;
+        conn.set_ending(slot, unit.modes.descriptors, Status::Good);
+        let mut data = data;
+        let ending = match self.execute(place, scsi, &mut data, mem) {
+            Ok(ending) => ending,
+            Err(status) => Ending::Status(status),
+        };
+        finish(conn, slot, scsi, Some(handle), ending, data, mem)
+    }
+
+    /// A command for a logical unit that there is not, or for the well known one.
+    fn without_unit(&self, place: Place, scsi: &ScsiCommand) -> Ending {
+        let well_known = scsi.lun == WELL_KNOWN_LUN;
+        let cdb = &scsi.cdb;
+        let checked = if scsi.extended { Err(Sense::INVALID_OPCODE) } else { opcodes::check(cdb) };
+        let result = match (cdb[0], checked) {
+            (op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE, Err(sense)) => Err(sense),
+            (op::INQUIRY, Ok(_)) if cdb[1] & 1 == 0 && cdb[2] == 0 => {
+                let subject = if well_known { Subject::WellKnown } else { Subject::Nothing };
+                Ok(inquiry::standard(subject, &self.config.product))
+            }
+            (op::INQUIRY, Ok(_)) => Err(Sense::invalid_cdb(2, 7)),
+            (op::REPORT_LUNS, Ok(_)) => self.report_luns(place.node, cdb[2]),
+            (op::REQUEST_SENSE, Ok(_)) => {
+                let sense = if well_known { Sense::NONE } else { Sense::LUN_NOT_SUPPORTED };
+                let (bytes, len) = sense.encode(cdb[1] & 1 != 0);
+                Ok(bytes[..len].to_vec())
+            }
+            (op::TEST_UNIT_READY, Ok(_)) if well_known => return Ending::Status(Status::Good),
+            _ if well_known => Err(Sense::INVALID_OPCODE),
+            _ => Err(Sense::LUN_NOT_SUPPORTED),
+        };
+        match result {
+            Ok(data) => Ending::Data(data),
+            Err(sense) => Ending::Status(sense.into()),
+        }
+    }
+
+    fn report_luns(&self, node: NodeId, select: u8) -> Result<Vec<u8>, Sense> {
+        let units = self.node(node).map(|n| n.units.as_slice()).unwrap_or_default();
+        inquiry::luns(select, units.iter().map(|u| u.config.lun))
+    }
+
+    /// A command for a logical unit that there is.
+    fn execute<M: Memory>(
+        &mut self,
+        place: Place,
+        scsi: &ScsiCommand,
+        data: &mut Option<Buf>,
+        mem: &M,
+    ) -> Result<Ending, Status> {
+        let cdb = &scsi.cdb;
+        let passes = matches!(cdb[0], op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE);
+        if !passes && let Some(sense) = self.attention(place) {
+            return Err(sense.into());
+        }
+        if scsi.extended {
+            return Err(Sense::INVALID_OPCODE.into());
+        }
+        let row = opcodes::check(cdb)?;
+        let (node, session) = self.at(place).ok_or(Sense::LUN_NOT_SUPPORTED)?;
+        let unit = node.unit(place.lun).ok_or(Sense::LUN_NOT_SUPPORTED)?;
+        let (_, state) = node.access(session.registrant.port_group);
+        if let Some(sense) = state.refusal(row.access) {
+            return Err(sense.into());
+        }
+        let reserved = unit.reserved_by.is_some_and(|by| by != place.nexus);
+        let releases = matches!(cdb[0], op::RELEASE_6 | op::RELEASE_10);
+        if reserved && !passes && !releases && row.access != opcodes::Access::Any
+            || unit.reservations.conflicts(&session.registrant, row.guard)
+        {
+            return Err(Status::ReservationConflict);
+        }
+        match cdb[0] {
+            op::TEST_UNIT_READY | op::PREVENT_ALLOW => Ok(Ending::Status(Status::Good)),
+            op::START_STOP_UNIT => Ok(start_stop(cdb)),
+            op::REQUEST_SENSE => {
+                let sense = self.attention(place).unwrap_or(Sense::NONE);
+                let (bytes, len) = sense.encode(cdb[1] & 1 != 0);
+                Ok(Ending::Data(bytes[..len].to_vec()))
+            }
+            op::REPORT_LUNS => {
+                let luns = self.report_luns(place.node, cdb[2])?;
+                if let Some(session) = &mut self.sessions[place.session] {
+                    for (_, attentions) in &mut session.attentions {
+                        attentions.clear(Attention::LunsChanged);
+                    }
+                }
+                Ok(Ending::Data(luns))
+            }
+            op::RESERVE_6 | op::RESERVE_10 | op::RELEASE_6 | op::RELEASE_10 => {
+                self.reserve(place, releases)
+            }
+            op::MODE_SELECT_6 | op::MODE_SELECT_10 => self.mode_select(place, scsi, data, mem),
+            op::PERSISTENT_RESERVE_OUT => self.reserve_out(place, scsi, data, mem),
+            op::THIRD_PARTY_COPY_OUT => {
+                let list = parameter_list(scsi, unit, data, mem)?;
+                let segments = copy::segments(list, &node.units, &self.config.product)?;
+                for segment in &segments {
+                    // What is reserved is so for copies by others too.
+                    let reads = (segment.from, Guard::Reads);
+                    let changes = (segment.to, Guard::Changes);
+                    for (handle, guard) in [reads, changes] {
+                        let unit = node.units.iter().find(|u| u.config.handle == handle);
+                        if unit.is_some_and(|u| is_reserved(u, place.nexus, session, guard)) {
+                            return Err(Status::ReservationConflict);
+                        }
+                    }
+                }
+                let fua = !unit.modes.write_cache;
+                Ok(match segments.is_empty() {
+                    true => Ending::Status(Status::Good),
+                    false => Ending::Io(IoCommand::Copy { segments, fua }),
+                })
+            }
+            op::INQUIRY
+            | op::MODE_SENSE_6
+            | op::MODE_SENSE_10
+            | op::READ_CAPACITY_10
+            | op::SERVICE_ACTION_IN_16
+            | op::PERSISTENT_RESERVE_IN
+            | op::MAINTENANCE_IN
+            | op::THIRD_PARTY_COPY_IN => self.report(place, cdb, unit),
+            _ => on_blocks(unit, scsi, data, place.limits, mem),
+        }
+    }
+
+    fn at(&self, place: Place) -> Option<(&super::Node, &Session)> {
+        Some((self.node(place.node)?, self.sessions[place.session].as_ref()?))
+    }
+
+    /// What is to be told before the next command.
+    fn attention(&mut self, place: Place) -> Option<Sense> {
+        let session = self.sessions[place.session].as_mut()?;
+        session.attentions(place.lun)?.take()
+    }
+
+    /// Commands that only tell something.
+    fn report(&self, place: Place, cdb: &[u8; 16], unit: &Unit) -> Result<Ending, Status> {
+        let (node, session) = self.at(place).ok_or(Sense::LUN_NOT_SUPPORTED)?;
+        let portal_group = session.registrant.port_group;
+        let action = cdb[1] & 0x1f;
+        let data = match (cdb[0], action) {
+            (op::INQUIRY, _) if cdb[1] & 1 != 0 => {
+                let (port_group, _) = node.access(portal_group);
+                let port = PortView { iqn: &node.config.iqn, portal_group, port_group };
+                inquiry::vital(cdb[2], &unit.config, &self.config.product, port, place.limits)?
+            }
+            (op::INQUIRY, _) if cdb[2] != 0 => return Err(Sense::invalid_cdb(2, 7).into()),
+            (op::INQUIRY, _) => inquiry::standard(Subject::Unit, &self.config.product),
+            (op::MODE_SENSE_6 | op::MODE_SENSE_10, _) => mode::sense(cdb, unit)?,
+            (op::READ_CAPACITY_10, _) => {
+                // PMI off: there is nothing to begin at.
+                if cdb[8] & 1 == 0 && u32_at(cdb, 2) != 0 {
+                    return Err(Sense::invalid_cdb(2, 7).into());
+                }
+                inquiry::capacity_10(&unit.config)
+            }
+            (op::SERVICE_ACTION_IN_16, 0x10) => {
+                if cdb[14] & 1 == 0 && u64_at(cdb, 2) != 0 {
+                    return Err(Sense::invalid_cdb(2, 7).into());
+                }
+                inquiry::capacity_16(&unit.config)
+            }
+            (op::SERVICE_ACTION_IN_16, _) => return lba_status(cdb, unit),
+            (op::PERSISTENT_RESERVE_IN, _) => unit.reservations.report(action),
+            (op::MAINTENANCE_IN, 0x0a) => ports::report(cdb, &node.port_groups())?,
+            (op::MAINTENANCE_IN, 0x0c) => opcodes::report(cdb)?,
+            (op::MAINTENANCE_IN, _) => opcodes::report_tmfs(cdb),
+            (op::THIRD_PARTY_COPY_IN, 0) => return Ok(Ending::CopyStatus(cdb[2])),
+            // RECEIVE COPY RESULTS, OPERATING PARAMETERS.
+            _ => inquiry::copy_parameters(),
+        };
+        Ok(Ending::Data(data))
+    }
+
+    fn unit_mut(&mut self, place: Place) -> Result<&mut Unit, Status> {
+        let node = self.node_mut(place.node).ok();
+        node.and_then(|n| n.unit_mut(place.lun)).ok_or(Sense::LUN_NOT_SUPPORTED.into())
+    }
+
+    /// RESERVE and RELEASE.
+    fn reserve(&mut self, place: Place, releases: bool) -> Result<Ending, Status> {
+        let unit = self.unit_mut(place)?;
+        if !unit.reservations.is_empty() {
+            // Persistent reservations rule them out (SPC-5, section 5.14.3, with CRH off).
+            return Err(Status::ReservationConflict);
+        }
+        if releases {
+            unit.reserved_by.take_if(|by| *by == place.nexus);
+        } else {
+            unit.reserved_by = Some(place.nexus);
+        }
+        Ok(Ending::Status(Status::Good))
+    }
+
+    fn mode_select<M: Memory>(
+        &mut self,
+        place: Place,
+        scsi: &ScsiCommand,
+        data: &Option<Buf>,
+        mem: &M,
+    ) -> Result<Ending, Status> {
+        let unit = self.unit_mut(place)?;
+        let list = parameter_list(scsi, unit, data, mem)?;
+        let modes = mode::select(&scsi.cdb, list, unit)?;
+        if modes != unit.modes {
+            unit.modes = modes;
+            let lun = Some(place.lun);
+            self.attend(place.node, lun, Some(place.session), Attention::ModeChanged);
+        }
+        Ok(Ending::Status(Status::Good))
+    }
+
+    fn reserve_out<M: Memory>(
+        &mut self,
+        place: Place,
+        scsi: &ScsiCommand,
+        data: &Option<Buf>,
+        mem: &M,
+    ) -> Result<Ending, Status> {
+        let cdb = &scsi.cdb;
+        let (_, session) = self.at(place).ok_or(Sense::LUN_NOT_SUPPORTED)?;
+        let registrant = session.registrant.clone();
+        let unit = self.unit_mut(place)?;
+        let list = parameter_list(scsi, unit, data, mem)?;
+        let lasted = unit.reservations.aptpl;
+        let before = unit.reservations.clone();
+        let effects = unit.reservations.change(&registrant, cdb[1] & 0x1f, cdb[2], list)?;
+        let changed = before != unit.reservations;
+        let lasts = lasted || unit.reservations.aptpl;
+        let aborted = !effects.abort.is_empty();
+        self.take_effect(place, &effects);
+        Ok(match (aborted, changed && lasts) {
+            // What is stored says who was preempted: nobody else's writes may come after it.
+            (_, true) => Ending::Io(IoCommand::StoreReservations),
+            (true, false) => Ending::Drain,
+            (false, false) => Ending::Status(Status::Good),
+        })
+    }
+
+    /// Tells, and stops, those that a change of the reservations concerns.
+    fn take_effect(&mut self, place: Place, effects: &Effects) {
+        let lun = encode_lun(place.lun);
+        for session in self.sessions.iter_mut().flatten().filter(|s| s.node == Some(place.node)) {
+            for (registrant, attention) in &effects.attentions {
+                if session.registrant == *registrant {
+                    session.raise(place.lun, *attention);
+                }
+            }
+            if effects.abort.contains(&session.registrant) {
+                self.aborts.push_back(super::Abort { conn: session.conn, lun: Some(lun) });
+            }
+        }
+    }
+}
+
+/// Whether another nexus has reserved a unit, so that a copy may not do this to it.
+fn is_reserved(unit: &Unit, nexus: NexusId, session: &Session, guard: Guard) -> bool {
+    unit.reserved_by.is_some_and(|by| by != nexus)
+        || unit.reservations.conflicts(&session.registrant, guard)
+}
+
+/// The parameter list of a command, all of it.
+fn parameter_list<'a, M: Memory>(
+    scsi: &ScsiCommand,
+    unit: &Unit,
+    data: &Option<Buf>,
+    mem: &'a M,
+) -> Result<&'a [u8], Status> {
+    let wanted = data_out_len(&scsi.cdb, unit.shift());
+    if u64::from(scsi.received) < wanted {
+        return Err(Sense::INVALID_INFORMATION_UNIT.into());
+    }
+    Ok(data.as_ref().map(|data| mem.bytes(data.slice())).unwrap_or_default())
+}
+
+/// START STOP UNIT: a volume that others use does not stop, but what was written is made durable.
+fn start_stop(cdb: &[u8; 16]) -> Ending {
+    let (power_condition, start) = (cdb[4] >> 4, cdb[4] & 1 != 0);
+    if power_condition == 0 && !start {
+        return Ending::Io(IoCommand::Flush);
+    }
+    Ending::Status(Status::Good)
+}
+
+fn lba_status(cdb: &[u8; 16], unit: &Unit) -> Result<Ending, Status> {
+    let (lba, blocks) = (u64_at(cdb, 2), unit.config.blocks);
+    if lba >= blocks {
+        return Err(Sense::LBA_OUT_OF_RANGE.into());
+    }
+    let range =
+        LbaRange::within(Lba(lba), blocks - lba, blocks).map_err(|_| Sense::LBA_OUT_OF_RANGE)?;
+    // One at least, though it may be cut.
+    let room = allocation_len(cdb).saturating_sub(8) / 16;
+    let max_extents = u32::try_from(room.clamp(1, 256)).unwrap_or(1);
+    Ok(Ending::Io(IoCommand::LbaStatus { range, max_extents }))
+}
+
+fn on_blocks<M: Memory>(
+    unit: &Unit,
+    scsi: &ScsiCommand,
+    data: &mut Option<Buf>,
+    limits: Limits,
+    mem: &M,
+) -> Result<Ending, Status> {
+    debug_assert!(lba_and_blocks(&scsi.cdb).is_some() || scsi.cdb[0] == op::UNMAP);
+    if scsi.cdb[0] == op::UNMAP {
+        parameter_list(scsi, unit, data, mem)?;
+    }
+    match block::decode(unit, &scsi.cdb, scsi.edtl, data.take(), limits, mem) {
+        Ok(Step::Io(command)) => Ok(Ending::Io(command)),
+        Ok(Step::Zeroes { command, block }) => {
+            *data = Some(block);
+            Ok(Ending::Io(command))
+        }
+        Ok(Step::End(status)) => Ok(Ending::Status(status)),
+        Err((back, status)) => {
+            *data = back;
+            Err(status)
+        }
+    }
+}
+
+/// Ends a command as it must, or hands it out. `data` is what of the initiator's is not used.
+fn finish<M: Memory>(
+    conn: &mut Connection,
+    slot: SlotId,
+    scsi: &ScsiCommand,
+    unit: Option<UnitHandle>,
+    ending: Ending,
+    data: Option<Buf>,
+    mem: &mut M,
+) -> Outcome {
+    if let (Ending::Io(IoCommand::Copy { segments, .. }), Some(list)) = (&ending, &data) {
+        conn.begin_copy(slot, mem.bytes(list.slice())[0], segments.len());
+    }
+    release(data, mem);
+    match (ending, unit) {
+        (Ending::Io(command), Some(unit)) => return Outcome::Io(Io { slot, unit, command }),
+        (Ending::CopyStatus(list), _) => match conn.copy_status(list) {
+            Some(data) => conn.respond_with(slot, data, mem),
+            None => conn.respond(slot, Sense::invalid_cdb(2, 7).into(), mem),
+        },
+        (Ending::Drain, Some(unit)) => return Outcome::Drain { slot, units: vec![unit] },
+        (Ending::Status(status), _) => conn.respond(slot, status, mem),
+        (Ending::Data(mut bytes), _) => {
+            bytes.truncate(allocation_len(&scsi.cdb));
+            conn.respond_with(slot, bytes, mem);
+        }
+        (Ending::Io(_) | Ending::Drain, None) => {
+            conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
+        }
+    }
+    Outcome::Done
+}

@@ -1,0 +1,128 @@
+//! Task management: what is aborted, and who is told.
+
+use cairn_block::Memory;
+
+use super::{Abort, NodeId, Outcome, Target};
+use crate::connection::{Aborted, Connection, SlotId};
+use crate::pdu::decode_lun;
+use crate::scsi::unit::{Attention, UnitHandle};
+
+const ABORT_TASK: u8 = 1;
+const ABORT_TASK_SET: u8 = 2;
+const CLEAR_TASK_SET: u8 = 4;
+const LOGICAL_UNIT_RESET: u8 = 5;
+const TARGET_WARM_RESET: u8 = 6;
+const TARGET_COLD_RESET: u8 = 7;
+const TASK_REASSIGN: u8 = 8;
+
+const COMPLETE: u8 = 0;
+const NO_SUCH_TASK: u8 = 1;
+const NO_SUCH_LUN: u8 = 2;
+const REASSIGNMENT_NOT_SUPPORTED: u8 = 4;
+const NOT_SUPPORTED: u8 = 5;
+
+impl Target {
+    #[expect(clippy::too_many_arguments, reason = "a request has this many fields")]
+    pub(super) fn handle_task_management<M: Memory>(
+        &mut self,
+        index: usize,
+        conn: &mut Connection,
+        slot: SlotId,
+        function: u8,
+        lun: u64,
+        rtt: u32,
+        mem: &mut M,
+    ) -> Outcome {
+        let node = self.sessions[index].as_ref().and_then(|s| s.node);
+        let found = node.and_then(|node| {
+            let number = decode_lun(lun)?;
+            Some((node, number, self.node(node)?.unit(number)?.config.handle))
+        });
+        let during = match (function, found, node) {
+            (ABORT_TASK, _, Some(_)) => match conn.abort_task(rtt, lun, mem) {
+                Aborted::Nothing => Err(NO_SUCH_TASK),
+                Aborted::Before => Ok(None),
+                Aborted::During => Ok(found.map(|(_, _, unit)| vec![unit])),
+            },
+            (ABORT_TASK_SET, Some((_, _, unit)), _) => {
+                Ok(conn.abort_tasks(Some(lun), mem).then(|| vec![unit]))
+            }
+            (CLEAR_TASK_SET | LOGICAL_UNIT_RESET, Some((node, number, unit)), _) => {
+                conn.abort_tasks(Some(lun), mem);
+                self.abort_others(node, index, Some(lun));
+                if function == CLEAR_TASK_SET {
+                    self.attend(node, Some(number), Some(index), Attention::CommandsCleared);
+                } else {
+                    self.reset_unit(node, number);
+                    self.attend(node, Some(number), None, Attention::UnitReset);
+                }
+                Ok(Some(vec![unit]))
+            }
+            (TARGET_WARM_RESET | TARGET_COLD_RESET, _, Some(node)) => {
+                Ok(Some(self.reset_node(node, index, function, conn, mem)))
+            }
+            (ABORT_TASK_SET | CLEAR_TASK_SET | LOGICAL_UNIT_RESET, None, _) => Err(NO_SUCH_LUN),
+            (TASK_REASSIGN, _, _) => Err(REASSIGNMENT_NOT_SUPPORTED),
+            _ => Err(NOT_SUPPORTED),
+        };
+        match during {
+            Ok(Some(units)) if !units.is_empty() => return Outcome::Drain { slot, units },
+            Ok(_) => conn.respond_task_management(slot, COMPLETE, mem),
+            Err(response) => conn.respond_task_management(slot, response, mem),
+        }
+        Outcome::Done
+    }
+
+    /// Asks for the tasks of the other sessions of a node to be aborted.
+    pub(super) fn abort_others(&mut self, node: NodeId, index: usize, lun: Option<u64>) {
+        for (i, session) in self.sessions.iter().enumerate() {
+            if let Some(session) = session
+                && session.node == Some(node)
+                && i != index
+            {
+                self.aborts.push_back(Abort { conn: session.conn, lun });
+            }
+        }
+    }
+
+    fn reset_unit(&mut self, node: NodeId, lun: u16) {
+        if let Ok(node) = self.node_mut(node)
+            && let Some(unit) = node.unit_mut(lun)
+        {
+            unit.reset();
+        }
+    }
+
+    fn reset_node<M: Memory>(
+        &mut self,
+        node: NodeId,
+        index: usize,
+        function: u8,
+        conn: &mut Connection,
+        mem: &mut M,
+    ) -> Vec<UnitHandle> {
+        conn.abort_tasks(None, mem);
+        self.abort_others(node, index, None);
+        let mut units = Vec::new();
+        if let Ok(node) = self.node_mut(node) {
+            for unit in &mut node.units {
+                unit.reset();
+                units.push(unit.config.handle);
+            }
+        }
+        self.attend(node, None, None, Attention::TargetReset);
+        if function == TARGET_COLD_RESET {
+            // All sessions end; this one once it has its answer.
+            for i in 0..self.sessions.len() {
+                let other = self.sessions[i].as_ref().is_some_and(|s| s.node == Some(node));
+                if other
+                    && i != index
+                    && let Some(conn) = self.end_session(i)
+                {
+                    self.closing.push_back(conn);
+                }
+            }
+        }
+        units
+    }
+}
