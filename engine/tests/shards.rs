@@ -534,7 +534,7 @@ fn a_volume_over_the_network_stops_at_once_under_load() {
             let request = IoRequest { op: IoOp::Write { fua: false }, range, buf: buf.slice() };
             let queued = host.session.submit(QueueIndex(1), 1, Submit::Io(request), &mut host.mem);
             while queued.is_ok() && host.session.poll_completion().is_none() {
-                if !matches!(host.turn(), Ok(_)) || host.closed {
+                if host.turn().is_err() || host.closed {
                     return;
                 }
             }
