@@ -434,7 +434,7 @@ fn volumes_that_use_other_shards_stop_before_those() {
     add(&router, &seen, spec("v", vec![child("p1", 1), far(2)]), &Ok(()));
     let (reply, told) = answer();
     router.send(AnyCommand::Shutdown { reply });
-    let mut stop = |wanted: u16| {
+    let stop = |wanted: u16| {
         let (of, command) = next(&seen);
         let AnyCommand::Shutdown { reply } = command else { panic!("{command:?}") };
         assert_eq!(of, wanted);
