@@ -61,6 +61,9 @@ Examples:
         /// Go through the page cache: for filesystems that refuse O_DIRECT.
         #[arg(long)]
         buffered: bool,
+        /// The shard of the process that is to have it; the first is 0. Default: one after the other.
+        #[arg(long)]
+        shard: Option<u32>,
     },
     /// Take a device into a pool.
     #[command(after_help = "\
@@ -515,7 +518,7 @@ pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
                 let pool = client.grow_pool(request).await.map_err(|s| said(&s))?;
                 output::one(global.output, &pool.into_inner())?;
             }
-            PoolCommand::Create { name, paths, without, size, force, buffered } => {
+            PoolCommand::Create { name, paths, without, size, force, buffered, shard } => {
                 let size_bytes = size.map_or(0, |s| s.as_u64());
                 let mut paths = paths.iter().map(|path| absolute(path));
                 let path = paths.next().context("a path")??;
@@ -528,6 +531,7 @@ pub(crate) fn pool(global: &Global, command: PoolCommand) -> Result<ExitCode> {
                     buffered,
                     more_paths,
                     without,
+                    shard,
                 };
                 let pool = client.create_pool(request).await.map_err(|s| said(&s))?;
                 output::one(global.output, &pool.into_inner())?;

@@ -271,6 +271,17 @@ impl Service {
         SavedPool { shard: self.shard_to_save(report), ..pool }
     }
 
+    fn check_shard(&self, shard: u32) -> Result<u16, Status> {
+        let shards = self.engine.shards();
+        u16::try_from(shard).ok().filter(|&shard| shard < shards).ok_or_else(|| {
+            Status::invalid_argument(format!(
+                "there is no shard {shard}: this process has {shards}, from 0 to {} ([engine] shards = ... in its \
+                 configuration file)",
+                shards - 1
+            ))
+        })
+    }
+
     /// One of one is not chosen: there may be more at the next start.
     fn shard_to_save(&self, report: &PoolReport) -> Option<u16> {
         (self.engine.shards() > 1).then_some(report.shard)
@@ -403,6 +414,7 @@ impl Cairn for Service {
         }
         let size = (request.size_bytes > 0).then_some(bytesize::ByteSize(request.size_bytes));
         let mut spec = config::Pool::new(&request.name, String::new(), size, true);
+        spec.shard = request.shard.map(|shard| self.check_shard(shard)).transpose()?;
         let mut paths = vec![request.path];
         paths.extend(request.more_paths);
         spec.path = Paths::Many(paths.clone());

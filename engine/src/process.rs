@@ -106,9 +106,19 @@ struct PlacedVolume {
     name: String,
     nqn: String,
     shard: u16,
+    /// It has a replica in this process that it reaches over the network.
+    over_network: bool,
 }
 
 impl Places {
+    /// Whether a replica is named by where this process listens.
+    fn is_own(&self, replica: &VolumeReplica) -> bool {
+        match &replica.address {
+            ChildAddress::Remote { peer, .. } => self.addresses.contains(peer),
+            ChildAddress::Local { .. } => false,
+        }
+    }
+
     fn pool(&self, name: &str) -> Option<u16> {
         self.pools.iter().find(|(pool, _)| pool == name).map(|&(_, shard)| shard)
     }
@@ -265,7 +275,11 @@ impl Router {
             AnyCommand::RemoveVolume { name, reply } => self.remove_volume(name, reply),
             AnyCommand::AddReplica { name, replica, reply } => {
                 let (checked, shard) = {
-                    let places = self.places.lock();
+                    let mut places = self.places.lock();
+                    let own = places.is_own(&replica);
+                    if let Some(volume) = places.volumes.iter_mut().find(|v| v.name == name) {
+                        volume.over_network |= own;
+                    }
                     (places.check_member(&name, &replica), places.volume(&name))
                 };
                 match checked {
@@ -334,8 +348,9 @@ impl Router {
     fn enter_volume(&self, spec: &mut VolumeSpec) -> Result<u16, EngineError> {
         let mut places = self.places.lock();
         let shard = places.place_volume(spec, self.shards)?;
+        let over_network = spec.children.iter().any(|child| places.is_own(child));
         let (name, nqn) = (spec.name.clone(), spec.nqn.clone());
-        places.volumes.push(PlacedVolume { name, nqn, shard });
+        places.volumes.push(PlacedVolume { name, nqn, shard, over_network });
         Ok(shard)
     }
 
@@ -467,10 +482,34 @@ impl Router {
         self.to(shard, make(next));
     }
 
-    /// Stops all shards at once. Answered once all have stopped.
-    fn shut_down(&self, reply: Reply<()>) {
-        let last = Arc::new(Mutex::new((self.shards, Some(reply), Ok(()))));
-        for shard in 0..self.shards {
+    /// Stops all shards; first those with volumes that reach replicas of other shards over the network, which would
+    /// lose these in the middle of their requests. Answered once all have stopped.
+    fn shut_down(self: &Arc<Self>, reply: Reply<()>) {
+        let mut first = {
+            let places = self.places.lock();
+            let over = places.volumes.iter().filter(|volume| volume.over_network);
+            over.map(|volume| volume.shard).collect::<Vec<u16>>()
+        };
+        first.sort_unstable();
+        first.dedup();
+        let rest: Vec<u16> = (0..self.shards).filter(|shard| !first.contains(shard)).collect();
+        if first.is_empty() || rest.is_empty() {
+            return self.stop_shards(&[first, rest].concat(), reply);
+        }
+        let router = Arc::clone(self);
+        let then = Reply::new(move |result: Result<(), EngineError>| {
+            let last = Reply::new(move |stopped: Result<(), EngineError>| {
+                reply.send(result.and(stopped));
+            });
+            router.stop_shards(&rest, last);
+        });
+        self.stop_shards(&first, then);
+    }
+
+    /// Stops these at once. Answered once all of them have stopped.
+    fn stop_shards(&self, shards: &[u16], reply: Reply<()>) {
+        let last = Arc::new(Mutex::new((shards.len(), Some(reply), Ok(()))));
+        for &shard in shards {
             let last = Arc::clone(&last);
             let reply = Reply::new(move |result: Result<(), EngineError>| {
                 let mut last = last.lock();

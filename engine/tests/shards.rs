@@ -165,6 +165,8 @@ struct Client {
     peer: SocketAddr,
     streams: [Option<TcpStream>; 2],
     next_tag: u32,
+    /// A connection has ended.
+    closed: bool,
     /// What is sent before the session is ready goes out in pieces so long.
     piece: usize,
 }
@@ -183,7 +185,7 @@ impl Client {
             data_digest: digests,
         };
         let session = Session::new(config, &mut mem).unwrap();
-        Self { session, mem, peer, streams: [None, None], next_tag: 0, piece }
+        Self { session, mem, peer, streams: [None, None], next_tag: 0, closed: false, piece }
     }
 
     /// The session once it is ready, or why it is not.
@@ -231,7 +233,9 @@ impl Client {
                 let bytes: Vec<u8> =
                     windows.iter().flat_map(|&w| self.mem.bytes(w)).copied().collect();
                 for piece in bytes.chunks(self.piece.min(bytes.len())) {
-                    stream.write_all(piece).unwrap();
+                    if let Err(error) = stream.write_all(piece) {
+                        return Err(error.to_string());
+                    }
                     if self.piece < bytes.len() {
                         thread::sleep(Duration::from_micros(200));
                     }
@@ -240,6 +244,7 @@ impl Client {
             }
             let buf = self.mem.alloc(64 << 10).unwrap();
             if let Ok(n) = stream.read(self.mem.bytes_mut(buf.slice())) {
+                self.closed |= n == 0;
                 let got = buf.slice().sub(0, u32::try_from(n).unwrap());
                 if let Err(error) = self.session.handle_recv(q, got, 0, &mut self.mem) {
                     return Err(error.to_string());
@@ -509,4 +514,36 @@ fn a_snapshot_of_volumes_on_several_shards_is_refused() {
     let told =
         engine.call(|reply| Command::ListSnapshots { volume: "b".to_owned(), reply }).unwrap();
     assert_eq!(told.len(), 1);
+}
+
+/// The replica's shard went first, and the volume's waited for it until it gave up, after ten seconds.
+#[test]
+fn a_volume_over_the_network_stops_at_once_under_load() {
+    let engine = two();
+    engine.add_replica("p", 31, 30);
+    engine.add_replica("q", 32, 30);
+    let by_uri =
+        (ReplicaId(32), ChildAddress::Remote { peer: engine.address, nqn: replica_nqn(32) });
+    engine.add_volume(Engine::spec("v", 30, vec![local("p", 31), by_uri]));
+    let mut host = Client::to(&engine, "v");
+    let writer = thread::spawn(move || {
+        // Until it is cut off.
+        for at in 0u64.. {
+            let buf = host.mem.alloc(4096).unwrap();
+            let range = LbaRange::new(Lba(at % BLOCKS), 1).unwrap();
+            let request = IoRequest { op: IoOp::Write { fua: false }, range, buf: buf.slice() };
+            let queued = host.session.submit(QueueIndex(1), 1, Submit::Io(request), &mut host.mem);
+            while queued.is_ok() && host.session.poll_completion().is_none() {
+                if host.turn().is_err() || host.closed {
+                    return;
+                }
+            }
+            host.mem.release(buf);
+        }
+    });
+    thread::sleep(Duration::from_millis(300));
+    let start = Instant::now();
+    drop(engine);
+    assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());
+    writer.join().unwrap();
 }

@@ -173,6 +173,25 @@ pub(super) async fn run(cluster: &Cluster, folder: &Path) -> Result<()> {
         ensure!(refused.is_err(), "a replica of `apart` was deleted, of {held:?}");
     }
     work(&online(&mut client, 3).await?[..1], false)?;
+
+    // A pool of a call is where it is wished, and stays there.
+    let pool = |shard| v1::CreatePoolRequest {
+        name: "made".to_owned(),
+        path: folder.join("made.img").display().to_string(),
+        size_bytes: 32 << 20,
+        shard: Some(shard),
+        ..v1::CreatePoolRequest::default()
+    };
+    let refused = client.create_pool(pool(3)).await;
+    let said_why = refused.as_ref().is_err_and(|s| s.message().contains("from 0 to 2"));
+    ensure!(said_why, "a pool is on a shard that is not there: {refused:?}");
+    client.create_pool(pool(1)).await.map_err(|s| said(&s))?;
+    process.kill()?;
+    let (mut process, mut client) = cluster.start_other(name, &three).await?;
+    let pools = client.list_pools(v1::ListPoolsRequest {}).await.map_err(|s| said(&s))?;
+    let pools: Vec<_> = pools.into_inner().pools.into_iter().map(|p| (p.name, p.shard)).collect();
+    let wanted = [("left", 2), ("right", 1), ("made", 1)].map(|(name, at)| (name.to_owned(), at));
+    ensure!(pools == wanted, "pools are on {pools:?}");
     process.kill()?;
     say!(
         "  several shards in a process: volumes on each, killed, and started with fewer and with more"

@@ -428,6 +428,28 @@ fn all_shards_stop_before_that_is_told() {
 }
 
 #[test]
+fn volumes_that_use_other_shards_stop_before_those() {
+    let (router, seen) = with_pools(3, 3);
+    router.places.lock().addresses.push("192.0.2.1:4420".parse().unwrap());
+    add(&router, &seen, spec("v", vec![child("p1", 1), far(2)]), &Ok(()));
+    let (reply, told) = answer();
+    router.send(AnyCommand::Shutdown { reply });
+    let stop = |wanted: u16| {
+        let (of, command) = next(&seen);
+        let AnyCommand::Shutdown { reply } = command else { panic!("{command:?}") };
+        assert_eq!(of, wanted);
+        reply
+    };
+    let first = stop(1);
+    assert!(seen.try_recv().is_err(), "the others wait");
+    first.send(Ok(()));
+    let rest = [stop(0), stop(2)];
+    assert!(told.try_recv().is_err());
+    rest.into_iter().for_each(|reply| reply.send(Ok(())));
+    assert_eq!(told.recv().unwrap(), Ok(()));
+}
+
+#[test]
 fn one_shard_gets_everything() {
     let (router, seen) = router(1);
     let (reply, _told) = answer();
