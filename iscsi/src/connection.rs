@@ -402,7 +402,7 @@ impl Connection {
     }
 
     /// The text that came with a login request: whoever moves connections between shards finds the
-    /// target's name in it ([`crate::text::parse`]).
+    /// target's name in it ([`crate::login::target_name`]).
     #[must_use]
     pub fn login_text(&self) -> &[u8] {
         &self.text

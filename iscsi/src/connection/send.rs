@@ -4,7 +4,8 @@ use cairn_block::{Buf, Memory};
 
 use super::task::{OutData, State};
 use super::{
-    CloseReason, Connection, Phase, RESPONSE_ITEMS, RESPONSE_RESERVE, RING_SEGMENT, Request, SlotId,
+    CONNECTION_RESERVE, CloseReason, Connection, Phase, RESPONSE_ITEMS, RESPONSE_RESERVE,
+    RING_SEGMENT, Request, SlotId,
 };
 use crate::keys::Params;
 use crate::login::FULL_FEATURE;
@@ -20,10 +21,11 @@ const TEXT_SEGMENT: u32 = 4000;
 const COMPLETED: u8 = 0;
 
 impl Connection {
-    /// Whether `len` more bytes fit the ring beside the responses of all tasks.
+    /// Whether `len` more bytes fit the ring beside the responses of all tasks, and what belongs to
+    /// none: the PDU that is being received may need that once it is whole.
     pub(super) fn has_room(&self, len: u32) -> bool {
         let in_use = self.tasks.len() - self.free.len();
-        self.tx.free() >= RESPONSE_RESERVE * len32(in_use) + len
+        self.tx.free() >= RESPONSE_RESERVE * len32(in_use) + CONNECTION_RESERVE + len
             && self.tx.free_items() >= RESPONSE_ITEMS * in_use + 8
     }
 
