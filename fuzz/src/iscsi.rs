@@ -60,6 +60,8 @@ struct World {
     /// Of so many requests one is held for a while.
     hold_every: usize,
     count: usize,
+    /// The initiator takes what it is sent only when nothing else moves.
+    slow: bool,
 }
 
 impl World {
@@ -76,6 +78,7 @@ impl World {
             held: Vec::new(),
             hold_every: 0,
             count: 0,
+            slow: false,
         })
     }
 
@@ -112,7 +115,7 @@ impl World {
         while let Some(abort) = self.target.poll_abort() {
             assert_ne!(abort.conn, ConnId(0), "there is no other connection");
         }
-        while self.conn.wants_send() {
+        while self.conn.wants_send() && (release || !self.slow) {
             self.conn.take_batch(&mut self.batch);
             self.conn.handle_sent(&mut self.mem);
         }
@@ -186,6 +189,7 @@ pub fn target_stream(data: &[u8]) {
     });
     let Some(mut world) = World::new(4 << 20, chap) else { return };
     world.hold_every = usize::from(first & 3);
+    world.slow = first & 0x20 != 0;
     world.deliver(rest, if first & 0x40 != 0 { 7 } else { CHUNK_LEN });
     world.close();
 }
@@ -201,12 +205,14 @@ pub fn session(data: &[u8]) {
     let memory = if first & 1 == 0 { 4 << 20 } else { 256 << 10 };
     let Some(mut world) = World::new(memory, None) else { return };
     world.hold_every = usize::from(first >> 1 & 7);
+    world.slow = first & 0x10 != 0;
     world.deliver(&login(if first & 0x80 != 0 { "No" } else { "Yes" }), CHUNK_LEN);
     let mut cmd_sn = 1;
+    let mut stream = Vec::new();
     for (itt, step) in (2_u32..).zip(steps.chunks_exact(24)) {
-        let pdu = pdu(step, itt, &mut cmd_sn);
-        world.deliver(&pdu, u32::from(first) * 8 + 1);
+        stream.extend(pdu(step, itt, &mut cmd_sn));
     }
+    world.deliver(&stream, u32::from(first) * 16 + 1);
     world.turn(true);
     world.close();
 }
@@ -311,6 +317,10 @@ pub fn seeds(name: &str) -> Vec<Vec<u8>> {
         [(0, 2, 12), (0, 0, 11), (0, 0, 4), (0, 3, 12), (3, 0, 0), (0, 2, 18), (5, 0, 5), (6, 0, 0)]
     {
         steps.extend(step(kind, flags, code));
+    }
+    // More requests than a ring has room for the answers of.
+    for n in 0..100 {
+        steps.extend(step(if n % 2 == 0 { 6 } else { 7 }, 0, 0));
     }
     match name {
         "session" => (0..=255)

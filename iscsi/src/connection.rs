@@ -17,7 +17,7 @@ pub(crate) use self::task::Aborted;
 use self::task::{CopyRecord, OutData, State, Task};
 use crate::keys::{Offer, Params};
 use crate::login::{Login, LoginStatus};
-use crate::pdu::{LoginRequest, NO_TAG, RejectReason};
+use crate::pdu::{BHS_LEN, LoginRequest, NO_TAG, RejectReason};
 use crate::rx::HeaderReader;
 use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
@@ -25,8 +25,9 @@ use crate::wire::{len32, put, u64_at};
 
 /// Tasks that immediate commands may take beside those of the command window.
 const IMMEDIATE_TASKS: u16 = 16;
-/// Ring bytes that the end of any task takes: a SCSI Response with sense data and two digests.
-const RESPONSE_RESERVE: u32 = 48 + 4 + 36 + 4;
+/// Ring bytes that the end of any task takes at most: those of a Reject with the header that it
+/// rejects, and two digests. A SCSI Response with sense data takes less.
+const RESPONSE_RESERVE: u32 = 48 + 4 + 48 + 4;
 /// Ring bytes for what belongs to no task: a Reject, a NOP-In, an Async message.
 const CONNECTION_RESERVE: u32 = 512;
 /// The most data of one PDU that goes through the ring, in bytes.
@@ -201,6 +202,8 @@ pub struct Connection {
     parked: VecDeque<u16>,
     /// The text of a login or of a Text Request.
     text: Vec<u8>,
+    /// The header of the last Text Request.
+    text_header: [u8; BHS_LEN],
     /// What is left to send of a text response.
     text_out: Vec<u8>,
     stalled_for_memory: bool,
@@ -258,6 +261,7 @@ impl Connection {
             sending: VecDeque::with_capacity(usize::from(n)),
             parked: VecDeque::with_capacity(usize::from(n)),
             text: Vec::new(),
+            text_header: [0; BHS_LEN],
             text_out: Vec::new(),
             stalled_for_memory: false,
             receiving: 0,
@@ -398,7 +402,7 @@ impl Connection {
     }
 
     /// The text that came with a login request: whoever moves connections between shards finds the
-    /// target's name in it ([`crate::text::parse`]).
+    /// target's name in it ([`crate::login::target_name`]).
     #[must_use]
     pub fn login_text(&self) -> &[u8] {
         &self.text

@@ -401,6 +401,14 @@ impl Login {
     }
 }
 
+/// The target that the text of a first login request names: whoever moves connections to where their
+/// target is asks for it.
+#[must_use]
+pub fn target_name(text: &[u8]) -> Option<&str> {
+    let pairs = text::parse(text).ok()?;
+    pairs.iter().find(|(key, _)| *key == "TargetName").map(|(_, name)| *name)
+}
+
 /// Whether a text can be an iSCSI name: iqn., eui. or naa., and nothing that a name may not hold.
 #[must_use]
 pub fn is_name(name: &str) -> bool {

@@ -93,6 +93,8 @@ pub(crate) struct World {
     pub(crate) cut: Box<dyn FnMut() -> usize>,
     /// Requests of the disk are kept and not carried out.
     pub(crate) hold: bool,
+    /// The initiators take nothing that they are sent.
+    pub(crate) deaf: bool,
     pub(crate) held: Vec<(usize, Outcome)>,
     pub(crate) stored: usize,
     pub(crate) flushes: usize,
@@ -127,6 +129,7 @@ impl World {
             config: ConnectionConfig::default(),
             cut: Box::new(|| 64 << 10),
             hold: false,
+            deaf: false,
             held: Vec::new(),
             stored: 0,
             flushes: 0,
@@ -485,7 +488,7 @@ impl World {
         let host = &mut self.hosts[h];
         let Some(conn) = host.conn.as_mut() else { return false };
         let mut moved = false;
-        while conn.wants_send() {
+        while conn.wants_send() && !self.deaf {
             moved = true;
             conn.take_batch(&mut self.batch);
             for window in &self.batch {

@@ -502,7 +502,8 @@ impl Target {
         self.closing.pop_front()
     }
 
-    /// The next connection whose tasks are to be aborted.
+    /// The next connection whose tasks are to be aborted. Ask after every request, and before a
+    /// [`Outcome::Drain`] is completed.
     pub fn poll_abort(&mut self) -> Option<Abort> {
         self.aborts.pop_front()
     }

@@ -333,6 +333,7 @@ impl Connection {
                 self.push_text_part(header.itt, header.lun, &[], false, mem);
             }
             _ => {
+                self.text_header = header.encode();
                 if let Some(index) = self.start(header.itt, header.immediate, Request::Text) {
                     self.tasks[usize::from(index)].lun = header.lun;
                     self.ready.push_back(index);

@@ -4,11 +4,14 @@ use cairn_block::{Buf, Memory};
 
 use super::task::{OutData, State};
 use super::{
-    CloseReason, Connection, Phase, RESPONSE_ITEMS, RESPONSE_RESERVE, RING_SEGMENT, Request, SlotId,
+    CONNECTION_RESERVE, CloseReason, Connection, Phase, RESPONSE_ITEMS, RESPONSE_RESERVE,
+    RING_SEGMENT, Request, SlotId,
 };
 use crate::keys::Params;
 use crate::login::FULL_FEATURE;
-use crate::pdu::{Body, Header, LoginRequest, LoginResponse, NO_TAG, RejectReason, Residual, Sn};
+use crate::pdu::{
+    BHS_LEN, Body, Header, LoginRequest, LoginResponse, NO_TAG, RejectReason, Residual, Sn,
+};
 use crate::scsi::sense::Status;
 use crate::wire::{len32, pad_len};
 
@@ -18,10 +21,11 @@ const TEXT_SEGMENT: u32 = 4000;
 const COMPLETED: u8 = 0;
 
 impl Connection {
-    /// Whether `len` more bytes fit the ring beside the responses of all tasks.
+    /// Whether `len` more bytes fit the ring beside the responses of all tasks, and what belongs to
+    /// none: the PDU that is being received may need that once it is whole.
     pub(super) fn has_room(&self, len: u32) -> bool {
         let in_use = self.tasks.len() - self.free.len();
-        self.tx.free() >= RESPONSE_RESERVE * len32(in_use) + len
+        self.tx.free() >= RESPONSE_RESERVE * len32(in_use) + CONNECTION_RESERVE + len
             && self.tx.free_items() >= RESPONSE_ITEMS * in_use + 8
     }
 
@@ -64,11 +68,19 @@ impl Connection {
 
     /// Rejects the PDU whose header was read last.
     pub(super) fn push_reject<M: Memory>(&mut self, reason: RejectReason, mem: &mut M) {
-        let offending = self.header.bhs();
+        self.push_reject_of(&self.header.bhs(), reason, mem);
+    }
+
+    fn push_reject_of<M: Memory>(
+        &mut self,
+        offending: &[u8; BHS_LEN],
+        reason: RejectReason,
+        mem: &mut M,
+    ) {
         let sn = self.next_sn();
         let body = Body::Reject { reason: reason as u8, sn };
         self.push_header(&Header::new(NO_TAG, len32(offending.len()), body), mem);
-        self.push_segment(&offending, mem);
+        self.push_segment(offending, mem);
     }
 
     pub(super) fn push_async<M: Memory>(&mut self, event: u8, parameters: [u16; 3], mem: &mut M) {
@@ -287,8 +299,30 @@ impl Connection {
         self.pump(mem);
     }
 
+    /// Ends a Text Request that makes no sense.
+    pub(crate) fn reject_text<M: Memory>(&mut self, slot: SlotId, mem: &mut M) {
+        self.text.clear();
+        if !self.take_back(slot) {
+            return;
+        }
+        self.release_slot(slot.0);
+        if self.close_reason.is_none() {
+            let offending = self.text_header;
+            self.push_reject_of(&offending, RejectReason::ProtocolError, mem);
+        }
+    }
+
     fn push_text<M: Memory>(&mut self, slot: u16, mem: &mut M) -> bool {
-        let len = self.text_out.len().min(TEXT_SEGMENT.min(self.params.max_send_segment) as usize);
+        // In one response where that can be: not every initiator asks for the rest.
+        let most = self.params.max_send_segment.min(mem.max_alloc());
+        let mut len = self.text_out.len().min(most as usize);
+        let mut buf = None;
+        if len > TEXT_SEGMENT as usize {
+            buf = mem.alloc(len32(len));
+        }
+        if buf.is_none() {
+            len = len.min(TEXT_SEGMENT as usize);
+        }
         let rest = self.text_out.split_off(len);
         let part = std::mem::replace(&mut self.text_out, rest);
         let (itt, lun) = (self.itts[usize::from(slot)], self.tasks[usize::from(slot)].lun);
@@ -296,7 +330,15 @@ impl Connection {
             self.max_cmd_sn = self.max_cmd_sn.wrapping_add(1);
             self.tasks[usize::from(slot)].immediate = true;
         }
-        self.push_text_part(itt, lun, &part, self.text_out.is_empty(), mem);
+        let last = self.text_out.is_empty();
+        let Some(buf) = buf else {
+            self.push_text_part(itt, lun, &part, last, mem);
+            return true;
+        };
+        mem.bytes_mut(buf.slice()).copy_from_slice(&part);
+        self.push_text_header(itt, lun, len32(part.len()), last, mem);
+        self.tx.push_owned(buf, len32(part.len()));
+        self.push_tail(crc32c::crc32c(&part), len32(part.len()), mem);
         true
     }
 
@@ -309,12 +351,23 @@ impl Connection {
         last: bool,
         mem: &mut M,
     ) {
+        self.push_text_header(itt, lun, len32(part.len()), last, mem);
+        self.push_segment(part, mem);
+    }
+
+    fn push_text_header<M: Memory>(
+        &mut self,
+        itt: u32,
+        lun: u64,
+        len: u32,
+        last: bool,
+        mem: &mut M,
+    ) {
         let sn = self.next_sn();
         // C where text was cut.
-        let more = !last && !part.is_empty();
+        let more = !last && len > 0;
         let body = Body::TextResponse { last, more, ttt: if last { NO_TAG } else { 1 }, sn };
-        self.push_header(&Header::new(itt, len32(part.len()), body).with_lun(lun), mem);
-        self.push_segment(part, mem);
+        self.push_header(&Header::new(itt, len, body).with_lun(lun), mem);
     }
 
     pub(crate) fn respond_task_management<M: Memory>(

@@ -359,3 +359,37 @@ fn a_command_with_a_longer_cdb_is_refused_and_malformed_segments_rejected() {
     }
     world.close();
 }
+
+/// The stream stops when there is no room for answers; when the initiator reads again, it goes on.
+#[test]
+fn an_initiator_that_does_not_read_stops_the_stream() {
+    let (mut world, h) = World::ready();
+    world.deaf = true;
+    let mut asked = 0;
+    for n in 0..120 {
+        world.start(h, 0, &read10(0, 16), &[], 8192, 0);
+        let (itt, sn) = world.next_sn(h);
+        let mut ping = Header::new(itt, 0, Body::NopOut { ttt: NO_TAG, sn });
+        ping.immediate = true;
+        world.hosts[h].cmd_sn = world.hosts[h].cmd_sn.wrapping_sub(1);
+        world.send(h, ping, &[7; 100]);
+        world.send(h, Header::new(n, 0, Body::Snack), &[]);
+        asked += 3;
+    }
+    world.run();
+    assert!(!world.hosts[h].to_target.is_empty(), "more answers than there is room for");
+    world.deaf = false;
+    world.run();
+    assert!(world.hosts[h].to_target.is_empty());
+    let mut answers = 0;
+    while let Some((header, _)) = world.receive(h) {
+        let done = match header.body {
+            Body::DataIn { status, .. } => status == Some(0),
+            Body::NopIn { .. } | Body::Reject { reason: 3, .. } => true,
+            other => panic!("{other:?}"),
+        };
+        answers += usize::from(done);
+    }
+    assert_eq!(answers, asked);
+    world.close();
+}

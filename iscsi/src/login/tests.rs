@@ -211,6 +211,13 @@ fn a_login_that_gets_nowhere_ends() {
 }
 
 #[test]
+fn a_request_tells_its_target() {
+    assert_eq!(target_name(b"InitiatorName=iqn.a\0TargetName=iqn.b\0"), Some("iqn.b"));
+    assert_eq!(target_name(b"SessionType=Discovery\0"), None);
+    assert_eq!(target_name(b"nothing\0"), None);
+}
+
+#[test]
 fn names_are_of_three_kinds() {
     for name in ["iqn.2025-01.io.cairn:a.b-c", "eui.02004567a425678d", "naa.52004567ba64678d"] {
         assert!(is_name(name), "{name}");

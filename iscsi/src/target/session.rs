@@ -4,7 +4,7 @@ use cairn_block::Memory;
 
 use super::{ConnId, Node, NodeId, Portal, SessionInfo, Target};
 use crate::connection::{Binding, Connection, SlotId};
-use crate::login::{FULL_FEATURE, LoginStatus, Names, Terms};
+use crate::login::{FULL_FEATURE, LoginStatus, Names, Terms, is_name};
 use crate::pdu::LoginRequest;
 use crate::scsi::reservation::Registrant;
 use crate::scsi::unit::{Attention, Attentions, NexusId};
@@ -277,16 +277,36 @@ impl Target {
         mem: &mut M,
     ) {
         let mut out = Vec::new();
-        if let Some(session) = &self.sessions[index] {
-            for (key, value) in text::parse(conn.login_text()).unwrap_or_default() {
-                match key {
-                    "SendTargets" => self.send_targets(session, value, &mut out),
-                    // Of the operational keys none is negotiated here any more.
-                    _ => text::push(&mut out, key, "NotUnderstood"),
+        let mut sense = true;
+        match (&self.sessions[index], text::parse(conn.login_text())) {
+            (Some(session), Ok(pairs)) => {
+                for (key, value) in pairs {
+                    sense &= self.answer(session, key, value, &mut out);
                 }
             }
+            _ => sense = false,
         }
-        conn.respond_text(slot, out, mem);
+        if sense {
+            conn.respond_text(slot, out, mem);
+        } else {
+            conn.reject_text(slot, mem);
+        }
+    }
+
+    /// Answers one key of a Text Request; false where it makes no sense.
+    fn answer(&self, session: &Session, key: &str, value: &str, out: &mut Vec<u8>) -> bool {
+        match key {
+            "SendTargets" if matches!(value, "All" | "") || is_name(value) => {
+                self.send_targets(session, value, out);
+                true
+            }
+            // A key of somebody's own. Of the others none is negotiated here any more.
+            _ if key.starts_with("X-") || key.starts_with("X#") => {
+                text::push(out, key, "NotUnderstood");
+                true
+            }
+            _ => false,
+        }
     }
 
     fn send_targets(&self, session: &Session, value: &str, out: &mut Vec<u8>) {
