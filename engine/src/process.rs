@@ -97,12 +97,15 @@ struct Places {
     /// Where pools are to be that were not added yet.
     wishes: Vec<(String, u16)>,
     next_pool: u16,
+    next_serial: u64,
     /// Where the process listens.
     addresses: Vec<SocketAddr>,
 }
 
 #[derive(Debug)]
 struct PlacedVolume {
+    /// Tells it from others that had its name before.
+    serial: u64,
     name: String,
     nqn: String,
     shard: u16,
@@ -121,6 +124,10 @@ impl Places {
 
     fn pool(&self, name: &str) -> Option<u16> {
         self.pools.iter().find(|(pool, _)| pool == name).map(|&(_, shard)| shard)
+    }
+
+    fn forget(&mut self, volume: u64) {
+        self.volumes.retain(|placed| placed.serial != volume);
     }
 
     fn volume(&self, name: &str) -> Option<u16> {
@@ -256,18 +263,17 @@ impl Router {
             }
             AnyCommand::AddPool { name, devices, pool, reply } => match self.enter_pool(&name) {
                 Ok(shard) => {
-                    let reply = self.or_forget(reply, name.clone(), |places, name| {
-                        places.pools.retain(|(pool, _)| pool != name);
+                    let gone = name.clone();
+                    let reply = self.or_forget(reply, move |places| {
+                        places.pools.retain(|(pool, _)| *pool != gone);
                     });
                     self.to(shard, AnyCommand::AddPool { name, devices, pool, reply });
                 }
                 Err(error) => reply.send(Err(error)),
             },
             AnyCommand::AddVolume { mut spec, reply } => match self.enter_volume(&mut spec) {
-                Ok(shard) => {
-                    let reply = self.or_forget(reply, spec.name.clone(), |places, name| {
-                        places.volumes.retain(|volume| volume.name != name);
-                    });
+                Ok((shard, serial)) => {
+                    let reply = self.or_forget(reply, move |places| places.forget(serial));
                     self.to(shard, AnyCommand::AddVolume { spec, reply });
                 }
                 Err(error) => reply.send(Err(error)),
@@ -345,37 +351,43 @@ impl Router {
         Ok(shard)
     }
 
-    fn enter_volume(&self, spec: &mut VolumeSpec) -> Result<u16, EngineError> {
+    fn enter_volume(&self, spec: &mut VolumeSpec) -> Result<(u16, u64), EngineError> {
         let mut places = self.places.lock();
         let shard = places.place_volume(spec, self.shards)?;
         let over_network = spec.children.iter().any(|child| places.is_own(child));
         let (name, nqn) = (spec.name.clone(), spec.nqn.clone());
-        places.volumes.push(PlacedVolume { name, nqn, shard, over_network });
-        Ok(shard)
+        places.next_serial += 1;
+        let serial = places.next_serial;
+        places.volumes.push(PlacedVolume { serial, name, nqn, shard, over_network });
+        Ok((shard, serial))
     }
 
     /// Passes an answer on; what was to be added is nowhere where that failed.
     fn or_forget(
         self: &Arc<Self>,
         reply: Reply<()>,
-        name: String,
-        forget: fn(&mut Places, &str),
+        forget: impl FnOnce(&mut Places) + Send + 'static,
     ) -> Reply<()> {
         let router = Arc::clone(self);
         Reply::new(move |result: Result<(), EngineError>| {
             if result.is_err() {
-                forget(&mut router.places.lock(), &name);
+                forget(&mut router.places.lock());
             }
             reply.send(result);
         })
     }
 
     fn remove_volume(self: &Arc<Self>, name: String, reply: Reply<()>) {
-        let shard = self.places.lock().volume(&name).unwrap_or(FRONT);
-        let (router, gone) = (Arc::clone(self), name.clone());
+        let placed = |places: &Places| {
+            let of = places.volumes.iter().find(|volume| volume.name == name)?;
+            Some((of.shard, of.serial))
+        };
+        // By the time of the answer there may be another of that name.
+        let (shard, gone) = placed(&self.places.lock()).unwrap_or((FRONT, 0));
+        let router = Arc::clone(self);
         let reply = Reply::new(move |result| {
             if matches!(result, Ok(()) | Err(EngineError::NotFound { .. })) {
-                router.places.lock().volumes.retain(|volume| volume.name != gone);
+                router.places.lock().forget(gone);
             }
             reply.send(result);
         });

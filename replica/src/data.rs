@@ -285,7 +285,7 @@ impl Pool {
 
     /// Reads from the one extent that there is.
     pub(crate) fn read_extent<M: Memory>(&mut self, part: Part, extent: u32, mem: &mut M) -> u32 {
-        let sum = match self.prepare(extent, false) {
+        let sum = match self.prepare_read(extent, part.first, part.blocks) {
             Ready::Now(sum) => sum,
             Ready::Wait(sum) => {
                 self.wait_for_sum(sum, part);

@@ -17,7 +17,7 @@ use cairn_block::{BufSlice, Memory};
 
 use crate::blocks::BlockSet;
 use crate::data::Part;
-use crate::disk::{BLOCK, BLOCK_LEN, BlockSums, block_crc};
+use crate::disk::{BLOCK, BLOCK_BYTES, BLOCK_LEN, BlockSums, block_crc};
 use crate::extents::{NIL, Opened, extent_offset};
 use crate::journal::Owner;
 use crate::pool::{DiskOp, Pool, Purpose};
@@ -96,6 +96,14 @@ pub(crate) struct Sum {
     /// Used since the cache last looked.
     used: bool,
     sums: BlockSums,
+}
+
+impl Sum {
+    /// Whether the extent is not hashed, and these blocks were written since.
+    fn knows(&self, first: u32, blocks: u32) -> bool {
+        let unknown = BlockSet::range(first, blocks).minus(self.fresh);
+        self.state == SumState::Partial && !self.rehash && unknown.is_empty()
+    }
 }
 
 /// Whether a part may run.
@@ -300,6 +308,7 @@ impl Pool {
         sum.arrived = false;
         sum.clears = false;
         sum.cleaning = (0, false);
+        sum.in_wash = false;
         sum.page = 0;
         sum.used = true;
         sum.sums = BlockSums::default();
@@ -416,6 +425,18 @@ impl Pool {
             return Ready::Wait(e.sum);
         }
         Ready::Now(e.sum)
+    }
+
+    /// As [`Pool::prepare`], for a read from a layer that is looked at alone: what was written since the crash can be
+    /// read whatever becomes of the rest.
+    pub(crate) fn prepare_read(&mut self, extent: u32, first: u32, blocks: u32) -> Ready {
+        let at = self.extents.get(extent).sum;
+        if let Some(sum) = self.sum_of(extent)
+            && sum.knows(first, blocks)
+        {
+            return Ready::Now(at);
+        }
+        self.prepare(extent, false)
     }
 
     /// Has an extent read and hashed of which only a part is known, as soon as no mutation is in flight.
@@ -654,10 +675,11 @@ impl Pool {
         let start = extent_offset(&self.superblock.segments, extent) / BLOCK + u64::from(first);
         let check = self.sums.verify;
         let Some(sum) = self.sum_of(extent) else { return Verdict::Again };
-        let unread = matches!(
-            sum.state,
-            SumState::Loading | SumState::Hashing | SumState::Partial | SumState::Condemned
-        );
+        let unread = match sum.state {
+            SumState::Loading | SumState::Hashing | SumState::Condemned => true,
+            SumState::Partial => !sum.knows(first, window.len() / BLOCK_BYTES),
+            _ => false,
+        };
         if unread || sum.rehash {
             return if tries < MAX_TRIES { Verdict::Again } else { Verdict::Bad };
         }

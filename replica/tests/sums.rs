@@ -170,6 +170,50 @@ fn what_is_written_from_end_to_end_after_a_crash_is_not_read() {
     assert_eq!(read(&mut sim, slot, 77), Err(IoStatus::MediaError));
 }
 
+/// An extent that is discarded whole while a part of it is known and the rest not was hashed while it was zeroed: it was
+/// given back in use, or zeroed again under its next owner.
+#[test]
+fn what_is_discarded_before_it_is_hashed_is_left_alone() {
+    for seed in 0..200 {
+        let (mut sim, slot) = killed(4 * seed);
+        submit_writes(&mut sim, slot, &[(100 + seed % 50, 1)], 0xee);
+        submit_writes(&mut sim, slot, &[(3 * EXTENT_BLOCKS, 1)], 0xdd);
+        for _ in 0..seed % 7 {
+            sim.step();
+        }
+        let tag = sim.tag();
+        let range = LbaRange::new(Lba(0), EXTENT_BLOCKS).unwrap();
+        let request = IoRequest { op: IoOp::Discard, range, buf: cairn_block::BufSlice::EMPTY };
+        sim.pool.submit(tag, slot, request, &mut sim.mem);
+        for _ in 0..seed % 11 {
+            sim.step();
+        }
+        submit_writes(&mut sim, slot, &[(5 * EXTENT_BLOCKS, 2)], 0xcc);
+        assert!(sim.settle().iter().all(|done| done.status.is_ok()));
+        assert_eq!(read(&mut sim, slot, 7).unwrap(), vec![0; 4096]);
+        assert_eq!(read(&mut sim, slot, 3 * EXTENT_BLOCKS).unwrap(), vec![0xdd; 4096]);
+        assert_eq!(read(&mut sim, slot, 5 * EXTENT_BLOCKS + 1).unwrap(), vec![0xcc; 4096]);
+    }
+}
+
+/// A block that cannot be read keeps the rest of its extent from being known after a crash, but not what was written since.
+#[test]
+fn what_was_written_since_a_crash_is_read_though_the_rest_cannot_be() {
+    let (mut sim, slot) = killed(0);
+    let start = data_start(&mut sim);
+    sim.disk.fail_reads = Some(start + 9 * 4096);
+    submit_writes(&mut sim, slot, &[(40, 8)], 0xee);
+    assert!(sim.settle().iter().all(|done| done.status.is_ok()));
+    for _ in 0..2 {
+        assert_eq!(read(&mut sim, slot, 9), Err(IoStatus::MediaError));
+        assert_eq!(read(&mut sim, slot, 44).unwrap(), vec![0xee; 4096]);
+    }
+    // Once it can be read again, all of it is there.
+    sim.disk.fail_reads = None;
+    assert_eq!(read(&mut sim, slot, 9).unwrap(), vec![value(9); 4096]);
+    assert_eq!(read(&mut sim, slot, 44).unwrap(), vec![0xee; 4096]);
+}
+
 /// What is written before an extent is hashed, is read and discarded among it, and another crash.
 #[test]
 fn a_part_written_before_it_is_hashed() {

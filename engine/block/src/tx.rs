@@ -41,6 +41,8 @@ pub struct TxQueue {
     in_flight: usize,
     /// Items that were ever queued, and those that were ever sent.
     pushed: u64,
+    /// Bytes that were ever copied to the ring.
+    copied: u64,
     sent: u64,
     /// More items than this are not queued without allocating.
     max_items: usize,
@@ -58,6 +60,7 @@ impl TxQueue {
             items: VecDeque::with_capacity(max_items),
             in_flight: 0,
             pushed: 0,
+            copied: 0,
             sent: 0,
             max_items,
         })
@@ -150,6 +153,13 @@ impl TxQueue {
         self.pushed
     }
 
+    /// How many bytes were copied to the ring since the beginning: the same for the same calls, whenever what came of
+    /// them was sent.
+    #[must_use]
+    pub fn copied(&self) -> u64 {
+        self.copied
+    }
+
     /// Whether all that was queued up to `mark` has at least been taken for sending.
     #[must_use]
     pub fn was_taken(&self, mark: u64) -> bool {
@@ -168,6 +178,7 @@ impl TxQueue {
     /// Where the ring is full: the caller took on work without asking for room.
     pub fn push_bytes<M: Memory>(&mut self, bytes: &[u8], mem: &mut M) {
         assert!(len32(bytes.len()) <= self.free(), "the header ring overflows");
+        self.copied += bytes.len() as u64;
         let mut rest = bytes;
         while !rest.is_empty() {
             let n = rest.len().min((self.ring.len() - self.head) as usize);

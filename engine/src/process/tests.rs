@@ -99,8 +99,8 @@ fn pools_go_round_and_where_they_are_wished() {
 fn a_pool_that_could_not_be_added_is_nowhere() {
     let (router, _seen) = with_pools(2, 1);
     let (reply, told) = answer();
-    let reply = router.or_forget(reply, "p0".to_owned(), |places, name| {
-        places.pools.retain(|(pool, _)| pool != name);
+    let reply = router.or_forget(reply, |places| {
+        places.pools.retain(|(pool, _)| pool != "p0");
     });
     reply.send(Err(EngineError::Stopped));
     assert_eq!(told.recv().unwrap(), Err(EngineError::Stopped));
@@ -242,6 +242,26 @@ fn a_volume_is_forgotten_once_it_is_removed() {
         assert_eq!(told.recv().unwrap(), said);
         assert_eq!(router.places.lock().volume("v").is_some(), known);
     }
+}
+
+/// Two remove it, and somebody adds another of its name before the second is told that it is gone.
+#[test]
+fn a_late_answer_forgets_nothing_that_came_since() {
+    let (router, seen) = with_pools(2, 2);
+    add(&router, &seen, spec("v", vec![child("p1", 1)]), &Ok(()));
+    let remove = || {
+        let (reply, told) = answer::<()>();
+        router.send(AnyCommand::RemoveVolume { name: "v".to_owned(), reply });
+        match next(&seen) {
+            (1, AnyCommand::RemoveVolume { reply, .. }) => (reply, told),
+            other => panic!("{other:?}"),
+        }
+    };
+    let (first, second) = (remove(), remove());
+    first.0.send(Ok(()));
+    add(&router, &seen, spec("v", vec![child("p0", 2)]), &Ok(()));
+    second.0.send(Err(EngineError::NotFound { kind: "volume", name: "v".to_owned() }));
+    assert_eq!(router.places.lock().volume("v"), Some(0));
 }
 
 #[test]

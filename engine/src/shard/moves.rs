@@ -171,7 +171,8 @@ impl<D: Driver> Shard<D> {
         } else {
             tracing::warn!(
                 connection = at,
-                "a connection of another shard could not be taken up for want of a buffer; it is closed"
+                "a connection of another shard could not be taken up, for want of a buffer or since what arrived on it is \
+                 not what it was; it is closed"
             );
             self.close_host(at);
         }

@@ -382,10 +382,10 @@ impl Queue {
         self.answered
     }
 
-    /// How many windows were queued to be sent since the beginning.
+    /// How many bytes of headers were queued to be sent since the beginning.
     #[must_use]
     pub fn queued(&self) -> u64 {
-        self.tx.mark()
+        self.tx.copied()
     }
 
     /// Takes up a connection that another queue of the same limits began. `received` is all that it was fed, and
@@ -396,7 +396,7 @@ impl Queue {
     #[must_use]
     pub fn resume<M: Memory>(&mut self, received: BufSlice, queued: u64, mem: &mut M) -> bool {
         let whole = self.handle_recv(received, mem) == received.len();
-        if !whole || self.close_reason.is_some() || self.tx.mark() != queued {
+        if !whole || self.close_reason.is_some() || self.queued() != queued {
             return false;
         }
         self.tx.forget(mem);

@@ -2,7 +2,7 @@
 
 use cairn_block::{BufSlice, ByteOffset, IoStatus, Memory, PoolId};
 
-use super::{MAX_HASHING, PersistFor, REQUESTS_PER_HASH, Redeemed, SumState, is_zeros};
+use super::{MAX_HASHING, PersistFor, REQUESTS_PER_HASH, Redeemed, Sum, SumState, is_zeros};
 use crate::DiskError;
 use crate::blocks::BlockSet;
 use crate::disk::{BLOCK, BLOCK_BYTES, BLOCK_LEN, BlockSums, EXTENT, EXTENT_BLOCKS, block_crc};
@@ -49,7 +49,10 @@ impl Pool {
                     self.sums.answered = 0;
                 }
             } else if let Some(extent) = self.sums.partial.pop_front() {
-                if self.sum_of(extent).is_some_and(|sum| sum.state == SumState::Partial) {
+                // One that is on its way to a free list is no business of this: it is being zeroed.
+                let allocated = self.extents.get(extent).state == ExtentState::Allocated;
+                let partial = |sum: &mut Sum| sum.state == SumState::Partial;
+                if allocated && self.sum_of(extent).is_some_and(partial) {
                     self.hash_when_quiet(extent);
                     self.sums.answered = 0;
                 }
@@ -212,6 +215,12 @@ impl Pool {
         let sum = self.sums.cache.get_mut(at);
         let first = core::mem::replace(&mut sum.first, NIL);
         sum.last = NIL;
+        if hashed && !sum.fresh.is_empty() {
+            // But for what was written since the crash. Nobody tries to hash it again before somebody reads the rest.
+            (sum.state, sum.wanted) = (SumState::Partial, false);
+            self.sums.mismatches += 1;
+            return self.fail_waiting(first, IoStatus::MediaError, mem);
+        }
         self.extents.get_mut(extent).sum = NIL;
         let sum = self.sums.cache.remove(at);
         self.keep_spare(sum);

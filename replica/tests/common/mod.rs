@@ -99,6 +99,8 @@ pub(crate) struct Disk {
     pub(crate) written: u64,
     /// Bytes read.
     pub(crate) read: u64,
+    /// Reads of this byte fail.
+    pub(crate) fail_reads: Option<u64>,
 }
 
 fn apply(dev: &mut SparseDevice, change: &Change) {
@@ -154,6 +156,7 @@ impl Disk {
             flushes: 0,
             written: 0,
             read: 0,
+            fail_reads: None,
         }
     }
 
@@ -186,6 +189,10 @@ impl Disk {
         match io.op {
             DiskOp::Read { offset, buf } => {
                 self.read += u64::from(buf.len());
+                let bad = |at: u64| (offset.0..offset.0 + u64::from(buf.len())).contains(&at);
+                if self.fail_reads.is_some_and(bad) {
+                    return (io, Err(DiskError::Io));
+                }
                 self.now.read_at(offset.0, mem.bytes_mut(buf)).unwrap();
             }
             DiskOp::Write { offset, buf, fua } => {
