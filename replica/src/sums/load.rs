@@ -12,7 +12,9 @@ use crate::pool::{DiskOp, Pool, Purpose};
 
 impl Pool {
     pub(crate) fn pump_sums<M: Memory>(&mut self, mem: &mut M) {
-        self.hash_in_background();
+        if !self.sums.stale.is_empty() || !self.sums.partial.is_empty() {
+            self.hash_in_background();
+        }
         while let Some(&extent) = self.sums.to_load.front() {
             let hashing = self.sum_of(extent).is_some_and(|s| s.state == SumState::Hashing);
             let start = extent_offset(&self.superblock.segments, extent);
