@@ -67,6 +67,10 @@ struct Args {
     #[arg(long, default_value_t = 1000)]
     client_spin_us: u64,
 
+    /// `spin_us` of Cairn's processes, in microseconds [default: as theirs is]
+    #[arg(long)]
+    spin_us: Option<u64>,
+
     /// Fail where a bar is missed.
     #[arg(long)]
     strict: bool,
@@ -142,6 +146,7 @@ fn compare(args: &Args) -> Result<bool> {
     let place = Place {
         size: args.mib << 20,
         client_spin_us: args.client_spin_us,
+        spin_us: args.spin_us,
         ..Place::new(&args.dir)?
     };
     let mut report = Report::new(Settings::new(args.seconds, args.rounds, args.mib, &args.dir));

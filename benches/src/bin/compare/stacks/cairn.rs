@@ -113,6 +113,9 @@ impl Node {
             "name = \"{name}\"\nstate_dir = {state:?}\n[nvmf]\nlisten = [\"127.0.0.1:0\"]\n\
              controller_ids = [1, 4000]\n"
         );
+        if let Some(spin_us) = place.spin_us {
+            config += &format!("[engine]\nspin_us = {spin_us}\n");
+        }
         for (i, pool) in pools.iter().enumerate() {
             config += &format!("[[pool]]\nname = \"p{i}\"\ncreate = true\n");
             config += &if pool == "mem" {

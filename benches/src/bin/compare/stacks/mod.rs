@@ -50,6 +50,8 @@ pub(crate) struct Place {
     pub(crate) cores: Option<(usize, usize)>,
     /// How long the client looks for answers before it sleeps.
     pub(crate) client_spin_us: u64,
+    /// `spin_us` of Cairn's processes, where it is not what it is by itself.
+    pub(crate) spin_us: Option<u64>,
 }
 
 impl Place {
@@ -64,7 +66,7 @@ impl Place {
         std::fs::create_dir_all(&dir)?;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let cores = (cores > 1).then_some((0, 1));
-        Ok(Self { dir, size: 0, cairn, own, cores, client_spin_us: 0 })
+        Ok(Self { dir, size: 0, cairn, own, cores, client_spin_us: 0, spin_us: None })
     }
 
     /// Nothing is left of it.
