@@ -9,12 +9,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::arena::Mapping;
+use crate::arena::{LARGE_PAGE, Mapping};
 
 /// Metadata and data blocks are this large; a device must take them at this alignment.
 const BLOCK: usize = 4096;
 /// Synchronous transfers go through a buffer of this size.
 const BOUNCE: usize = 256 << 10;
+/// What is written or given back in bulk, of memory.
+const BULK: usize = 256 << 10;
 
 /// How a file is read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -342,6 +344,8 @@ fn direct_io_unit(file: &File) -> io::Result<DirectIo> {
 #[derive(Debug)]
 pub struct MemRegion {
     map: Mapping,
+    /// For each large page, whether it was asked for.
+    large: Vec<bool>,
 }
 
 impl MemRegion {
@@ -350,7 +354,7 @@ impl MemRegion {
     /// # Errors
     /// Where the system has no address space left.
     pub fn new(len: usize) -> io::Result<Self> {
-        Ok(Self { map: Mapping::new(len)? })
+        Ok(Self { map: Mapping::new(len)?, large: vec![false; len / LARGE_PAGE + 1] })
     }
 
     /// Length in bytes.
@@ -391,8 +395,21 @@ impl MemRegion {
     /// A range past the end.
     pub fn write_at(&mut self, offset: u64, buf: &[u8]) -> io::Result<()> {
         let (at, len) = self.range(offset, buf.len() as u64)?;
+        if len >= BULK {
+            self.ask_for_large_pages(at, len, true);
+        }
         self.map.bytes_mut(at, len).copy_from_slice(buf);
         Ok(())
+    }
+
+    /// What is written in bulk gets large pages. A block here and there does not: the system would fill two MiB with
+    /// zeros for each, and the memory would be used.
+    fn ask_for_large_pages(&mut self, at: usize, len: usize, large: bool) {
+        let pages = at / LARGE_PAGE..(at + len).div_ceil(LARGE_PAGE);
+        if self.large[pages.clone()].iter().any(|asked| *asked != large) {
+            self.map.ask_for_large_pages(at, len, large);
+            self.large[pages].fill(large);
+        }
     }
 
     /// Makes a range read as zeros and gives its whole pages back.
@@ -402,6 +419,9 @@ impl MemRegion {
     pub fn zero(&mut self, offset: u64, len: u64) -> io::Result<()> {
         let (at, len) = self.range(offset, len)?;
         if at.is_multiple_of(BLOCK) && len.is_multiple_of(BLOCK) {
+            if len >= BULK {
+                self.ask_for_large_pages(at, len, false);
+            }
             self.map.discard_pages(at, len);
         } else {
             self.map.bytes_mut(at, len).fill(0);
@@ -463,6 +483,16 @@ mod tests {
         assert_eq!(back, [9; 4096]);
         mem.zero(8192, 4096).unwrap();
         mem.read_at(8192, &mut back).unwrap();
+        assert_eq!(back, [0; 4096]);
+        // In bulk, and given back: other pages, and the same bytes.
+        mem.write_at(0, &vec![7; 1 << 20]).unwrap();
+        mem.read_at((1 << 20) - 4096, &mut back).unwrap();
+        assert_eq!(back, [7; 4096]);
+        mem.zero(0, 1 << 20).unwrap();
+        mem.write_at(4096, &[5; 4096]).unwrap();
+        mem.read_at(4096, &mut back).unwrap();
+        assert_eq!(back, [5; 4096]);
+        mem.read_at(0, &mut back).unwrap();
         assert_eq!(back, [0; 4096]);
         assert!(mem.read_at(1 << 20, &mut back).is_err());
         assert!(mem.write_at(u64::MAX, &back).is_err());
