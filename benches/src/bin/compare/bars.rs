@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use crate::load::Measured;
+use crate::load::{LOADS, Measured};
 use crate::report::Report;
 
 /// A bar and what was measured.
@@ -186,6 +186,7 @@ pub(crate) fn judge(report: &Report) -> Vec<Verdict> {
         false,
     );
     in_files(&mut judge);
+    beside_minimal_programs(&mut judge);
     judge.verdicts
 }
 
@@ -220,6 +221,24 @@ fn in_files(judge: &mut Judge<'_>) {
         ("durable1", "4K write + flush QD1 against one file", "one-file", 0.6),
     ] {
         judge.ratio(&what(title), load, IOPS, (ours, floor), bar, false);
+    }
+}
+
+/// Beside programs that do nothing but pass on what they are asked, over as many connections.
+fn beside_minimal_programs(judge: &mut Judge<'_>) {
+    let pairs = [
+        ("over-tcp", "relay-memory", "3 replicas in memory, over TCP"),
+        ("files", "relay", "3 replicas in files"),
+    ];
+    for (load, (ours, relay, name)) in LOADS.iter().flat_map(|load| pairs.map(|p| (load, p))) {
+        let (Some(mine), Some(most)) =
+            (judge.of(ours, load.name, IOPS), judge.of(relay, load.name, IOPS))
+        else {
+            continue;
+        };
+        let title = format!("{name}, {} against minimal programs", load.title);
+        let note = format!("{mine:.0} of {most:.0} ({relay})");
+        judge.verdicts.push(Verdict::told(title, mine / most, "x").note(note));
     }
 }
 

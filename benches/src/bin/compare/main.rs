@@ -86,6 +86,12 @@ enum Part {
     /// Part of `three-files`.
     #[command(hide = true)]
     FanOut(stacks::floor::FanOut),
+    /// Part of `relay`: a process of it.
+    #[command(hide = true)]
+    RelayNode(stacks::relay::RelayNode),
+    /// Part of `relay`: the client.
+    #[command(hide = true)]
+    RelayClient(stacks::relay_client::RelayClient),
     /// Part of `loopback`: the server.
     #[command(hide = true)]
     Reply(stacks::loopback::Reply),
@@ -100,6 +106,10 @@ fn main() -> ExitCode {
     let strict = args.strict || limits;
     let result = match &args.part {
         Some(Part::FanOut(options)) => stacks::floor::fan_out(options).map(|()| true),
+        Some(Part::RelayNode(options)) => stacks::relay::node_main(options).map(|()| true),
+        Some(Part::RelayClient(options)) => {
+            stacks::relay_client::client_main(options).map(|()| true)
+        }
         Some(Part::Reply(options)) => stacks::loopback::reply(options).map(|()| true),
         Some(Part::Request(options)) => stacks::loopback::request(options).map(|()| true),
         Some(Part::Limits(options)) => at_limits(options),

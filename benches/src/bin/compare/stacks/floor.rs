@@ -1,14 +1,15 @@
 //! What the disk gives: one file, and three files written by one process that counts a write when all
 //! three have it. No replication over processes can be faster than the second.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use cairn_block::{Buf, ByteOffset, Memory};
 use cairn_reactor::{
-    Attach, BlockFile, Completion, DeviceId, Driver, DriverConfig, IoMode, Op, Token, UringDriver,
+    Attach, BlockFile, Completion, DeviceId, Driver, DriverConfig, IoMode, Op, OpenError, Token,
+    UringDriver,
 };
 use clap::Args;
 use hdrhistogram::Histogram;
@@ -17,7 +18,7 @@ use serde_json::json;
 use super::{Group, Place, Running, Stack, full_file};
 use crate::fio::{self, Fio};
 use crate::load::{Load, Measured};
-use crate::procs::run_json;
+use crate::procs::{run_json, wait_for};
 
 pub(crate) const ONE: Stack = Stack {
     name: "one-file",
@@ -164,12 +165,24 @@ impl Fan<'_> {
     }
 }
 
+/// The kernel closes the files of a ring some time after the process that had it has ended: that of the run before.
+fn open(path: &Path) -> Result<BlockFile> {
+    let mut file = BlockFile::open(path, IoMode::Direct);
+    wait_for("the run before", 10, || {
+        if matches!(file, Err(OpenError::Busy { .. })) {
+            file = BlockFile::open(path, IoMode::Direct);
+        }
+        Ok(!matches!(file, Err(OpenError::Busy { .. })))
+    })?;
+    Ok(file?)
+}
+
 /// Prints what it measured as JSON.
 pub(crate) fn fan_out(options: &FanOut) -> Result<()> {
     let mut driver = UringDriver::new(&DriverConfig { spin_ns: 0, ..DriverConfig::default() })?;
     let (mut devices, mut shortest) = (Vec::new(), u64::MAX);
     for path in &options.files {
-        let file = BlockFile::open(path, IoMode::Direct)?;
+        let file = open(path)?;
         shortest = shortest.min(file.len());
         devices.push(driver.attach_device(Attach::File(file))?);
     }

@@ -28,8 +28,8 @@ pub(crate) const STACK: Stack = Stack {
 };
 
 /// A command capsule, and the header and the completion of an answer. Source: NVMe/TCP, PDU formats.
-const CAPSULE: u32 = 72;
-const HEADER: u32 = 24;
+pub(crate) const CAPSULE: u32 = 72;
+pub(crate) const HEADER: u32 = 24;
 
 /// Bytes of a request and of its reply. A write brings its data, a read's reply carries it.
 fn sizes(load: &Load) -> (u32, u32) {
@@ -134,7 +134,7 @@ pub(crate) struct Request {
 const SERVER_SPIN_US: u64 = 20;
 
 /// Reads what is there; looks for it for so long before it sleeps.
-fn read(stream: &mut TcpStream, buf: &mut [u8], spin_us: u64) -> std::io::Result<usize> {
+pub(crate) fn read(stream: &mut TcpStream, buf: &mut [u8], spin_us: u64) -> std::io::Result<usize> {
     let until = Instant::now() + Duration::from_micros(spin_us);
     while spin_us > 0 && Instant::now() < until {
         match recv(stream.as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT) {

@@ -6,12 +6,15 @@ pub(crate) mod floor;
 pub(crate) mod gluster;
 pub(crate) mod loopback;
 pub(crate) mod quorum;
+pub(crate) mod relay;
+pub(crate) mod relay_client;
 pub(crate) mod tgt;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::PosixFadviseAdvice;
 
 use crate::load::{Load, Measured};
 
@@ -124,6 +127,7 @@ pub(crate) trait Running {
 /// In the order of the table; the first of a group is what the others are held against.
 pub(crate) const STACKS: &[Stack] = &[
     loopback::STACK,
+    relay::MEMORY,
     cairn::REPLICA,
     cairn::VOLUME,
     cairn::LOCAL,
@@ -131,6 +135,7 @@ pub(crate) const STACKS: &[Stack] = &[
     tgt::STACK,
     floor::ONE,
     floor::THREE,
+    relay::STACK,
     cairn::FILES,
     cairn::FILES_BESIDE,
     quorum::STACK,
@@ -138,7 +143,7 @@ pub(crate) const STACKS: &[Stack] = &[
     gluster::STACK,
 ];
 
-/// A file of so many bytes that are no zeros, all there.
+/// A file of so many bytes that are no zeros, all there, and on the disk alone.
 pub(crate) fn full_file(path: &Path, size: u64) -> Result<()> {
     use std::io::Write as _;
     let mut file = std::fs::File::create(path)?;
@@ -150,5 +155,7 @@ pub(crate) fn full_file(path: &Path, size: u64) -> Result<()> {
         left -= len;
     }
     file.sync_all()?;
+    // What is in the page cache is written back and thrown out by every write past it.
+    nix::fcntl::posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
     Ok(())
 }
