@@ -1,8 +1,9 @@
 //! Entry points for the bytes that an iSCSI initiator sends. None may panic, whatever it is given.
 
+use cairn_block::reservation::{Action, Change, Registrant, ReservationType, Reservations};
 use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoStatus, Memory};
 use cairn_iscsi::chap::{Chap, Credentials};
-use cairn_iscsi::connection::{Connection, ConnectionConfig, LbaExtent};
+use cairn_iscsi::connection::{Connection, ConnectionConfig, LbaExtent, NotReserved};
 use cairn_iscsi::pdu::{BHS_LEN, Body, CmdSn, Header, LoginRequest, NO_TAG};
 use cairn_iscsi::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
 use cairn_iscsi::target::{ConnId, Initiators, Io, NodeConfig, Outcome, Target, TargetConfig};
@@ -123,10 +124,19 @@ impl World {
     }
 
     fn carry_out(&mut self, outcome: Outcome) {
-        let Self { mem, conn, .. } = self;
+        let Self { mem, conn, target, .. } = self;
         let Io { slot, command, .. } = match outcome {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
+            Outcome::Reserve { slot, unit, change } => {
+                let mut table = target.reservations(unit).cloned().unwrap_or_default();
+                let result = table.apply(&change).map_err(NotReserved::Refused);
+                if let Ok(effects) = &result {
+                    assert_eq!(Reservations::decode(&table.encode()).as_ref(), Ok(&table));
+                    assert_eq!(target.set_reservations(unit, table, effects), Ok(()));
+                }
+                return conn.complete_reserve(slot, result.map(|_| ()), mem);
+            }
             Outcome::Io(io) => io,
         };
         match command {
@@ -156,10 +166,9 @@ impl World {
                 conn.complete_lba_status(slot, &extents, mem);
             }
             IoCommand::Copy { .. } => conn.complete(slot, IoStatus::MediaError, mem),
-            IoCommand::Flush
-            | IoCommand::Verify { .. }
-            | IoCommand::WriteZeroes { .. }
-            | IoCommand::StoreReservations => conn.complete(slot, IoStatus::Ok, mem),
+            IoCommand::Flush | IoCommand::Verify { .. } | IoCommand::WriteZeroes { .. } => {
+                conn.complete(slot, IoStatus::Ok, mem)
+            }
         }
     }
 
@@ -302,6 +311,32 @@ pub fn header(data: &[u8]) {
     }
 }
 
+/// The reservations that a volume's voters keep: what is read for some is what is written again.
+///
+/// # Panics
+/// Where that is not so.
+pub fn reservations(data: &[u8]) {
+    if let Ok(table) = Reservations::decode(data) {
+        assert_eq!(table.encode(), data);
+    }
+}
+
+/// Three hosts of both transports, one of which holds the reservation.
+fn reserved() -> Vec<u8> {
+    let mut table = Reservations::default();
+    let nvme = Registrant::Nvme { host_id: 3, host_nqn: "nqn.2025-01.io.cairn:host".to_owned() };
+    let iscsi =
+        |port_group| Registrant::Iscsi { initiator: HOST.to_owned(), isid: [1; 6], port_group };
+    let register = Action::Register { new_key: 7, aptpl: Some(true) };
+    for registrant in [iscsi(1), iscsi(2), nvme] {
+        // Each is registered once, and one reserves.
+        let _ = table.apply(&Change { registrant, key: 0, action: register });
+    }
+    let action = Action::Reserve(ReservationType::WriteExclusiveRegistrantsOnly);
+    let _ = table.apply(&Change { registrant: iscsi(2), key: 7, action });
+    table.encode()
+}
+
 /// Well-formed inputs of a target of this module.
 #[must_use]
 pub fn seeds(name: &str) -> Vec<Vec<u8>> {
@@ -331,6 +366,7 @@ pub fn seeds(name: &str) -> Vec<Vec<u8>> {
                 seed
             })
             .collect(),
+        "reservations" => vec![reserved(), Reservations::default().encode()],
         "header" => vec![login("No")[..BHS_LEN].to_vec()],
         _ => [0, 0x41, 0x80]
             .map(|first| {

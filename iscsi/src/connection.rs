@@ -10,6 +10,7 @@ mod task;
 use std::collections::VecDeque;
 use std::fmt;
 
+use cairn_block::reservation::Refusal;
 use cairn_block::{Buf, BufSlice, IoStatus, Memory, TxQueue};
 
 use self::receive::Stage;
@@ -129,6 +130,15 @@ pub struct LbaExtent {
     pub blocks: u32,
     /// Whether they take space.
     pub mapped: bool,
+}
+
+/// Why the reservations are as they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotReserved {
+    /// The change was refused.
+    Refused(Refusal),
+    /// What came of it could not be stored.
+    NotStored(IoStatus),
 }
 
 /// Why a connection is over.
@@ -327,6 +337,24 @@ impl Connection {
     /// As [`Connection::complete`].
     pub fn complete_miscompare<M: Memory>(&mut self, slot: SlotId, offset: u32, mem: &mut M) {
         self.respond(slot, Sense::miscompare(u64::from(offset)).into(), mem);
+    }
+
+    /// Ends a change of the reservations ([`crate::target::Outcome::Reserve`]).
+    ///
+    /// # Panics
+    /// As [`Connection::complete`].
+    pub fn complete_reserve<M: Memory>(
+        &mut self,
+        slot: SlotId,
+        result: Result<(), NotReserved>,
+        mem: &mut M,
+    ) {
+        let status = match result {
+            Ok(()) => Status::Good,
+            Err(NotReserved::Refused(refusal)) => refusal.into(),
+            Err(NotReserved::NotStored(status)) => Status::of(status),
+        };
+        self.respond(slot, status, mem);
     }
 
     /// Whether there is something to send and nothing is being sent.

@@ -1,8 +1,9 @@
 //! A small initiator and a target in one memory, with wires between them that a test can cut.
 
+use cairn_block::reservation::Change;
 use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoStatus, Lba, LbaRange, Memory};
 
-use crate::connection::{Connection, ConnectionConfig, LbaExtent, SlotId};
+use crate::connection::{Connection, ConnectionConfig, LbaExtent, NotReserved, SlotId};
 use crate::login::{FULL_FEATURE, OPERATIONAL, SECURITY};
 use crate::pdu::{
     BHS_LEN, Body, CmdSn, Header, LoginRequest, LoginResponse, NO_TAG, Residual, encode_lun,
@@ -96,7 +97,8 @@ pub(crate) struct World {
     /// The initiators take nothing that they are sent.
     pub(crate) deaf: bool,
     pub(crate) held: Vec<(usize, Outcome)>,
-    pub(crate) stored: usize,
+    /// Each change of reservations, as it was stored.
+    pub(crate) stored: Vec<Vec<u8>>,
     pub(crate) flushes: usize,
     chunk: Buf,
     batch: Vec<BufSlice>,
@@ -131,7 +133,7 @@ impl World {
             hold: false,
             deaf: false,
             held: Vec::new(),
-            stored: 0,
+            stored: Vec::new(),
             flushes: 0,
             chunk,
             batch: Vec::with_capacity(7),
@@ -433,12 +435,7 @@ impl World {
             moved |= self.serve(h);
             moved |= self.collect(h);
         }
-        while let Some(abort) = self.target.poll_abort() {
-            let host = self.hosts.iter_mut().find(|host| host.id == abort.conn);
-            if let Some(conn) = host.and_then(|host| host.conn.as_mut()) {
-                conn.abort(abort.lun, &mut self.mem);
-            }
-        }
+        self.pass_aborts();
         while let Some(id) = self.target.poll_close() {
             let h = self.hosts.iter().position(|host| host.id == id).unwrap();
             self.hang_up(h);
@@ -478,6 +475,7 @@ impl World {
             let outcome = self.target.handle_command(*id, conn, cmd, &mut self.mem);
             match outcome {
                 Outcome::Done => {}
+                Outcome::Reserve { slot, unit, change } => self.reserve(h, slot, unit, &change),
                 outcome if self.hold => self.held.push((h, outcome)),
                 outcome => self.carry_out(h, outcome),
             }
@@ -499,6 +497,34 @@ impl World {
         moved
     }
 
+    /// Changes, stores and installs reservations. The command ends once what is aborted has: where
+    /// requests are held, it is too.
+    fn reserve(&mut self, h: usize, slot: SlotId, unit: UnitHandle, change: &Change) {
+        let mut table = self.target.reservations(unit).unwrap().clone();
+        let applied = table.apply(change);
+        if let Ok(effects) = &applied {
+            self.stored.push(table.encode());
+            self.target.set_reservations(unit, table, effects).unwrap();
+            self.pass_aborts();
+            if self.hold && !effects.abort.is_empty() {
+                let change = change.clone();
+                return self.held.push((h, Outcome::Reserve { slot, unit, change }));
+            }
+        }
+        let conn = self.hosts[h].conn.as_mut().unwrap();
+        let result = applied.map(|_| ()).map_err(NotReserved::Refused);
+        conn.complete_reserve(slot, result, &mut self.mem);
+    }
+
+    fn pass_aborts(&mut self) {
+        while let Some(abort) = self.target.poll_abort() {
+            let host = self.hosts.iter_mut().find(|host| host.id == abort.conn);
+            if let Some(conn) = host.and_then(|host| host.conn.as_mut()) {
+                conn.abort(abort.lun, &mut self.mem);
+            }
+        }
+    }
+
     /// Carries out what was held back.
     pub(crate) fn release_held(&mut self) {
         for (h, outcome) in std::mem::take(&mut self.held) {
@@ -512,6 +538,7 @@ impl World {
         let io = match outcome {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
+            Outcome::Reserve { slot, .. } => return conn.complete_reserve(slot, Ok(()), mem),
             Outcome::Io(io) => io,
         };
         let slot = io.slot;
@@ -530,7 +557,6 @@ impl World {
                 mem.release(data);
             }
             IoCommand::Flush => self.flushes += 1,
-            IoCommand::StoreReservations => self.stored += 1,
             // As if blocks with this byte were damaged.
             IoCommand::Verify { range } if disk[at(range)].contains(&0xbd) => {
                 return conn.complete(slot, IoStatus::MediaError, mem);

@@ -107,10 +107,6 @@ pub enum IoCommand {
         /// Force unit access.
         fua: bool,
     },
-    /// The unit's reservations changed, and are to outlive a loss of power: store what
-    /// [`crate::target::Target::reservations`] gives. Complete when that is durable, and every request
-    /// of the unit that was handed out before has been completed: some may have been aborted.
-    StoreReservations,
 }
 
 /// What a command on blocks comes to.

@@ -1,12 +1,12 @@
 //! Sessions: how they begin and end, and what they ask of the target itself.
 
 use cairn_block::Memory;
+use cairn_block::reservation::Registrant;
 
 use super::{ConnId, Node, NodeId, Portal, SessionInfo, Target};
 use crate::connection::{Binding, Connection, SlotId};
 use crate::login::{FULL_FEATURE, LoginStatus, Names, Terms, is_name};
 use crate::pdu::LoginRequest;
-use crate::scsi::reservation::Registrant;
 use crate::scsi::unit::{Attention, Attentions, NexusId};
 use crate::text;
 use crate::wire::len32;
@@ -21,7 +21,10 @@ pub(super) struct Session {
     pub(super) tsih: u16,
     /// Nothing for a discovery session.
     pub(super) node: Option<NodeId>,
+    /// The initiator port and the target port, as reservations know them.
     pub(super) registrant: Registrant,
+    pub(super) isid: [u8; 6],
+    pub(super) portal_group: u16,
     pub(super) alias: Option<String>,
     /// By LUN; those that have any.
     pub(super) attentions: Vec<(u16, Attentions)>,
@@ -35,9 +38,9 @@ impl Session {
     pub(super) fn info(&self) -> SessionInfo {
         SessionInfo {
             tsih: self.tsih,
-            initiator: self.registrant.initiator.clone(),
+            initiator: self.registrant.name().to_owned(),
             alias: self.alias.clone(),
-            isid: self.registrant.isid,
+            isid: self.isid,
             conn: self.conn,
         }
     }
@@ -104,9 +107,7 @@ impl Target {
     /// What a login has to do to get in, if it may at all.
     fn terms(&self, names: &Names, portal_group: u16) -> Result<Terms, LoginStatus> {
         let known = |s: &Session| {
-            s.tsih == names.tsih
-                && s.registrant.isid == names.isid
-                && s.registrant.initiator == names.initiator
+            s.tsih == names.tsih && s.isid == names.isid && s.registrant.name() == names.initiator
         };
         if names.tsih != 0 {
             let exists = self.sessions.iter().flatten().any(known);
@@ -144,7 +145,7 @@ impl Target {
         portal_group: u16,
     ) -> Result<u16, LoginStatus> {
         let node = names.target.as_ref().and_then(|name| self.node_by_name(name));
-        let registrant = Registrant {
+        let registrant = Registrant::Iscsi {
             initiator: names.initiator.clone(),
             isid: names.isid,
             port_group: portal_group,
@@ -175,6 +176,8 @@ impl Target {
             tsih,
             node,
             registrant,
+            isid: names.isid,
+            portal_group,
             alias: names.alias.clone(),
             attentions: Vec::new(),
         };
@@ -213,10 +216,8 @@ impl Target {
     /// Forgets a session: its connection.
     pub(super) fn end_session(&mut self, index: usize) -> Option<ConnId> {
         let session = self.sessions[index].take()?;
-        if let Some(Ok(node)) = session.node.map(|node| self.node_mut(node)) {
-            for unit in &mut node.units {
-                unit.forget(session.nexus());
-            }
+        for volume in self.volumes.values_mut() {
+            volume.reserved_by.take_if(|by| *by == session.nexus());
         }
         Some(session.conn)
     }
@@ -318,7 +319,7 @@ impl Target {
                 name => name.eq_ignore_ascii_case(&node.config.iqn),
             };
             // Who may not log in is told nothing.
-            if asked && node.config.initiators.allows(&session.registrant.initiator) {
+            if asked && node.config.initiators.allows(session.registrant.name()) {
                 self.push_node(node, out);
             }
         }

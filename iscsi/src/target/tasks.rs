@@ -53,7 +53,7 @@ impl Target {
                 if function == CLEAR_TASK_SET {
                     self.attend(node, Some(number), Some(index), Attention::CommandsCleared);
                 } else {
-                    self.reset_unit(node, number);
+                    self.reset_units(node, Some(number));
                     self.attend(node, Some(number), None, Attention::UnitReset);
                 }
                 Ok(Some(vec![unit]))
@@ -85,12 +85,23 @@ impl Target {
         }
     }
 
-    fn reset_unit(&mut self, node: NodeId, lun: u16) {
-        if let Ok(node) = self.node_mut(node)
-            && let Some(unit) = node.unit_mut(lun)
-        {
-            unit.reset();
+    /// Resets a unit of a node, or all: which.
+    fn reset_units(&mut self, node: NodeId, lun: Option<u16>) -> Vec<UnitHandle> {
+        let mut reset = Vec::new();
+        if let Ok(node) = self.node_mut(node) {
+            for unit in &mut node.units {
+                if lun.is_none_or(|lun| lun == unit.config.lun) {
+                    unit.reset();
+                    reset.push(unit.config.handle);
+                }
+            }
         }
+        for handle in &reset {
+            if let Some(volume) = self.volumes.get_mut(handle) {
+                volume.reserved_by = None;
+            }
+        }
+        reset
     }
 
     fn reset_node<M: Memory>(
@@ -103,13 +114,7 @@ impl Target {
     ) -> Vec<UnitHandle> {
         conn.abort_tasks(None, mem);
         self.abort_others(node, index, None);
-        let mut units = Vec::new();
-        if let Ok(node) = self.node_mut(node) {
-            for unit in &mut node.units {
-                unit.reset();
-                units.push(unit.config.handle);
-            }
-        }
+        let units = self.reset_units(node, None);
         self.attend(node, None, None, Attention::TargetReset);
         if function == TARGET_COLD_RESET {
             // All sessions end; this one once it has its answer.

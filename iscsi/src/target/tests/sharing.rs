@@ -92,7 +92,7 @@ fn persistent_reservations_outlive_the_session() {
     let itt = world.start(b, 0, &[0x5f, 5, 3, 0, 0, 0, 0, 0, 24, 0], &list, 24, 24);
     world.run();
     assert!(world.receive(b).is_none(), "not before the write has ended");
-    assert!(matches!(world.held[1], (_, Outcome::Drain { .. })));
+    assert!(matches!(world.held[1], (_, Outcome::Reserve { .. })));
     world.hold = false;
     world.release_held();
     world.run();
@@ -103,17 +103,29 @@ fn persistent_reservations_outlive_the_session() {
     world.close();
 }
 
+/// A handle has one table, wherever it is a logical unit; what is stored goes to the next target.
 #[test]
-fn reservations_that_are_to_last_are_stored() {
+fn reservations_are_stored_and_belong_to_the_handle() {
     let (mut world, h) = World::ready();
     assert_eq!(reserve_out_flags(&mut world, h, 0, 0, (0, 11), 1).status, GOOD);
     assert_eq!(reserve_out(&mut world, h, 1, 3, (11, 0)).status, GOOD);
-    assert_eq!(world.stored, 2);
-    let stored = world.target.reservations(UnitHandle(0)).unwrap().clone();
-    assert!(stored.aptpl && stored.reservation.is_some());
+    assert_eq!(reserve_out(&mut world, h, 1, 1, (11, 0)).status, CONFLICT);
+    assert_eq!(world.stored.len(), 2, "what is refused is not stored");
+    let stored = Reservations::decode(&world.stored[1]).unwrap();
+    assert!(stored.aptpl() && stored.reserved().is_some());
+    assert_eq!(world.target.reservations(UnitHandle(0)), Some(&stored));
+    let mut again = unit(3);
+    again.handle = UnitHandle(0);
     let mut other = World::new();
-    other.target.restore_reservations(other.node, 0, stored).unwrap();
+    other.target.add_unit(other.node, again).unwrap();
+    let effects = Effects::default();
+    other.target.set_reservations(UnitHandle(0), stored.clone(), &effects).unwrap();
+    let nowhere = other.target.set_reservations(UnitHandle(77), stored, &effects);
+    assert_eq!(nowhere, Err(TargetError::UnknownUnit));
     let b = other.join(2);
+    other.scsi(b, 3, &TEST_UNIT_READY, &[], 0);
+    assert_eq!(other.scsi(b, 3, &read10(0, 1), &[], 512).status, CONFLICT);
+    assert_eq!(other.scsi(b, 1, &read10(0, 1), &[], 512).status, GOOD);
     assert_eq!(other.scsi(b, 0, &read10(0, 1), &[], 512).status, CONFLICT);
     let a = other.join(1);
     assert_eq!(other.scsi(a, 0, &read10(0, 1), &[], 512).status, GOOD);
