@@ -19,8 +19,8 @@ const CODES: [u8; 32] = [
     0x35, 0x41, 0x42, 0x55, 0x5a, 0x5e, 0x5f, 0x83, 0x84, 0x88, 0x89, 0x8a, 0x8b, 0x93, 0x9e, 0xa3,
 ];
 
-fn target(chap: Option<Chap>) -> Target {
-    let mut target = Target::new(TargetConfig::default());
+fn target(chap: Option<Chap>) -> Option<Target> {
+    let mut target = Target::new(TargetConfig::default()).ok()?;
     let node = NodeConfig {
         iqn: IQN.to_owned(),
         alias: None,
@@ -46,7 +46,7 @@ fn target(chap: Option<Chap>) -> Target {
             let _ = target.add_unit(id, unit);
         }
     }
-    target
+    Some(target)
 }
 
 /// A target, a connection to it, and what is being carried out.
@@ -72,7 +72,7 @@ impl World {
         let chunk = mem.alloc(CHUNK_LEN)?;
         Some(Self {
             mem,
-            target: target(chap),
+            target: target(chap)?,
             conn,
             chunk,
             batch: Vec::with_capacity(8),

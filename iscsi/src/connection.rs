@@ -17,9 +17,10 @@ use self::receive::Stage;
 pub(crate) use self::task::Aborted;
 use self::task::{CopyRecord, OutData, State, Task};
 use crate::keys::{Offer, Params};
-use crate::login::{Login, LoginStatus};
+use crate::login::{FULL_FEATURE, Login, LoginStatus};
 use crate::pdu::{BHS_LEN, LoginRequest, NO_TAG, RejectReason};
 use crate::rx::HeaderReader;
+use crate::scsi::UnitHandle;
 use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
 use crate::wire::{len32, put, u64_at};
@@ -33,6 +34,12 @@ const RESPONSE_RESERVE: u32 = 48 + 4 + 48 + 4;
 const CONNECTION_RESERVE: u32 = 512;
 /// The most data of one PDU that goes through the ring, in bytes.
 const RING_SEGMENT: u32 = 4096;
+/// How long what is left to send has, once the connection is over.
+const LINGER_MS: u64 = 5_000;
+/// For so many intervals an initiator may take nothing of what it is sent.
+const MAX_UNSENT: u32 = 6;
+/// How long data that was asked for may take to begin to come.
+const DATA_TIMEOUT_MS: u64 = 60_000;
 /// Windows that the end of a task may queue.
 const RESPONSE_ITEMS: usize = 2;
 
@@ -119,7 +126,9 @@ pub struct ScsiCommand {
     pub extended: bool,
     /// Expected Data Transfer Length.
     pub edtl: u32,
-    /// Bytes that have come of what the CDB wants.
+    /// Bytes that the CDB wants of the initiator, by what was known of the unit when it came.
+    pub wanted: u64,
+    /// Bytes that have come of them.
     pub received: u32,
 }
 
@@ -156,6 +165,8 @@ pub enum CloseReason {
     LoginTimeout,
     /// The initiator went silent.
     Silent,
+    /// Data that the initiator was asked for did not come.
+    DataTimeout,
     /// The target ended the session.
     Dropped,
 }
@@ -169,6 +180,9 @@ impl fmt::Display for CloseReason {
             Self::Protocol(what) => write!(f, "the initiator broke the protocol: {what}"),
             Self::LoginTimeout => f.write_str("the initiator did not log in in time"),
             Self::Silent => f.write_str("the initiator did not answer any more"),
+            Self::DataTimeout => {
+                f.write_str("the initiator did not send the data that it was asked for")
+            }
             Self::Dropped => f.write_str("the target ended the session"),
         }
     }
@@ -233,9 +247,24 @@ pub struct Connection {
     pub(crate) shifts_of: u64,
     /// The last copies, for RECEIVE COPY RESULTS.
     copies: VecDeque<CopyRecord>,
+    /// Tasks of immediate requests.
+    immediates: usize,
+    /// The stream was not taken to its end.
+    stalled: bool,
+    /// A logout is under way.
+    leaving: bool,
+    /// The answer to a login that has succeeded: TSIH and text.
+    welcome: Option<(u16, Vec<u8>)>,
+    /// Up to here is sent what the last ping with data brought.
+    echoed: u64,
     heard: bool,
-    pinged: bool,
+    /// The initiator was asked whether it is there, and this far is sent then.
+    pinged: Option<u64>,
+    /// Intervals in which nothing went out, though there was something to send.
+    unsent: u32,
     deadline_ms: Option<u64>,
+    /// It is over, and what is left to send has had its time.
+    lingered: bool,
 }
 
 impl Connection {
@@ -285,15 +314,22 @@ impl Connection {
             shifts: Vec::new(),
             shifts_of: 0,
             copies: VecDeque::new(),
+            immediates: 0,
+            stalled: false,
+            leaving: false,
+            welcome: None,
+            echoed: 0,
             heard: false,
-            pinged: false,
+            pinged: None,
+            unsent: 0,
             deadline_ms: None,
+            lingered: false,
         })
     }
 
     /// The next request whose data has arrived whole.
     pub fn poll_command(&mut self) -> Option<Command> {
-        if self.close_reason.is_some() {
+        if self.close_reason.is_some() || self.leaving {
             return None;
         }
         let index = self.ready.pop_front()?;
@@ -302,6 +338,7 @@ impl Connection {
         self.out += 1;
         let mut request = task.request;
         if let Request::Scsi(scsi) = &mut request {
+            scsi.wanted = task.wanted;
             scsi.received = task.received.min(task.need);
         }
         Some(Command { slot: SlotId(index), request, data: task.buf.take() })
@@ -317,6 +354,8 @@ impl Connection {
         let task = &self.tasks[usize::from(slot.0)];
         match task.request {
             Request::TaskManagement { .. } => self.respond_task_management(slot, 0, mem),
+            Request::Logout { .. } => self.respond_logout(slot, 0, mem),
+            Request::Login(request) => self.let_in(slot, &request, status, mem),
             _ if status.is_ok() => self.respond(slot, task.good, mem),
             _ => self.respond(slot, Status::of(status), mem),
         }
@@ -374,6 +413,7 @@ impl Connection {
     /// The whole batch went out.
     pub fn handle_sent<M: Memory>(&mut self, mem: &mut M) {
         self.tx.handle_sent(mem);
+        self.unsent = 0;
         self.serve_waiting(mem);
         self.pump(mem);
     }
@@ -388,7 +428,10 @@ impl Connection {
     /// commands once more.
     pub fn retry<M: Memory>(&mut self, mem: &mut M) {
         while let Some(slot) = self.parked.pop_front() {
-            self.ready.push_back(slot);
+            match self.tasks[usize::from(slot)].aborted {
+                Some(by) => self.end_aborted(slot, by, mem),
+                None => self.ready.push_back(slot),
+            }
         }
         self.serve_waiting(mem);
     }
@@ -399,10 +442,18 @@ impl Connection {
         self.stalled_for_memory || !self.waiting.is_empty() || !self.parked.is_empty()
     }
 
-    /// Whether the connection is over: close it once [`Connection::is_idle`]. No more commands come.
+    /// Whether the connection is to be closed, once what is left to send is sent: see
+    /// [`Connection::is_over`]. No more commands come.
     #[must_use]
     pub fn wants_close(&self) -> bool {
         self.close_reason.is_some()
+    }
+
+    /// Whether to close the connection now: nothing is left to send, or the initiator has not taken it for
+    /// so long that nobody waits for it.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.close_reason.is_some() && (self.tx.is_idle() || self.lingered)
     }
 
     /// Why the connection is over.
@@ -437,38 +488,75 @@ impl Connection {
     }
 
     /// Says what time it is: a login that takes too long ends, and so does an initiator that does
-    /// not answer.
+    /// not answer, or does not send the data that it was asked for.
     pub fn handle_timeout<M: Memory>(&mut self, now_ms: u64, mem: &mut M) {
         let interval = match self.phase {
+            _ if self.close_reason.is_some() => LINGER_MS,
             Phase::Login => self.config.login_timeout_ms,
             Phase::FullFeature { .. } => self.config.nop_interval_ms,
         };
         let Some(deadline) = self.deadline_ms else {
-            self.deadline_ms = Some(now_ms + interval);
+            self.deadline_ms = Some(now_ms.saturating_add(interval));
             return;
         };
-        if now_ms < deadline || self.close_reason.is_some() {
+        if now_ms < deadline || self.lingered {
             return;
         }
-        self.deadline_ms = Some(now_ms + interval);
-        let heard = std::mem::take(&mut self.heard);
+        self.deadline_ms = Some(now_ms.saturating_add(interval));
         match self.phase {
-            Phase::Login => self.close_reason = Some(CloseReason::LoginTimeout),
-            Phase::FullFeature { .. } if heard => self.pinged = false,
-            Phase::FullFeature { .. } if self.pinged => {
-                self.close_reason = Some(CloseReason::Silent);
-            }
+            _ if self.close_reason.is_some() => self.lingered = true,
+            Phase::Login => self.fail(CloseReason::LoginTimeout),
             Phase::FullFeature { .. } => {
-                self.pinged = true;
-                self.ping(mem);
+                self.look_for_data();
+                self.look_for_life(mem);
             }
+        }
+    }
+
+    /// An interval has passed: an initiator that was not heard of is asked whether it is there.
+    fn look_for_life<M: Memory>(&mut self, mem: &mut M) {
+        if std::mem::take(&mut self.heard) {
+            self.pinged = None;
+            self.unsent = 0;
+            return;
+        }
+        if self.stalled && self.tx.is_idle() {
+            // It is the target that does not read.
+            return;
+        }
+        let asked = self.pinged.is_some_and(|mark| self.tx.was_sent(mark));
+        if asked || self.unsent == MAX_UNSENT {
+            return self.fail(CloseReason::Silent);
+        }
+        if self.pinged.is_none() && self.ping(mem) {
+            self.pinged = Some(self.tx.mark());
+        } else {
+            // What it is sent does not go out: it cannot be asked.
+            self.unsent += 1;
+        }
+    }
+
+    /// An interval has passed: an initiator that does not send what it owes is not waited for.
+    fn look_for_data(&mut self) {
+        if self.stalled || !self.tx.is_idle() {
+            // It may have sent it; it may not have been asked.
+            return;
+        }
+        let intervals = DATA_TIMEOUT_MS.div_ceil(self.config.nop_interval_ms.max(1));
+        let mut late = false;
+        for task in self.tasks.iter_mut().filter(|task| task.state == State::Receiving) {
+            task.quiet += 1;
+            late |= u64::from(task.quiet) > intervals;
+        }
+        if late {
+            self.fail(CloseReason::DataTimeout);
         }
     }
 
     /// When [`Connection::handle_timeout`] has something to do; at once where that is not known.
     #[must_use]
     pub fn poll_timeout(&self) -> u64 {
-        self.deadline_ms.unwrap_or(0)
+        if self.lingered { u64::MAX } else { self.deadline_ms.unwrap_or(0) }
     }
 
     /// Asks the initiator to log out within `seconds`: the target is about to go away.
@@ -481,7 +569,7 @@ impl Connection {
         if self.close_reason.is_none() {
             // Parameter 1: nothing; 2 and 3: wait 2 seconds, retain nothing.
             self.push_async(3, [0, 2, 0], mem);
-            self.close_reason = Some(CloseReason::Dropped);
+            self.fail(CloseReason::Dropped);
         }
     }
 
@@ -550,12 +638,6 @@ impl Connection {
         self.config.max_data_len
     }
 
-    /// Aborts the tasks on a logical unit, or on all: see [`crate::target::Target::poll_abort`]. No
-    /// responses are sent for them; those that are being carried out are completed as ever.
-    pub fn abort<M: Memory>(&mut self, lun: Option<u64>, mem: &mut M) {
-        self.abort_tasks(lun, mem);
-    }
-
     /// Ends GET LBA STATUS with the extents from the first block that was asked for on, in order.
     ///
     /// # Panics
@@ -591,7 +673,41 @@ impl Connection {
     }
 
     pub(crate) fn fail(&mut self, reason: CloseReason) {
-        self.close_reason.get_or_insert(reason);
+        if self.close_reason.is_none() {
+            self.close_reason = Some(reason);
+            // What is left to send has its own time.
+            self.deadline_ms = None;
+        }
+    }
+
+    /// What carries a command out.
+    pub(crate) fn set_unit(&mut self, slot: SlotId, unit: UnitHandle) {
+        self.tasks[usize::from(slot.0)].unit = Some(unit);
+    }
+
+    /// A logout is answered once what was asked before is over: nothing else is begun.
+    pub(crate) fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// A login has succeeded, and is answered once [`Connection::complete`]d.
+    pub(crate) fn welcome(&mut self, tsih: u16, text: Vec<u8>) {
+        self.welcome = Some((tsih, text));
+    }
+
+    fn let_in<M: Memory>(
+        &mut self,
+        slot: SlotId,
+        request: &LoginRequest,
+        status: IoStatus,
+        mem: &mut M,
+    ) {
+        let (tsih, text) = self.welcome.take().unwrap_or_default();
+        let outcome = match status.is_ok() {
+            true => Ok((Some(FULL_FEATURE), tsih, text.as_slice())),
+            false => Err(LoginStatus::ServiceUnavailable),
+        };
+        self.respond_login(slot, request, outcome, mem);
     }
 
     /// The initiator broke the protocol: it is told, and the connection ends, for there is nothing

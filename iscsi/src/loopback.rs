@@ -12,7 +12,7 @@ use crate::pdu::{
 use crate::rx::Digests;
 use crate::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
 use crate::target::{
-    ConnId, Initiators, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
+    ConnId, Initiators, Io, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
 };
 use crate::text;
 use crate::wire::{len32, pad_len};
@@ -112,7 +112,7 @@ impl World {
     pub(crate) fn with(node: NodeConfig, config: TargetConfig) -> Self {
         let mut mem = HeapMemory::new(32 << 20);
         let chunk = mem.alloc(64 << 10).unwrap();
-        let mut target = Target::new(config);
+        let mut target = Target::new(config).unwrap();
         target.set_portals(vec![
             Portal { address: "192.0.2.1".into(), port: 3260, group: 1 },
             Portal { address: "2001:db8::1".into(), port: 3260, group: 1 },
@@ -423,6 +423,18 @@ impl World {
         }
     }
 
+    /// The connection of a host.
+    pub(crate) fn conn(&mut self, h: usize) -> &mut Connection {
+        self.hosts[h].conn.as_mut().unwrap()
+    }
+
+    /// It is so late now, for all.
+    pub(crate) fn at(&mut self, now_ms: u64) {
+        for conn in self.hosts.iter_mut().filter_map(|host| host.conn.as_mut()) {
+            conn.handle_timeout(now_ms, &mut self.mem);
+        }
+    }
+
     /// Until nothing moves any more.
     pub(crate) fn run(&mut self) {
         while self.step() {}
@@ -534,7 +546,7 @@ impl World {
 
     pub(crate) fn carry_out(&mut self, h: usize, outcome: Outcome) {
         let mem = &mut self.mem;
-        let Some(conn) = self.hosts[h].conn.as_mut() else { panic!("the connection is gone") };
+        let Some(conn) = self.hosts[h].conn.as_mut() else { return self.carry_on(outcome) };
         let io = match outcome {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
@@ -619,6 +631,16 @@ impl World {
             }
         }
         conn.complete(slot, IoStatus::Ok, mem);
+    }
+
+    /// A write whose connection is gone goes on; nobody is told of its end.
+    fn carry_on(&mut self, outcome: Outcome) {
+        if let Outcome::Io(Io { unit, command: IoCommand::Write { range, data, .. }, .. }) = outcome
+        {
+            let disk = &mut self.disks[unit.0 as usize];
+            disk[bytes_of(range)].copy_from_slice(self.mem.bytes(data.slice()));
+            self.mem.release(data);
+        }
     }
 
     /// Ends everything; nothing may have leaked.

@@ -30,7 +30,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let mut mem = HeapMemory::new(8 << 20);
-        let mut target = Target::new(TargetConfig::default());
+        let mut target = Target::new(TargetConfig::default()).unwrap();
         let node = target
             .add_node(NodeConfig {
                 iqn: IQN.into(),
@@ -76,8 +76,13 @@ impl World {
         let Self { mem, target, conn, .. } = self;
         assert_eq!(conn.handle_recv(window, mem), window.len());
         while let Some(cmd) = conn.poll_command() {
-            let Outcome::Io(io) = target.handle_command(ConnId(1), conn, cmd, mem) else {
-                continue;
+            let io = match target.handle_command(ConnId(1), conn, cmd, mem) {
+                Outcome::Io(io) => io,
+                Outcome::Drain { slot, .. } => {
+                    conn.complete(slot, IoStatus::Ok, mem);
+                    continue;
+                }
+                _ => continue,
             };
             match io.command {
                 IoCommand::Read { len, .. } => {

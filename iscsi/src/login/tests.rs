@@ -53,7 +53,9 @@ impl Case {
                 .target
                 .as_deref()
             {
-                Some(TARGET) | None => Ok(Terms { portal_group: Some(1), alias: None, chap }),
+                Some(TARGET) | None => {
+                    Ok(Terms { portal_group: Some(1), alias: Some("alias".into()), chap })
+                }
                 Some(_) => Err(LoginStatus::NotFound),
             })?;
         let pairs = text::parse(&reply.text).unwrap();
@@ -90,6 +92,7 @@ fn security_then_operational_then_full_feature() {
     let (to, pairs) =
         case.first(SECURITY, Some(OPERATIONAL), &[("AuthMethod", "CHAP,None")]).unwrap();
     assert_eq!((to, value(&pairs, "AuthMethod")), (Some(OPERATIONAL), "None"));
+    assert_eq!(value(&pairs, "TargetAlias"), "alias");
     let (to, pairs) = case.step(OPERATIONAL, None, &[("MaxBurstLength", "8192")]).unwrap();
     assert_eq!((to, value(&pairs, "MaxBurstLength")), (None, "8192"));
     let (to, pairs) = case.step(OPERATIONAL, Some(FULL_FEATURE), &[]).unwrap();
@@ -105,7 +108,8 @@ fn prove(
     secret: &str,
     challenge: Option<&str>,
 ) -> Answered {
-    case.first(SECURITY, Some(OPERATIONAL), &[("AuthMethod", "None,CHAP")])?;
+    let (_, pairs) = case.first(SECURITY, Some(OPERATIONAL), &[("AuthMethod", "None,CHAP")])?;
+    assert_eq!(value(&pairs, "TargetAlias"), "", "not before it is known who asks");
     let (to, pairs) = case.step(SECURITY, Some(OPERATIONAL), &[("CHAP_A", algorithm)])?;
     assert_eq!(to, None, "not before the answer");
     let id = number(value(&pairs, "CHAP_I")).unwrap().to_le_bytes()[0];
@@ -140,7 +144,8 @@ fn chap_proves_both_ends() {
     }
     let (_, pairs) =
         prove(&mut Case::new(Some(chap())), "5", "host", "secret of the host", None).unwrap();
-    assert!(pairs.is_empty(), "nobody asked the target");
+    assert_eq!(value(&pairs, "TargetAlias"), "alias");
+    assert_eq!(pairs.len(), 1, "nobody asked the target");
 }
 
 #[test]

@@ -202,7 +202,7 @@ pub(crate) fn decode<M: Memory>(
             let len = u32::try_from(range.blocks() << unit.shift()).unwrap_or(0);
             io(IoCommand::Read { range, len })
         }
-        _ => verify_or_write(unit, cdb, range, data, fua),
+        _ => verify_or_write(unit, cdb, range, data, edtl, fua),
     }
 }
 
@@ -211,6 +211,7 @@ fn verify_or_write(
     cdb: &[u8; 16],
     range: LbaRange,
     data: Option<Buf>,
+    edtl: u32,
     fua: bool,
 ) -> Result<Step, Refused> {
     let bytchk = cdb[1] >> 1 & 3;
@@ -224,7 +225,7 @@ fn verify_or_write(
     }
     let (range, data) = match data {
         Some(data) if u64::from(data.len()) == wanted => (range, data),
-        data if may_be_short(cdb[0]) => shorten(unit, range, data)?,
+        data if may_be_short(cdb[0]) => shorten(unit, range, data, edtl)?,
         data => return Err((data, Sense::INVALID_INFORMATION_UNIT.into())),
     };
     let plain = |verify, atomic, fua, data| IoCommand::Write { range, data, fua, verify, atomic };
@@ -258,8 +259,16 @@ fn may_be_short(code: u8) -> bool {
 
 /// A write for which the initiator sends less than its range takes: what it sends is written, where
 /// that is whole blocks, and the residual tells the rest.
-fn shorten(unit: &Unit, range: LbaRange, data: Option<Buf>) -> Result<(LbaRange, Buf), Refused> {
-    let Some(data) = data else { return Err((None, Status::Good)) };
+fn shorten(
+    unit: &Unit,
+    range: LbaRange,
+    data: Option<Buf>,
+    edtl: u32,
+) -> Result<(LbaRange, Buf), Refused> {
+    let Some(data) = data else {
+        let nothing = if edtl == 0 { Status::Good } else { Sense::INVALID_INFORMATION_UNIT.into() };
+        return Err((None, nothing));
+    };
     let blocks = u64::from(data.len() >> unit.shift());
     let whole = blocks << unit.shift() == u64::from(data.len()) && blocks <= range.blocks();
     match LbaRange::new(range.start(), blocks) {

@@ -50,8 +50,10 @@ fn page(code: u8, control: Control, unit: &Unit) -> Vec<u8> {
                 b[4] = SWP;
             }
             if control != Control::Changeable {
-                // QUEUE ALGORITHM MODIFIER: any order; BUSY TIMEOUT PERIOD: none.
+                // QUEUE ALGORITHM MODIFIER: any order; TAS: whose command another aborts is told so;
+                // BUSY TIMEOUT PERIOD: none.
                 b[3] = 0x10;
+                b[5] = 0x40;
                 put(&mut b, 8, &[0xff, 0xff]);
             }
         }
