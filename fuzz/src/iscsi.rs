@@ -23,11 +23,10 @@ fn target(chap: Option<Chap>) -> Option<Target> {
     let mut target = Target::new(TargetConfig::default()).ok()?;
     let node = NodeConfig {
         iqn: IQN.to_owned(),
-        alias: None,
         initiators: Initiators::Any,
         chap,
         portal_groups: vec![1],
-        port_groups: Vec::new(),
+        ..NodeConfig::default()
     };
     if let Ok(id) = target.add_node(node) {
         for lun in 0..2 {
@@ -216,6 +215,8 @@ pub fn session(data: &[u8]) {
     world.hold_every = usize::from(first >> 1 & 7);
     world.slow = first & 0x10 != 0;
     world.deliver(&login(if first & 0x80 != 0 { "No" } else { "Yes" }), CHUNK_LEN);
+    // The login is answered, though that be held.
+    world.turn(true);
     let mut cmd_sn = 1;
     let mut stream = Vec::new();
     for (itt, step) in (2_u32..).zip(steps.chunks_exact(24)) {
@@ -283,15 +284,11 @@ fn login(initial_r2t: &str) -> Vec<u8> {
     text::push(&mut keys, "MaxRecvDataSegmentLength", "512");
     let request = LoginRequest {
         transit: true,
-        more: false,
         csg: 1,
         nsg: 3,
-        version_max: 0,
-        version_min: 0,
         isid: [0x40, 0, 0, 0, 0, 1],
-        tsih: 0,
-        cid: 0,
         sn: CmdSn { cmd: 1, exp_stat: 0 },
+        ..LoginRequest::default()
     };
     let len = u32::try_from(keys.len()).unwrap_or(0);
     let mut out = Header::new(1, len, Body::Login(request)).encode().to_vec();

@@ -24,11 +24,9 @@ pub(crate) const BLOCK: usize = 512;
 pub(crate) fn node_config() -> NodeConfig {
     NodeConfig {
         iqn: IQN.into(),
-        alias: None,
         initiators: Initiators::Any,
-        chap: None,
         portal_groups: vec![1],
-        port_groups: Vec::new(),
+        ..NodeConfig::default()
     }
 }
 
@@ -242,15 +240,12 @@ impl World {
         let host = &self.hosts[h];
         LoginRequest {
             transit: nsg.is_some(),
-            more: false,
             csg,
             nsg: nsg.unwrap_or(SECURITY),
-            version_max: 0,
-            version_min: 0,
             isid: host.isid,
-            tsih: 0,
             cid: 9,
             sn: CmdSn { cmd: host.cmd_sn, exp_stat: host.exp_stat_sn },
+            ..LoginRequest::default()
         }
     }
 
@@ -393,6 +388,19 @@ impl World {
         }
     }
 
+    /// The tag of the R2T that has come.
+    pub(crate) fn r2t(&mut self, h: usize) -> u32 {
+        match self.receive(h) {
+            Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) => ttt,
+            other => panic!("no R2T, but {other:?}"),
+        }
+    }
+
+    /// Takes all memory.
+    pub(crate) fn hog(&mut self) -> Vec<Buf> {
+        std::iter::from_fn(|| self.mem.alloc(4096)).collect()
+    }
+
     /// A sequence of Data-Out.
     pub(crate) fn send_data(&mut self, h: usize, itt: u32, ttt: u32, offset: u32, data: &[u8]) {
         let segment = self.hosts[h].segment;
@@ -409,12 +417,17 @@ impl World {
         }
     }
 
-    /// A task management function and its response.
-    pub(crate) fn task_management(&mut self, h: usize, function: u8, lun: u16, rtt: u32) -> u8 {
+    /// Asks for a task management function.
+    pub(crate) fn manage(&mut self, h: usize, function: u8, lun: u16, rtt: u32) {
         let (itt, sn) = self.next_sn(h);
         let body = Body::TaskManagement { function, rtt, sn, ref_cmd_sn: 0 };
         self.send(h, Header::new(itt, 0, body).with_lun(encode_lun(lun)), &[]);
         self.run();
+    }
+
+    /// A task management function and its response.
+    pub(crate) fn task_management(&mut self, h: usize, function: u8, lun: u16, rtt: u32) -> u8 {
+        self.manage(h, function, lun, rtt);
         match self.receive(h) {
             Some((Header { body: Body::TaskManagementResponse { response, .. }, .. }, _)) => {
                 response

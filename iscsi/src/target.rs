@@ -91,7 +91,7 @@ impl Initiators {
 }
 
 /// A target node: what an iSCSI name stands for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeConfig {
     /// The iSCSI name.
     pub iqn: String,

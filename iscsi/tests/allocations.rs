@@ -34,11 +34,9 @@ impl World {
         let node = target
             .add_node(NodeConfig {
                 iqn: IQN.into(),
-                alias: None,
                 initiators: Initiators::Any,
-                chap: None,
                 portal_groups: vec![1],
-                port_groups: Vec::new(),
+                ..NodeConfig::default()
             })
             .unwrap();
         let unit = UnitConfig {
@@ -162,15 +160,10 @@ fn reads_and_writes_allocate_nothing() {
     text::push(&mut keys, "TargetName", IQN);
     let request = LoginRequest {
         transit: true,
-        more: false,
         csg: 1,
         nsg: 3,
-        version_max: 0,
-        version_min: 0,
-        isid: [0; 6],
-        tsih: 0,
-        cid: 0,
         sn: CmdSn { cmd: 1, exp_stat: 0 },
+        ..LoginRequest::default()
     };
     world.send(Header::new(1, 0, Body::Login(request)), &keys);
     world.receive();

@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::time::{LINGER_MS, MAX_UNSENT};
 use super::*;
 use crate::login::OPERATIONAL;
 use crate::loopback::{BLOCK, NOBODY, World, read10, write10};
@@ -128,9 +129,7 @@ fn data_out_of_sequence_ends_the_command() {
     for (data_sn, offset) in [(5, 0), (0, 512)] {
         let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 0);
         world.run();
-        let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-            panic!("no R2T");
-        };
+        let ttt = world.r2t(h);
         let body = Body::DataOut { last: true, ttt, exp_stat_sn: 0, data_sn, offset };
         world.send(h, Header::new(itt, 0, body), &[1; 1024]);
         world.run();
@@ -298,10 +297,7 @@ fn what_a_target_does_not_know_is_rejected() {
 #[test]
 fn writes_wait_for_memory() {
     let (mut world, h) = World::ready();
-    let mut hogs = Vec::new();
-    while let Some(buf) = world.mem.alloc(4096) {
-        hogs.push(buf);
-    }
+    let mut hogs = world.hog();
     let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 4096);
     world.run();
     let conn = world.hosts[h].conn.as_ref().unwrap();
@@ -315,9 +311,7 @@ fn writes_wait_for_memory() {
     let second = world.start(h, 0, &write10(8, 8), &[3; 4096], 4096, 4096);
     let third = world.start(h, 0, &write10(16, 8), &[4; 4096], 4096, 0);
     world.run();
-    let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-        panic!("no R2T");
-    };
+    let ttt = world.r2t(h);
     assert_eq!(world.finish(h, second, &[]).status, 0x28, "TASK SET FULL");
     assert!(world.hosts[h].conn.as_ref().unwrap().is_waiting_for_memory());
     world.send_data(h, first, ttt, 0, &[2; 4096]);
@@ -491,10 +485,7 @@ fn a_command_that_was_aborted_and_given_back_is_not_offered_again() {
     world.run();
     let (_, Outcome::Io(io)) = world.held.remove(0) else { panic!("no request") };
     let IoCommand::Write { data, .. } = io.command else { panic!("no write") };
-    let (tag, sn) = world.next_sn(h);
-    let body = Body::TaskManagement { function: 1, rtt: itt, sn, ref_cmd_sn: 0 };
-    world.send(h, Header::new(tag, 0, body), &[]);
-    world.run();
+    world.manage(h, 1, 0, itt);
     assert!(world.conn(h).is_aborted(io.slot));
     world.conn(h).park(io.slot, Some(data));
     world.release_held();
@@ -536,10 +527,7 @@ fn what_is_left_to_send_has_its_time() {
 #[test]
 fn nobody_is_silent_whom_the_target_does_not_hear() {
     let (mut world, h) = World::ready();
-    let mut hogs = Vec::new();
-    while let Some(buf) = world.mem.alloc(4096) {
-        hogs.push(buf);
-    }
+    let hogs = world.hog();
     let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 4096);
     world.run();
     assert!(world.conn(h).is_waiting_for_memory());
@@ -581,9 +569,7 @@ fn data_that_never_comes_is_not_waited_for_for_ever() {
     let (mut world, h) = World::ready();
     let itt = world.start(h, 0, &write10(0, 16), &[1; 8192], 8192, 0);
     world.run();
-    let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-        panic!("no R2T");
-    };
+    let ttt = world.r2t(h);
     let mut now = 0;
     let mut pass = |world: &mut World, intervals| {
         for _ in 0..intervals {

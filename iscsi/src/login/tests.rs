@@ -1,6 +1,5 @@
 use super::*;
 use crate::chap::Credentials;
-use crate::pdu::CmdSn;
 
 /// The stage to go on to and the text, or how the login ends.
 type Answered = Result<(Option<u8>, Vec<(String, String)>), LoginStatus>;
@@ -11,15 +10,10 @@ const TARGET: &str = "iqn.2025-01.io.cairn:volume";
 fn request(csg: u8, nsg: Option<u8>) -> LoginRequest {
     LoginRequest {
         transit: nsg.is_some(),
-        more: false,
         csg,
         nsg: nsg.unwrap_or(0),
-        version_max: 0,
-        version_min: 0,
         isid: [1; 6],
-        tsih: 0,
-        cid: 0,
-        sn: CmdSn::default(),
+        ..LoginRequest::default()
     }
 }
 

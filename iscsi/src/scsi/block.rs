@@ -2,7 +2,7 @@
 
 use cairn_block::{Buf, Lba, LbaRange, Memory};
 
-use super::cdb::{data_out_len, lba_and_blocks, op};
+use super::cdb::{brings_blocks, data_out_len, lba_and_blocks, op};
 use super::copy::CopySegment;
 use super::inquiry::{Limits, MAX_UNMAP_RANGES};
 use super::sense::{Sense, Status};
@@ -147,22 +147,8 @@ fn blocks_field(cdb: &[u8; 16]) -> u16 {
 }
 
 fn is_write(code: u8) -> bool {
-    matches!(
-        code,
-        op::WRITE_6
-            | op::WRITE_10
-            | op::WRITE_12
-            | op::WRITE_16
-            | op::WRITE_ATOMIC_16
-            | op::ORWRITE_16
-            | op::WRITE_VERIFY_10
-            | op::WRITE_VERIFY_12
-            | op::WRITE_VERIFY_16
-            | op::WRITE_SAME_10
-            | op::WRITE_SAME_16
-            | op::COMPARE_AND_WRITE
-            | op::UNMAP
-    )
+    let others = [op::WRITE_SAME_10, op::WRITE_SAME_16, op::COMPARE_AND_WRITE, op::UNMAP];
+    brings_blocks(code) || others.contains(&code)
 }
 
 /// The request of a command on blocks.
@@ -245,16 +231,7 @@ fn verify_or_write(
 }
 
 fn may_be_short(code: u8) -> bool {
-    matches!(
-        code,
-        op::WRITE_6
-            | op::WRITE_10
-            | op::WRITE_12
-            | op::WRITE_16
-            | op::WRITE_VERIFY_10
-            | op::WRITE_VERIFY_12
-            | op::WRITE_VERIFY_16
-    )
+    brings_blocks(code) && !matches!(code, op::WRITE_ATOMIC_16 | op::ORWRITE_16)
 }
 
 /// A write for which the initiator sends less than its range takes: what it sends is written, where

@@ -146,9 +146,7 @@ fn a_task_is_aborted_wherever_it_is() {
     // Its data is on the way.
     let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 0);
     world.run();
-    let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-        panic!("no R2T");
-    };
+    let ttt = world.r2t(h);
     assert_eq!(world.task_management(h, ABORT_TASK, 0, itt), 0);
     world.send_data(h, itt, ttt, 0, &[1; 4096]);
     world.run();
@@ -157,10 +155,7 @@ fn a_task_is_aborted_wherever_it_is() {
     world.hold = true;
     let itt = world.start(h, 0, &write10(0, 1), &[1; 512], 512, 512);
     world.run();
-    let (tag, sn) = world.next_sn(h);
-    let body = Body::TaskManagement { function: ABORT_TASK, rtt: itt, sn, ref_cmd_sn: 0 };
-    world.send(h, Header::new(tag, 0, body), &[]);
-    world.run();
+    world.manage(h, ABORT_TASK, 0, itt);
     assert!(world.receive(h).is_none());
     world.hold = false;
     world.release_held();
@@ -228,9 +223,7 @@ fn tasks_of_a_unit_go_with_it() {
     let (mut world, h) = World::ready();
     let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 0);
     world.run();
-    let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-        panic!("no R2T");
-    };
+    let ttt = world.r2t(h);
     world.target.remove_unit(world.node, 0).unwrap();
     let mut other = unit(0);
     other.handle = UnitHandle(1);
@@ -253,10 +246,7 @@ fn a_task_of_a_unit_that_is_gone_is_aborted_in_time() {
     world.run();
     world.target.remove_unit(world.node, 0).unwrap();
     world.run();
-    let (tag, sn) = world.next_sn(h);
-    let body = Body::TaskManagement { function: ABORT_TASK, rtt: itt, sn, ref_cmd_sn: 0 };
-    world.send(h, Header::new(tag, 0, body), &[]);
-    world.run();
+    world.manage(h, ABORT_TASK, 0, itt);
     assert!(world.receive(h).is_none());
     assert!(
         matches!(&world.held[1], (_, Outcome::Drain { units, .. }) if units[..] == [UnitHandle(0)])
