@@ -11,6 +11,10 @@ use cairn_iscsi::text;
 
 const IQN: &str = "iqn.2025-01.io.cairn:fuzz";
 const HOST: &str = "iqn.2025-01.io.cairn:host";
+/// How much time passes with each turn.
+const TURN_MS: u64 = 700;
+/// Of so many writes and copies one is given back at first.
+const PARK_EVERY: usize = 13;
 /// The most bytes of an input that one delivery takes.
 const CHUNK_LEN: u32 = 4096;
 /// Operation codes that reach deep, for the stateful target.
@@ -60,6 +64,7 @@ struct World {
     /// Of so many requests one is held for a while.
     hold_every: usize,
     count: usize,
+    now_ms: u64,
     /// The initiator takes what it is sent only when nothing else moves.
     slow: bool,
 }
@@ -78,6 +83,7 @@ impl World {
             held: Vec::new(),
             hold_every: 0,
             count: 0,
+            now_ms: 0,
             slow: false,
         })
     }
@@ -119,6 +125,8 @@ impl World {
             self.conn.take_batch(&mut self.batch);
             self.conn.handle_sent(&mut self.mem);
         }
+        self.now_ms += TURN_MS;
+        self.conn.handle_timeout(self.now_ms, &mut self.mem);
         self.conn.retry(&mut self.mem);
     }
 
@@ -139,6 +147,12 @@ impl World {
             Outcome::Io(io) => io,
         };
         match command {
+            IoCommand::Write { data, .. } if self.count.is_multiple_of(PARK_EVERY) => {
+                conn.park(slot, Some(data));
+            }
+            IoCommand::Copy { .. } if self.count.is_multiple_of(PARK_EVERY) => {
+                conn.park(slot, None)
+            }
             IoCommand::Read { len, .. } => match mem.alloc(len) {
                 Some(data) => conn.complete_with_data(slot, data, mem),
                 None => conn.complete(slot, IoStatus::NotReady, mem),
