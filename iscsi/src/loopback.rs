@@ -12,7 +12,7 @@ use crate::pdu::{
 use crate::rx::Digests;
 use crate::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
 use crate::target::{
-    ConnId, Initiators, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
+    ConnId, Initiators, Io, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
 };
 use crate::text;
 use crate::wire::{len32, pad_len};
@@ -24,11 +24,9 @@ pub(crate) const BLOCK: usize = 512;
 pub(crate) fn node_config() -> NodeConfig {
     NodeConfig {
         iqn: IQN.into(),
-        alias: None,
         initiators: Initiators::Any,
-        chap: None,
         portal_groups: vec![1],
-        port_groups: Vec::new(),
+        ..NodeConfig::default()
     }
 }
 
@@ -112,7 +110,7 @@ impl World {
     pub(crate) fn with(node: NodeConfig, config: TargetConfig) -> Self {
         let mut mem = HeapMemory::new(32 << 20);
         let chunk = mem.alloc(64 << 10).unwrap();
-        let mut target = Target::new(config);
+        let mut target = Target::new(config).unwrap();
         target.set_portals(vec![
             Portal { address: "192.0.2.1".into(), port: 3260, group: 1 },
             Portal { address: "2001:db8::1".into(), port: 3260, group: 1 },
@@ -242,15 +240,12 @@ impl World {
         let host = &self.hosts[h];
         LoginRequest {
             transit: nsg.is_some(),
-            more: false,
             csg,
             nsg: nsg.unwrap_or(SECURITY),
-            version_max: 0,
-            version_min: 0,
             isid: host.isid,
-            tsih: 0,
             cid: 9,
             sn: CmdSn { cmd: host.cmd_sn, exp_stat: host.exp_stat_sn },
+            ..LoginRequest::default()
         }
     }
 
@@ -393,6 +388,19 @@ impl World {
         }
     }
 
+    /// The tag of the R2T that has come.
+    pub(crate) fn r2t(&mut self, h: usize) -> u32 {
+        match self.receive(h) {
+            Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) => ttt,
+            other => panic!("no R2T, but {other:?}"),
+        }
+    }
+
+    /// Takes all memory.
+    pub(crate) fn hog(&mut self) -> Vec<Buf> {
+        std::iter::from_fn(|| self.mem.alloc(4096)).collect()
+    }
+
     /// A sequence of Data-Out.
     pub(crate) fn send_data(&mut self, h: usize, itt: u32, ttt: u32, offset: u32, data: &[u8]) {
         let segment = self.hosts[h].segment;
@@ -409,17 +417,34 @@ impl World {
         }
     }
 
-    /// A task management function and its response.
-    pub(crate) fn task_management(&mut self, h: usize, function: u8, lun: u16, rtt: u32) -> u8 {
+    /// Asks for a task management function.
+    pub(crate) fn manage(&mut self, h: usize, function: u8, lun: u16, rtt: u32) {
         let (itt, sn) = self.next_sn(h);
         let body = Body::TaskManagement { function, rtt, sn, ref_cmd_sn: 0 };
         self.send(h, Header::new(itt, 0, body).with_lun(encode_lun(lun)), &[]);
         self.run();
+    }
+
+    /// A task management function and its response.
+    pub(crate) fn task_management(&mut self, h: usize, function: u8, lun: u16, rtt: u32) -> u8 {
+        self.manage(h, function, lun, rtt);
         match self.receive(h) {
             Some((Header { body: Body::TaskManagementResponse { response, .. }, .. }, _)) => {
                 response
             }
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// The connection of a host.
+    pub(crate) fn conn(&mut self, h: usize) -> &mut Connection {
+        self.hosts[h].conn.as_mut().unwrap()
+    }
+
+    /// It is so late now, for all.
+    pub(crate) fn at(&mut self, now_ms: u64) {
+        for conn in self.hosts.iter_mut().filter_map(|host| host.conn.as_mut()) {
+            conn.handle_timeout(now_ms, &mut self.mem);
         }
     }
 
@@ -534,7 +559,7 @@ impl World {
 
     pub(crate) fn carry_out(&mut self, h: usize, outcome: Outcome) {
         let mem = &mut self.mem;
-        let Some(conn) = self.hosts[h].conn.as_mut() else { panic!("the connection is gone") };
+        let Some(conn) = self.hosts[h].conn.as_mut() else { return self.carry_on(outcome) };
         let io = match outcome {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
@@ -619,6 +644,16 @@ impl World {
             }
         }
         conn.complete(slot, IoStatus::Ok, mem);
+    }
+
+    /// A write whose connection is gone goes on; nobody is told of its end.
+    fn carry_on(&mut self, outcome: Outcome) {
+        if let Outcome::Io(Io { unit, command: IoCommand::Write { range, data, .. }, .. }) = outcome
+        {
+            let disk = &mut self.disks[unit.0 as usize];
+            disk[bytes_of(range)].copy_from_slice(self.mem.bytes(data.slice()));
+            self.mem.release(data);
+        }
     }
 
     /// Ends everything; nothing may have leaked.

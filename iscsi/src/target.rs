@@ -4,7 +4,7 @@
 //! meaning: it answers what it can itself and hands out the rest as [`Outcome`]s.
 
 mod execute;
-mod session;
+pub(crate) mod session;
 mod tasks;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -37,7 +37,7 @@ pub struct NodeId(pub u32);
 pub struct TargetConfig {
     /// What INQUIRY says.
     pub product: Product,
-    /// Sessions that may exist at once.
+    /// Sessions that may exist at once, but for those of discovery, of which there are few.
     pub max_sessions: usize,
     /// What discovery sessions have to prove.
     pub discovery_chap: Option<Chap>,
@@ -91,7 +91,7 @@ impl Initiators {
 }
 
 /// A target node: what an iSCSI name stands for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeConfig {
     /// The iSCSI name.
     pub iqn: String,
@@ -167,8 +167,9 @@ pub enum Outcome {
     Done,
     /// A request of the disk to carry out and complete.
     Io(Io),
-    /// Tasks were aborted: complete `slot` when every request of these units that was handed out
-    /// before has been completed. Only then does their end hold.
+    /// Tasks were aborted, or a session ends, or takes the place of one: complete `slot` when every
+    /// request of these units that was handed out before has been completed, whatever became of its
+    /// connection. A copy is a request of all units that it reads or writes, and of its own.
     Drain {
         /// Where the completion goes.
         slot: SlotId,
@@ -243,6 +244,10 @@ impl Node {
         self.units.get_mut(at)
     }
 
+    fn handles(&self) -> Vec<UnitHandle> {
+        self.units.iter().map(|unit| unit.config.handle).collect()
+    }
+
     /// The port groups, and which of them a portal group belongs to.
     fn port_groups(&self) -> Vec<PortGroup> {
         if self.config.port_groups.is_empty() {
@@ -290,9 +295,12 @@ pub struct Target {
 
 impl Target {
     /// A target without nodes.
-    #[must_use]
-    pub fn new(config: TargetConfig) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// Secrets that cannot be used.
+    pub fn new(config: TargetConfig) -> Result<Self, TargetError> {
+        check_secrets(config.discovery_chap.as_ref())?;
+        Ok(Self {
             config,
             portals: Vec::new(),
             nodes: Vec::new(),
@@ -303,7 +311,7 @@ impl Target {
             units_changed: 1,
             closing: VecDeque::new(),
             aborts: VecDeque::new(),
-        }
+        })
     }
 
     /// Sets the addresses that discovery tells initiators.
@@ -392,8 +400,8 @@ impl Target {
         Ok(())
     }
 
-    /// Removes a logical unit, and tells the initiators. Requests that were handed out are the
-    /// caller's to end.
+    /// Removes a logical unit, tells the initiators, and aborts its tasks: see [`Target::poll_abort`].
+    /// Requests that were handed out are the caller's to end.
     ///
     /// # Errors
     /// An unknown node or unit.
@@ -405,6 +413,8 @@ impl Target {
         };
         self.forget_unit(removed.config.handle);
         self.units_changed += 1;
+        // What comes at this LUN next must not get what was meant for this one.
+        self.abort_sessions(id, None, Some(encode_lun(lun)));
         self.attend(id, None, None, Attention::LunsChanged);
         Ok(())
     }
@@ -518,8 +528,7 @@ impl Target {
     ) -> Outcome {
         let Command { slot, request, data } = cmd;
         if let Request::Login(login) = request {
-            self.handle_login(id, conn, slot, &login, mem);
-            return Outcome::Done;
+            return self.handle_login(id, conn, slot, &login, mem);
         }
         let Some(index) = self.session_of(id, conn) else {
             // It was replaced, or its node is gone.
@@ -538,8 +547,7 @@ impl Target {
                 Outcome::Done
             }
             Request::Logout { reason, cid } => {
-                self.handle_logout(index, conn, slot, reason, cid, mem);
-                Outcome::Done
+                self.handle_logout(index, conn, slot, reason, cid, mem)
             }
             Request::Login(_) => Outcome::Done,
         }
@@ -561,9 +569,8 @@ impl Target {
         self.closing.pop_front()
     }
 
-    /// The next connection whose tasks are to be aborted. Ask after every request and every
-    /// [`Target::set_reservations`], before the [`Outcome::Drain`] or [`Outcome::Reserve`] that it comes
-    /// of is completed.
+    /// The next connection whose tasks are to be aborted. Ask after every request, every
+    /// [`Target::set_reservations`] and [`Target::remove_unit`], before anything else is done.
     pub fn poll_abort(&mut self) -> Option<Abort> {
         self.aborts.pop_front()
     }

@@ -262,12 +262,7 @@ pub(crate) fn allocation_len(cdb: &[u8; 16]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn cdb(bytes: &[u8]) -> [u8; 16] {
-        let mut out = [0; 16];
-        out[..bytes.len()].copy_from_slice(bytes);
-        out
-    }
+    use crate::scsi::cdb::cdb;
 
     #[test]
     fn the_table_is_in_order() {

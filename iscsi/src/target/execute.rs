@@ -6,7 +6,7 @@ use cairn_block::{Buf, Lba, LbaRange, Memory};
 use super::session::Session;
 use super::{Io, NodeId, Outcome, Target, Volume, release};
 use crate::connection::{Connection, ScsiCommand, SlotId};
-use crate::pdu::decode_lun;
+use crate::pdu::{decode_lun, encode_lun};
 use crate::scsi::IoCommand;
 use crate::scsi::block::{self, Step};
 use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
@@ -77,7 +77,21 @@ impl Target {
             Ok(ending) => ending,
             Err(status) => Ending::Status(status),
         };
+        if let Ending::Io(IoCommand::Copy { segments, .. }) = &ending
+            && let Some(list) = &data
+        {
+            let list = mem.bytes(list.slice())[0];
+            conn.begin_copy(slot, list, segments.len(), self.reached(node, segments));
+        }
         finish(conn, slot, scsi, Some(handle), ending, data, mem)
+    }
+
+    /// The logical units that a copy reads or writes.
+    fn reached(&self, node: NodeId, segments: &[copy::CopySegment]) -> Vec<u64> {
+        let units = self.node(node).map(|n| n.units.as_slice()).unwrap_or_default();
+        let reaches =
+            |u: &&Unit| segments.iter().any(|s| [s.from, s.to].contains(&u.config.handle));
+        units.iter().filter(reaches).map(|u| encode_lun(u.config.lun)).collect()
     }
 
     /// A command for a logical unit that there is not, or for the well known one.
@@ -132,6 +146,12 @@ impl Target {
         let row = opcodes::check(cdb)?;
         let (node, session) = self.at(place).ok_or(Sense::LUN_NOT_SUPPORTED)?;
         let unit = node.unit(place.lun).ok_or(Sense::LUN_NOT_SUPPORTED)?;
+        let lacks_data = scsi.received > 0 && data.is_none();
+        if scsi.wanted != data_out_len(cdb, unit.shift()) || lacks_data {
+            // The unit is another than when the data was asked for, or the data is used up and the
+            // command was given back: it has to come again.
+            return Err(Status::Busy);
+        }
         let (_, state) = node.access(session.portal_group);
         if let Some(sense) = state.refusal(row.access) {
             return Err(sense.into());
@@ -377,23 +397,26 @@ fn finish<M: Memory>(
     data: Option<Buf>,
     mem: &mut M,
 ) -> Outcome {
-    if let (Ending::Io(IoCommand::Copy { segments, .. }), Some(list)) = (&ending, &data) {
-        conn.begin_copy(slot, mem.bytes(list.slice())[0], segments.len());
-    }
     release(data, mem);
+    if let (Ending::Io(_) | Ending::Reserve(_), Some(unit)) = (&ending, unit) {
+        conn.set_unit(slot, unit);
+    }
+    let ending = match ending {
+        Ending::CopyStatus(list) => match conn.copy_status(list) {
+            Some(data) => Ending::Data(data),
+            None => Ending::Status(Sense::invalid_cdb(2, 7).into()),
+        },
+        ending => ending,
+    };
     match (ending, unit) {
         (Ending::Io(command), Some(unit)) => return Outcome::Io(Io { slot, unit, command }),
-        (Ending::CopyStatus(list), _) => match conn.copy_status(list) {
-            Some(data) => conn.respond_with(slot, data, mem),
-            None => conn.respond(slot, Sense::invalid_cdb(2, 7).into(), mem),
-        },
         (Ending::Reserve(change), Some(unit)) => return Outcome::Reserve { slot, unit, change },
         (Ending::Status(status), _) => conn.respond(slot, status, mem),
         (Ending::Data(mut bytes), _) => {
             bytes.truncate(allocation_len(&scsi.cdb));
             conn.respond_with(slot, bytes, mem);
         }
-        (Ending::Io(_) | Ending::Reserve(_), None) => {
+        (Ending::Io(_) | Ending::Reserve(_) | Ending::CopyStatus(_), _) => {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
         }
     }

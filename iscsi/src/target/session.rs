@@ -3,7 +3,7 @@
 use cairn_block::Memory;
 use cairn_block::reservation::Registrant;
 
-use super::{ConnId, Node, NodeId, Portal, SessionInfo, Target};
+use super::{ConnId, Node, NodeId, Outcome, Portal, SessionInfo, Target};
 use crate::connection::{Binding, Connection, SlotId};
 use crate::login::{FULL_FEATURE, LoginStatus, Names, Terms, is_name};
 use crate::pdu::LoginRequest;
@@ -11,8 +11,11 @@ use crate::scsi::unit::{Attention, Attentions, NexusId};
 use crate::text;
 use crate::wire::len32;
 
+/// Discovery sessions that may exist at once: nobody is kept from a target because strangers ask for
+/// them, and none ends another's.
+const MAX_DISCOVERY_SESSIONS: usize = 64;
 /// The most text that answers a login request.
-const MAX_LOGIN_TEXT: usize = 4096;
+pub(crate) const MAX_LOGIN_TEXT: usize = 4096;
 
 #[derive(Debug)]
 pub(super) struct Session {
@@ -78,10 +81,11 @@ impl Target {
         slot: SlotId,
         request: &LoginRequest,
         mem: &mut M,
-    ) {
+    ) -> Outcome {
         let Some(mut login) = conn.login.take() else {
             let over = Err(LoginStatus::InvalidDuringLogin);
-            return conn.respond_login(slot, request, over, mem);
+            conn.respond_login(slot, request, over, mem);
+            return Outcome::Done;
         };
         let offer = conn.offer();
         let portal_group = conn.portal_group();
@@ -95,13 +99,27 @@ impl Target {
                     return Ok((reply, 0));
                 }
                 // What was true at the first request may not be so any more.
-                self.terms(login.names(), portal_group)?;
+                let terms = self.terms(login.names(), portal_group)?;
+                if terms.chap.as_ref() != login.chap() {
+                    return Err(LoginStatus::AuthenticationFailure);
+                }
                 let tsih = self.begin_session(id, conn, login.names(), portal_group)?;
                 Ok((reply, tsih))
             });
+        let node = login.names().target.as_ref().and_then(|name| self.node_by_name(name));
         conn.login = Some(login);
+        if let Ok((reply, tsih)) = &outcome
+            && reply.transit_to == Some(FULL_FEATURE)
+            && let Some(node) = node.and_then(|node| self.node(node))
+            && !node.units.is_empty()
+        {
+            // What a session before this one has begun is over before its first command.
+            conn.welcome(*tsih, reply.text.clone());
+            return Outcome::Drain { slot, units: node.handles() };
+        }
         let outcome = outcome.as_ref().map(|(r, tsih)| (r.transit_to, *tsih, r.text.as_slice()));
         conn.respond_login(slot, request, outcome.map_err(|status| *status), mem);
+        Outcome::Done
     }
 
     /// What a login has to do to get in, if it may at all.
@@ -153,19 +171,23 @@ impl Target {
         for index in 0..self.sessions.len() {
             let same = self.sessions[index]
                 .as_ref()
-                .is_some_and(|s| s.node == node && s.registrant == registrant);
+                .is_some_and(|s| node.is_some() && s.node == node && s.registrant == registrant);
             if same && let Some(old) = self.end_session(index) {
                 self.closing.push_back(old);
             }
         }
-        let index = match self.sessions.iter().position(Option::is_none) {
-            Some(index) => index,
-            None if self.sessions.len() < self.config.max_sessions => {
-                self.sessions.push(None);
-                self.sessions.len() - 1
-            }
-            None => return Err(LoginStatus::OutOfResources),
+        let alike = self.sessions.iter().flatten().filter(|s| s.node.is_some() == node.is_some());
+        let most = match node {
+            Some(_) => self.config.max_sessions,
+            None => MAX_DISCOVERY_SESSIONS,
         };
+        if alike.count() >= most {
+            return Err(LoginStatus::OutOfResources);
+        }
+        let index = self.sessions.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.sessions.push(None);
+            self.sessions.len() - 1
+        });
         let tsih = self.free_tsih();
         self.generation += 1;
         let generation = self.generation;
@@ -252,7 +274,7 @@ impl Target {
         reason: u8,
         cid: u16,
         mem: &mut M,
-    ) {
+    ) -> Outcome {
         const CLOSE_SESSION: u8 = 0;
         const CLOSE_CONNECTION: u8 = 1;
         const CID_NOT_FOUND: u8 = 1;
@@ -264,9 +286,17 @@ impl Target {
             _ => RECOVERY_NOT_SUPPORTED,
         };
         if response == 0 {
+            let node = self.sessions[index].as_ref().and_then(|s| self.node(s.node?));
+            let units = node.map(Node::handles).unwrap_or_default();
             self.end_session(index);
+            // Nothing of the session is under way any more when it has ended.
+            if conn.outstanding() > 1 && !units.is_empty() {
+                conn.leave();
+                return Outcome::Drain { slot, units };
+            }
         }
         conn.respond_logout(slot, response, mem);
+        Outcome::Done
     }
 
     /// SendTargets, and what else a Text Request may ask.

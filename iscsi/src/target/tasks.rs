@@ -42,14 +42,14 @@ impl Target {
             (ABORT_TASK, _, Some(_)) => match conn.abort_task(rtt, lun, mem) {
                 Aborted::Nothing => Err(NO_SUCH_TASK),
                 Aborted::Before => Ok(None),
-                Aborted::During => Ok(found.map(|(_, _, unit)| vec![unit])),
+                Aborted::During(unit) => Ok(unit.map(|unit| vec![unit])),
             },
             (ABORT_TASK_SET, Some((_, _, unit)), _) => {
                 Ok(conn.abort_tasks(Some(lun), mem).then(|| vec![unit]))
             }
             (CLEAR_TASK_SET | LOGICAL_UNIT_RESET, Some((node, number, unit)), _) => {
                 conn.abort_tasks(Some(lun), mem);
-                self.abort_others(node, index, Some(lun));
+                self.abort_sessions(node, Some(index), Some(lun));
                 if function == CLEAR_TASK_SET {
                     self.attend(node, Some(number), Some(index), Attention::CommandsCleared);
                 } else {
@@ -73,12 +73,12 @@ impl Target {
         Outcome::Done
     }
 
-    /// Asks for the tasks of the other sessions of a node to be aborted.
-    pub(super) fn abort_others(&mut self, node: NodeId, index: usize, lun: Option<u64>) {
+    /// Asks for the tasks of the sessions of a node, except one, to be aborted.
+    pub(super) fn abort_sessions(&mut self, node: NodeId, except: Option<usize>, lun: Option<u64>) {
         for (i, session) in self.sessions.iter().enumerate() {
             if let Some(session) = session
                 && session.node == Some(node)
-                && i != index
+                && except != Some(i)
             {
                 self.aborts.push_back(Abort { conn: session.conn, lun });
             }
@@ -113,7 +113,7 @@ impl Target {
         mem: &mut M,
     ) -> Vec<UnitHandle> {
         conn.abort_tasks(None, mem);
-        self.abort_others(node, index, None);
+        self.abort_sessions(node, Some(index), None);
         let units = self.reset_units(node, None);
         self.attend(node, None, None, Attention::TargetReset);
         if function == TARGET_COLD_RESET {
