@@ -60,7 +60,11 @@ impl Work {
     }
 
     pub(super) fn copy(segments: Vec<CopySegment>, fua: bool) -> Self {
-        Self { kind: Kind::Copy { segments: segments.into(), fua }, range: LbaRange::default(), data: None }
+        Self {
+            kind: Kind::Copy { segments: segments.into(), fua },
+            range: LbaRange::default(),
+            data: None,
+        }
     }
 
     /// Whether nothing may change its range between its requests.
@@ -184,9 +188,9 @@ impl<D: Driver> Shard<D> {
     pub(super) fn jobs_of(&self, namespace: NamespaceHandle) -> Vec<u32> {
         let on = |job: &Job| {
             let copies = match &job.work.kind {
-                Kind::Copy { segments, .. } => segments
-                    .iter()
-                    .any(|s| [s.from, s.to].map(namespace_of).contains(&namespace)),
+                Kind::Copy { segments, .. } => {
+                    segments.iter().any(|s| [s.from, s.to].map(namespace_of).contains(&namespace))
+                }
                 _ => false,
             };
             job.namespace == namespace || copies
@@ -250,6 +254,10 @@ impl<D: Driver> Shard<D> {
         if self.jobs.table[id].step == Step::Over {
             return self.drop_job(id);
         }
+        if self.is_given_up(id) {
+            self.end_job(id, Ending::Status(IoStatus::Aborted));
+            return self.drop_job(id);
+        }
         if !self.give_bounce(id) {
             self.jobs.waiting.push_back(id);
             return;
@@ -267,11 +275,22 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// Whether nobody waits for a job any more: it was aborted, or its connection is gone.
+    fn is_given_up(&self, id: u32) -> bool {
+        let Asker::Iscsi { conn, generation, slot } = self.jobs.table[id].asker else {
+            return false;
+        };
+        let host = self.initiators.hosts.get(conn).filter(|host| host.generation == generation);
+        host.is_none_or(|host| host.conn.is_aborted(slot))
+    }
+
     /// Acts on what was read, and says what comes next.
     fn next_of(&mut self, id: u32) -> Next {
         let job = &self.jobs.table[id];
         let shift = match &job.work.kind {
-            Kind::Copy { segments, .. } => segments.front().and_then(|s| self.block_shift(namespace_of(s.from))),
+            Kind::Copy { segments, .. } => {
+                segments.front().and_then(|s| self.block_shift(namespace_of(s.from)))
+            }
             _ => self.block_shift(job.namespace),
         };
         let Some(shift) = shift else { return Next::End(Ending::Status(IoStatus::NotReady)) };
@@ -309,7 +328,9 @@ impl<D: Driver> Shard<D> {
             let memory = self.driver.memory();
             match ending {
                 Ending::Status(status) => host.conn.complete(slot, status, memory),
-                Ending::Differs(at) => Connection::complete_miscompare(&mut host.conn, slot, at, memory),
+                Ending::Differs(at) => {
+                    Connection::complete_miscompare(&mut host.conn, slot, at, memory)
+                }
             }
             self.touch_initiator(conn);
         }
@@ -391,7 +412,8 @@ impl Job {
         let data = memory.bytes(self.data());
         if repeated {
             let blocks = read.chunks(data.len()).enumerate();
-            let mut found = blocks.filter_map(|(i, block)| Some((i, first_difference(block, data)?)));
+            let mut found =
+                blocks.filter_map(|(i, block)| Some((i, first_difference(block, data)?)));
             // It is told where in the block that was sent.
             return found.next().map(|(_, at)| at);
         }

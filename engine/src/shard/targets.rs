@@ -11,10 +11,10 @@ use cairn_iscsi::target::{ConnId, Initiators as Allowed, NodeConfig, NodeId, Por
 use cairn_nvmf::ana::AnaState;
 use cairn_reactor::Driver;
 
+use super::Shard;
 use super::moves::{FRONT, Message};
 use super::standby::ana_state;
 use super::volumes::Volume;
-use super::Shard;
 use crate::control::{
     EngineError, IscsiExport, IscsiPortal, IscsiReport, IscsiSession, IscsiTarget,
 };
@@ -149,9 +149,9 @@ impl<D: Driver> Shard<D> {
     fn check_node(&self, export: &IscsiExport) -> Result<(), EngineError> {
         use cairn_iscsi::target::{Target, TargetConfig};
         // One of its own finds what there is to say.
-        let mut probe = Target::new(TargetConfig::default());
-        let added = probe.add_node(node_config(export, &[]));
-        added.map(|_| ()).map_err(|error| EngineError::Invalid(error.to_string()))?;
+        let probe = Target::new(TargetConfig::default());
+        let added = probe.and_then(|mut probe| probe.add_node(node_config(export, &[])));
+        added.map(drop).map_err(|error| EngineError::Invalid(error.to_string()))?;
         if export.lun > cairn_iscsi::scsi::MAX_LUN {
             let most = cairn_iscsi::scsi::MAX_LUN;
             return Err(EngineError::Invalid(format!("LUN {}: from 0 to {most}", export.lun)));
