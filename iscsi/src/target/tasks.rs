@@ -50,7 +50,7 @@ impl Target {
             (CLEAR_TASK_SET | LOGICAL_UNIT_RESET, Some((node, number, unit)), _) => {
                 conn.abort_tasks(Some(lun), mem);
                 self.abort_sessions(node, Some(index), Some(lun));
-                // Whose commands were cleared is told by their status, TAS being set (SAM-5, section 5.6).
+                // Whose commands were cleared is told by their status, TAS being set (SAM-5).
                 if function == LOGICAL_UNIT_RESET {
                     self.reset_units(node, Some(number));
                     self.attend(node, Some(number), None, Attention::UnitReset);
