@@ -2,7 +2,6 @@
 
 use cairn_block::BlockSize;
 
-use super::reservation::Reservations;
 use super::sense::{Sense, key};
 
 /// Names what backs a logical unit; whoever adds it chooses it.
@@ -43,7 +42,6 @@ pub(crate) enum Attention {
     PowerOn,
     TargetReset,
     UnitReset,
-    CommandsCleared,
     ReservationsPreempted,
     ReservationsReleased,
     RegistrationsPreempted,
@@ -54,11 +52,10 @@ pub(crate) enum Attention {
 }
 
 impl Attention {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 10] = [
         Self::PowerOn,
         Self::TargetReset,
         Self::UnitReset,
-        Self::CommandsCleared,
         Self::ReservationsPreempted,
         Self::ReservationsReleased,
         Self::RegistrationsPreempted,
@@ -73,7 +70,6 @@ impl Attention {
             Self::PowerOn => (0x29, 0x00),
             Self::TargetReset => (0x29, 0x02),
             Self::UnitReset => (0x29, 0x03),
-            Self::CommandsCleared => (0x2f, 0x00),
             Self::ReservationsPreempted => (0x2a, 0x03),
             Self::ReservationsReleased => (0x2a, 0x04),
             Self::RegistrationsPreempted => (0x2a, 0x05),
@@ -126,15 +122,12 @@ pub(crate) struct NexusId(pub(crate) u64);
 pub(crate) struct Unit {
     pub(crate) config: UnitConfig,
     pub(crate) modes: Modes,
-    pub(crate) reservations: Reservations,
-    /// Who holds RESERVE.
-    pub(crate) reserved_by: Option<NexusId>,
 }
 
 impl Unit {
     pub(crate) fn new(config: UnitConfig) -> Self {
         let modes = Self::default_modes(&config);
-        Self { config, modes, reservations: Reservations::default(), reserved_by: None }
+        Self { config, modes }
     }
 
     pub(crate) fn default_modes(config: &UnitConfig) -> Modes {
@@ -147,13 +140,7 @@ impl Unit {
 
     /// A reset of the logical unit: what does not survive it.
     pub(crate) fn reset(&mut self) {
-        self.reserved_by = None;
         self.modes = Self::default_modes(&self.config);
-    }
-
-    /// A nexus is gone: what does not survive it.
-    pub(crate) fn forget(&mut self, nexus: NexusId) {
-        self.reserved_by.take_if(|by| *by == nexus);
     }
 
     pub(crate) fn is_write_protected(&self) -> bool {
@@ -174,6 +161,6 @@ mod tests {
         assert_eq!(a.take(), Some(Sense::new(6, 0x29, 0)));
         assert_eq!(a.take(), Some(Sense::new(6, 0x2a, 9)));
         assert_eq!(a.take(), None);
-        assert_eq!(Attention::ALL.map(|a| a as u8), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        assert_eq!(Attention::ALL.map(|a| a as u8), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
     }
 }
