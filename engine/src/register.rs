@@ -40,6 +40,10 @@ pub const AGAIN: u32 = 1 << 31;
 /// Bytes of a register page.
 pub const PAGE: u32 = 4096;
 
+// On the wire as on disk.
+const _: () = assert!(cairn_nexus::MAX_CONFIG <= LEASE - HEADER);
+const _: () = assert!(cairn_nexus::MAX_CONFIG <= cairn_replica::disk::CONFIG_MAX);
+
 const MAGIC: [u8; 8] = *b"CRNREG1\0";
 const HEADER: usize = 56;
 /// Where a page says how large the replica is.

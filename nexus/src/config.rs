@@ -34,6 +34,8 @@ const SECTION_DELETED: u16 = 6;
 const SECTION_RESERVATIONS: u16 = 7;
 /// Deleted snapshots that a configuration names at most: so many fit in a register beside the rest.
 pub const MAX_DELETED: usize = 32;
+/// Bytes of an encoded configuration at most, whatever it says: a register holds so many.
+pub const MAX_CONFIG: usize = 3584;
 /// Bytes of a [`Place`].
 pub const PLACE: usize = 18;
 
@@ -345,6 +347,8 @@ fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Section
 
 #[cfg(test)]
 mod tests {
+    use cairn_block::reservation::{Action, Change, MAX_ENCODED, Registrant};
+
     use super::*;
 
     #[test]
@@ -432,5 +436,51 @@ mod tests {
         let mut long = bytes.clone();
         long[end + 4..end + 8].fill(0xff);
         assert!(Config::decode(&long).is_err());
+    }
+
+    /// As many registrations as there is room for.
+    fn table() -> Reservations {
+        let mut table = Reservations::default();
+        for host in 1.. {
+            let action = Action::RegisterAndIgnore { new_key: host, aptpl: Some(true) };
+            let registrant = Registrant::Iscsi {
+                initiator: "iqn.2026-11.io.example:a-host-of-some-name".to_owned(),
+                isid: [7; 6],
+                port_group: u16::try_from(host).unwrap(),
+            };
+            if table.apply(&Change { registrant, key: 0, action }).is_err() {
+                return table;
+            }
+        }
+        table
+    }
+
+    #[test]
+    fn the_largest_configuration_fits_in_a_register() {
+        let reservations = table().encode();
+        assert!(reservations.len() > MAX_ENCODED - 100, "{}", reservations.len());
+        let member = Member { place: Place([7; PLACE]), ..Member::default() };
+        let config = Config {
+            volume: VolumeId(7),
+            blocks: 1 << 40,
+            lineage: 3,
+            encryption: vec![7; 136],
+            holder: 5,
+            restoring: Some(SnapshotId(6)),
+            deleted: vec![SnapshotId(8); MAX_DELETED],
+            block_size: 512,
+            reservations,
+            generation: 41,
+            members: vec![member; MAX_CHILDREN],
+        };
+        let bytes = config.encode();
+        let spare = MAX_ENCODED - config.reservations.len();
+        assert!(bytes.len() + spare <= MAX_CONFIG, "{} bytes, and {spare}", bytes.len());
+        assert_eq!(Config::decode(&bytes), Ok(config.clone()));
+
+        let mut damaged = config.clone();
+        damaged.reservations[0] ^= 0xff;
+        let wrong = Err(ConfigError::Section(SECTION_RESERVATIONS));
+        assert_eq!(Config::decode(&damaged.encode()), wrong);
     }
 }

@@ -44,7 +44,7 @@ mod upkeep;
 mod voters;
 
 pub use children::{ChildState, FaultReason};
-pub use config::{Config, ConfigError, MAX_DELETED, Member, PLACE, Place};
+pub use config::{Config, ConfigError, MAX_CONFIG, MAX_DELETED, Member, PLACE, Place};
 pub use mend::{MEND_RESERVE, MendCounters};
 pub use nexus::Nexus;
 pub use rebuild::{RebuildEnd, RebuildRecord, RebuildReport, RebuildStage};

@@ -152,7 +152,7 @@ impl Volume {
 }
 
 impl<D: Driver> Shard<D> {
-    pub(super) fn add_volume(&mut self, spec: VolumeSpec, now: u64) -> Result<(), EngineError> {
+    pub(super) fn add_volume(&mut self, mut spec: VolumeSpec, now: u64) -> Result<(), EngineError> {
         let taken =
             self.volumes.iter().any(|(_, v)| v.spec.name == spec.name || v.spec.nqn == spec.nqn);
         if taken {
@@ -183,7 +183,15 @@ impl<D: Driver> Shard<D> {
             children.push(id);
         }
         if let Some(export) = &spec.iscsi {
-            self.check_place(None, export, spec.sharing.is_some())?;
+            let checked = self.check_place(None, export, spec.sharing.is_some());
+            match checked {
+                Err(error) if spec.purpose != Purpose::Create => {
+                    let name = &spec.name;
+                    tracing::error!(volume = %name, "the volume is served, and not over iSCSI: {error}");
+                    spec.iscsi = None;
+                }
+                checked => checked?,
+            }
         }
         let key = keys::new_key(&spec)?;
         let section =
