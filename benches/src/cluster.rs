@@ -223,6 +223,7 @@ impl Cluster {
             blocks: BLOCKS,
             block_size: Some(BlockSize::B4096),
             sharing: None,
+            iscsi: None,
             children,
             purpose: Purpose::Create,
             child_deadline_ms: 10_000,

@@ -1,5 +1,6 @@
 //! `cairn pool|replica|volume`: manage a running process over its API socket.
 
+mod iscsi;
 mod members;
 pub(crate) mod share;
 
@@ -459,6 +460,21 @@ Examples:
         #[arg(long, value_name = "MIB")]
         rate: Option<u32>,
     },
+    /// Have initiators of iSCSI reach a volume too, or change who may. All of it is as said from then on.
+    #[command(after_help = "\
+Examples:
+  cairn volume export db --iscsi --initiator iqn.1993-08.org.debian:01:abcdef
+  cairn volume export db --iscsi --initiator IQN1 --initiator IQN2 --chap-file /etc/cairn/db.chap
+  cairn volume export log --iscsi --target iqn.2026-11.io.cairn:db --lun 1    # beside it, for the same initiators")]
+    Export(iscsi::ExportArgs),
+    /// Have initiators of iSCSI reach a volume no more: they are cut off.
+    Unexport {
+        /// The volume's name.
+        name: String,
+        /// Over iSCSI.
+        #[arg(long, required = true)]
+        iscsi: bool,
+    },
     /// Stop serving a volume. Its replicas and their data stay.
     Delete {
         /// Its name.
@@ -747,6 +763,12 @@ pub(crate) fn volume(global: &Global, command: VolumeCommand) -> Result<ExitCode
             }
             VolumeCommand::Rebuild { volume, rate } => {
                 members::rebuild(global, &mut client, volume, rate).await?;
+            }
+            VolumeCommand::Export(args) => iscsi::export(global, &mut client, args).await?,
+            VolumeCommand::Unexport { name, .. } => {
+                let request = v1::UnexportVolumeRequest { name };
+                let volume = client.unexport_volume(request).await.map_err(|s| said(&s))?;
+                show_volume(global.output, &volume.into_inner())?;
             }
             VolumeCommand::Delete { name } => {
                 let request = v1::DeleteVolumeRequest { name };

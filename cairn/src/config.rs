@@ -24,6 +24,8 @@ pub(crate) struct Config {
     #[serde(default)]
     pub(crate) nvmf: Nvmf,
     #[serde(default)]
+    pub(crate) iscsi: Iscsi,
+    #[serde(default)]
     pub(crate) engine: Engine,
     #[serde(default)]
     pub(crate) nexus: Nexus,
@@ -62,6 +64,9 @@ pub(crate) struct Standby {
     /// Where hosts reach the other processes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) elsewhere: Vec<SocketAddr>,
+    /// Where initiators do: ADDRESS:PORT,GROUP.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) iscsi_elsewhere: Vec<String>,
     /// The file of its key, where it is encrypted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) key_file: Option<String>,
@@ -146,6 +151,85 @@ pub(crate) struct Nvmf {
     /// must not overlap. Not given: 250 of them, which the process's state folder chooses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) controller_ids: Option<[u16; 2]>,
+}
+
+/// Where iSCSI initiators connect. Default: nowhere.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Iscsi {
+    /// Addresses to listen on, of one portal group; port 0: one that is free.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) listen: Vec<SocketAddr>,
+    /// The IP address that initiators are told, where it is not the one listened on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) advertise: Option<std::net::IpAddr>,
+    /// The group's tag; processes that share a volume must not have the same. Not given: one that the process's
+    /// state folder chooses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) portal_group: Option<u16>,
+    /// More portal groups.
+    #[serde(rename = "group", skip_serializing_if = "Vec::is_empty")]
+    pub(crate) groups: Vec<PortalGroup>,
+    /// What initiators prove that ask which targets there are: a file as --chap-file of `cairn volume export` names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) discovery_chap_file: Option<String>,
+}
+
+/// Addresses that belong together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PortalGroup {
+    /// Its tag.
+    pub(crate) tag: u16,
+    /// As in [`Iscsi`].
+    pub(crate) listen: Vec<SocketAddr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) advertise: Option<std::net::IpAddr>,
+}
+
+impl Iscsi {
+    /// The portal groups. `node` tells this process's state folder from others.
+    pub(crate) fn portal_groups(&self, node: u128) -> Vec<PortalGroup> {
+        let tags = u128::from(u16::MAX);
+        let chosen = 1 + u16::try_from(node % tags).expect("fewer than 2^16");
+        let first = (!self.listen.is_empty()).then(|| PortalGroup {
+            tag: self.portal_group.unwrap_or(chosen),
+            listen: self.listen.clone(),
+            advertise: self.advertise,
+        });
+        first.into_iter().chain(self.groups.iter().cloned()).collect()
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.listen.is_empty() && (self.advertise.is_some() || self.portal_group.is_some()) {
+            bail!("[iscsi]: advertise and portal_group go with listen");
+        }
+        let own = self.portal_group.into_iter();
+        let tags: Vec<u16> = own.chain(self.groups.iter().map(|group| group.tag)).collect();
+        for (i, &tag) in tags.iter().enumerate() {
+            if tag == 0 || tags[..i].contains(&tag) {
+                bail!("[iscsi]: portal group {tag}: each has a tag of its own, from 1 to 65535");
+            }
+        }
+        for group in &self.groups {
+            if group.listen.is_empty() {
+                bail!("[iscsi]: portal group {} listens nowhere", group.tag);
+            }
+        }
+        let at = self.groups.iter().map(|g| (&g.listen, g.advertise));
+        for (listen, advertise) in at.chain([(&self.listen, self.advertise)]) {
+            let any = listen.iter().find(|address| address.ip().is_unspecified());
+            if let (Some(any), None) = (any, advertise) {
+                bail!(
+                    "[iscsi]: listen = \"{any}\" is every address; set `advertise` to the one that initiators are told"
+                );
+            }
+            if advertise.is_some_and(|ip| ip.is_unspecified()) {
+                bail!("[iscsi]: advertise is the address that initiators connect to, not every one");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Controller ids of a process that was given none.
@@ -479,6 +563,7 @@ impl Config {
         if self.name.is_empty() || self.name.len() > 64 || !self.name.chars().all(plain) {
             bail!("name = \"{}\": use 1 to 64 letters, digits, '-', '_' and '.'", self.name);
         }
+        self.iscsi.check()?;
         let [low, high] = self.nvmf.controller_ids.unwrap_or([1, 0xffef]);
         if low == 0 || low > high || high > 0xffef {
             bail!("controller_ids = [{low}, {high}]: two numbers from 1 to 65519, in order");

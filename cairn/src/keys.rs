@@ -75,7 +75,8 @@ impl KeySource {
         let (text, what) = match (&self.key_file, self.key_command.split_first()) {
             (Some(path), None) => {
                 let what = format!("the key file {path}");
-                (self.read_file(path).with_context(|| what.clone())?, what)
+                let read = read_file(path, self.allow_open_file, "--allow-open-key-file");
+                (read.with_context(|| what.clone())?, what)
             }
             (None, Some((program, args))) => {
                 let what = format!("the key command `{}`", self.key_command.join(" "));
@@ -86,21 +87,21 @@ impl KeySource {
         Kek::parse(&text).with_context(|| what)
     }
 
-    fn read_file(&self, path: &str) -> Result<Zeroizing<Vec<u8>>> {
-        let mut file = File::options()
-            .read(true)
-            // A pipe that nobody writes to would hold the process up.
-            .custom_flags(nix::libc::O_NONBLOCK)
-            .open(path)?;
-        let mode = file.metadata()?.mode() & 0o777;
-        if mode & 0o077 != 0 && !self.allow_open_file {
-            bail!(
-                "others than its owner may read it (mode {mode:03o}): `chmod 600` it, or say \
-                 --allow-open-key-file"
-            );
-        }
-        take(&mut file)
+}
+
+/// Reads a file with a secret, which others than its owner may read only where `allow_open` says so; `option` is how that
+/// is said.
+pub(crate) fn read_file(path: &str, allow_open: bool, option: &str) -> Result<Zeroizing<Vec<u8>>> {
+    let mut file = File::options()
+        .read(true)
+        // A pipe that nobody writes to would hold the process up.
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(path)?;
+    let mode = file.metadata()?.mode() & 0o777;
+    if mode & 0o077 != 0 && !allow_open {
+        bail!("others than its owner may read it (mode {mode:03o}): `chmod 600` it, or say {option}");
     }
+    take(&mut file)
 }
 
 /// All that there is, up to a little more than a key can be.

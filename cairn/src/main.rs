@@ -2,6 +2,7 @@
 //! `cairn`: the daemons and the command line, in one binary.
 
 mod bench;
+mod chap;
 mod check;
 mod cli;
 mod client;

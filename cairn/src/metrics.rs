@@ -62,6 +62,9 @@ const VOLUME_GAUGES: &[Field<v1::Volume>] = &[
     ("cairn_volume_size_bytes", "Size", |v| v.size_bytes),
     ("cairn_volume_epoch", "The epoch that it is served in", |v| v.epoch),
     ("cairn_volume_hosts", "Hosts that are connected", |v| v.hosts.len() as u64),
+    ("cairn_volume_initiators", "Sessions of iSCSI initiators", |v| {
+        v.iscsi.as_ref().map_or(0, |unit| unit.sessions.len() as u64)
+    }),
     ("cairn_volume_in_flight_requests", "Requests that are not answered yet", |v| v.in_flight),
     ("cairn_volume_shard", "The shard that serves it", |v| u64::from(v.shard)),
     ("cairn_volume_replicas", "Members that hold data", |v| data(v).count() as u64),

@@ -1,5 +1,6 @@
 //! Results as tables for people and as JSON for programs.
 
+mod iscsi;
 pub(crate) mod rebuilds;
 
 use anyhow::Result;
@@ -305,6 +306,7 @@ impl Show for v1::Volume {
             "replacement": self.replacement.as_ref().map(rebuilds::replacement_json),
             "unreconciled_mib": self.unreconciled_mib, "reconcile_mib": self.reconcile_mib,
             "shard": self.shard,
+            "iscsi": self.iscsi.as_ref().map(iscsi::unit_json),
         })
     }
 }
@@ -345,6 +347,10 @@ pub(crate) fn volume_status(volume: &v1::Volume) -> String {
     );
     for address in &volume.addresses {
         text.push_str(&format!("connect   {}\n", connect_line(address, &volume.nqn)));
+    }
+    if let Some(unit) = &volume.iscsi {
+        text.push_str(&iscsi::unit_text(unit));
+        text.push('\n');
     }
     let mends = volume.mends.unwrap_or_default();
     text.push_str(&format!(

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use cairn_engine::control::Command;
 use cairn_engine::reactor::{DriverConfig, Features};
-use cairn_engine::{EngineHandle, ShardConfig};
+use cairn_engine::{EngineHandle, IscsiConfig, IscsiPortal, ShardConfig};
 use clap::Args;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
-use crate::config::Config;
+use crate::config::{Config, PortalGroup};
 use crate::pools;
 use crate::service::Service;
 use crate::state::State;
@@ -42,7 +42,12 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     raise_descriptor_limit();
     // Held for as long as the engine lives.
     let holder = crate::holder::take(&config.state_dir, boot_id());
-    let shard = ShardConfig { holder: holder.id, ..shard_config(&config, holder.id) };
+    let groups = config.iscsi.portal_groups(holder.id);
+    let shard = ShardConfig {
+        holder: holder.id,
+        iscsi: iscsi_config(&config, &groups)?,
+        ..shard_config(&config, holder.id)
+    };
     let shards = config.engine.shards;
     let (engine, thread) = cairn_engine::start_shards(&driver_config(&config), &shard, shards)
         .context("the data engine cannot start")?;
@@ -53,12 +58,18 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     for &wanted in &config.nvmf.listen {
         addresses.push(listen(&engine, &config, wanted)?);
     }
+    let mut portals = Vec::new();
+    for group in &groups {
+        for &wanted in &group.listen {
+            portals.push(listen_for_initiators(&engine, group, wanted)?);
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(4)
         .enable_all()
         .build()?;
-    let service = Arc::new(Service::new(&config, engine.clone(), addresses, state));
+    let service = Arc::new(Service::new(&config, engine.clone(), addresses, portals, state));
     service.resume_volumes();
     // An engine that panicked serves nothing: the process ends, for its supervisor to start again.
     let (ended, engine_ended) = tokio::sync::oneshot::channel();
@@ -113,6 +124,20 @@ fn shard_config(config: &Config, holder: u128) -> ShardConfig {
         overcommit: config.overcommit,
         ..ShardConfig::default()
     }
+}
+
+/// What initiators of iSCSI meet.
+fn iscsi_config(config: &Config, groups: &[PortalGroup]) -> Result<IscsiConfig> {
+    let file = config.iscsi.discovery_chap_file.as_ref();
+    let halves = [uuid::Uuid::new_v4(), uuid::Uuid::new_v4()].map(uuid::Uuid::into_bytes);
+    let mut entropy = [0; 32];
+    entropy[..16].copy_from_slice(&halves[0]);
+    entropy[16..].copy_from_slice(&halves[1]);
+    Ok(IscsiConfig {
+        portal_groups: groups.iter().map(|group| group.tag).collect(),
+        entropy,
+        discovery_chap: file.map(|path| crate::chap::read(path, false)).transpose()?,
+    })
 }
 
 /// Which boot of the machine this is. Where it is not told, every process counts as another one: then a
@@ -171,6 +196,21 @@ fn listen(engine: &EngineHandle, config: &Config, wanted: SocketAddr) -> Result<
     engine.call(|reply| Command::AddListener { listener, advertise, reply })?;
     tracing::info!(%bound, %advertise, "listening for NVMe/TCP");
     Ok(advertise)
+}
+
+fn listen_for_initiators(
+    engine: &EngineHandle,
+    group: &PortalGroup,
+    wanted: SocketAddr,
+) -> Result<IscsiPortal> {
+    let taken = |e: &std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse;
+    let (listener, bound) = patiently(taken, || cairn_engine::thread::listen(wanted))
+        .with_context(|| format!("cannot listen on {wanted} (is another process there?)"))?;
+    let address = SocketAddr::new(group.advertise.unwrap_or(bound.ip()), bound.port());
+    let portal = IscsiPortal { address, group: group.tag };
+    engine.call(|reply| Command::AddIscsiListener { listener, portal, reply })?;
+    tracing::info!(%bound, advertise = %address, group = group.tag, "listening for iSCSI");
+    Ok(portal)
 }
 
 async fn serve(

@@ -2,6 +2,7 @@
 
 mod force;
 mod grow;
+mod iscsi;
 mod keys;
 mod members;
 mod messages;
@@ -22,7 +23,7 @@ use cairn_engine::control::{Command, Reply};
 use cairn_engine::nexus::Purpose;
 use cairn_engine::replica::ReplicaSpec;
 use cairn_engine::{
-    EncryptionSpec, EngineError, EngineHandle, PoolReport, ScrubAction, VolumeReplica,
+    EncryptionSpec, EngineError, EngineHandle, IscsiPortal, PoolReport, ScrubAction, VolumeReplica,
     VolumeReport, VolumeSpec,
 };
 use parking_lot::Mutex;
@@ -53,6 +54,7 @@ pub(crate) struct Service {
     name: String,
     engine: EngineHandle,
     addresses: Vec<SocketAddr>,
+    iscsi_portals: Vec<IscsiPortal>,
     child_deadline_ms: u64,
     state: Mutex<State>,
     scrubs: Scrubs,
@@ -72,12 +74,14 @@ impl Service {
         config: &Config,
         engine: EngineHandle,
         addresses: Vec<SocketAddr>,
+        iscsi_portals: Vec<IscsiPortal>,
         state: State,
     ) -> Self {
         Self {
             name: config.name.clone(),
             engine,
             addresses,
+            iscsi_portals,
             child_deadline_ms: config.nexus.child_deadline_ms,
             state: Mutex::new(state),
             scrubs: Scrubs::new(&config.state_dir, &config.nexus),
@@ -150,6 +154,7 @@ impl Service {
                 hosts => Some(hosts.to_vec()),
             },
             sharing,
+            iscsi: volume.iscsi.as_ref().map(|iscsi| iscsi.export_now(&volume.name)),
         })
     }
 
@@ -382,6 +387,7 @@ impl Cairn for Service {
             name: self.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             nvmf: self.addresses.iter().map(ToString::to_string).collect(),
+            iscsi: self.portals(),
             pid: std::process::id(),
             features: features
                 .iter()
@@ -709,6 +715,20 @@ impl Cairn for Service {
         request: Request<v1::TakeOverVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         self.take_over(request.into_inner().name).await.map(Response::new)
+    }
+
+    async fn export_volume(
+        &self,
+        request: Request<v1::ExportVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.export(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unexport_volume(
+        &self,
+        request: Request<v1::UnexportVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        self.unexport(request.into_inner().name).await.map(Response::new)
     }
 
     async fn hand_over_volume(

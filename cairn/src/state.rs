@@ -74,6 +74,27 @@ pub(crate) struct SavedSharing {
     /// Where hosts reach the others.
     #[serde(default)]
     pub(crate) elsewhere: Vec<String>,
+    /// Where initiators do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) iscsi_elsewhere: Vec<String>,
+}
+
+/// A volume as a logical unit of an iSCSI target.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedIscsi {
+    /// The target's name.
+    pub(crate) iqn: String,
+    #[serde(default)]
+    pub(crate) lun: u16,
+    /// Names of the initiators that may log in.
+    #[serde(default)]
+    pub(crate) initiators: Vec<String>,
+    /// Where the CHAP secrets are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) chap_file: Option<String>,
+    /// That file may be readable by others than its owner.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) allow_open_file: bool,
 }
 
 /// A volume to be served.
@@ -108,6 +129,9 @@ pub(crate) struct SavedVolume {
     /// Other processes may serve it in this one's place.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) shared: Option<SavedSharing>,
+    /// Initiators reach it too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) iscsi: Option<SavedIscsi>,
     /// Whether its first configuration was stored on the replicas.
     pub(crate) created: bool,
 }

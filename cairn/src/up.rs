@@ -434,6 +434,7 @@ async fn start_process(
         state_dir: dir.clone(),
         overcommit: 20,
         api: config::Api::default(),
+        iscsi: config::Iscsi::default(),
         nvmf: config::Nvmf {
             listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port))],
             ..config::Nvmf::default()

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use cairn_block::{BlockSize, PoolDeviceId, PoolId, ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
 use cairn_crypt::{Envelope, Kek, KeyId};
+use cairn_iscsi::chap::Chap;
 use cairn_nexus::{MendCounters, Purpose, ScrubReport};
 use cairn_replica::{MultiPool, Pool, ReplicaSpec, Usage};
 
@@ -148,6 +149,78 @@ pub struct VolumeSpec {
     pub allowed_hosts: Option<Vec<String>>,
     /// Other processes may serve it in this one's place.
     pub sharing: Option<Sharing>,
+    /// Initiators reach it too.
+    pub iscsi: Option<IscsiExport>,
+}
+
+/// A volume as a logical unit of an iSCSI target.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IscsiExport {
+    /// The target's name. Volumes of one target are on one shard.
+    pub iqn: String,
+    /// The unit's number.
+    pub lun: u16,
+    /// Names of the initiators that may log in: none, nobody; `*`, any. Of the target as a whole: what was said last
+    /// of one of its volumes.
+    pub initiators: Vec<String>,
+    /// What they have to prove; likewise.
+    pub chap: Option<Chap>,
+}
+
+/// An address that initiators reach a process at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IscsiPortal {
+    /// Where.
+    pub address: SocketAddr,
+    /// Its portal group, which is also a relative target port.
+    pub group: u16,
+}
+
+/// What a shard is told of a target of another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IscsiTarget {
+    /// It, and who may log in.
+    pub export: IscsiExport,
+    /// Where else initiators reach it.
+    pub elsewhere: Vec<IscsiPortal>,
+}
+
+/// A volume's logical unit, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IscsiReport {
+    /// The target's name.
+    pub iqn: String,
+    /// The unit's number.
+    pub lun: u16,
+    /// Names of the initiators that may log in.
+    pub initiators: Vec<String>,
+    /// Whether they have to prove who they are.
+    pub chap: bool,
+    /// Whether the target proves who it is, to those who ask.
+    pub mutual_chap: bool,
+    /// The access state of this process's ports; empty where the unit is not there yet.
+    pub state: &'static str,
+    /// The target port group of this process.
+    pub port_group: u16,
+    /// The initiators that are logged in.
+    pub sessions: Vec<IscsiSession>,
+}
+
+/// A session of an initiator, as told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IscsiSession {
+    /// Its name.
+    pub initiator: String,
+    /// Tells its sessions apart.
+    pub isid: [u8; 6],
+    /// The session's handle here.
+    pub tsih: u16,
+    /// The portal group that it came in at.
+    pub portal_group: u16,
+    /// Whether headers have digests.
+    pub header_digest: bool,
+    /// Whether data has.
+    pub data_digest: bool,
 }
 
 /// How a volume is shared with other processes, of which one serves it at a time.
@@ -158,6 +231,8 @@ pub struct Sharing {
     pub auto_after_ms: Option<u64>,
     /// Where hosts reach the others: discovery tells of these.
     pub elsewhere: Vec<SocketAddr>,
+    /// Where initiators do.
+    pub iscsi_elsewhere: Vec<IscsiPortal>,
 }
 
 /// I/O counted since the start of the process.
@@ -322,6 +397,8 @@ pub struct VolumeReport {
     pub children: Vec<ChildReport>,
     /// Its hosts.
     pub hosts: Vec<HostReport>,
+    /// How initiators reach it, where they do.
+    pub iscsi: Option<IscsiReport>,
     /// I/O so far.
     pub counters: ExportCounters,
     /// Requests in flight.
@@ -429,6 +506,24 @@ pub enum Command<L, D> {
         listener: L,
         /// Address told to hosts.
         advertise: SocketAddr,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Listen for iSCSI initiators.
+    AddIscsiListener {
+        /// The bound socket.
+        listener: L,
+        /// What initiators are told, and the portal group: one of [`IscsiConfig`](crate::shard::IscsiConfig).
+        portal: IscsiPortal,
+        /// The answer.
+        reply: Reply<()>,
+    },
+    /// Make a volume a logical unit, or none, or change who may log in.
+    ExportIscsi {
+        /// The volume, by name.
+        name: String,
+        /// How.
+        export: Option<IscsiExport>,
         /// The answer.
         reply: Reply<()>,
     },

@@ -19,6 +19,7 @@ pub mod upkeep;
 
 pub use cairn_block as block;
 pub use cairn_crypt as crypt;
+pub use cairn_iscsi as iscsi;
 pub use cairn_nexus as nexus;
 pub use cairn_nvmf as nvmf;
 pub use cairn_reactor as reactor;
@@ -26,10 +27,10 @@ pub use cairn_replica as replica;
 
 pub use control::{
     ChildAddress, ChildReport, Command, DeviceReport, EncryptionReport, EncryptionSpec,
-    EngineError, ExportCounters, HostReport, PoolMember, PoolReport, RebuildEnded, RebuildStatus,
+    EngineError, ExportCounters, HostReport, IscsiExport, IscsiPortal, IscsiReport, IscsiSession, IscsiTarget, PoolMember, PoolReport, RebuildEnded, RebuildStatus,
     ReplicaReport, Reply, ScrubAction, Sharing, SnapshotReport, VolumeReplica, VolumeReport,
     VolumeSpec,
 };
 pub use process::EngineHandle;
-pub use shard::{Message, Shard, ShardConfig, WatchedRegister, WatchedVolume};
+pub use shard::{IscsiConfig, Message, Shard, ShardConfig, WatchedRegister, WatchedVolume};
 pub use thread::{MAX_SHARDS, start, start_shards};

@@ -12,7 +12,7 @@ use cairn_reactor::Features;
 use parking_lot::Mutex;
 
 use crate::control::{
-    ChildAddress, Command as AnyCommand, EngineError, Reply, VolumeReplica, VolumeReport,
+    ChildAddress, Command as AnyCommand, EngineError, IscsiExport, Reply, VolumeReplica, VolumeReport,
     VolumeSpec,
 };
 use crate::shard::{FRONT, Message, replica_nqn};
@@ -109,8 +109,16 @@ struct PlacedVolume {
     name: String,
     nqn: String,
     shard: u16,
+    /// The iSCSI target that it is a unit of.
+    target: Option<String>,
     /// It has a replica in this process that it reaches over the network.
     over_network: bool,
+}
+
+impl PlacedVolume {
+    fn is_of(&self, export: &IscsiExport) -> bool {
+        self.target.as_ref().is_some_and(|target| target.eq_ignore_ascii_case(&export.iqn))
+    }
 }
 
 impl Places {
@@ -162,7 +170,8 @@ impl Places {
         let count = |of: u16| local.iter().filter(|&&(_, shard)| shard == of).count();
         let best = (0..shards).rev().max_by_key(|&shard| count(shard));
         let Some(shard) = best.filter(|&shard| count(shard) > 0) else {
-            return Ok(self.idlest(shards));
+            let beside = spec.iscsi.as_ref().and_then(|export| self.shard_of_target(export));
+            return Ok(beside.unwrap_or_else(|| self.idlest(shards)));
         };
         if count(shard) == local.len() {
             return Ok(shard);
@@ -202,6 +211,46 @@ impl Places {
             ))),
             _ => Ok(()),
         }
+    }
+
+    fn shard_of_target(&self, export: &IscsiExport) -> Option<u16> {
+        self.volumes.iter().find(|v| v.is_of(export)).map(|v| v.shard)
+    }
+
+    /// Whether a volume on this shard can be a unit of a target.
+    fn check_target(
+        &self,
+        name: &str,
+        export: Option<&IscsiExport>,
+        shard: u16,
+    ) -> Result<(), EngineError> {
+        let Some(export) = export else { return Ok(()) };
+        let elsewhere = |v: &&PlacedVolume| v.name != name && v.is_of(export) && v.shard != shard;
+        match self.volumes.iter().find(elsewhere) {
+            None => Ok(()),
+            Some(other) => Err(EngineError::Invalid(format!(
+                "target {} has volume `{}`, which is on shard {}, and volume `{name}` is on shard {shard}; the volumes of \
+                 one target are on one shard: give `{name}` a target of its own, or give the pools of their local \
+                 replicas the same `shard` in the configuration file and restart",
+                export.iqn, other.name, other.shard
+            ))),
+        }
+    }
+
+    /// A volume becomes a unit of a target, or of none: its shard, and the target that it was of before.
+    fn place_target(
+        &mut self,
+        name: &str,
+        export: Option<&IscsiExport>,
+    ) -> Result<(u16, Option<String>), EngineError> {
+        let shard = self.volume(name).unwrap_or(FRONT);
+        self.check_target(name, export, shard)?;
+        Ok((shard, self.set_target(name, export.map(|export| export.iqn.clone()))))
+    }
+
+    fn set_target(&mut self, name: &str, target: Option<String>) -> Option<String> {
+        let volume = self.volumes.iter_mut().find(|volume| volume.name == name)?;
+        std::mem::replace(&mut volume.target, target)
     }
 
     /// The shard that serves all of these volumes.
@@ -260,6 +309,29 @@ impl Router {
                     (self.way)(shard, Input::Message(Message::Listening(advertise)));
                 }
                 self.to(FRONT, command);
+            }
+            AnyCommand::AddIscsiListener { portal, .. } => {
+                for shard in (0..self.shards).filter(|&shard| shard != FRONT) {
+                    (self.way)(shard, Input::Message(Message::IscsiPortal(portal)));
+                }
+                self.to(FRONT, command);
+            }
+            AnyCommand::ExportIscsi { name, export, reply } => {
+                let placed = self.places.lock().place_target(&name, export.as_ref());
+                match placed {
+                    Ok((shard, before)) => {
+                        let router = Arc::clone(self);
+                        let of = name.clone();
+                        let reply = Reply::new(move |result: Result<(), EngineError>| {
+                            if result.is_err() {
+                                router.places.lock().set_target(&of, before);
+                            }
+                            reply.send(result);
+                        });
+                        self.to(shard, AnyCommand::ExportIscsi { name, export, reply });
+                    }
+                    Err(error) => reply.send(Err(error)),
+                }
             }
             AnyCommand::AddPool { name, devices, pool, reply } => match self.enter_pool(&name) {
                 Ok(shard) => {
@@ -354,11 +426,13 @@ impl Router {
     fn enter_volume(&self, spec: &mut VolumeSpec) -> Result<(u16, u64), EngineError> {
         let mut places = self.places.lock();
         let shard = places.place_volume(spec, self.shards)?;
+        places.check_target(&spec.name, spec.iscsi.as_ref(), shard)?;
         let over_network = spec.children.iter().any(|child| places.is_own(child));
         let (name, nqn) = (spec.name.clone(), spec.nqn.clone());
         places.next_serial += 1;
         let serial = places.next_serial;
-        places.volumes.push(PlacedVolume { serial, name, nqn, shard, over_network });
+        let target = spec.iscsi.as_ref().map(|export| export.iqn.clone());
+        places.volumes.push(PlacedVolume { serial, name, nqn, shard, target, over_network });
         Ok((shard, serial))
     }
 
@@ -564,9 +638,11 @@ fn subject(command: &Command) -> Option<Subject<'_>> {
         | AnyCommand::StandBy { name, .. }
         | AnyCommand::TakeOver { name, .. }
         | AnyCommand::ScrubVolume { name, .. }
+        | AnyCommand::ExportIscsi { name, .. }
         | AnyCommand::RebuildRate { name, .. } => Subject::Volume(name),
         AnyCommand::AddVolume { spec, .. } => Subject::Volume(&spec.name),
         AnyCommand::AddListener { .. }
+        | AnyCommand::AddIscsiListener { .. }
         | AnyCommand::DeleteReplica { .. }
         | AnyCommand::ListPools { .. }
         | AnyCommand::ListReplicas { .. }

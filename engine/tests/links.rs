@@ -111,6 +111,7 @@ impl Engine {
             child_deadline_ms: 2_000,
             allowed_hosts: None,
             sharing,
+            iscsi: None,
             encryption: None,
         };
         self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
@@ -412,6 +413,7 @@ fn children_that_cannot_be_are_refused() {
         child_deadline_ms: 2_000,
         allowed_hosts: None,
         sharing: None,
+        iscsi: None,
         encryption: None,
     };
     let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));

@@ -110,6 +110,7 @@ impl Engine {
             child_deadline_ms: 2_000,
             allowed_hosts: None,
             sharing: None,
+            iscsi: None,
             encryption: None,
         }
     }

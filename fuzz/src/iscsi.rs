@@ -1,8 +1,9 @@
 //! Entry points for the bytes that an iSCSI initiator sends. None may panic, whatever it is given.
 
+use cairn_block::reservation::{Action, Change, Registrant, ReservationType, Reservations};
 use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoStatus, Memory};
 use cairn_iscsi::chap::{Chap, Credentials};
-use cairn_iscsi::connection::{Connection, ConnectionConfig, LbaExtent};
+use cairn_iscsi::connection::{Connection, ConnectionConfig, LbaExtent, NotReserved};
 use cairn_iscsi::pdu::{BHS_LEN, Body, CmdSn, Header, LoginRequest, NO_TAG};
 use cairn_iscsi::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
 use cairn_iscsi::target::{ConnId, Initiators, Io, NodeConfig, Outcome, Target, TargetConfig};
@@ -10,6 +11,10 @@ use cairn_iscsi::text;
 
 const IQN: &str = "iqn.2025-01.io.cairn:fuzz";
 const HOST: &str = "iqn.2025-01.io.cairn:host";
+/// How much time passes with each turn.
+const TURN_MS: u64 = 700;
+/// Of so many writes and copies one is given back at first.
+const PARK_EVERY: usize = 13;
 /// The most bytes of an input that one delivery takes.
 const CHUNK_LEN: u32 = 4096;
 /// Operation codes that reach deep, for the stateful target.
@@ -18,15 +23,14 @@ const CODES: [u8; 32] = [
     0x35, 0x41, 0x42, 0x55, 0x5a, 0x5e, 0x5f, 0x83, 0x84, 0x88, 0x89, 0x8a, 0x8b, 0x93, 0x9e, 0xa3,
 ];
 
-fn target(chap: Option<Chap>) -> Target {
-    let mut target = Target::new(TargetConfig::default());
+fn target(chap: Option<Chap>) -> Option<Target> {
+    let mut target = Target::new(TargetConfig::default()).ok()?;
     let node = NodeConfig {
         iqn: IQN.to_owned(),
-        alias: None,
         initiators: Initiators::Any,
         chap,
         portal_groups: vec![1],
-        port_groups: Vec::new(),
+        ..NodeConfig::default()
     };
     if let Ok(id) = target.add_node(node) {
         for lun in 0..2 {
@@ -45,7 +49,7 @@ fn target(chap: Option<Chap>) -> Target {
             let _ = target.add_unit(id, unit);
         }
     }
-    target
+    Some(target)
 }
 
 /// A target, a connection to it, and what is being carried out.
@@ -60,6 +64,7 @@ struct World {
     /// Of so many requests one is held for a while.
     hold_every: usize,
     count: usize,
+    now_ms: u64,
     /// The initiator takes what it is sent only when nothing else moves.
     slow: bool,
 }
@@ -71,13 +76,14 @@ impl World {
         let chunk = mem.alloc(CHUNK_LEN)?;
         Some(Self {
             mem,
-            target: target(chap),
+            target: target(chap)?,
             conn,
             chunk,
             batch: Vec::with_capacity(8),
             held: Vec::new(),
             hold_every: 0,
             count: 0,
+            now_ms: 0,
             slow: false,
         })
     }
@@ -119,17 +125,34 @@ impl World {
             self.conn.take_batch(&mut self.batch);
             self.conn.handle_sent(&mut self.mem);
         }
+        self.now_ms += TURN_MS;
+        self.conn.handle_timeout(self.now_ms, &mut self.mem);
         self.conn.retry(&mut self.mem);
     }
 
     fn carry_out(&mut self, outcome: Outcome) {
-        let Self { mem, conn, .. } = self;
+        let Self { mem, conn, target, .. } = self;
         let Io { slot, command, .. } = match outcome {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
+            Outcome::Reserve { slot, unit, change } => {
+                let mut table = target.reservations(unit).cloned().unwrap_or_default();
+                let result = table.apply(&change).map_err(NotReserved::Refused);
+                if let Ok(effects) = &result {
+                    assert_eq!(Reservations::decode(&table.encode()).as_ref(), Ok(&table));
+                    assert_eq!(target.set_reservations(unit, table, effects), Ok(()));
+                }
+                return conn.complete_reserve(slot, result.map(|_| ()), mem);
+            }
             Outcome::Io(io) => io,
         };
         match command {
+            IoCommand::Write { data, .. } if self.count.is_multiple_of(PARK_EVERY) => {
+                conn.park(slot, Some(data));
+            }
+            IoCommand::Copy { .. } if self.count.is_multiple_of(PARK_EVERY) => {
+                conn.park(slot, None)
+            }
             IoCommand::Read { len, .. } => match mem.alloc(len) {
                 Some(data) => conn.complete_with_data(slot, data, mem),
                 None => conn.complete(slot, IoStatus::NotReady, mem),
@@ -156,10 +179,9 @@ impl World {
                 conn.complete_lba_status(slot, &extents, mem);
             }
             IoCommand::Copy { .. } => conn.complete(slot, IoStatus::MediaError, mem),
-            IoCommand::Flush
-            | IoCommand::Verify { .. }
-            | IoCommand::WriteZeroes { .. }
-            | IoCommand::StoreReservations => conn.complete(slot, IoStatus::Ok, mem),
+            IoCommand::Flush | IoCommand::Verify { .. } | IoCommand::WriteZeroes { .. } => {
+                conn.complete(slot, IoStatus::Ok, mem)
+            }
         }
     }
 
@@ -207,6 +229,8 @@ pub fn session(data: &[u8]) {
     world.hold_every = usize::from(first >> 1 & 7);
     world.slow = first & 0x10 != 0;
     world.deliver(&login(if first & 0x80 != 0 { "No" } else { "Yes" }), CHUNK_LEN);
+    // The login is answered, though that be held.
+    world.turn(true);
     let mut cmd_sn = 1;
     let mut stream = Vec::new();
     for (itt, step) in (2_u32..).zip(steps.chunks_exact(24)) {
@@ -274,15 +298,11 @@ fn login(initial_r2t: &str) -> Vec<u8> {
     text::push(&mut keys, "MaxRecvDataSegmentLength", "512");
     let request = LoginRequest {
         transit: true,
-        more: false,
         csg: 1,
         nsg: 3,
-        version_max: 0,
-        version_min: 0,
         isid: [0x40, 0, 0, 0, 0, 1],
-        tsih: 0,
-        cid: 0,
         sn: CmdSn { cmd: 1, exp_stat: 0 },
+        ..LoginRequest::default()
     };
     let len = u32::try_from(keys.len()).unwrap_or(0);
     let mut out = Header::new(1, len, Body::Login(request)).encode().to_vec();
@@ -300,6 +320,32 @@ pub fn header(data: &[u8]) {
     if let Ok(header) = Header::decode(bytes) {
         assert_eq!(Header::decode(&header.encode()), Ok(header));
     }
+}
+
+/// The reservations that a volume's voters keep: what is read for some is what is written again.
+///
+/// # Panics
+/// Where that is not so.
+pub fn reservations(data: &[u8]) {
+    if let Ok(table) = Reservations::decode(data) {
+        assert_eq!(table.encode(), data);
+    }
+}
+
+/// Three hosts of both transports, one of which holds the reservation.
+fn reserved() -> Vec<u8> {
+    let mut table = Reservations::default();
+    let nvme = Registrant::Nvme { host_id: 3, host_nqn: "nqn.2025-01.io.cairn:host".to_owned() };
+    let iscsi =
+        |port_group| Registrant::Iscsi { initiator: HOST.to_owned(), isid: [1; 6], port_group };
+    let register = Action::Register { new_key: 7, aptpl: Some(true) };
+    for registrant in [iscsi(1), iscsi(2), nvme] {
+        // Each is registered once, and one reserves.
+        let _ = table.apply(&Change { registrant, key: 0, action: register });
+    }
+    let action = Action::Reserve(ReservationType::WriteExclusiveRegistrantsOnly);
+    let _ = table.apply(&Change { registrant: iscsi(2), key: 7, action });
+    table.encode()
 }
 
 /// Well-formed inputs of a target of this module.
@@ -331,6 +377,7 @@ pub fn seeds(name: &str) -> Vec<Vec<u8>> {
                 seed
             })
             .collect(),
+        "reservations" => vec![reserved(), Reservations::default().encode()],
         "header" => vec![login("No")[..BHS_LEN].to_vec()],
         _ => [0, 0x41, 0x80]
             .map(|first| {

@@ -25,6 +25,7 @@ const TARGETS: &[Target] = &[
         .with_words(&[b"InitiatorName=", b"AuthMethod=CHAP", b"CHAP_A=5", b"SendTargets=All"]),
     Target::new("iscsi-session", iscsi::session, || iscsi::seeds("session")),
     Target::new("iscsi-header", iscsi::header, || iscsi::seeds("header")),
+    Target::new("reservations", iscsi::reservations, || iscsi::seeds("reservations")),
     Target::new("config", config::config, config::seeds),
     Target::new("vendor-pages", pages::pages, pages::seeds),
     Target::new("replica-open-damaged", replica::open_damaged, replica::seeds),

@@ -6,19 +6,22 @@
 mod receive;
 mod send;
 mod task;
+mod time;
 
 use std::collections::VecDeque;
 use std::fmt;
 
+use cairn_block::reservation::Refusal;
 use cairn_block::{Buf, BufSlice, IoStatus, Memory, TxQueue};
 
 use self::receive::Stage;
 pub(crate) use self::task::Aborted;
 use self::task::{CopyRecord, OutData, State, Task};
 use crate::keys::{Offer, Params};
-use crate::login::{Login, LoginStatus};
+use crate::login::{FULL_FEATURE, Login, LoginStatus};
 use crate::pdu::{BHS_LEN, LoginRequest, NO_TAG, RejectReason};
 use crate::rx::HeaderReader;
+use crate::scsi::UnitHandle;
 use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
 use crate::wire::{len32, put, u64_at};
@@ -118,7 +121,9 @@ pub struct ScsiCommand {
     pub extended: bool,
     /// Expected Data Transfer Length.
     pub edtl: u32,
-    /// Bytes that have come of what the CDB wants.
+    /// Bytes that the CDB wants of the initiator, by what was known of the unit when it came.
+    pub wanted: u64,
+    /// Bytes that have come of them.
     pub received: u32,
 }
 
@@ -129,6 +134,15 @@ pub struct LbaExtent {
     pub blocks: u32,
     /// Whether they take space.
     pub mapped: bool,
+}
+
+/// Why the reservations are as they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotReserved {
+    /// The change was refused.
+    Refused(Refusal),
+    /// What came of it could not be stored.
+    NotStored(IoStatus),
 }
 
 /// Why a connection is over.
@@ -146,6 +160,8 @@ pub enum CloseReason {
     LoginTimeout,
     /// The initiator went silent.
     Silent,
+    /// Data that the initiator was asked for did not come.
+    DataTimeout,
     /// The target ended the session.
     Dropped,
 }
@@ -159,6 +175,9 @@ impl fmt::Display for CloseReason {
             Self::Protocol(what) => write!(f, "the initiator broke the protocol: {what}"),
             Self::LoginTimeout => f.write_str("the initiator did not log in in time"),
             Self::Silent => f.write_str("the initiator did not answer any more"),
+            Self::DataTimeout => {
+                f.write_str("the initiator did not send the data that it was asked for")
+            }
             Self::Dropped => f.write_str("the target ended the session"),
         }
     }
@@ -223,9 +242,24 @@ pub struct Connection {
     pub(crate) shifts_of: u64,
     /// The last copies, for RECEIVE COPY RESULTS.
     copies: VecDeque<CopyRecord>,
+    /// Tasks of immediate requests.
+    immediates: usize,
+    /// The stream was not taken to its end.
+    stalled: bool,
+    /// A logout is under way.
+    leaving: bool,
+    /// The answer to a login that has succeeded: TSIH and text.
+    welcome: Option<(u16, Vec<u8>)>,
+    /// Up to here is sent what the last ping with data brought.
+    echoed: u64,
     heard: bool,
-    pinged: bool,
+    /// The initiator was asked whether it is there, and this far is sent then.
+    pinged: Option<u64>,
+    /// Intervals in which nothing went out, though there was something to send.
+    unsent: u32,
     deadline_ms: Option<u64>,
+    /// It is over, and what is left to send has had its time.
+    lingered: bool,
 }
 
 impl Connection {
@@ -275,15 +309,22 @@ impl Connection {
             shifts: Vec::new(),
             shifts_of: 0,
             copies: VecDeque::new(),
+            immediates: 0,
+            stalled: false,
+            leaving: false,
+            welcome: None,
+            echoed: 0,
             heard: false,
-            pinged: false,
+            pinged: None,
+            unsent: 0,
             deadline_ms: None,
+            lingered: false,
         })
     }
 
     /// The next request whose data has arrived whole.
     pub fn poll_command(&mut self) -> Option<Command> {
-        if self.close_reason.is_some() {
+        if self.close_reason.is_some() || self.leaving {
             return None;
         }
         let index = self.ready.pop_front()?;
@@ -292,6 +333,7 @@ impl Connection {
         self.out += 1;
         let mut request = task.request;
         if let Request::Scsi(scsi) = &mut request {
+            scsi.wanted = task.wanted;
             scsi.received = task.received.min(task.need);
         }
         Some(Command { slot: SlotId(index), request, data: task.buf.take() })
@@ -307,6 +349,8 @@ impl Connection {
         let task = &self.tasks[usize::from(slot.0)];
         match task.request {
             Request::TaskManagement { .. } => self.respond_task_management(slot, 0, mem),
+            Request::Logout { .. } => self.respond_logout(slot, 0, mem),
+            Request::Login(request) => self.let_in(slot, &request, status, mem),
             _ if status.is_ok() => self.respond(slot, task.good, mem),
             _ => self.respond(slot, Status::of(status), mem),
         }
@@ -329,6 +373,24 @@ impl Connection {
         self.respond(slot, Sense::miscompare(u64::from(offset)).into(), mem);
     }
 
+    /// Ends a change of the reservations ([`crate::target::Outcome::Reserve`]).
+    ///
+    /// # Panics
+    /// As [`Connection::complete`].
+    pub fn complete_reserve<M: Memory>(
+        &mut self,
+        slot: SlotId,
+        result: Result<(), NotReserved>,
+        mem: &mut M,
+    ) {
+        let status = match result {
+            Ok(()) => Status::Good,
+            Err(NotReserved::Refused(refusal)) => refusal.into(),
+            Err(NotReserved::NotStored(status)) => Status::of(status),
+        };
+        self.respond(slot, status, mem);
+    }
+
     /// Whether there is something to send and nothing is being sent.
     #[must_use]
     pub fn wants_send(&self) -> bool {
@@ -346,6 +408,7 @@ impl Connection {
     /// The whole batch went out.
     pub fn handle_sent<M: Memory>(&mut self, mem: &mut M) {
         self.tx.handle_sent(mem);
+        self.unsent = 0;
         self.serve_waiting(mem);
         self.pump(mem);
     }
@@ -360,7 +423,10 @@ impl Connection {
     /// commands once more.
     pub fn retry<M: Memory>(&mut self, mem: &mut M) {
         while let Some(slot) = self.parked.pop_front() {
-            self.ready.push_back(slot);
+            match self.tasks[usize::from(slot)].aborted {
+                Some(by) => self.end_aborted(slot, by, mem),
+                None => self.ready.push_back(slot),
+            }
         }
         self.serve_waiting(mem);
     }
@@ -371,7 +437,8 @@ impl Connection {
         self.stalled_for_memory || !self.waiting.is_empty() || !self.parked.is_empty()
     }
 
-    /// Whether the connection is over: close it once [`Connection::is_idle`]. No more commands come.
+    /// Whether the connection is to be closed, once what is left to send is sent: see
+    /// [`Connection::is_over`]. No more commands come.
     #[must_use]
     pub fn wants_close(&self) -> bool {
         self.close_reason.is_some()
@@ -408,41 +475,6 @@ impl Connection {
         &self.text
     }
 
-    /// Says what time it is: a login that takes too long ends, and so does an initiator that does
-    /// not answer.
-    pub fn handle_timeout<M: Memory>(&mut self, now_ms: u64, mem: &mut M) {
-        let interval = match self.phase {
-            Phase::Login => self.config.login_timeout_ms,
-            Phase::FullFeature { .. } => self.config.nop_interval_ms,
-        };
-        let Some(deadline) = self.deadline_ms else {
-            self.deadline_ms = Some(now_ms + interval);
-            return;
-        };
-        if now_ms < deadline || self.close_reason.is_some() {
-            return;
-        }
-        self.deadline_ms = Some(now_ms + interval);
-        let heard = std::mem::take(&mut self.heard);
-        match self.phase {
-            Phase::Login => self.close_reason = Some(CloseReason::LoginTimeout),
-            Phase::FullFeature { .. } if heard => self.pinged = false,
-            Phase::FullFeature { .. } if self.pinged => {
-                self.close_reason = Some(CloseReason::Silent);
-            }
-            Phase::FullFeature { .. } => {
-                self.pinged = true;
-                self.ping(mem);
-            }
-        }
-    }
-
-    /// When [`Connection::handle_timeout`] has something to do; at once where that is not known.
-    #[must_use]
-    pub fn poll_timeout(&self) -> u64 {
-        self.deadline_ms.unwrap_or(0)
-    }
-
     /// Asks the initiator to log out within `seconds`: the target is about to go away.
     pub fn request_logout<M: Memory>(&mut self, seconds: u16, mem: &mut M) {
         self.push_async(1, [0, 0, seconds], mem);
@@ -453,7 +485,7 @@ impl Connection {
         if self.close_reason.is_none() {
             // Parameter 1: nothing; 2 and 3: wait 2 seconds, retain nothing.
             self.push_async(3, [0, 2, 0], mem);
-            self.close_reason = Some(CloseReason::Dropped);
+            self.fail(CloseReason::Dropped);
         }
     }
 
@@ -522,12 +554,6 @@ impl Connection {
         self.config.max_data_len
     }
 
-    /// Aborts the tasks on a logical unit, or on all: see [`crate::target::Target::poll_abort`]. No
-    /// responses are sent for them; those that are being carried out are completed as ever.
-    pub fn abort<M: Memory>(&mut self, lun: Option<u64>, mem: &mut M) {
-        self.abort_tasks(lun, mem);
-    }
-
     /// Ends GET LBA STATUS with the extents from the first block that was asked for on, in order.
     ///
     /// # Panics
@@ -563,7 +589,41 @@ impl Connection {
     }
 
     pub(crate) fn fail(&mut self, reason: CloseReason) {
-        self.close_reason.get_or_insert(reason);
+        if self.close_reason.is_none() {
+            self.close_reason = Some(reason);
+            // What is left to send has its own time.
+            self.deadline_ms = None;
+        }
+    }
+
+    /// What carries a command out.
+    pub(crate) fn set_unit(&mut self, slot: SlotId, unit: UnitHandle) {
+        self.tasks[usize::from(slot.0)].unit = Some(unit);
+    }
+
+    /// A logout is answered once what was asked before is over: nothing else is begun.
+    pub(crate) fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// A login has succeeded, and is answered once [`Connection::complete`]d.
+    pub(crate) fn welcome(&mut self, tsih: u16, text: Vec<u8>) {
+        self.welcome = Some((tsih, text));
+    }
+
+    fn let_in<M: Memory>(
+        &mut self,
+        slot: SlotId,
+        request: &LoginRequest,
+        status: IoStatus,
+        mem: &mut M,
+    ) {
+        let (tsih, text) = self.welcome.take().unwrap_or_default();
+        let outcome = match status.is_ok() {
+            true => Ok((Some(FULL_FEATURE), tsih, text.as_slice())),
+            false => Err(LoginStatus::ServiceUnavailable),
+        };
+        self.respond_login(slot, request, outcome, mem);
     }
 
     /// The initiator broke the protocol: it is told, and the connection ends, for there is nothing

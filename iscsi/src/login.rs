@@ -67,8 +67,8 @@ impl LoginStatus {
         match self {
             Self::InitiatorError => (2, 0x00),
             Self::AuthenticationFailure => (2, 0x01),
-            Self::AuthorizationFailure => (2, 0x02),
-            Self::NotFound => (2, 0x03),
+            // A stranger is not told which targets there are: Authorization Failure would be 2, 2.
+            Self::AuthorizationFailure | Self::NotFound => (2, 0x03),
             Self::TargetRemoved => (2, 0x04),
             Self::UnsupportedVersion => (2, 0x05),
             Self::TooManyConnections => (2, 0x06),
@@ -140,6 +140,8 @@ pub struct Login {
     /// Keys that were negotiated; none is twice.
     seen: Vec<String>,
     declared: bool,
+    /// TargetAlias was told.
+    introduced: bool,
     requests: u32,
     chap_id: u8,
     challenge: [u8; 24],
@@ -159,6 +161,7 @@ impl Login {
             params: Params::default(),
             seen: Vec::new(),
             declared: false,
+            introduced: false,
             requests: 0,
             chap_id: entropy[0],
             challenge,
@@ -236,6 +239,12 @@ impl Login {
                 self.stage = request.nsg;
             }
         }
+        if self.auth == Auth::Done && !std::mem::replace(&mut self.introduced, true) {
+            let alias = self.terms.as_ref().and_then(|terms| terms.alias.as_deref());
+            if let Some(alias) = alias {
+                text::push(&mut out, "TargetAlias", alias);
+            }
+        }
         Ok(Reply { transit_to, text: out })
     }
 
@@ -276,15 +285,13 @@ impl Login {
         if let Some(tag) = terms.portal_group {
             text::push(out, "TargetPortalGroupTag", &tag.to_string());
         }
-        if let Some(alias) = &terms.alias {
-            text::push(out, "TargetAlias", alias);
-        }
         self.terms = Some(terms);
         self.stage = request.csg;
         Ok(())
     }
 
-    fn chap(&self) -> Option<&Chap> {
+    /// What the initiator has to prove.
+    pub(crate) fn chap(&self) -> Option<&Chap> {
         self.terms.as_ref().and_then(|terms| terms.chap.as_ref())
     }
 

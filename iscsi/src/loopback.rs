@@ -1,8 +1,9 @@
 //! A small initiator and a target in one memory, with wires between them that a test can cut.
 
+use cairn_block::reservation::Change;
 use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoStatus, Lba, LbaRange, Memory};
 
-use crate::connection::{Connection, ConnectionConfig, LbaExtent, SlotId};
+use crate::connection::{Connection, ConnectionConfig, LbaExtent, NotReserved, SlotId};
 use crate::login::{FULL_FEATURE, OPERATIONAL, SECURITY};
 use crate::pdu::{
     BHS_LEN, Body, CmdSn, Header, LoginRequest, LoginResponse, NO_TAG, Residual, encode_lun,
@@ -11,7 +12,7 @@ use crate::pdu::{
 use crate::rx::Digests;
 use crate::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
 use crate::target::{
-    ConnId, Initiators, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
+    ConnId, Initiators, Io, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
 };
 use crate::text;
 use crate::wire::{len32, pad_len};
@@ -23,11 +24,9 @@ pub(crate) const BLOCK: usize = 512;
 pub(crate) fn node_config() -> NodeConfig {
     NodeConfig {
         iqn: IQN.into(),
-        alias: None,
         initiators: Initiators::Any,
-        chap: None,
         portal_groups: vec![1],
-        port_groups: Vec::new(),
+        ..NodeConfig::default()
     }
 }
 
@@ -96,7 +95,8 @@ pub(crate) struct World {
     /// The initiators take nothing that they are sent.
     pub(crate) deaf: bool,
     pub(crate) held: Vec<(usize, Outcome)>,
-    pub(crate) stored: usize,
+    /// Each change of reservations, as it was stored.
+    pub(crate) stored: Vec<Vec<u8>>,
     pub(crate) flushes: usize,
     chunk: Buf,
     batch: Vec<BufSlice>,
@@ -110,7 +110,7 @@ impl World {
     pub(crate) fn with(node: NodeConfig, config: TargetConfig) -> Self {
         let mut mem = HeapMemory::new(32 << 20);
         let chunk = mem.alloc(64 << 10).unwrap();
-        let mut target = Target::new(config);
+        let mut target = Target::new(config).unwrap();
         target.set_portals(vec![
             Portal { address: "192.0.2.1".into(), port: 3260, group: 1 },
             Portal { address: "2001:db8::1".into(), port: 3260, group: 1 },
@@ -131,7 +131,7 @@ impl World {
             hold: false,
             deaf: false,
             held: Vec::new(),
-            stored: 0,
+            stored: Vec::new(),
             flushes: 0,
             chunk,
             batch: Vec::with_capacity(7),
@@ -240,15 +240,12 @@ impl World {
         let host = &self.hosts[h];
         LoginRequest {
             transit: nsg.is_some(),
-            more: false,
             csg,
             nsg: nsg.unwrap_or(SECURITY),
-            version_max: 0,
-            version_min: 0,
             isid: host.isid,
-            tsih: 0,
             cid: 9,
             sn: CmdSn { cmd: host.cmd_sn, exp_stat: host.exp_stat_sn },
+            ..LoginRequest::default()
         }
     }
 
@@ -391,6 +388,19 @@ impl World {
         }
     }
 
+    /// The tag of the R2T that has come.
+    pub(crate) fn r2t(&mut self, h: usize) -> u32 {
+        match self.receive(h) {
+            Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) => ttt,
+            other => panic!("no R2T, but {other:?}"),
+        }
+    }
+
+    /// Takes all memory.
+    pub(crate) fn hog(&mut self) -> Vec<Buf> {
+        std::iter::from_fn(|| self.mem.alloc(4096)).collect()
+    }
+
     /// A sequence of Data-Out.
     pub(crate) fn send_data(&mut self, h: usize, itt: u32, ttt: u32, offset: u32, data: &[u8]) {
         let segment = self.hosts[h].segment;
@@ -407,17 +417,34 @@ impl World {
         }
     }
 
-    /// A task management function and its response.
-    pub(crate) fn task_management(&mut self, h: usize, function: u8, lun: u16, rtt: u32) -> u8 {
+    /// Asks for a task management function.
+    pub(crate) fn manage(&mut self, h: usize, function: u8, lun: u16, rtt: u32) {
         let (itt, sn) = self.next_sn(h);
         let body = Body::TaskManagement { function, rtt, sn, ref_cmd_sn: 0 };
         self.send(h, Header::new(itt, 0, body).with_lun(encode_lun(lun)), &[]);
         self.run();
+    }
+
+    /// A task management function and its response.
+    pub(crate) fn task_management(&mut self, h: usize, function: u8, lun: u16, rtt: u32) -> u8 {
+        self.manage(h, function, lun, rtt);
         match self.receive(h) {
             Some((Header { body: Body::TaskManagementResponse { response, .. }, .. }, _)) => {
                 response
             }
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// The connection of a host.
+    pub(crate) fn conn(&mut self, h: usize) -> &mut Connection {
+        self.hosts[h].conn.as_mut().unwrap()
+    }
+
+    /// It is so late now, for all.
+    pub(crate) fn at(&mut self, now_ms: u64) {
+        for conn in self.hosts.iter_mut().filter_map(|host| host.conn.as_mut()) {
+            conn.handle_timeout(now_ms, &mut self.mem);
         }
     }
 
@@ -433,12 +460,7 @@ impl World {
             moved |= self.serve(h);
             moved |= self.collect(h);
         }
-        while let Some(abort) = self.target.poll_abort() {
-            let host = self.hosts.iter_mut().find(|host| host.id == abort.conn);
-            if let Some(conn) = host.and_then(|host| host.conn.as_mut()) {
-                conn.abort(abort.lun, &mut self.mem);
-            }
-        }
+        self.pass_aborts();
         while let Some(id) = self.target.poll_close() {
             let h = self.hosts.iter().position(|host| host.id == id).unwrap();
             self.hang_up(h);
@@ -478,6 +500,7 @@ impl World {
             let outcome = self.target.handle_command(*id, conn, cmd, &mut self.mem);
             match outcome {
                 Outcome::Done => {}
+                Outcome::Reserve { slot, unit, change } => self.reserve(h, slot, unit, &change),
                 outcome if self.hold => self.held.push((h, outcome)),
                 outcome => self.carry_out(h, outcome),
             }
@@ -499,6 +522,34 @@ impl World {
         moved
     }
 
+    /// Changes, stores and installs reservations. The command ends once what is aborted has: where
+    /// requests are held, it is too.
+    fn reserve(&mut self, h: usize, slot: SlotId, unit: UnitHandle, change: &Change) {
+        let mut table = self.target.reservations(unit).unwrap().clone();
+        let applied = table.apply(change);
+        if let Ok(effects) = &applied {
+            self.stored.push(table.encode());
+            self.target.set_reservations(unit, table, effects).unwrap();
+            self.pass_aborts();
+            if self.hold && !effects.abort.is_empty() {
+                let change = change.clone();
+                return self.held.push((h, Outcome::Reserve { slot, unit, change }));
+            }
+        }
+        let conn = self.hosts[h].conn.as_mut().unwrap();
+        let result = applied.map(|_| ()).map_err(NotReserved::Refused);
+        conn.complete_reserve(slot, result, &mut self.mem);
+    }
+
+    fn pass_aborts(&mut self) {
+        while let Some(abort) = self.target.poll_abort() {
+            let host = self.hosts.iter_mut().find(|host| host.id == abort.conn);
+            if let Some(conn) = host.and_then(|host| host.conn.as_mut()) {
+                conn.abort(abort.lun, &mut self.mem);
+            }
+        }
+    }
+
     /// Carries out what was held back.
     pub(crate) fn release_held(&mut self) {
         for (h, outcome) in std::mem::take(&mut self.held) {
@@ -508,10 +559,11 @@ impl World {
 
     pub(crate) fn carry_out(&mut self, h: usize, outcome: Outcome) {
         let mem = &mut self.mem;
-        let Some(conn) = self.hosts[h].conn.as_mut() else { panic!("the connection is gone") };
+        let Some(conn) = self.hosts[h].conn.as_mut() else { return self.carry_on(outcome) };
         let io = match outcome {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
+            Outcome::Reserve { slot, .. } => return conn.complete_reserve(slot, Ok(()), mem),
             Outcome::Io(io) => io,
         };
         let slot = io.slot;
@@ -530,7 +582,6 @@ impl World {
                 mem.release(data);
             }
             IoCommand::Flush => self.flushes += 1,
-            IoCommand::StoreReservations => self.stored += 1,
             // As if blocks with this byte were damaged.
             IoCommand::Verify { range } if disk[at(range)].contains(&0xbd) => {
                 return conn.complete(slot, IoStatus::MediaError, mem);
@@ -593,6 +644,16 @@ impl World {
             }
         }
         conn.complete(slot, IoStatus::Ok, mem);
+    }
+
+    /// A write whose connection is gone goes on; nobody is told of its end.
+    fn carry_on(&mut self, outcome: Outcome) {
+        if let Outcome::Io(Io { unit, command: IoCommand::Write { range, data, .. }, .. }) = outcome
+        {
+            let disk = &mut self.disks[unit.0 as usize];
+            disk[bytes_of(range)].copy_from_slice(self.mem.bytes(data.slice()));
+            self.mem.release(data);
+        }
     }
 
     /// Ends everything; nothing may have leaked.

@@ -218,7 +218,7 @@ pub enum Body {
 }
 
 /// A Login Request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LoginRequest {
     /// T: go on to `nsg`.
     pub transit: bool,

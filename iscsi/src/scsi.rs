@@ -9,7 +9,7 @@ pub(crate) mod inquiry;
 pub(crate) mod mode;
 pub(crate) mod opcodes;
 pub mod ports;
-pub mod reservation;
+pub(crate) mod reservation;
 pub mod sense;
 pub(crate) mod unit;
 

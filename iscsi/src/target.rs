@@ -4,23 +4,24 @@
 //! meaning: it answers what it can itself and hands out the rest as [`Outcome`]s.
 
 mod execute;
-mod session;
+pub(crate) mod session;
 mod tasks;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
+use cairn_block::reservation::{Change, Effects, Reservations};
 use cairn_block::{Buf, Memory};
 
 use self::session::Session;
 use crate::chap::{Chap, MIN_SECRET_LEN};
 use crate::connection::{CloseReason, Command, Connection, Request, SlotId};
 use crate::login::{MAX_NAME_LEN, is_name};
+use crate::pdu::encode_lun;
 use crate::scsi::IoCommand;
 use crate::scsi::inquiry::Product;
 use crate::scsi::ports::{AccessState, PortGroup};
-use crate::scsi::reservation::Reservations;
 use crate::scsi::sense::Status;
-use crate::scsi::unit::{Attention, MAX_LUN, Unit, UnitConfig, UnitHandle};
+use crate::scsi::unit::{Attention, MAX_LUN, NexusId, Unit, UnitConfig, UnitHandle};
 use crate::wire::len32;
 
 /// Names a connection; whoever owns the sockets chooses it.
@@ -36,7 +37,7 @@ pub struct NodeId(pub u32);
 pub struct TargetConfig {
     /// What INQUIRY says.
     pub product: Product,
-    /// Sessions that may exist at once.
+    /// Sessions that may exist at once, but for those of discovery, of which there are few.
     pub max_sessions: usize,
     /// What discovery sessions have to prove.
     pub discovery_chap: Option<Chap>,
@@ -90,7 +91,7 @@ impl Initiators {
 }
 
 /// A target node: what an iSCSI name stands for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeConfig {
     /// The iSCSI name.
     pub iqn: String,
@@ -154,6 +155,9 @@ pub enum TargetError {
         /// What was given.
         lun: u16,
     },
+    /// No LUN has such a handle.
+    #[error("the volume is no logical unit of any target")]
+    UnknownUnit,
 }
 
 /// What became of a request.
@@ -163,13 +167,26 @@ pub enum Outcome {
     Done,
     /// A request of the disk to carry out and complete.
     Io(Io),
-    /// Tasks were aborted: complete `slot` when every request of these units that was handed out
-    /// before has been completed. Only then does their end hold.
+    /// Tasks were aborted, or a session ends, or takes the place of one: complete `slot` when every
+    /// request of these units that was handed out before has been completed, whatever became of its
+    /// connection. A copy is a request of all units that it reads or writes, and of its own.
     Drain {
         /// Where the completion goes.
         slot: SlotId,
         /// The units.
         units: Vec<UnitHandle>,
+    },
+    /// The reservations of a unit are to be changed: [`Reservations::apply`] the change to what the
+    /// unit's volume has, store what comes of it, and install it with [`Target::set_reservations`].
+    /// Then, and where the effects abort anything once every request of the unit that was handed out
+    /// before has been completed, [`Connection::complete_reserve`] `slot`.
+    Reserve {
+        /// Where the completion goes.
+        slot: SlotId,
+        /// The unit.
+        unit: UnitHandle,
+        /// What is asked.
+        change: Change,
     },
 }
 
@@ -227,6 +244,10 @@ impl Node {
         self.units.get_mut(at)
     }
 
+    fn handles(&self) -> Vec<UnitHandle> {
+        self.units.iter().map(|unit| unit.config.handle).collect()
+    }
+
     /// The port groups, and which of them a portal group belongs to.
     fn port_groups(&self) -> Vec<PortGroup> {
         if self.config.port_groups.is_empty() {
@@ -243,6 +264,16 @@ impl Node {
     }
 }
 
+/// What all logical units of one handle have in common.
+#[derive(Debug, Default)]
+struct Volume {
+    /// How many there are.
+    units: usize,
+    reservations: Reservations,
+    /// Who holds RESERVE.
+    reserved_by: Option<NexusId>,
+}
+
 /// The nodes and sessions of one shard.
 #[derive(Debug)]
 pub struct Target {
@@ -250,6 +281,8 @@ pub struct Target {
     portals: Vec<Portal>,
     /// By [`NodeId`]; ids are not used again.
     nodes: Vec<Option<Node>>,
+    /// Those that are a logical unit somewhere.
+    volumes: BTreeMap<UnitHandle, Volume>,
     sessions: Vec<Option<Session>>,
     /// Counts sessions, so that a connection notices that its place has a new one.
     generation: u64,
@@ -262,19 +295,23 @@ pub struct Target {
 
 impl Target {
     /// A target without nodes.
-    #[must_use]
-    pub fn new(config: TargetConfig) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// Secrets that cannot be used.
+    pub fn new(config: TargetConfig) -> Result<Self, TargetError> {
+        check_secrets(config.discovery_chap.as_ref())?;
+        Ok(Self {
             config,
             portals: Vec::new(),
             nodes: Vec::new(),
+            volumes: BTreeMap::new(),
             sessions: Vec::new(),
             generation: 0,
             next_tsih: 1,
             units_changed: 1,
             closing: VecDeque::new(),
             aborts: VecDeque::new(),
-        }
+        })
     }
 
     /// Sets the addresses that discovery tells initiators.
@@ -302,9 +339,10 @@ impl Target {
 
     /// Removes a node and its sessions: the connections to close.
     pub fn remove_node(&mut self, id: NodeId) -> Vec<ConnId> {
-        let Some(slot) = self.nodes.get_mut(id.0 as usize) else { return Vec::new() };
-        if slot.take().is_none() {
-            return Vec::new();
+        let slot = self.nodes.get_mut(id.0 as usize).and_then(Option::take);
+        let Some(node) = slot else { return Vec::new() };
+        for unit in node.units {
+            self.forget_unit(unit.config.handle);
         }
         self.units_changed += 1;
         let mut closing = Vec::new();
@@ -347,7 +385,7 @@ impl Target {
     /// # Errors
     /// A LUN that cannot be used, or an unknown node.
     pub fn add_unit(&mut self, id: NodeId, unit: UnitConfig) -> Result<(), TargetError> {
-        let lun = unit.lun;
+        let (lun, handle) = (unit.lun, unit.handle);
         if lun > MAX_LUN {
             return Err(TargetError::InvalidLun { lun });
         }
@@ -356,25 +394,39 @@ impl Target {
             Ok(_) => return Err(TargetError::DuplicateLun { lun }),
             Err(at) => units.insert(at, Unit::new(unit)),
         }
+        self.volumes.entry(handle).or_default().units += 1;
         self.units_changed += 1;
         self.attend(id, None, None, Attention::LunsChanged);
         Ok(())
     }
 
-    /// Removes a logical unit, and tells the initiators. Requests that were handed out are the
-    /// caller's to end.
+    /// Removes a logical unit, tells the initiators, and aborts its tasks: see [`Target::poll_abort`].
+    /// Requests that were handed out are the caller's to end.
     ///
     /// # Errors
     /// An unknown node or unit.
     pub fn remove_unit(&mut self, id: NodeId, lun: u16) -> Result<(), TargetError> {
         let units = &mut self.node_mut(id)?.units;
-        match units.binary_search_by_key(&lun, |u| u.config.lun) {
+        let removed = match units.binary_search_by_key(&lun, |u| u.config.lun) {
             Ok(at) => units.remove(at),
             Err(_) => return Err(TargetError::UnknownLun { lun }),
         };
+        self.forget_unit(removed.config.handle);
         self.units_changed += 1;
+        // What comes at this LUN next must not get what was meant for this one.
+        self.abort_sessions(id, None, Some(encode_lun(lun)));
         self.attend(id, None, None, Attention::LunsChanged);
         Ok(())
+    }
+
+    /// A logical unit is gone; what its volume had goes with the last of them.
+    fn forget_unit(&mut self, handle: UnitHandle) {
+        if let Some(volume) = self.volumes.get_mut(&handle) {
+            volume.units -= 1;
+            if volume.units == 0 {
+                self.volumes.remove(&handle);
+            }
+        }
     }
 
     /// Changes a logical unit's capacity, and tells the initiators.
@@ -418,25 +470,42 @@ impl Target {
         Ok(())
     }
 
-    /// The reservations of a logical unit, to be stored.
+    /// The reservations in force at the logical units of a handle.
     #[must_use]
     pub fn reservations(&self, unit: UnitHandle) -> Option<&Reservations> {
-        let units = self.nodes.iter().flatten().flat_map(|n| &n.units);
-        units.into_iter().find(|u| u.config.handle == unit).map(|u| &u.reservations)
+        self.volumes.get(&unit).map(|volume| &volume.reservations)
     }
 
-    /// Sets the reservations of a logical unit to what was stored.
+    /// Sets the reservations of all logical units of a handle, tells those that lost something by it,
+    /// and marks whose tasks to abort: see [`Target::poll_abort`]. What was stored is set, without
+    /// effects, right after the first unit was added; later on each change that has been stored,
+    /// whatever transport its host came by.
     ///
     /// # Errors
-    /// An unknown node or unit.
-    pub fn restore_reservations(
+    /// There is no such unit.
+    pub fn set_reservations(
         &mut self,
-        id: NodeId,
-        lun: u16,
+        unit: UnitHandle,
         reservations: Reservations,
+        effects: &Effects,
     ) -> Result<(), TargetError> {
-        let unit = self.node_mut(id)?.unit_mut(lun).ok_or(TargetError::UnknownLun { lun })?;
-        unit.reservations = reservations;
+        let volume = self.volumes.get_mut(&unit).ok_or(TargetError::UnknownUnit)?;
+        volume.reservations = reservations;
+        for session in self.sessions.iter_mut().flatten() {
+            let node = session.node.and_then(|id| self.nodes.get(id.0 as usize)?.as_ref());
+            let units = node.map(|node| node.units.as_slice()).unwrap_or_default();
+            for lun in units.iter().filter(|u| u.config.handle == unit).map(|u| u.config.lun) {
+                for (registrant, notice) in &effects.notices {
+                    if session.registrant.is(registrant) {
+                        session.raise(lun, (*notice).into());
+                    }
+                }
+                if effects.abort.iter().any(|registrant| session.registrant.is(registrant)) {
+                    let lun = Some(encode_lun(lun));
+                    self.aborts.push_back(Abort { conn: session.conn, lun });
+                }
+            }
+        }
         Ok(())
     }
 
@@ -459,8 +528,7 @@ impl Target {
     ) -> Outcome {
         let Command { slot, request, data } = cmd;
         if let Request::Login(login) = request {
-            self.handle_login(id, conn, slot, &login, mem);
-            return Outcome::Done;
+            return self.handle_login(id, conn, slot, &login, mem);
         }
         let Some(index) = self.session_of(id, conn) else {
             // It was replaced, or its node is gone.
@@ -479,8 +547,7 @@ impl Target {
                 Outcome::Done
             }
             Request::Logout { reason, cid } => {
-                self.handle_logout(index, conn, slot, reason, cid, mem);
-                Outcome::Done
+                self.handle_logout(index, conn, slot, reason, cid, mem)
             }
             Request::Login(_) => Outcome::Done,
         }
@@ -502,8 +569,8 @@ impl Target {
         self.closing.pop_front()
     }
 
-    /// The next connection whose tasks are to be aborted. Ask after every request, and before a
-    /// [`Outcome::Drain`] is completed.
+    /// The next connection whose tasks are to be aborted. Ask after every request, every
+    /// [`Target::set_reservations`] and [`Target::remove_unit`], before anything else is done.
     pub fn poll_abort(&mut self) -> Option<Abort> {
         self.aborts.pop_front()
     }

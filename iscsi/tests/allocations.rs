@@ -30,15 +30,13 @@ struct World {
 impl World {
     fn new() -> Self {
         let mut mem = HeapMemory::new(8 << 20);
-        let mut target = Target::new(TargetConfig::default());
+        let mut target = Target::new(TargetConfig::default()).unwrap();
         let node = target
             .add_node(NodeConfig {
                 iqn: IQN.into(),
-                alias: None,
                 initiators: Initiators::Any,
-                chap: None,
                 portal_groups: vec![1],
-                port_groups: Vec::new(),
+                ..NodeConfig::default()
             })
             .unwrap();
         let unit = UnitConfig {
@@ -76,8 +74,13 @@ impl World {
         let Self { mem, target, conn, .. } = self;
         assert_eq!(conn.handle_recv(window, mem), window.len());
         while let Some(cmd) = conn.poll_command() {
-            let Outcome::Io(io) = target.handle_command(ConnId(1), conn, cmd, mem) else {
-                continue;
+            let io = match target.handle_command(ConnId(1), conn, cmd, mem) {
+                Outcome::Io(io) => io,
+                Outcome::Drain { slot, .. } => {
+                    conn.complete(slot, IoStatus::Ok, mem);
+                    continue;
+                }
+                _ => continue,
             };
             match io.command {
                 IoCommand::Read { len, .. } => {
@@ -157,15 +160,10 @@ fn reads_and_writes_allocate_nothing() {
     text::push(&mut keys, "TargetName", IQN);
     let request = LoginRequest {
         transit: true,
-        more: false,
         csg: 1,
         nsg: 3,
-        version_max: 0,
-        version_min: 0,
-        isid: [0; 6],
-        tsih: 0,
-        cid: 0,
         sn: CmdSn { cmd: 1, exp_stat: 0 },
+        ..LoginRequest::default()
     };
     world.send(Header::new(1, 0, Body::Login(request)), &keys);
     world.receive();

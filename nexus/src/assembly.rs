@@ -502,8 +502,10 @@ impl Nexus {
         self.voters = voters;
         self.restoring = config.restoring;
         self.deleted.clone_from(&config.deleted);
+        self.reservations.clone_from(&config.reservations);
         let (restoring, deleted) = (config.restoring, config.deleted.clone());
-        self.wanted = Wanted { blocks, encryption, voters, restoring, deleted };
+        let reservations = config.reservations.clone();
+        self.wanted = Wanted { blocks, encryption, voters, restoring, deleted, reservations };
         self.in_sync = ChildSet::EMPTY;
         let old = self.of_older_lineage(config.lineage);
         for at in 0..self.children.len() {

@@ -80,6 +80,7 @@ impl Nexus {
             restoring: self.wanted.restoring,
             deleted: self.wanted.deleted.clone(),
             block_size: self.config.block_size,
+            reservations: self.wanted.reservations.clone(),
             members: members.clone(),
         };
         let register = Register {

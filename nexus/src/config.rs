@@ -1,5 +1,6 @@
 //! A volume's configuration: what its register holds.
 
+use cairn_block::reservation::Reservations;
 use cairn_block::{ReplicaId, SnapshotId, VolumeId};
 
 use crate::MAX_CHILDREN;
@@ -29,6 +30,8 @@ const SECTION_PLACES: u16 = 4;
 const SECTION_BLOCK_SIZE: u16 = 5;
 /// A section: snapshots that were deleted, and that a replica may still have.
 const SECTION_DELETED: u16 = 6;
+/// A section: the hosts' reservations.
+const SECTION_RESERVATIONS: u16 = 7;
 /// Deleted snapshots that a configuration names at most: so many fit in a register beside the rest.
 pub const MAX_DELETED: usize = 32;
 /// Bytes of a [`Place`].
@@ -99,6 +102,8 @@ pub struct Config {
     pub deleted: Vec<SnapshotId>,
     /// Bytes of the blocks that hosts see; 0 where that is not told.
     pub block_size: u32,
+    /// The hosts' reservations, as [`Reservations::encode`] has them; empty where there never were any.
+    pub reservations: Vec<u8>,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -148,7 +153,8 @@ impl Config {
     /// Section 1: encryption. Section 2: the holder (16 bytes), where it is told. Section 3: the snapshot that
     /// the volume is being taken back to (16 bytes), where it is. Section 4: the place of each member, in their
     /// order, where one is told. Section 5: bytes of the blocks that hosts see, u32, where they are told.
-    /// Section 6: the deleted snapshots that a replica may still have (16 bytes each), where there are any.
+    /// Section 6: the deleted snapshots that a replica may still have (16 bytes each), where there are any. Section 7:
+    /// the hosts' reservations, where there were any; `engine/block/src/reservation/encoding.rs` draws them.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -189,6 +195,9 @@ impl Config {
         if self.block_size != 0 {
             push_section(&mut out, SECTION_BLOCK_SIZE, &self.block_size.to_le_bytes());
         }
+        if !self.reservations.is_empty() {
+            push_section(&mut out, SECTION_RESERVATIONS, &self.reservations);
+        }
         out
     }
 
@@ -213,7 +222,7 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let Sections { encryption, holder, restoring, places, block_size, deleted } =
+        let Sections { encryption, holder, restoring, places, block_size, deleted, reservations } =
             decode_sections(sections, expected, count)?;
         let mut places = places.chunks_exact(PLACE);
         let mut members = Vec::with_capacity(count);
@@ -242,6 +251,7 @@ impl Config {
             restoring,
             deleted,
             block_size,
+            reservations,
             members,
         })
     }
@@ -276,6 +286,7 @@ struct Sections {
     /// Of each member.
     places: Vec<u8>,
     block_size: u32,
+    reservations: Vec<u8>,
 }
 
 /// Whether these are some ids, and not too many.
@@ -319,6 +330,12 @@ fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Section
                     return Err(ConfigError::Section(kind));
                 }
             }
+            // Whoever does not know what is reserved would let hosts do what others rely on that they cannot.
+            (SECTION_RESERVATIONS, _)
+                if found.reservations.is_empty() && Reservations::decode(bytes).is_ok() =>
+            {
+                found.reservations = bytes.to_vec();
+            }
             _ => return Err(ConfigError::Section(kind)),
         }
         rest = &rest[end..];
@@ -341,6 +358,7 @@ mod tests {
             restoring: None,
             deleted: Vec::new(),
             block_size: 0,
+            reservations: Vec::new(),
             generation: 41,
             members: vec![
                 Member {

@@ -61,6 +61,8 @@ pub struct Nexus {
     pub(crate) restoring: Option<cairn_block::SnapshotId>,
     /// By the configuration committed last: see [`Config::deleted`](crate::Config::deleted).
     pub(crate) deleted: Vec<cairn_block::SnapshotId>,
+    /// By the configuration committed last: see [`Config::reservations`](crate::Config::reservations).
+    pub(crate) reservations: Vec<u8>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
@@ -136,11 +138,13 @@ impl Nexus {
                 voters: ChildSet::EMPTY,
                 restoring: None,
                 deleted: Vec::new(),
+                reservations: Vec::new(),
             },
             changing: None,
             encryption,
             restoring: None,
             deleted: Vec::new(),
+            reservations: Vec::new(),
             growing: None,
             round: 0,
             commit: None,

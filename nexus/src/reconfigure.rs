@@ -23,6 +23,7 @@ pub(crate) struct Wanted {
     pub(crate) voters: ChildSet,
     pub(crate) restoring: Option<SnapshotId>,
     pub(crate) deleted: Vec<SnapshotId>,
+    pub(crate) reservations: Vec<u8>,
 }
 
 /// A size that replicas are growing to.
@@ -183,6 +184,7 @@ impl Nexus {
             && self.wanted.voters == self.voters
             && self.wanted.restoring == self.restoring
             && self.wanted.deleted == self.deleted
+            && self.wanted.reservations == self.reservations
             && self.changing.is_none()
             && self.growing.is_none();
         if current { Ok(()) } else { Err(ChangeError::Busy) }
@@ -256,6 +258,26 @@ impl Nexus {
         assert!(deleted.len() <= MAX_DELETED, "so many do not fit");
         self.check_change()?;
         self.wanted.deleted = deleted;
+        self.commit_wanted();
+        self.settle(now_ms);
+        Ok(())
+    }
+
+    // ---- reservations
+
+    /// What hosts have reserved, as it is stored; empty where they never did.
+    #[must_use]
+    pub fn reservations(&self) -> &[u8] {
+        &self.reservations
+    }
+
+    /// Stores what hosts have reserved. [`Event::Reserved`] tells that it is stored.
+    ///
+    /// # Errors
+    /// [`ChangeError`] where it cannot be now; then nothing was begun.
+    pub fn set_reservations(&mut self, table: Vec<u8>, now_ms: u64) -> Result<(), ChangeError> {
+        self.check_change()?;
+        self.wanted.reservations = table;
         self.commit_wanted();
         self.settle(now_ms);
         Ok(())
@@ -399,6 +421,10 @@ impl Nexus {
             self.push_event(Event::Restoring(stored.restoring));
         }
         self.deleted = stored.deleted;
+        if stored.reservations != self.reservations {
+            self.reservations = stored.reservations;
+            self.push_event(Event::Reserved);
+        }
         if stored.encryption != self.encryption {
             self.encryption = stored.encryption;
             self.push_event(Event::KeyChanged);

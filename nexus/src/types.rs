@@ -314,6 +314,8 @@ pub enum Event {
     ResizeFailed(Option<ChildId>, IoStatus),
     /// Another wrapping of the volume's key is stored.
     KeyChanged,
+    /// What hosts have reserved is stored.
+    Reserved,
     /// It is stored that the volume is being taken back to this snapshot: every in-sync member is to be asked
     /// to, and then [`Nexus::set_restoring`](crate::Nexus::set_restoring) to be called with none. With none:
     /// it is over, and requests of hosts may be submitted.

@@ -62,6 +62,8 @@ statuses! {
     CAPACITY_EXCEEDED = 0x081, "Capacity Exceeded";
     /// 00/82.
     NAMESPACE_NOT_READY = 0x082, "Namespace Not Ready";
+    /// 00/83.
+    RESERVATION_CONFLICT = 0x083, "Reservation Conflict";
     /// 01/05.
     AER_LIMIT_EXCEEDED = 0x105, "Asynchronous Event Request Limit Exceeded";
     /// 01/09.

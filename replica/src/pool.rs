@@ -175,7 +175,7 @@ pub struct Register {
     pub accepted_epoch: Epoch,
     /// Its sequence.
     pub seq: u64,
-    /// The configuration, opaque here, at most 2048 bytes.
+    /// The configuration, opaque here, at most [`CONFIG_MAX`](crate::disk::CONFIG_MAX) bytes.
     pub config: Vec<u8>,
 }
 

@@ -386,6 +386,7 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
         blocks: BLOCKS,
         block_size: Some(BlockSize::B4096),
         sharing: None,
+        iscsi: None,
         children: replicas
             .into_iter()
             .map(|(id, peer)| (id, ChildAddress::Remote { peer, nqn: replica_nqn(id) }).into())

@@ -128,7 +128,12 @@ pub(super) async fn run(cluster: &mut Cluster) -> Result<()> {
     let mut other = connect(&cluster.socket(OTHER)).await?;
     let mut request = v1::StandByVolumeRequest { name: NAME.to_owned(), ..Default::default() };
     // By itself, but not while this check tries it by hand.
-    let sharing = share::SharingArgs { auto: true, auto_after_ms: 3_000, elsewhere: Vec::new() };
+    let sharing = share::SharingArgs {
+        auto: true,
+        auto_after_ms: 3_000,
+        elsewhere: Vec::new(),
+        iscsi_elsewhere: Vec::new(),
+    };
     share::learn(&mut other, &mut cluster.client, &mut request, sharing).await?;
     other.stand_by_volume(request).await.map_err(|s| said(&s))?;
     let target = |volume: v1::Volume| -> Result<Target> {

@@ -92,6 +92,7 @@ pub(super) async fn run(cluster: &mut Cluster, folder: &Path) -> Result<()> {
         witnesses: Vec::new(),
         take_over_after: Interval(1),
         elsewhere: Vec::new(),
+        iscsi_elsewhere: Vec::new(),
         key_file: Some(right.display().to_string()),
         key_command: Vec::new(),
     };

@@ -23,12 +23,16 @@ pub(crate) struct SharingArgs {
     /// Where hosts reach another process that shares the volume: discovery tells of it. Once for each.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) elsewhere: Vec<String>,
+    /// Where initiators of iSCSI reach it, and its portal group. Once for each.
+    #[arg(long, value_name = "ADDRESS:PORT,GROUP")]
+    pub(crate) iscsi_elsewhere: Vec<String>,
 }
 
 impl SharingArgs {
     fn message(self) -> v1::Sharing {
-        let Self { auto, auto_after_ms, elsewhere } = self;
-        v1::Sharing { auto, auto_after_ms: if auto { auto_after_ms } else { 0 }, elsewhere }
+        let Self { auto, auto_after_ms, elsewhere, iscsi_elsewhere } = self;
+        let auto_after_ms = if auto { auto_after_ms } else { 0 };
+        v1::Sharing { auto, auto_after_ms, elsewhere, iscsi_elsewhere }
     }
 }
 
@@ -89,6 +93,7 @@ pub(super) async fn stand_by(
         child_deadline_ms: 0,
         encryption: args.key.source()?,
         sharing: Some(args.sharing.clone().message()),
+        iscsi: None,
     };
     if let Some(socket) = &args.from {
         let mut serving = connect(socket).await?;
@@ -102,6 +107,8 @@ pub(super) async fn stand_by(
 pub(crate) struct Here {
     /// Where hosts reach it.
     pub(crate) nvmf: Vec<String>,
+    /// Where initiators do.
+    pub(crate) iscsi: Vec<String>,
     /// Those in its pools.
     pub(crate) replicas: Vec<v1::Replica>,
 }
@@ -115,7 +122,7 @@ pub(crate) async fn learn(
 ) -> Result<()> {
     let here = client.get_info(v1::GetInfoRequest {}).await.map_err(|s| said(&s))?.into_inner();
     let own = client.list_replicas(v1::ListReplicasRequest {}).await.map_err(|s| said(&s))?;
-    let here = Here { nvmf: here.nvmf, replicas: own.into_inner().replicas };
+    let here = Here { nvmf: here.nvmf, iscsi: here.iscsi, replicas: own.into_inner().replicas };
     request.sharing = Some(sharing.message());
     learn_from(&here, serving, request).await
 }
@@ -148,21 +155,31 @@ pub(crate) async fn learn_from(
     let message = request.sharing.clone().unwrap_or_default();
     // What it does while it stands by itself is for whoever set it up to say.
     let mut shared = volume.sharing.unwrap_or_else(|| message.clone());
-    for address in &here.nvmf {
-        if !shared.elsewhere.contains(address) {
-            shared.elsewhere.push(address.clone());
-        }
+    add(&mut shared.elsewhere, &here.nvmf);
+    // Initiators find it there where it is a logical unit of a process that listens for them.
+    let exported = volume.iscsi.and_then(|unit| unit.export).filter(|_| !here.iscsi.is_empty());
+    if exported.is_some() {
+        add(&mut shared.iscsi_elsewhere, &here.iscsi);
     }
     let call = v1::ShareVolumeRequest { name: request.name.clone(), sharing: Some(shared) };
     serving.share_volume(call).await.map_err(|s| said(&s))?;
-    let mut elsewhere = message.elsewhere.clone();
-    for address in there.nvmf {
-        if !elsewhere.contains(&address) {
-            elsewhere.push(address);
+    let mut message = message;
+    add(&mut message.elsewhere, &there.nvmf);
+    if exported.is_some() {
+        add(&mut message.iscsi_elsewhere, &there.iscsi);
+    }
+    request.iscsi = request.iscsi.take().or(exported);
+    request.sharing = Some(message);
+    Ok(())
+}
+
+/// Adds what is not on the list.
+fn add(list: &mut Vec<String>, more: &[String]) {
+    for one in more {
+        if !list.contains(one) {
+            list.push(one.clone());
         }
     }
-    request.sharing = Some(v1::Sharing { elsewhere, ..message });
-    Ok(())
 }
 
 pub(super) async fn take_over(global: &Global, name: String, to: Option<PathBuf>) -> Result<()> {

@@ -56,6 +56,7 @@ impl Service {
         let replacement = self.replacement_message(&report);
         let saved = self.saved(&report.name).ok().and_then(|volume| volume.shared);
         let sharing = saved.map(|shared| shared.message());
+        let iscsi = report.iscsi.map(|unit| self.unit_message(&report.name, unit));
         let children = report.children.into_iter().map(|child| v1::Child {
             replica_id: child.replica.to_string(),
             uri: replica_uri(child.replica, &child.address),
@@ -73,6 +74,7 @@ impl Service {
         });
         v1::Volume {
             sharing,
+            iscsi,
             id: report.id.to_string(),
             name: report.name,
             nqn: report.nqn,

@@ -13,7 +13,8 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::{Sharing, VolumeReport};
 use tonic::Status;
 
-use super::{CREATE_POLL, Service, check_name, keys};
+use super::iscsi::parse_portal;
+use super::{CREATE_POLL, Service, check_name, iscsi, keys};
 use crate::state::{SavedSharing, SavedVolume};
 
 /// How long a process stands by at least before it takes a volume over by itself.
@@ -25,8 +26,8 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl SavedSharing {
     pub(super) fn message(&self) -> v1::Sharing {
-        let Self { auto, auto_after_ms, elsewhere, .. } = self.clone();
-        v1::Sharing { auto, auto_after_ms, elsewhere }
+        let Self { auto, auto_after_ms, elsewhere, iscsi_elsewhere, .. } = self.clone();
+        v1::Sharing { auto, auto_after_ms, elsewhere, iscsi_elsewhere }
     }
 
     /// What the engine is told.
@@ -39,6 +40,11 @@ impl SavedSharing {
         Ok(Sharing {
             auto_after_ms: self.auto.then_some(after_ms),
             elsewhere: self.elsewhere.iter().map(address).collect::<Result<_, _>>()?,
+            iscsi_elsewhere: self
+                .iscsi_elsewhere
+                .iter()
+                .map(|text| parse_portal(text))
+                .collect::<Result<_, _>>()?,
         })
     }
 
@@ -50,8 +56,9 @@ impl SavedSharing {
 }
 
 fn saved_of(message: Option<v1::Sharing>, standby: bool) -> Result<SavedSharing, Status> {
-    let v1::Sharing { auto, auto_after_ms, elsewhere } = message.unwrap_or_default();
-    let saved = SavedSharing { standby, auto, auto_after_ms, elsewhere };
+    let v1::Sharing { auto, auto_after_ms, elsewhere, iscsi_elsewhere } =
+        message.unwrap_or_default();
+    let saved = SavedSharing { standby, auto, auto_after_ms, elsewhere, iscsi_elsewhere };
     saved.sharing().map_err(Status::invalid_argument)?;
     Ok(saved)
 }
@@ -118,6 +125,7 @@ impl Service {
             child_deadline_ms: request.child_deadline_ms,
             encryption: keys::for_new(request.encryption).await?,
             shared: Some(saved_of(request.sharing, true)?),
+            iscsi: request.iscsi.map(|export| iscsi::saved_of(&name, export)).transpose()?,
             created: true,
             ..SavedVolume::default()
         };

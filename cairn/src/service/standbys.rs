@@ -63,6 +63,7 @@ impl Standby {
             auto: self.take_over_after.0 > 0,
             auto_after_ms: self.take_over_after.0 * 1_000,
             elsewhere: self.elsewhere.iter().map(ToString::to_string).collect(),
+            iscsi_elsewhere: self.iscsi_elsewhere.clone(),
         }
     }
 
@@ -146,6 +147,7 @@ impl Service {
             let own = self.ask(|reply| Command::ListReplicas { reply }).await.map_err(told)?;
             let here = share::Here {
                 nvmf: self.addresses.iter().map(ToString::to_string).collect(),
+                iscsi: self.portals(),
                 replicas: own.into_iter().map(|r| self.replica_message(r)).collect(),
             };
             share::learn_from(&here, &mut serving, &mut request).await?;

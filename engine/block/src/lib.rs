@@ -10,6 +10,7 @@ mod ids;
 mod io;
 mod mem;
 pub mod mutants;
+pub mod reservation;
 mod tx;
 
 pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};

@@ -52,6 +52,7 @@ fn spec(name: &str, children: Vec<VolumeReplica>) -> VolumeSpec {
         child_deadline_ms: 1,
         allowed_hosts: None,
         sharing: None,
+        iscsi: None,
     }
 }
 
@@ -290,6 +291,7 @@ fn report(name: &str, children: Vec<ChildReport>) -> VolumeReport {
         epoch: Epoch(1).0,
         children,
         hosts: Vec::new(),
+        iscsi: None,
         counters: ExportCounters::default(),
         in_flight: 0,
         block_size: cairn_block::BlockSize::B4096,

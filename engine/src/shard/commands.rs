@@ -40,6 +40,8 @@ impl<D: Driver> Shard<D> {
             }
             Command::Shutdown { reply } => self.begin_shutdown(reply, now),
             Command::AddListener { reply, .. }
+            | Command::AddIscsiListener { reply, .. }
+            | Command::ExportIscsi { reply, .. }
             | Command::AddPool { reply, .. }
             | Command::DeleteReplica { reply, .. }
             | Command::AddVolume { reply, .. }
@@ -61,6 +63,12 @@ impl<D: Driver> Shard<D> {
             }
             Command::AddListener { listener, advertise, reply } => {
                 reply.send(self.add_listener(listener, advertise));
+            }
+            Command::AddIscsiListener { listener, portal, reply } => {
+                reply.send(self.add_iscsi_listener(listener, portal.address, portal.group));
+            }
+            Command::ExportIscsi { name, export, reply } => {
+                reply.send(self.export_iscsi(&name, export));
             }
             Command::AddPool { name, devices, pool, reply } => {
                 reply.send(self.add_pool(name, devices, *pool));
@@ -252,10 +260,10 @@ impl<D: Driver> Shard<D> {
     }
 
     fn volume_reports(&self, now: u64) -> Vec<VolumeReport> {
-        self.volumes.iter().map(|(_, volume)| self.volume_report(volume, now)).collect()
+        self.volumes.iter().map(|(at, volume)| self.volume_report(at, volume, now)).collect()
     }
 
-    fn volume_report(&self, volume: &Volume, now: u64) -> VolumeReport {
+    fn volume_report(&self, at: u32, volume: &Volume, now: u64) -> VolumeReport {
         let Status { state, epoch, children, requests, .. } = volume.nexus.status();
         let mut unreachable = String::new();
         let children = (0u8..)
@@ -334,6 +342,7 @@ impl<D: Driver> Shard<D> {
             epoch: epoch.0,
             children,
             hosts,
+            iscsi: self.iscsi_report(at),
             counters: volume.counters,
             in_flight: requests,
             block_size: volume.block_size,

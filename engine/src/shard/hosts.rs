@@ -1,11 +1,10 @@
 //! Connections from hosts (and from other processes' nexuses): socket and queue pair.
 
-use std::collections::VecDeque;
-
 use cairn_nvmf::target::{self, ConnId, Outcome};
-use cairn_reactor::{Chunk, Driver, EndReason, Op, SocketFault, SocketId};
+use cairn_reactor::{Chunk, Driver, EndReason, Op, SocketFault, SocketId, Token};
 
 use super::moves::Early;
+use super::stream::Stream;
 use super::{Shard, Subject, token};
 use crate::{register, snapshot, upkeep};
 
@@ -24,23 +23,19 @@ pub(super) enum Phase {
 
 /// One connection.
 pub(super) struct Host {
-    pub(super) socket: SocketId,
+    pub(super) stream: Stream,
     /// Tells this connection from earlier ones with its number.
     pub(super) generation: u32,
     pub(super) queue: target::Queue,
-    /// Received and not yet taken, and how much of the first chunk is.
-    pub(super) backlog: VecDeque<Chunk>,
-    pub(super) taken: u32,
-    pub(super) receiving: bool,
-    pub(super) pausing: bool,
-    stalled: bool,
-    pub(super) sending: bool,
     pub(super) phase: Phase,
     /// What arrived until it was known whose it is, where several shards share a listener.
     pub(super) early: Option<Box<Early>>,
     /// Its volume knows the host as one that writes.
     pub(super) noted: bool,
-    pub(super) busy: bool,
+}
+
+fn receive_token(at: u32) -> Token {
+    token(Subject::HostReceive, 0, at)
 }
 
 impl<D: Driver> Shard<D> {
@@ -71,33 +66,23 @@ impl<D: Driver> Shard<D> {
     ) -> u32 {
         self.next_generation = self.next_generation.wrapping_add(1);
         self.hosts.insert(Host {
-            socket,
+            stream: Stream::new(socket),
             generation: self.next_generation,
             queue,
-            backlog: VecDeque::with_capacity(8),
-            taken: 0,
-            receiving: false,
-            pausing: false,
-            stalled: false,
-            sending: false,
             phase: if early.is_some() { Phase::New } else { Phase::Settled },
             early,
             noted: false,
-            busy: false,
         })
     }
 
     pub(super) fn start_receive(&mut self, at: u32) {
-        let host = &mut self.hosts[at];
-        host.receiving = true;
-        let socket = host.socket;
-        self.submit(Op::Receive { socket }, token(Subject::HostReceive, 0, at));
+        self.hosts[at].stream.receive(&mut self.driver, receive_token(at));
     }
 
     pub(super) fn handle_host_bytes(&mut self, at: u32, chunk: Chunk, now: u64) {
         match self.hosts.get_mut(at) {
             Some(host) if host.phase == Phase::Settled => {
-                host.backlog.push_back(chunk);
+                host.stream.backlog.push_back(chunk);
                 self.pump_host(at, now);
             }
             Some(host) if host.phase < Phase::Closing => self.handle_early_bytes(at, chunk, now),
@@ -114,18 +99,10 @@ impl<D: Driver> Shard<D> {
             if host.phase >= Phase::Moving {
                 return moved;
             }
-            let Some(chunk) = host.backlog.front() else { break };
-            let rest = chunk.slice.from(host.taken);
+            let Some(rest) = host.stream.front() else { break };
             let taken = host.queue.handle_recv(rest, self.driver.memory());
             moved |= taken > 0;
-            host.taken += taken;
-            let all = host.taken == chunk.slice.len();
-            if all {
-                host.taken = 0;
-                if let Some(chunk) = host.backlog.pop_front() {
-                    self.driver.release_chunk(chunk);
-                }
-            }
+            let all = host.stream.take(taken, &mut self.driver);
             self.take_commands(at, now);
             if !all {
                 self.stall_host(at);
@@ -133,13 +110,11 @@ impl<D: Driver> Shard<D> {
             }
         }
         let Some(host) = self.hosts.get_mut(at) else { return moved };
-        if host.queue.is_waiting_for_memory() && !host.stalled {
-            host.stalled = true;
+        if host.queue.is_waiting_for_memory() && host.stream.stall() {
             self.stalled.push(at);
         }
         let host = &mut self.hosts[at];
-        let receives = host.receiving || host.pausing || host.phase >= Phase::Moving;
-        if host.backlog.is_empty() && !receives {
+        if host.stream.is_drained() && host.phase < Phase::Moving {
             self.start_receive(at);
         }
         self.touch_host(at);
@@ -153,25 +128,18 @@ impl<D: Driver> Shard<D> {
             return;
         }
         self.pause_receive(at);
-        let host = &mut self.hosts[at];
-        if !host.stalled {
-            host.stalled = true;
+        if self.hosts[at].stream.stall() {
             self.stalled.push(at);
         }
     }
 
     pub(super) fn pause_receive(&mut self, at: u32) {
-        let host = &mut self.hosts[at];
-        if host.receiving && !host.pausing {
-            host.pausing = true;
-            let socket = host.socket;
-            self.submit(Op::PauseReceive { socket }, token(Subject::HostReceive, 0, at));
-        }
+        self.hosts[at].stream.pause(&mut self.driver, receive_token(at));
     }
 
     pub(super) fn retry_host(&mut self, at: u32, now: u64) -> bool {
         let Some(host) = self.hosts.get_mut(at) else { return false };
-        host.stalled = false;
+        host.stream.stalled = false;
         // What its queue holds is another shard's to carry out.
         if host.phase == Phase::Moving {
             return false;
@@ -210,12 +178,11 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn handle_host_receive_ended(&mut self, at: u32, reason: EndReason) {
         let Some(host) = self.hosts.get_mut(at) else { return };
-        host.receiving = false;
-        host.pausing = false;
+        (host.stream.receiving, host.stream.pausing) = (false, false);
         if reason == EndReason::Paused {
             if host.phase == Phase::Moving {
                 self.touch_host(at);
-            } else if host.backlog.is_empty() && host.phase < Phase::Closing {
+            } else if host.stream.backlog.is_empty() && host.phase < Phase::Closing {
                 // A retry has emptied the backlog meanwhile.
                 self.start_receive(at);
             }
@@ -226,7 +193,7 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn handle_host_sent(&mut self, at: u32, result: Result<(), SocketFault>) {
         let Some(host) = self.hosts.get_mut(at) else { return };
-        host.sending = false;
+        host.stream.sending = false;
         // Sent or given up: nothing uses the buffers any more.
         host.queue.tx().handle_sent(self.driver.memory());
         match result {
@@ -246,10 +213,8 @@ impl<D: Driver> Shard<D> {
         if let Some(reason) = host.queue.close_reason() {
             tracing::info!(connection = at, %reason, "connection closed");
         }
-        let socket = host.socket;
-        while let Some(chunk) = host.backlog.pop_front() {
-            self.driver.release_chunk(chunk);
-        }
+        let socket = host.stream.socket;
+        host.stream.forget(&mut self.driver);
         self.target.handle_disconnect(ConnId(at));
         self.submit(Op::Close { socket }, token(Subject::HostClose, 0, at));
     }
@@ -264,15 +229,14 @@ impl<D: Driver> Shard<D> {
     pub(super) fn flush_hosts(&mut self) {
         while let Some(at) = self.busy_hosts.pop() {
             let Some(host) = self.hosts.get_mut(at) else { continue };
-            host.busy = false;
+            host.stream.busy = false;
             if host.phase == Phase::Closing {
                 continue;
             }
-            if !host.sending && host.queue.tx().wants_send() {
+            if !host.stream.sending && host.queue.tx().wants_send() {
                 host.queue.tx().take_batch(&mut self.windows);
-                host.sending = true;
-                let op = Op::Send { socket: host.socket, windows: &self.windows };
-                self.driver.submit(op, token(Subject::HostSend, 0, at));
+                let token = token(Subject::HostSend, 0, at);
+                host.stream.send(&self.windows, &mut self.driver, token);
             } else if host.phase == Phase::Moving {
                 self.move_if_quiet(at);
             } else if host.queue.wants_close() && host.queue.tx().is_idle() {

@@ -4,11 +4,13 @@ use cairn_block::{
     BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
 };
 use cairn_nvmf::target::{Io, IoCommand, NamespaceHandle, SlotId, dsm_range, status_of};
+use cairn_iscsi::scsi::unmap_range;
 use cairn_reactor::Driver;
 use cairn_replica::ReplicaSlot;
 
 use super::Shard;
 use super::pools::Owner;
+use super::volumes::Volume;
 use crate::control::ExportCounters;
 
 /// What a namespace stands for.
@@ -26,17 +28,28 @@ pub(super) enum Export {
     },
 }
 
+/// Who hears how a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asker {
+    /// A host, on a connection of NVMe/TCP.
+    Nvme { conn: u32, generation: u32, slot: SlotId },
+    /// An initiator, on a connection of iSCSI.
+    Iscsi { conn: u32, generation: u32, slot: cairn_iscsi::connection::SlotId },
+    /// A command that takes several requests, of which this is one.
+    Job(u32),
+}
+
 /// A host's command in flight.
 #[derive(Debug)]
 pub(super) struct HostIo {
-    conn: u32,
-    generation: u32,
-    slot: SlotId,
+    asker: Asker,
     namespace: NamespaceHandle,
     op: IoOp,
     range: LbaRange,
-    /// Payload: the host's for a write, ours for a read, the ranges of a discard.
+    /// Payload that goes with the request: the host's for a write, ours for a read, the ranges of a discard.
     buf: Option<Buf>,
+    /// Where the payload lies: in `buf`, or in what is a job's.
+    window: BufSlice,
     /// Bytes of a read, allocated when there is room.
     read_len: u32,
     /// Ranges of a discard that are still to be done, and the next one's index.
@@ -46,13 +59,67 @@ pub(super) struct HostIo {
     sealed: Option<u32>,
     /// Blocks that a Verify found data in: told in DW0 of the completion, where a nexus looks.
     verified: u32,
+    /// What a discard is followed by: its ranges are to be durable.
+    flushes: bool,
+    /// When it came, among those that met a hold; 0: it met none.
+    pub(super) order: u64,
     answered: bool,
 }
 
 impl HostIo {
-    /// The connection that it came on.
-    pub(super) fn origin(&self) -> (u32, u32) {
-        (self.conn, self.generation)
+    pub(super) fn new(asker: Asker, namespace: NamespaceHandle, op: IoOp, range: LbaRange) -> Self {
+        Self {
+            asker,
+            namespace,
+            op,
+            range,
+            buf: None,
+            window: BufSlice::EMPTY,
+            read_len: 0,
+            discards: (0, 0),
+            sealed: None,
+            verified: 0,
+            flushes: false,
+            order: 0,
+            answered: false,
+        }
+    }
+
+    /// With payload that is released with it.
+    pub(super) fn with_buf(self, buf: Buf) -> Self {
+        Self { window: buf.slice(), buf: Some(buf), ..self }
+    }
+
+    /// With payload of somebody's who keeps it until the request is released.
+    pub(super) fn with_window(self, window: BufSlice) -> Self {
+        Self { window, ..self }
+    }
+
+    /// Of so many ranges, told in its payload.
+    pub(super) fn with_ranges(self, count: u16, flushes: bool) -> Self {
+        Self { discards: (count, 0), flushes, ..self }
+    }
+
+    /// Into a buffer that is yet to be had.
+    pub(super) fn with_room(self, read_len: u32) -> Self {
+        Self { read_len, ..self }
+    }
+
+    /// Who asks for what, and where.
+    pub(super) fn wants(&self) -> (Asker, IoOp, LbaRange) {
+        (self.asker, self.op, self.range)
+    }
+
+    pub(super) fn asker(&self) -> Asker {
+        self.asker
+    }
+
+    /// Whether it changes a range of what this stands for, and is not done.
+    pub(super) fn changes(&self, namespace: NamespaceHandle, range: LbaRange) -> bool {
+        self.namespace == namespace
+            && !self.answered
+            && self.op.is_mutation()
+            && self.range.overlaps(range)
     }
 }
 
@@ -79,64 +146,48 @@ impl<D: Driver> Shard<D> {
         {
             self.note_writer(conn, volume);
         }
-        let mut entry = HostIo {
-            conn,
-            generation,
-            slot: io.slot,
-            namespace: io.namespace,
-            op: IoOp::Flush,
-            range: LbaRange::default(),
-            buf: None,
-            read_len: 0,
-            discards: (0, 0),
-            sealed: None,
-            verified: 0,
-            answered: false,
+        let asker = Asker::Nvme { conn, generation, slot: io.slot };
+        let new = |op, range| HostIo::new(asker, io.namespace, op, range);
+        let entry = match io.command {
+            IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
+            IoCommand::Write { range, fua, data } => {
+                new(IoOp::Write { fua }, range).with_buf(data)
+            }
+            IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
+            IoCommand::Verify { range } => new(IoOp::Verify, range),
+            IoCommand::WriteZeroes { range, fua, unmap } => {
+                new(IoOp::WriteZeroes { fua, unmap }, range)
+            }
+            IoCommand::Discard { ranges, count } => {
+                new(IoOp::Discard, LbaRange::default()).with_buf(ranges).with_ranges(count, false)
+            }
         };
-        match io.command {
-            IoCommand::Read { range, len } => {
-                entry.op = IoOp::Read;
-                entry.range = range;
-                entry.read_len = len;
-                let at = self.ios.insert(entry);
+        self.begin_io(entry, now);
+    }
+
+    /// Starts a request, or has it wait for its buffer.
+    pub(super) fn begin_io(&mut self, io: HostIo, now: u64) {
+        let (op, read_len) = (io.op, io.read_len);
+        let at = self.ios.insert(io);
+        match op {
+            IoOp::Read if read_len > 0 => {
                 // Nobody overtakes those that wait for a buffer.
                 if !self.waiting_ios.is_empty() || !self.start_read(at, now) {
                     self.waiting_ios.push_back(at);
                 }
-                return;
             }
-            IoCommand::Write { range, fua, data } => {
-                entry.op = IoOp::Write { fua };
-                entry.range = range;
-                entry.buf = Some(data);
-            }
-            IoCommand::Flush => {}
-            IoCommand::Verify { range } => {
-                entry.op = IoOp::Verify;
-                entry.range = range;
-            }
-            IoCommand::WriteZeroes { range, fua, unmap } => {
-                entry.op = IoOp::WriteZeroes { fua, unmap };
-                entry.range = range;
-            }
-            IoCommand::Discard { ranges, count } => {
-                entry.op = IoOp::Discard;
-                entry.buf = Some(ranges);
-                entry.discards = (count, 0);
-                let at = self.ios.insert(entry);
-                self.next_discard(at, now);
-                return;
-            }
+            IoOp::Discard => self.next_discard(at, now),
+            _ => self.dispatch(at, now),
         }
-        let at = self.ios.insert(entry);
-        self.dispatch(at, now);
     }
 
     /// Gives a read its buffer and starts it; false where there is no buffer now.
     pub(super) fn start_read(&mut self, at: u32, now: u64) -> bool {
         let len = self.ios[at].read_len;
         let Some(buf) = self.driver.memory().alloc(len) else { return false };
-        self.ios[at].buf = Some(buf);
+        let io = &mut self.ios[at];
+        io.window = buf.slice();
+        io.buf = Some(buf);
         self.dispatch(at, now);
         true
     }
@@ -145,12 +196,20 @@ impl<D: Driver> Shard<D> {
     fn next_discard(&mut self, at: u32, now: u64) {
         let io = &self.ios[at];
         let (count, next) = io.discards;
-        let ranges = io.buf.as_ref().map(Buf::slice).unwrap_or_default();
         if next == count {
+            if std::mem::take(&mut self.ios[at].flushes) {
+                let io = &mut self.ios[at];
+                (io.op, io.range) = (IoOp::Flush, LbaRange::default());
+                return self.dispatch(at, now);
+            }
             self.finish(at, IoStatus::Ok, now);
             return;
         }
-        let found = dsm_range(self.driver.memory().bytes(ranges), usize::from(next));
+        let range_of = match io.asker {
+            Asker::Iscsi { .. } => unmap_range,
+            Asker::Nvme { .. } | Asker::Job(_) => dsm_range,
+        };
+        let found = range_of(self.driver.memory().bytes(io.window), usize::from(next));
         let range = found.and_then(|(lba, blocks)| LbaRange::new(Lba(lba), u64::from(blocks)).ok());
         let io = &mut self.ios[at];
         io.discards.1 += 1;
@@ -165,16 +224,21 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Hands the request to what it is for.
-    fn dispatch(&mut self, at: u32, now: u64) {
+    pub(super) fn dispatch(&mut self, at: u32, now: u64) {
         let io = &self.ios[at];
         let buf = match io.op {
-            IoOp::Read | IoOp::Write { .. } => io.buf.as_ref().map(Buf::slice).unwrap_or_default(),
+            IoOp::Read | IoOp::Write { .. } => io.window,
             _ => BufSlice::EMPTY,
         };
         let request = IoRequest { op: io.op, range: io.range, buf };
-        let (namespace, conn, generation) = (io.namespace, io.conn, io.generation);
+        let (namespace, asker) = (io.namespace, io.asker);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => {
+                if self.volumes.get(volume).is_some_and(Volume::is_guarded)
+                    && (self.is_reserved(volume, at) || self.is_held(volume, at))
+                {
+                    return;
+                }
                 if self.volumes.get(volume).is_some_and(|v| v.block_size == BlockSize::B512) {
                     return self.submit_sectors(volume, at, request, now);
                 }
@@ -188,7 +252,7 @@ impl<D: Driver> Shard<D> {
                 self.submit_to_volume(volume, u64::from(at), request, now);
             }
             Some(&Export::Replica { pool, slot, .. }) => {
-                if self.is_fenced(conn, generation, pool, slot) {
+                if self.asker_is_fenced(asker, pool, slot) {
                     self.finish(at, IoStatus::Fenced, now);
                 } else {
                     let tag = Owner::Host { io: at }.tag();
@@ -204,14 +268,13 @@ impl<D: Driver> Shard<D> {
     /// The request, or one range of a discard, is done; its buffer may still be in use.
     pub(super) fn host_io_done(&mut self, at: u32, status: IoStatus, _now: u64) {
         let io = &self.ios[at];
-        if let (Some(volume), IoOp::Read, IoStatus::Ok, Some(buf)) =
-            (io.sealed, io.op, status, io.buf.as_ref())
-        {
-            let (range, data) = (io.range, buf.slice());
+        if let (Some(volume), IoOp::Read, IoStatus::Ok) = (io.sealed, io.op, status) {
+            let (range, data) = (io.range, io.window);
             self.unseal(volume, range, data);
         }
         let io = &self.ios[at];
-        let more = io.op == IoOp::Discard && status.is_ok() && io.discards.1 < io.discards.0;
+        let (count, next) = io.discards;
+        let more = io.op == IoOp::Discard && status.is_ok() && (next < count || io.flushes);
         if !more {
             self.answer(at, status);
         }
@@ -237,11 +300,17 @@ impl<D: Driver> Shard<D> {
         self.drop_io(at);
     }
 
-    fn drop_io(&mut self, at: u32) {
-        if let Some(buf) = self.ios.remove(at).and_then(|io| io.buf) {
-            self.release(buf);
+    pub(super) fn drop_io(&mut self, at: u32) {
+        if let Some(io) = self.ios.remove(at) {
+            if let Asker::Job(job) = io.asker {
+                self.job_released(job);
+            }
+            if let Some(buf) = io.buf {
+                self.release(buf);
+            }
         }
         self.drained(at);
+        self.tasks_drained(at);
     }
 
     /// The host requests in hand that are for a replica.
@@ -253,29 +322,60 @@ impl<D: Driver> Shard<D> {
         self.ios.iter().filter(|(_, io)| on(io)).map(|(at, _)| at).collect()
     }
 
+    /// The host requests in hand that are for a volume.
+    pub(super) fn ios_of(&self, namespace: NamespaceHandle) -> Vec<u32> {
+        self.ios.iter().filter(|(_, io)| io.namespace == namespace).map(|(at, _)| at).collect()
+    }
+
+    fn asker_is_fenced(&self, asker: Asker, pool: u16, slot: ReplicaSlot) -> bool {
+        match asker {
+            Asker::Nvme { conn, generation, .. } => self.is_fenced(conn, generation, pool, slot),
+            // A replica is no logical unit.
+            Asker::Iscsi { .. } | Asker::Job(_) => true,
+        }
+    }
+
     fn answer(&mut self, at: u32, status: IoStatus) {
         let io = &mut self.ios[at];
         io.answered = true;
-        let (conn, generation, slot, namespace) = (io.conn, io.generation, io.slot, io.namespace);
-        let (op, len) = (io.op, io.buf.as_ref().map_or(0, Buf::len));
+        let (asker, namespace) = (io.asker, io.namespace);
+        let (op, len) = (io.op, io.window.len());
         let verified = u64::from(io.verified);
-        let data = if op == IoOp::Read && status.is_ok() { io.buf.take() } else { None };
+        let gives = op == IoOp::Read && status.is_ok();
+        let data = if gives { io.buf.take() } else { None };
         if let Some(counters) = self.counters(namespace) {
             count(counters, op, len, status);
         }
-        let memory = self.driver.memory();
-        let queue = self
-            .hosts
-            .get_mut(conn)
-            .filter(|host| host.generation == generation)
-            .map(|host| &mut host.queue);
-        match (queue, data) {
-            (Some(queue), Some(data)) => queue.complete_with_data(slot, data, memory),
-            (Some(queue), None) => queue.complete(slot, status_of(status), verified, memory),
-            (None, Some(data)) => memory.release(data),
-            (None, None) => {}
+        if op != IoOp::Read {
+            self.release_holds(namespace);
         }
-        self.touch_host(conn);
+        let memory = self.driver.memory();
+        match asker {
+            Asker::Nvme { conn, generation, slot } => {
+                let host = self.hosts.get_mut(conn).filter(|host| host.generation == generation);
+                match (host.map(|host| &mut host.queue), data) {
+                    (Some(queue), Some(data)) => queue.complete_with_data(slot, data, memory),
+                    (Some(queue), None) => {
+                        queue.complete(slot, status_of(status), verified, memory);
+                    }
+                    (None, Some(data)) => memory.release(data),
+                    (None, None) => {}
+                }
+                self.touch_host(conn);
+            }
+            Asker::Iscsi { conn, generation, slot } => {
+                let host = self.initiators.hosts.get_mut(conn);
+                let host = host.filter(|host| host.generation == generation);
+                match (host.map(|host| &mut host.conn), data) {
+                    (Some(conn), Some(data)) => conn.complete_with_data(slot, data, memory),
+                    (Some(conn), None) => conn.complete(slot, status, memory),
+                    (None, Some(data)) => memory.release(data),
+                    (None, None) => {}
+                }
+                self.touch_initiator(conn);
+            }
+            Asker::Job(job) => self.job_answered(job, status),
+        }
     }
 
     fn counters(&mut self, namespace: NamespaceHandle) -> Option<&mut ExportCounters> {

@@ -5,8 +5,11 @@
 
 mod commands;
 mod deletions;
+mod holds;
 mod hosts;
+mod initiators;
 mod io;
+mod jobs;
 mod keys;
 mod leases;
 mod links;
@@ -14,7 +17,9 @@ mod members;
 mod moves;
 mod noise;
 mod pools;
+mod provisioning;
 mod registers;
+mod reservations;
 mod reserve;
 mod resize;
 mod restore;
@@ -22,7 +27,10 @@ mod sectors;
 mod snapshots;
 mod space;
 mod standby;
+mod stream;
 mod table;
+mod targets;
+mod tasks;
 mod upkeep;
 mod volumes;
 mod watch;
@@ -31,11 +39,14 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use cairn_block::{Buf, BufSlice, Memory};
-use cairn_nvmf::target::{ConnId, Port, Target, TargetConfig};
+use cairn_iscsi::chap::Chap;
+use cairn_nvmf::target::{ConnId, NamespaceHandle, Port, Target, TargetConfig};
 use cairn_reactor::{Completion, Driver, ListenerId, Op, Token};
 
 use crate::control::{Command, EngineError, Reply};
 use hosts::Host;
+use initiators::Initiators;
+use jobs::Jobs;
 use io::HostIo;
 use links::Link;
 pub use moves::{FRONT, Message, Moved};
@@ -101,6 +112,20 @@ pub struct ShardConfig {
     pub shard: u16,
     /// How many there are.
     pub shards: u16,
+    /// What initiators of iSCSI meet.
+    pub iscsi: IscsiConfig,
+}
+
+/// How a process serves iSCSI.
+#[derive(Debug, Clone, Default)]
+pub struct IscsiConfig {
+    /// Its portal groups, which are also relative target ports: no other process that serves a volume of its has one of
+    /// them. The first one names its target port group.
+    pub portal_groups: Vec<u16>,
+    /// Random, and known to nobody: makes the challenges of CHAP.
+    pub entropy: [u8; 32],
+    /// What initiators prove that ask which targets there are.
+    pub discovery_chap: Option<Chap>,
 }
 
 impl Default for ShardConfig {
@@ -124,6 +149,7 @@ impl Default for ShardConfig {
             overcommit: 0,
             shard: FRONT,
             shards: 1,
+            iscsi: IscsiConfig::default(),
         }
     }
 }
@@ -141,6 +167,10 @@ enum Subject {
     LinkSend = 7,
     LinkClose = 8,
     PoolDisk = 9,
+    InitiatorAccept = 10,
+    InitiatorReceive = 11,
+    InitiatorSend = 12,
+    InitiatorClose = 13,
 }
 
 fn token(subject: Subject, a: u16, b: u32) -> Token {
@@ -165,7 +195,11 @@ pub struct Shard<D: Driver> {
     /// What other shards are to be told.
     outbox: moves::Outbox<D::Socket>,
     hosts: Table<Host>,
+    initiators: Initiators,
     ios: Table<HostIo>,
+    jobs: Jobs,
+    /// Volumes with holds that are over.
+    freed_volumes: Vec<NamespaceHandle>,
     volumes: Table<Volume>,
     links: Table<Link>,
     pools: Vec<LocalPool>,
@@ -235,6 +269,9 @@ impl<D: Driver> Shard<D> {
         Self {
             driver,
             target,
+            initiators: Initiators::new(&config),
+            jobs: Jobs::new(),
+            freed_volumes: Vec::new(),
             config,
             listeners: Vec::new(),
             addresses: Vec::new(),
@@ -321,7 +358,14 @@ impl<D: Driver> Shard<D> {
                 let (_, pool, id) = parts(token);
                 self.handle_disk(pool, id, result);
             }
-            Completion::Accepted { result, .. } => self.handle_accepted(result),
+            Completion::Accepted { token, result } => {
+                let (subject, _, listener) = parts(token);
+                if subject == Subject::InitiatorAccept as u8 {
+                    self.initiator_accepted(ListenerId(listener), result, now);
+                } else {
+                    self.handle_accepted(result);
+                }
+            }
             Completion::Connected { token, result } => {
                 let (_, queue, link) = parts(token);
                 self.handle_link_connected(link, queue, result, now);
@@ -330,6 +374,8 @@ impl<D: Driver> Shard<D> {
                 let (subject, queue, at) = parts(token);
                 if subject == Subject::HostReceive as u8 {
                     self.handle_host_bytes(at, chunk, now);
+                } else if subject == Subject::InitiatorReceive as u8 {
+                    self.handle_initiator_bytes(at, chunk, now);
                 } else {
                     self.handle_link_bytes(at, queue, chunk, now);
                 }
@@ -338,6 +384,8 @@ impl<D: Driver> Shard<D> {
                 let (subject, _, at) = parts(token);
                 if subject == Subject::HostReceive as u8 {
                     self.handle_host_receive_ended(at, reason);
+                } else if subject == Subject::InitiatorReceive as u8 {
+                    self.initiator_receive_ended(at, reason);
                 } else {
                     self.fail_link(at, &format!("the connection ended: {reason:?}"));
                 }
@@ -346,6 +394,8 @@ impl<D: Driver> Shard<D> {
                 let (subject, queue, at) = parts(token);
                 if subject == Subject::HostSend as u8 {
                     self.handle_host_sent(at, result);
+                } else if subject == Subject::InitiatorSend as u8 {
+                    self.initiator_sent(at, result);
                 } else {
                     self.handle_link_sent(at, queue, result);
                 }
@@ -354,6 +404,8 @@ impl<D: Driver> Shard<D> {
                 let (subject, queue, at) = parts(token);
                 if subject == Subject::HostClose as u8 {
                     self.handle_host_closed(at);
+                } else if subject == Subject::InitiatorClose as u8 {
+                    self.initiator_closed(at);
                 } else {
                     self.handle_link_closed(at, queue, now);
                 }
@@ -373,6 +425,8 @@ impl<D: Driver> Shard<D> {
             moved |= self.run_volumes(now);
             moved |= self.run_links(now);
             moved |= self.run_target(now);
+            moved |= self.run_freed(now);
+            moved |= self.run_jobs(now);
             if !moved {
                 moved = self.retry_waiting(now);
             }
@@ -381,6 +435,7 @@ impl<D: Driver> Shard<D> {
             }
         }
         self.flush_hosts();
+        self.flush_initiators();
         self.flush_links();
         if self.stopping.is_some() {
             self.advance_shutdown(now);
@@ -397,6 +452,7 @@ impl<D: Driver> Shard<D> {
         self.next_timeout_ms = u64::MAX;
         self.target.handle_timeout(now);
         self.wants_timeout(self.target.poll_timeout());
+        self.initiator_timeouts(now);
         let mut from = 0;
         while let Some(at) = self.volumes.next_key(from) {
             from = at + 1;
@@ -443,11 +499,12 @@ impl<D: Driver> Shard<D> {
         });
         self.short_volumes.append(&mut short);
         moved |= self.retry_sectors(now);
+        moved |= self.retry_jobs(now);
         let stalled = std::mem::take(&mut self.stalled);
         for at in stalled {
             moved |= self.retry_host(at, now);
         }
-        moved
+        moved | self.retry_initiators(now)
     }
 
     // ---- shutdown
@@ -460,6 +517,7 @@ impl<D: Driver> Shard<D> {
         for (listener, _) in self.listeners.drain(..) {
             self.driver.detach_listener(listener);
         }
+        self.stop_listening_for_initiators();
         let deadline_ms = now + DRAIN_MS;
         self.stopping =
             Some(Stopping { reply: Some(reply), deadline_ms, checkpoints: 0, closing: false });
@@ -468,7 +526,7 @@ impl<D: Driver> Shard<D> {
 
     /// Moves a shutdown on: drain, close, write the tables, stop.
     fn advance_shutdown(&mut self, now: u64) {
-        let drained = self.ios.is_empty();
+        let drained = self.ios.is_empty() && self.jobs.is_empty();
         let Some(stopping) = self.stopping.as_mut() else { return };
         if !stopping.closing {
             if !drained && now < stopping.deadline_ms {
@@ -479,6 +537,9 @@ impl<D: Driver> Shard<D> {
             for at in self.hosts.keys() {
                 self.close_host(at);
             }
+            for at in self.initiators.hosts.keys() {
+                self.close_initiator(at);
+            }
             // Sent before the links are closed, as far as they take it now.
             self.release_leases(now);
             for at in self.links.keys() {
@@ -488,7 +549,8 @@ impl<D: Driver> Shard<D> {
             self.run_pools(now);
         }
         let Some(stopping) = self.stopping.as_mut() else { return };
-        let quiet = self.hosts.is_empty() && self.links.is_empty() && stopping.checkpoints == 0;
+        let alone = self.hosts.is_empty() && self.initiators.hosts.is_empty();
+        let quiet = alone && self.links.is_empty() && stopping.checkpoints == 0;
         if quiet || now >= stopping.deadline_ms + DRAIN_MS {
             self.stopped = true;
             if let Some(reply) = stopping.reply.take() {
@@ -508,9 +570,8 @@ impl<D: Driver> Shard<D> {
 
     fn touch_host(&mut self, at: u32) {
         if let Some(host) = self.hosts.get_mut(at)
-            && !host.busy
+            && host.stream.touch()
         {
-            host.busy = true;
             self.busy_hosts.push(at);
         }
     }

@@ -13,7 +13,9 @@ use cairn_nvmf::target::{Listing, Owner};
 use cairn_reactor::{Chunk, Driver, Op};
 
 use super::hosts::Phase;
+use super::initiators::MovedInitiator;
 use super::{Shard, Subject, token};
+use crate::control::{IscsiPortal, IscsiTarget};
 
 /// The shard that listens, and tells hosts of all subsystems.
 pub const FRONT: u16 = 0;
@@ -35,6 +37,19 @@ pub enum Message<S> {
     },
     /// The process listens there: volumes tell others that their replicas are there.
     Listening(SocketAddr),
+    /// An initiator's connection is yours.
+    Initiator(MovedInitiator<S>),
+    /// A shard has an iSCSI target, or has it no more.
+    IscsiTarget {
+        /// Which shard.
+        shard: u16,
+        /// The target's name.
+        iqn: String,
+        /// What of it; nothing: it is gone.
+        target: Option<Box<IscsiTarget>>,
+    },
+    /// The process listens for initiators there.
+    IscsiPortal(IscsiPortal),
 }
 
 /// A connection on its way from one shard to another.
@@ -77,6 +92,11 @@ impl<D: Driver> Shard<D> {
                 self.target.handle_listing(Owner(shard), listing);
             }
             Message::Listening(address) => self.addresses.push(address),
+            Message::Initiator(moved) => self.take_up_initiator(moved, now),
+            Message::IscsiTarget { shard, iqn, target } => {
+                self.handle_foreign_target(shard, iqn, target);
+            }
+            Message::IscsiPortal(portal) => self.add_portal(super::targets::portal(&portal)),
         }
         self.settle(now);
     }
@@ -106,7 +126,7 @@ impl<D: Driver> Shard<D> {
         if moving {
             return self.driver.release_chunk(chunk);
         }
-        host.backlog.push_back(chunk);
+        host.stream.backlog.push_back(chunk);
         self.pump_host(at, now);
     }
 
@@ -114,14 +134,11 @@ impl<D: Driver> Shard<D> {
     pub(super) fn begin_move(&mut self, at: u32, owner: Owner) {
         let host = &mut self.hosts[at];
         let Some(early) = host.early.as_mut() else { return self.close_host(at) };
-        let left: usize = host.backlog.iter().map(|chunk| chunk.slice.len() as usize).sum();
-        early.fed = early.received.len() - (left - host.taken as usize);
+        let left: usize = host.stream.backlog.iter().map(|chunk| chunk.slice.len() as usize).sum();
+        early.fed = early.received.len() - (left - host.stream.taken as usize);
         early.owner = Some(owner);
         host.phase = Phase::Moving;
-        host.taken = 0;
-        while let Some(chunk) = host.backlog.pop_front() {
-            self.driver.release_chunk(chunk);
-        }
+        host.stream.forget(&mut self.driver);
         self.pause_receive(at);
         self.touch_host(at);
     }
@@ -129,11 +146,11 @@ impl<D: Driver> Shard<D> {
     /// Hands a connection over, once nothing arrives on it or is being sent.
     pub(super) fn move_if_quiet(&mut self, at: u32) {
         let host = &mut self.hosts[at];
-        if host.receiving || host.sending || !host.queue.tx().is_idle() {
+        if host.stream.receiving || host.stream.sending || !host.queue.tx().is_idle() {
             return;
         }
         let (Some(early), Some(socket)) =
-            (host.early.take(), self.driver.detach_socket(host.socket))
+            (host.early.take(), self.driver.detach_socket(host.stream.socket))
         else {
             return self.close_host(at);
         };

@@ -36,6 +36,7 @@ impl<D: Driver> Shard<D> {
         tracing::info!(volume = %volume.spec.name, blocks, "the volume has grown");
         let export = volume.export;
         let seen = self.host_blocks(at);
+        self.resize_unit(at);
         let volume = &mut self.volumes[at];
         if let Some((subsystem, _)) = export
             && let Err(error) = self.target.resize_namespace(subsystem, 1, seen)

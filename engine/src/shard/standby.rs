@@ -105,6 +105,9 @@ impl<D: Driver> Shard<D> {
     pub(super) fn share_volume(&mut self, name: &str, sharing: Sharing) -> Result<(), EngineError> {
         let missing = || EngineError::NotFound { kind: "volume", name: name.to_owned() };
         let at = self.find_volume(name).ok_or_else(missing)?;
+        if let Some(export) = &self.volumes[at].spec.iscsi {
+            self.check_place(Some(at), export, true)?;
+        }
         let volume = &mut self.volumes[at];
         volume.spec.sharing = Some(sharing);
         volume.nexus.set_shared(true);
@@ -123,6 +126,7 @@ impl<D: Driver> Shard<D> {
             |a: &std::net::SocketAddr| Port { traddr: a.ip().to_string(), trsvcid: a.port() };
         let ports = sharing.elsewhere.iter().map(port).collect();
         self.target.set_elsewhere(subsystem, ports).expect("the volume is exported");
+        self.update_access(at);
     }
 
     /// What hosts are told of this path.
@@ -131,6 +135,7 @@ impl<D: Driver> Shard<D> {
         let Some((subsystem, _)) = volume.export else { return };
         let state = ana_state(volume);
         self.target.set_ana(subsystem, state).expect("the volume is exported");
+        self.update_access(at);
     }
 
     pub(super) fn take_over(&mut self, name: &str, reply: Reply<()>, now: u64) {
@@ -241,7 +246,8 @@ impl<D: Driver> Shard<D> {
         let deadline_ms = hand_over.deadline_ms;
         let waits = serves && now < deadline_ms;
         if hand_over.stage == Stage::Quiesce {
-            let drained = quiet && volume.sectors.is_empty() || on(Mutant::HandOverDoesNotDrain);
+            let settled = volume.sectors.is_empty() && volume.holds.is_empty();
+            let drained = quiet && settled || on(Mutant::HandOverDoesNotDrain);
             if waits && !drained {
                 return self.wants_timeout(Some(deadline_ms));
             }
@@ -274,6 +280,7 @@ impl<D: Driver> Shard<D> {
             volume.cut_off += left as u64;
         }
         self.drop_sectors(at, IoStatus::PathError, now);
+        self.forget_reservations(at, IoStatus::PathError);
         self.volumes[at].fail_change("the volume is handed over");
         self.volumes[at].nexus.hand_over();
         self.send_children(at, now);
@@ -325,7 +332,7 @@ impl<D: Driver> Shard<D> {
     }
 }
 
-fn ana_state(volume: &Volume) -> AnaState {
+pub(super) fn ana_state(volume: &Volume) -> AnaState {
     let serves = volume.nexus.state().is_serving() && volume.nexus.restoring().is_none();
     match &volume.hand_over {
         Some(HandOver { stage: Stage::Quiesce | Stage::Release, .. }) if serves => AnaState::Change,

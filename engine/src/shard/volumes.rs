@@ -16,10 +16,12 @@ use cairn_replica::ReplicaSlot;
 
 use super::Shard;
 use super::deletions::Deletions;
-use super::io::Export;
+use super::holds::Holds;
+use super::io::{Asker, Export};
 use super::keys;
 use super::pools::{Owner, serial_of};
 use super::registers::Origin;
+use super::reservations::Reserving;
 use super::restore::Restore;
 use super::sectors;
 use super::snapshots::SnapshotOrigin;
@@ -86,6 +88,10 @@ pub(super) struct Volume {
     pub(super) losses: u64,
     /// Host requests that the nexus has no room for.
     pub(super) waiting: VecDeque<(u64, IoRequest)>,
+    /// Ranges that commands of several requests have for themselves.
+    pub(super) holds: Holds,
+    /// What hosts have reserved.
+    pub(super) reserving: Reserving,
     /// Requests in blocks of 512 bytes that wait for others, or for memory.
     pub(super) sectors: sectors::Waiting,
     removing: Option<Reply<()>>,
@@ -117,6 +123,11 @@ impl Volume {
     fn admits(&self) -> bool {
         let waits = self.frozen || self.nexus.restoring().is_some();
         !waits || !self.nexus.state().is_serving()
+    }
+
+    /// Whether a request of a host needs a look: at what others hold, or have reserved.
+    pub(super) fn is_guarded(&self) -> bool {
+        !self.holds.is_empty() || !self.reserving.is_free()
     }
 
     pub(super) fn removing(&self) -> bool {
@@ -171,6 +182,9 @@ impl<D: Driver> Shard<D> {
             }
             children.push(id);
         }
+        if let Some(export) = &spec.iscsi {
+            self.check_place(None, export, spec.sharing.is_some())?;
+        }
         let key = keys::new_key(&spec)?;
         let section =
             |e: &EncryptionSpec| e.new.as_ref().map_or(Vec::new(), |new| new.encode().to_vec());
@@ -202,6 +216,8 @@ impl<D: Driver> Shard<D> {
             owed: Vec::new(),
             losses: 0,
             waiting: VecDeque::with_capacity(64),
+            holds: Holds::default(),
+            reserving: Reserving::default(),
             sectors: sectors::Waiting::new(),
             removing: None,
             change: None,
@@ -216,6 +232,7 @@ impl<D: Driver> Shard<D> {
             refusal: None,
             busy: false,
         });
+        self.declare_unit(at);
         for child in 0..self.volumes[at].routes.len() {
             let child = ChildId(u8::try_from(child).expect("at most MAX_CHILDREN"));
             self.route_child(at, child, now);
@@ -282,12 +299,15 @@ impl<D: Driver> Shard<D> {
             return;
         }
         volume.removing = Some(reply);
-        if let Some((subsystem, handle)) = volume.export.take() {
+        self.remove_unit(at);
+        if let Some((subsystem, handle)) = self.volumes[at].export.take() {
             for conn in self.target.remove_subsystem(subsystem) {
                 self.close_host(conn.0);
             }
             self.exports[handle.0 as usize] = None;
         }
+        self.drop_holds(at, now);
+        self.forget_reservations(at, IoStatus::NotReady);
         self.drop_sectors(at, IoStatus::NotReady, now);
         self.volumes[at].nexus.close();
         self.send_children(at, now);
@@ -338,19 +358,40 @@ impl<D: Driver> Shard<D> {
         if volume.owed.is_empty() {
             return false;
         }
-        let (conn, generation) = self.ios[io].origin();
-        let queue = self.hosts.get(conn).filter(|h| h.generation == generation).map(|h| &h.queue);
-        let Some(host) = queue.and_then(|queue| self.target.host_of(queue)) else { return false };
+        let Some(host) = self.host_of(self.ios[io].asker()) else { return false };
         let owed = &mut self.volumes[at].owed;
         let before = owed.len();
-        owed.retain(|other| other != host);
+        owed.retain(|other| *other != host);
         owed.len() < before
+    }
+
+    /// The name of whoever asks.
+    fn host_of(&self, asker: Asker) -> Option<String> {
+        match asker {
+            Asker::Nvme { conn, generation, .. } => {
+                let host = self.hosts.get(conn).filter(|h| h.generation == generation)?;
+                self.target.host_of(&host.queue).map(str::to_owned)
+            }
+            Asker::Iscsi { conn, generation, .. } => {
+                let host = self.initiators.hosts.get(conn);
+                let host = host.filter(|h| h.generation == generation)?;
+                host.writer.as_deref().map(str::to_owned)
+            }
+            Asker::Job(_) => None,
+        }
     }
 
     /// The host of a connection writes to the volume.
     pub(super) fn note_writer(&mut self, conn: u32, at: u32) {
         self.hosts[conn].noted = true;
-        let Some(host) = self.target.host_of(&self.hosts[conn].queue) else { return };
+        let host = self.target.host_of(&self.hosts[conn].queue).map(str::to_owned);
+        if let Some(host) = host {
+            self.add_writer(at, &host);
+        }
+    }
+
+    /// A host that writes to the volume.
+    pub(super) fn add_writer(&mut self, at: u32, host: &str) {
         let Some(volume) = self.volumes.get_mut(at) else { return };
         if volume.writers.iter().all(|other| other != host) {
             if volume.writers.len() == MAX_WRITERS {
@@ -435,6 +476,9 @@ impl<D: Driver> Shard<D> {
         }
         while let Some(event) = self.volumes[at].nexus.poll_event() {
             self.volume_event(at, event, now);
+        }
+        if self.volumes[at].reserving.is_waiting() {
+            self.advance_reservations(at, now);
         }
         if !self.snapshots.is_empty() {
             self.advance_snapshots(now);
@@ -622,8 +666,12 @@ impl<D: Driver> Shard<D> {
                     volume.fail_change(&why);
                     self.forget_restore(at, &why);
                     self.forget_deletions(at, &why);
+                    self.forget_reservations(at, IoStatus::PathError);
                 }
                 self.export_if_due(at);
+                if self.volumes[at].nexus.state().is_serving() {
+                    self.load_reservations(at);
+                }
                 self.update_ana(at);
                 self.tell_activation(at);
                 self.stand_by_if_over(at, now);
@@ -665,6 +713,7 @@ impl<D: Driver> Shard<D> {
             ),
             Event::Resized(blocks) => self.volume_resized(at, blocks),
             Event::ResizeFailed(child, status) => self.resize_failed(at, child, status),
+            Event::Reserved => self.reservations_stored(at, now),
             Event::KeyChanged => {
                 tracing::info!(volume = %name, "the volume's key is wrapped anew");
                 let change = volume.change.take_if(|c| matches!(c, PendingChange::Key(_)));
@@ -767,6 +816,7 @@ impl<D: Driver> Shard<D> {
             tracing::error!(volume = %name, %error, "the volume cannot be exported");
         }
         self.volumes[at].export = Some((subsystem, handle));
+        self.add_unit(at);
         self.update_ana(at);
         self.tell_paths(at);
     }

@@ -4,8 +4,8 @@ use cairn_block::{Buf, BufSlice, Memory};
 
 use super::task::State;
 use super::{
-    CONNECTION_RESERVE, CloseReason, Connection, Phase, RESPONSE_ITEMS, RESPONSE_RESERVE,
-    RejectReason, Request, ScsiCommand,
+    CONNECTION_RESERVE, CloseReason, Connection, IMMEDIATE_TASKS, Phase, RESPONSE_ITEMS,
+    RESPONSE_RESERVE, RejectReason, Request, ScsiCommand,
 };
 use crate::keys::DEFAULT_SEGMENT_LEN;
 use crate::login::LoginStatus;
@@ -13,6 +13,7 @@ use crate::pdu::{Body, CmdSn, Header, LoginRequest, NO_TAG, decode_lun, lengths}
 use crate::rx::Payload;
 use crate::scsi::cdb::data_out_len;
 use crate::scsi::sense::{Sense, Status};
+use crate::target::session::MAX_LOGIN_TEXT;
 use crate::text::MAX_TEXT_LEN;
 use crate::wire::{serial_lt, u16_at};
 
@@ -51,9 +52,15 @@ impl Connection {
     /// stalled, for want of memory for write data or of room for responses. Keep the rest and offer
     /// it again after a completion, a sent batch or a release.
     pub fn handle_recv<M: Memory>(&mut self, chunk: BufSlice, mem: &mut M) -> u32 {
-        let mut at = 0;
         self.stalled_for_memory = false;
         self.heard |= !chunk.is_empty();
+        let taken = self.take(chunk, mem);
+        self.stalled = taken < chunk.len();
+        taken
+    }
+
+    fn take<M: Memory>(&mut self, chunk: BufSlice, mem: &mut M) -> u32 {
+        let mut at = 0;
         while at < chunk.len() {
             if self.close_reason.is_some() {
                 return chunk.len();
@@ -117,7 +124,11 @@ impl Connection {
                 }
                 self.after_data(slot, last, mem);
             }
-            Sink::Text { .. } if !intact => self.text.clear(),
+            Sink::Text { header, .. } if !intact => {
+                // It takes no slot whose end would give its number back.
+                self.text.clear();
+                self.give_back(header.immediate);
+            }
             Sink::Text { header, more } => self.finish_text(&header, more, mem),
             Sink::Ping { buf: Some(buf), .. } if !intact => mem.release(buf),
             Sink::Ping { header, buf } => self.answer_ping(&header, buf, mem),
@@ -128,7 +139,11 @@ impl Connection {
     fn handle_header<M: Memory>(&mut self, mem: &mut M) -> Taken {
         // Whatever comes is answered with less than this.
         let in_use = self.tasks.len() - self.free.len();
-        let reserve = RESPONSE_RESERVE * (crate::wire::len32(in_use) + 1) + CONNECTION_RESERVE;
+        let mut reserve = RESPONSE_RESERVE * (crate::wire::len32(in_use) + 1) + CONNECTION_RESERVE;
+        if self.phase == Phase::Login {
+            // But for the text of a login.
+            reserve += crate::wire::len32(MAX_LOGIN_TEXT);
+        }
         if self.tx.free() < reserve || self.tx.free_items() < RESPONSE_ITEMS * (in_use + 4) + 8 {
             return false;
         }
@@ -216,14 +231,21 @@ impl Connection {
             self.drop_data(data_len);
             return true;
         }
-        if self.free.is_empty() {
-            // Only immediate commands get here: the window holds the others back.
+        if header.immediate
+            && !matches!(header.body, Body::NopOut { .. })
+            && self.immediates == usize::from(IMMEDIATE_TASKS)
+        {
+            // The window holds the others back.
             self.push_reject(RejectReason::ImmediateCommandReject, mem);
             self.drop_data(data_len);
             return true;
         }
         match header.body {
             Body::NopOut { .. } => {
+                if data_len > 0 && !self.tx.was_sent(self.echoed) {
+                    // The data of one ping at a time: whoever reads nothing takes no more memory.
+                    return false;
+                }
                 self.consume(header.immediate);
                 self.handle_nop_out(&header, mem);
             }
@@ -274,8 +296,13 @@ impl Connection {
 
     /// The command number is used up, by a request that takes none.
     fn consume(&mut self, immediate: bool) {
+        self.advance(immediate);
+        self.give_back(immediate);
+    }
+
+    /// What had this number has ended: another fits the window.
+    fn give_back(&mut self, immediate: bool) {
         if !immediate {
-            self.exp_cmd_sn = self.exp_cmd_sn.wrapping_add(1);
             self.max_cmd_sn = self.max_cmd_sn.wrapping_add(1);
         }
     }
@@ -327,10 +354,8 @@ impl Connection {
                 }
             }
             _ if more => {
-                if !header.immediate {
-                    self.max_cmd_sn = self.max_cmd_sn.wrapping_add(1);
-                }
-                self.push_text_part(header.itt, header.lun, &[], false, mem);
+                self.give_back(header.immediate);
+                self.ask_for_text(header.itt, header.lun, mem);
             }
             _ => {
                 self.text_header = header.encode();
@@ -398,7 +423,7 @@ impl Connection {
             }
         }
         let lun = header.lun;
-        let scsi = ScsiCommand { lun, cdb, extended, edtl, received: 0 };
+        let scsi = ScsiCommand { lun, cdb, extended, edtl, wanted, received: 0 };
         let Some(slot) = self.start(header.itt, header.immediate, Request::Scsi(scsi)) else {
             return false;
         };
@@ -470,6 +495,7 @@ impl Connection {
             task.failure = Some(Sense::DATA_PHASE_ERROR.into());
         }
         task.data_sn = task.data_sn.wrapping_add(1);
+        task.quiet = 0;
         let sink = match task.failure {
             Some(_) => Sink::Task { slot, at: u32::MAX - len, last },
             None => Sink::Task { slot, at: offset, last },
@@ -549,6 +575,7 @@ impl Connection {
             let max_burst = self.params.max_burst;
             let task = &mut self.tasks[usize::from(slot)];
             task.state = State::Receiving;
+            task.quiet = 0;
             task.burst_end = task.need.min(task.received.saturating_add(max_burst));
             task.data_sn = 0;
             self.push_r2t(slot, mem);

@@ -93,12 +93,15 @@ impl Connection {
     }
 
     /// Asks whether the initiator is there.
-    pub(super) fn ping<M: Memory>(&mut self, mem: &mut M) {
-        if self.has_room(128) {
-            // StatSN is told, and not used up. The tag tells the answer from others.
-            let body = Body::NopIn { ttt: 1, sn: self.sn() };
-            self.push_header(&Header::new(NO_TAG, 0, body), mem);
+    /// False where there is no room for that.
+    pub(super) fn ping<M: Memory>(&mut self, mem: &mut M) -> bool {
+        if !self.has_room(128) {
+            return false;
         }
+        // StatSN is told, and not used up. The tag tells the answer from others.
+        let body = Body::NopIn { ttt: 1, sn: self.sn() };
+        self.push_header(&Header::new(NO_TAG, 0, body), mem);
+        true
     }
 
     pub(super) fn answer_ping<M: Memory>(
@@ -115,6 +118,7 @@ impl Connection {
             let crc = crc32c::crc32c(mem.bytes(buf.slice().sub(0, len)));
             self.tx.push_owned(buf, len);
             self.push_tail(crc, len, mem);
+            self.echoed = self.tx.mark();
         }
     }
 
@@ -135,7 +139,7 @@ impl Connection {
 
     /// Ends a command without data.
     pub(crate) fn respond<M: Memory>(&mut self, slot: SlotId, status: Status, mem: &mut M) {
-        if !self.take_back(slot) {
+        if !self.take_back(slot, mem) {
             return;
         }
         if self.close_reason.is_none() {
@@ -191,12 +195,12 @@ impl Connection {
     pub(super) fn send_data<M: Memory>(&mut self, slot: SlotId, data: OutData, mem: &mut M) {
         let task = &self.tasks[usize::from(slot.0)];
         let len = if task.read { data.len().min(task.edtl) } else { 0 };
-        if task.aborted || self.close_reason.is_some() || len == 0 {
+        if task.aborted.is_some() || self.close_reason.is_some() || len == 0 {
             let all = data.len();
             if let OutData::Buf(buf) = data {
                 mem.release(buf);
             }
-            if !self.take_back(slot) {
+            if !self.take_back(slot, mem) {
                 return;
             }
             if self.close_reason.is_none() {
@@ -206,7 +210,7 @@ impl Connection {
             }
             return self.release_slot(slot.0);
         }
-        self.take_back(slot);
+        self.take_back(slot, mem);
         let task = &mut self.tasks[usize::from(slot.0)];
         task.state = State::Sending;
         task.out_data = Some(data);
@@ -214,13 +218,24 @@ impl Connection {
         self.pump(mem);
     }
 
-    /// Sends data that waits, in order, while there is room for its headers.
+    /// Sends data that waits, and what comes after it, in order, while there is room for its headers.
     pub(super) fn pump<M: Memory>(&mut self, mem: &mut M) {
         while let Some(&slot) = self.sending.front() {
-            if self.close_reason.is_some() || !self.has_room(RING_SEGMENT + 64) {
+            let task = &self.tasks[usize::from(slot)];
+            let (request, answer) = (task.request, task.answer);
+            // Each task has room for an answer without data.
+            let room = match request {
+                Request::TaskManagement { .. } | Request::Logout { .. } => 0,
+                _ => RING_SEGMENT + 64,
+            };
+            if self.close_reason.is_some() || room > 0 && !self.has_room(room) {
                 return;
             }
-            let done = match self.tasks[usize::from(slot)].request {
+            let done = match request {
+                Request::TaskManagement { function, .. } => {
+                    self.push_task_management(slot, function, answer, mem)
+                }
+                Request::Logout { .. } => self.push_logout(slot, answer, mem),
                 Request::Text => self.push_text(slot, mem),
                 _ => self.push_data_in(slot, mem),
             };
@@ -229,6 +244,22 @@ impl Connection {
                 self.release_slot(slot);
             }
         }
+    }
+
+    /// Ends a request that is no command, after all data that waits: what it says of other tasks is
+    /// true only once their ends have been told.
+    fn respond_in_turn<M: Memory>(&mut self, slot: SlotId, answer: u8, mem: &mut M) {
+        if !self.take_back(slot, mem) {
+            return;
+        }
+        if self.close_reason.is_some() {
+            return self.release_slot(slot.0);
+        }
+        let task = &mut self.tasks[usize::from(slot.0)];
+        task.state = State::Sending;
+        task.answer = answer;
+        self.sending.push_back(slot.0);
+        self.pump(mem);
     }
 
     /// Sends the next Data-In of a task; whether it was the last.
@@ -291,18 +322,13 @@ impl Connection {
             self.text_out = text;
         }
         self.text.clear();
-        if !self.take_back(slot) || self.close_reason.is_some() {
-            return;
-        }
-        self.tasks[usize::from(slot.0)].state = State::Sending;
-        self.sending.push_back(slot.0);
-        self.pump(mem);
+        self.respond_in_turn(slot, 0, mem);
     }
 
     /// Ends a Text Request that makes no sense.
     pub(crate) fn reject_text<M: Memory>(&mut self, slot: SlotId, mem: &mut M) {
         self.text.clear();
-        if !self.take_back(slot) {
+        if !self.take_back(slot, mem) {
             return;
         }
         self.release_slot(slot.0);
@@ -326,44 +352,35 @@ impl Connection {
         let rest = self.text_out.split_off(len);
         let part = std::mem::replace(&mut self.text_out, rest);
         let (itt, lun) = (self.itts[usize::from(slot)], self.tasks[usize::from(slot)].lun);
-        if !self.tasks[usize::from(slot)].immediate {
-            self.max_cmd_sn = self.max_cmd_sn.wrapping_add(1);
-            self.tasks[usize::from(slot)].immediate = true;
-        }
         let last = self.text_out.is_empty();
+        let max_cmd = self.max_after(slot);
+        self.push_text_header(itt, lun, len32(part.len()), last, max_cmd, mem);
         let Some(buf) = buf else {
-            self.push_text_part(itt, lun, &part, last, mem);
+            self.push_segment(&part, mem);
             return true;
         };
         mem.bytes_mut(buf.slice()).copy_from_slice(&part);
-        self.push_text_header(itt, lun, len32(part.len()), last, mem);
         self.tx.push_owned(buf, len32(part.len()));
         self.push_tail(crc32c::crc32c(&part), len32(part.len()), mem);
         true
     }
 
-    /// A Text Response; where it is not the last, the initiator asks for the next.
-    pub(super) fn push_text_part<M: Memory>(
-        &mut self,
-        itt: u32,
-        lun: u64,
-        part: &[u8],
-        last: bool,
-        mem: &mut M,
-    ) {
-        self.push_text_header(itt, lun, len32(part.len()), last, mem);
-        self.push_segment(part, mem);
+    /// Asks for the rest of a text that came in part.
+    pub(super) fn ask_for_text<M: Memory>(&mut self, itt: u32, lun: u64, mem: &mut M) {
+        self.push_text_header(itt, lun, 0, false, self.max_cmd_sn, mem);
     }
 
+    /// The header of a Text Response; where it is not the last, the initiator asks for the next.
     fn push_text_header<M: Memory>(
         &mut self,
         itt: u32,
         lun: u64,
         len: u32,
         last: bool,
+        max_cmd: u32,
         mem: &mut M,
     ) {
-        let sn = self.next_sn();
+        let sn = Sn { max_cmd, ..self.next_sn() };
         // C where text was cut.
         let more = !last && len > 0;
         let body = Body::TextResponse { last, more, ttt: if last { NO_TAG } else { 1 }, sn };
@@ -376,40 +393,38 @@ impl Connection {
         response: u8,
         mem: &mut M,
     ) {
+        self.respond_in_turn(slot, response, mem);
+    }
+
+    fn push_task_management<M: Memory>(
+        &mut self,
+        slot: u16,
+        function: u8,
+        response: u8,
+        mem: &mut M,
+    ) -> bool {
         const TARGET_COLD_RESET: u8 = 7;
-        let itt = self.itts[usize::from(slot.0)];
-        let request = self.tasks[usize::from(slot.0)].request;
-        if !self.take_back(slot) {
-            return;
-        }
-        self.release_slot(slot.0);
-        if self.close_reason.is_none() {
-            let sn = self.next_sn();
-            let body = Body::TaskManagementResponse { response, sn };
-            self.push_header(&Header::new(itt, 0, body), mem);
-        }
-        if response == 0
-            && matches!(request, Request::TaskManagement { function: TARGET_COLD_RESET, .. })
-        {
+        let sn = Sn { max_cmd: self.max_after(slot), ..self.next_sn() };
+        let body = Body::TaskManagementResponse { response, sn };
+        self.push_header(&Header::new(self.itts[usize::from(slot)], 0, body), mem);
+        if response == 0 && function == TARGET_COLD_RESET {
             self.fail(CloseReason::Dropped);
         }
+        true
     }
 
     pub(crate) fn respond_logout<M: Memory>(&mut self, slot: SlotId, response: u8, mem: &mut M) {
-        let itt = self.itts[usize::from(slot.0)];
-        if !self.take_back(slot) {
-            return;
-        }
-        self.release_slot(slot.0);
-        if self.close_reason.is_some() {
-            return;
-        }
-        let sn = self.next_sn();
+        self.respond_in_turn(slot, response, mem);
+    }
+
+    fn push_logout<M: Memory>(&mut self, slot: u16, response: u8, mem: &mut M) -> bool {
+        let sn = Sn { max_cmd: self.max_after(slot), ..self.next_sn() };
         let body = Body::LogoutResponse { response, sn, time2wait: 2, time2retain: 0 };
-        self.push_header(&Header::new(itt, 0, body), mem);
+        self.push_header(&Header::new(self.itts[usize::from(slot)], 0, body), mem);
         if response == 0 {
             self.fail(CloseReason::LoggedOut);
         }
+        true
     }
 
     /// Answers a login request; with `transit_to` the full feature phase it is over.
@@ -448,7 +463,7 @@ impl Connection {
         mem: &mut M,
     ) {
         let itt = self.itts[usize::from(slot.0)];
-        if !self.take_back(slot) {
+        if !self.take_back(slot, mem) {
             return;
         }
         self.release_slot(slot.0);

@@ -5,6 +5,7 @@ use cairn_block::{Buf, Memory};
 use super::receive::{Sink, Stage};
 use super::{Connection, Request, SlotId};
 use crate::pdu::{NO_TAG, decode_lun};
+use crate::scsi::UnitHandle;
 use crate::scsi::sense::Status;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +41,15 @@ impl OutData {
     }
 }
 
+/// Who aborted a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum By {
+    /// Its own session, which gets no answer.
+    Own,
+    /// Another, or the target: TASK ABORTED is its answer.
+    Other,
+}
+
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) state: State,
@@ -69,8 +79,15 @@ pub(super) struct Task {
     pub(super) ttt: u32,
     /// How the command ends once its data is drained, in place of being handed out.
     pub(super) failure: Option<Status>,
-    /// Nobody waits for its end any more.
-    pub(super) aborted: bool,
+    pub(super) aborted: Option<By>,
+    /// What carries it out.
+    pub(super) unit: Option<UnitHandle>,
+    /// The other logical units that a copy reads or writes.
+    pub(super) reaches: Vec<u64>,
+    /// How often the time was looked at since data of it came last.
+    pub(super) quiet: u32,
+    /// The response code of a request that is no command.
+    pub(super) answer: u8,
     /// Sense data goes in descriptor format.
     pub(super) descriptors: bool,
     /// The status of success.
@@ -101,7 +118,11 @@ impl Task {
             r2t_sn: 0,
             ttt: 0,
             failure: None,
-            aborted: false,
+            aborted: None,
+            unit: None,
+            reaches: Vec::new(),
+            quiet: 0,
+            answer: 0,
             descriptors: false,
             good: Status::Good,
             out_data: None,
@@ -131,8 +152,15 @@ enum CopyState {
 }
 
 impl Connection {
-    /// Remembers a copy that was handed out.
-    pub(crate) fn begin_copy(&mut self, slot: SlotId, list: u8, segments: usize) {
+    /// Remembers a copy that was handed out, and which other logical units it reaches.
+    pub(crate) fn begin_copy(
+        &mut self,
+        slot: SlotId,
+        list: u8,
+        segments: usize,
+        reaches: Vec<u64>,
+    ) {
+        self.tasks[usize::from(slot.0)].reaches = reaches;
         self.copies.retain(|copy| copy.list != list);
         if self.copies.len() == MAX_COPIES {
             self.copies.pop_front();
@@ -172,8 +200,8 @@ pub(crate) enum Aborted {
     Nothing,
     /// It was not carried out.
     Before,
-    /// It is being carried out: what it does to the disk has to be waited for.
-    During,
+    /// It is being carried out, by this unit: what it does to the disk has to be waited for.
+    During(Option<UnitHandle>),
 }
 
 impl Connection {
@@ -183,6 +211,7 @@ impl Connection {
         self.itts[usize::from(index)] = itt;
         let tag = u32::from(self.next_tag);
         self.next_tag = self.next_tag.wrapping_add(1) & 0x7fff;
+        self.immediates += usize::from(immediate);
         self.tasks[usize::from(index)] = Task {
             request,
             immediate,
@@ -204,50 +233,93 @@ impl Connection {
         assert_ne!(task.state, State::Free, "slot {index} was released twice");
         task.state = State::Free;
         self.itts[at] = NO_TAG;
-        if !task.immediate {
+        if task.immediate {
+            self.immediates -= 1;
+        } else {
             self.max_cmd_sn = self.max_cmd_sn.wrapping_add(1);
         }
         self.free.push(index);
     }
 
     /// Takes a slot back that was handed out; false where its task was aborted and ends here.
-    pub(super) fn take_back(&mut self, slot: SlotId) -> bool {
+    pub(super) fn take_back<M: Memory>(&mut self, slot: SlotId, mem: &mut M) -> bool {
         let task = &mut self.tasks[usize::from(slot.0)];
         assert_eq!(task.state, State::Out, "slot {} was completed, but not handed out", slot.0);
         self.out -= 1;
         task.state = State::Ready;
-        if task.aborted {
-            self.release_slot(slot.0);
-            return false;
+        match task.aborted {
+            Some(by) => self.end_aborted(slot.0, by, mem),
+            None => return true,
         }
-        true
+        false
+    }
+
+    /// Ends a task that was aborted and is not being carried out.
+    pub(super) fn end_aborted<M: Memory>(&mut self, index: u16, by: By, mem: &mut M) {
+        if let Some(buf) = self.tasks[usize::from(index)].buf.take() {
+            mem.release(buf);
+        }
+        if by == By::Other && self.close_reason.is_none() {
+            self.push_response(index, Status::TaskAborted, mem);
+        }
+        self.release_slot(index);
     }
 
     /// The task's tag of a Task Management request, if there is such a task on this logical unit.
     pub(crate) fn abort_task<M: Memory>(&mut self, itt: u32, lun: u64, mem: &mut M) -> Aborted {
         match self.slot_of(itt) {
             Some(index) if same_lun(self.tasks[usize::from(index)].lun, lun) => {
-                self.abort_slot(index, mem)
+                self.abort_slot(index, By::Own, mem)
             }
             _ => Aborted::Nothing,
         }
     }
 
-    /// Aborts all SCSI tasks on a logical unit, or on all; whether one is being carried out.
+    /// Aborts all SCSI tasks of its own on a logical unit, or on all; whether one is being carried out.
     pub(crate) fn abort_tasks<M: Memory>(&mut self, lun: Option<u64>, mem: &mut M) -> bool {
+        self.abort_where(By::Own, mem, |task| lun.is_none_or(|lun| same_lun(lun, task.lun)))
+    }
+
+    /// Aborts the tasks on a logical unit, and the copies that reach it, or all: see
+    /// [`crate::target::Target::poll_abort`]. They end with TASK ABORTED; those that are being carried
+    /// out when they are completed, as ever.
+    pub fn abort<M: Memory>(&mut self, lun: Option<u64>, mem: &mut M) {
+        self.abort_where(By::Other, mem, |task| {
+            lun.is_none_or(|lun| {
+                same_lun(lun, task.lun) || task.reaches.iter().any(|other| same_lun(lun, *other))
+            })
+        });
+    }
+
+    /// Whether a command that was handed out has been aborted: what takes several steps may end early,
+    /// with whatever status.
+    ///
+    /// # Panics
+    /// Where there is no such slot.
+    #[must_use]
+    pub fn is_aborted(&self, slot: SlotId) -> bool {
+        self.tasks[usize::from(slot.0)].aborted.is_some()
+    }
+
+    fn abort_where<M: Memory>(
+        &mut self,
+        by: By,
+        mem: &mut M,
+        is_meant: impl Fn(&Task) -> bool,
+    ) -> bool {
         let mut during = false;
         for index in 0..crate::wire::len32(self.tasks.len()) {
             let Ok(index) = u16::try_from(index) else { break };
             let task = &self.tasks[usize::from(index)];
-            if lun.is_none_or(|lun| same_lun(lun, task.lun)) {
-                during |= self.abort_slot(index, mem) == Aborted::During;
+            if is_meant(task) {
+                during |= matches!(self.abort_slot(index, by, mem), Aborted::During(_));
             }
         }
         during
     }
 
-    /// Aborts one SCSI task. No response is sent for it.
-    fn abort_slot<M: Memory>(&mut self, index: u16, mem: &mut M) -> Aborted {
+    /// Aborts one SCSI task.
+    fn abort_slot<M: Memory>(&mut self, index: u16, by: By, mem: &mut M) -> Aborted {
         let task = &mut self.tasks[usize::from(index)];
         if !matches!(task.request, Request::Scsi(_)) {
             return Aborted::Nothing;
@@ -255,8 +327,10 @@ impl Connection {
         match task.state {
             State::Free | State::Sending => return Aborted::Nothing,
             State::Out => {
-                task.aborted = true;
-                return Aborted::During;
+                if task.aborted != Some(By::Own) {
+                    task.aborted = Some(by);
+                }
+                return Aborted::During(task.unit);
             }
             State::Receiving => {
                 if task.buf.is_some() {
@@ -275,10 +349,7 @@ impl Connection {
                 self.parked.retain(|i| *i != index);
             }
         }
-        if let Some(buf) = self.tasks[usize::from(index)].buf.take() {
-            mem.release(buf);
-        }
-        self.release_slot(index);
+        self.end_aborted(index, by, mem);
         Aborted::Before
     }
 }

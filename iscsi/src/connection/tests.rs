@@ -1,8 +1,12 @@
 use proptest::prelude::*;
 
+use super::time::{LINGER_MS, MAX_UNSENT};
 use super::*;
+use crate::login::OPERATIONAL;
 use crate::loopback::{BLOCK, NOBODY, World, read10, write10};
 use crate::pdu::{Body, CmdSn, Header, Residual, encode_lun};
+use crate::scsi::IoCommand;
+use crate::target::Outcome;
 
 const DIGESTS: [(&str, &str); 4] = [
     ("HeaderDigest", "CRC32C"),
@@ -125,9 +129,7 @@ fn data_out_of_sequence_ends_the_command() {
     for (data_sn, offset) in [(5, 0), (0, 512)] {
         let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 0);
         world.run();
-        let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-            panic!("no R2T");
-        };
+        let ttt = world.r2t(h);
         let body = Body::DataOut { last: true, ttt, exp_stat_sn: 0, data_sn, offset };
         world.send(h, Header::new(itt, 0, body), &[1; 1024]);
         world.run();
@@ -221,14 +223,10 @@ fn pings_go_both_ways() {
     let (header, data) = world.receive(h).unwrap();
     assert!(matches!(header.body, Body::NopIn { ttt: NO_TAG, .. }) && header.itt == itt);
     assert_eq!(data, b"are you there?");
-    let at = |world: &mut World, now| {
-        let World { hosts, mem, .. } = world;
-        hosts[h].conn.as_mut().unwrap().handle_timeout(now, mem);
-    };
     let interval = world.config.nop_interval_ms;
-    at(&mut world, 0);
-    at(&mut world, interval);
-    at(&mut world, 2 * interval);
+    world.at(0);
+    world.at(interval);
+    world.at(2 * interval);
     world.run();
     let (header, _) = world.receive(h).expect("it was silent for an interval");
     let Body::NopIn { ttt, .. } = header.body else { panic!("{header:?}") };
@@ -238,10 +236,11 @@ fn pings_go_both_ways() {
     answer.immediate = true;
     world.send(h, answer, &[]);
     world.run();
-    at(&mut world, 3 * interval);
-    assert!(!world.hosts[h].conn.as_ref().unwrap().wants_close());
-    at(&mut world, 4 * interval);
-    at(&mut world, 5 * interval);
+    world.at(3 * interval);
+    assert!(!world.conn(h).wants_close());
+    world.at(4 * interval);
+    world.run();
+    world.at(5 * interval);
     let conn = world.hosts[h].conn.as_ref().unwrap();
     assert_eq!(conn.close_reason(), Some(CloseReason::Silent));
     world.close();
@@ -298,10 +297,7 @@ fn what_a_target_does_not_know_is_rejected() {
 #[test]
 fn writes_wait_for_memory() {
     let (mut world, h) = World::ready();
-    let mut hogs = Vec::new();
-    while let Some(buf) = world.mem.alloc(4096) {
-        hogs.push(buf);
-    }
+    let mut hogs = world.hog();
     let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 4096);
     world.run();
     let conn = world.hosts[h].conn.as_ref().unwrap();
@@ -315,9 +311,7 @@ fn writes_wait_for_memory() {
     let second = world.start(h, 0, &write10(8, 8), &[3; 4096], 4096, 4096);
     let third = world.start(h, 0, &write10(16, 8), &[4; 4096], 4096, 0);
     world.run();
-    let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-        panic!("no R2T");
-    };
+    let ttt = world.r2t(h);
     assert_eq!(world.finish(h, second, &[]).status, 0x28, "TASK SET FULL");
     assert!(world.hosts[h].conn.as_ref().unwrap().is_waiting_for_memory());
     world.send_data(h, first, ttt, 0, &[2; 4096]);
@@ -391,5 +385,256 @@ fn an_initiator_that_does_not_read_stops_the_stream() {
         answers += usize::from(done);
     }
     assert_eq!(answers, asked);
+    world.close();
+}
+
+/// A stranger whose login has many keys that nobody knows gets a long answer to each request, and
+/// reads none.
+#[test]
+fn a_login_that_is_not_read_stops_the_stream() {
+    let mut world = World::new();
+    let h = world.connect(1);
+    world.deaf = true;
+    let name = world.hosts[h].initiator.clone();
+    let mut keys = format!("InitiatorName={name}\0SessionType=Discovery\0");
+    let mut asked = 0;
+    while world.hosts[h].to_target.is_empty() {
+        for key in 0..45 {
+            keys += &format!("X-{asked:02}-{key:02}-{}=1\0", "a".repeat(54));
+        }
+        let request = world.login_request(h, OPERATIONAL, None);
+        world.send(h, Header::new(0, 0, Body::Login(request)), keys.as_bytes());
+        // One at a time: the next may come once this one is answered.
+        world.run();
+        keys.clear();
+        asked += 1;
+    }
+    assert!(asked > 2, "more answers than there is room for");
+    world.deaf = false;
+    world.run();
+    for n in 0..asked {
+        let (header, _) = world.receive(h).expect("an answer");
+        assert!(matches!(header.body, Body::LoginResponse(r) if r.status == (0, 0)), "{n}");
+    }
+    world.close();
+}
+
+/// Pings whose data is sent back: whoever does not read it takes no more memory than for one.
+#[test]
+fn pings_that_are_not_read_take_little_memory() {
+    let (mut world, h) = World::ready();
+    world.deaf = true;
+    let (before, len) = (world.mem.in_use(), 256 << 10);
+    for _ in 0..10 {
+        let (itt, sn) = world.next_sn(h);
+        world.hosts[h].cmd_sn = world.hosts[h].cmd_sn.wrapping_sub(1);
+        let mut ping = Header::new(itt, 0, Body::NopOut { ttt: NO_TAG, sn });
+        ping.immediate = true;
+        world.send(h, ping, &vec![7; len]);
+    }
+    world.run();
+    assert!(world.mem.in_use() - before <= len32(len), "{} bytes", world.mem.in_use() - before);
+    world.deaf = false;
+    world.run();
+    let mut answers = 0;
+    while let Some((header, _)) = world.receive(h) {
+        assert!(matches!(header.body, Body::NopIn { .. }));
+        answers += 1;
+    }
+    assert_eq!(answers, 10);
+    world.close();
+}
+
+/// The last PDU of a host that has read nothing while data for it waited for room.
+fn last_after_data(body: impl Fn(CmdSn) -> Body) -> (Body, bool) {
+    let mut world = World::new();
+    let h = world.join_with(1, &[("MaxRecvDataSegmentLength", "512")]);
+    world.deaf = true;
+    world.start(h, 0, &read10(0, 2048), &[], 1 << 20, 0);
+    let (itt, sn) = world.next_sn(h);
+    world.send(h, Header::new(itt, 0, body(sn)), &[]);
+    world.run();
+    world.deaf = false;
+    world.run();
+    let (mut last, mut ended) = (Body::Snack, false);
+    while let Some((header, _)) = world.receive(h) {
+        ended |= matches!(header.body, Body::DataIn { status: Some(0), .. });
+        last = header.body;
+    }
+    world.close();
+    (last, ended)
+}
+
+/// What is said of other tasks comes after their ends, though their data had to wait.
+#[test]
+fn answers_do_not_overtake_data() {
+    let abort = |sn| Body::TaskManagement { function: 2, rtt: NO_TAG, sn, ref_cmd_sn: 0 };
+    let (last, ended) = last_after_data(abort);
+    assert!(matches!(last, Body::TaskManagementResponse { response: 0, .. }), "{last:?}");
+    assert!(ended);
+    let (last, ended) = last_after_data(|sn| Body::Logout { reason: 0, cid: 9, sn });
+    assert!(matches!(last, Body::LogoutResponse { response: 0, .. }), "{last:?}");
+    assert!(ended, "the data is not lost");
+}
+
+#[test]
+fn a_command_that_was_aborted_and_given_back_is_not_offered_again() {
+    let (mut world, h) = World::ready();
+    world.hold = true;
+    let itt = world.start(h, 0, &write10(0, 1), &[1; 512], 512, 512);
+    world.run();
+    let (_, Outcome::Io(io)) = world.held.remove(0) else { panic!("no request") };
+    let IoCommand::Write { data, .. } = io.command else { panic!("no write") };
+    world.manage(h, 1, 0, itt);
+    assert!(world.conn(h).is_aborted(io.slot));
+    world.conn(h).park(io.slot, Some(data));
+    world.release_held();
+    world.run();
+    assert!(world.held.is_empty(), "it was offered again");
+    let (header, _) = world.receive(h).unwrap();
+    assert!(matches!(header.body, Body::TaskManagementResponse { response: 0, .. }));
+    assert!(world.receive(h).is_none() && world.conn(h).outstanding() == 0);
+    world.close();
+}
+
+#[test]
+fn what_is_left_to_send_has_its_time() {
+    let (mut world, h) = World::ready();
+    world.at(0);
+    world.deaf = true;
+    world.start(h, 0, &read10(0, 1), &[], 512, 0);
+    world.run();
+    let World { hosts, mem, .. } = &mut world;
+    hosts[h].conn.as_mut().unwrap().drop_session(mem);
+    assert_eq!(world.conn(h).poll_timeout(), 0, "at once");
+    world.at(1_000_000);
+    assert_eq!(world.conn(h).poll_timeout(), 1_000_000 + LINGER_MS);
+    assert!(!world.conn(h).is_over());
+    world.at(1_000_000 + LINGER_MS);
+    assert!(world.conn(h).is_over());
+    assert_eq!(world.conn(h).poll_timeout(), u64::MAX, "there is nothing to do any more");
+    world.close();
+    let (mut world, h) = World::ready();
+    let World { hosts, mem, .. } = &mut world;
+    hosts[h].conn.as_mut().unwrap().drop_session(mem);
+    assert!(!world.conn(h).is_over());
+    world.run();
+    assert!(world.conn(h).is_over(), "it is sent");
+    world.close();
+}
+
+/// It is the target that takes nothing: the answer to its question may be among what it has not read.
+#[test]
+fn nobody_is_silent_whom_the_target_does_not_hear() {
+    let (mut world, h) = World::ready();
+    let hogs = world.hog();
+    let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 4096);
+    world.run();
+    assert!(world.conn(h).is_waiting_for_memory());
+    for n in 0..20 {
+        world.at(n * world.config.nop_interval_ms);
+    }
+    assert!(!world.conn(h).wants_close());
+    for hog in hogs {
+        world.mem.release(hog);
+    }
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).status, 0);
+    world.close();
+}
+
+/// What it was asked has not gone out, so it cannot have answered; but that has its bound too.
+#[test]
+fn an_initiator_that_does_not_read_is_waited_for_longer() {
+    let (mut world, h) = World::ready();
+    world.deaf = true;
+    let mut now = 0;
+    for _ in 0..2 + MAX_UNSENT {
+        assert!(!world.conn(h).wants_close(), "at {now}");
+        now += world.config.nop_interval_ms;
+        world.at(now);
+        world.run();
+    }
+    assert!(!world.conn(h).wants_close());
+    for _ in 0..2 {
+        now += world.config.nop_interval_ms;
+        world.at(now);
+    }
+    assert_eq!(world.conn(h).close_reason(), Some(CloseReason::Silent));
+    world.close();
+}
+
+#[test]
+fn data_that_never_comes_is_not_waited_for_for_ever() {
+    let (mut world, h) = World::ready();
+    let itt = world.start(h, 0, &write10(0, 16), &[1; 8192], 8192, 0);
+    world.run();
+    let ttt = world.r2t(h);
+    let mut now = 0;
+    let mut pass = |world: &mut World, intervals| {
+        for _ in 0..intervals {
+            // It is there: it only does not send.
+            let (itt, sn) = world.next_sn(h);
+            world.send(h, Header::new(itt, 0, Body::NopOut { ttt: NO_TAG, sn }), &[]);
+            world.run();
+            world.at(now);
+            now += world.config.nop_interval_ms;
+        }
+    };
+    pass(&mut world, 6);
+    let body = Body::DataOut { last: false, ttt, exp_stat_sn: 0, data_sn: 0, offset: 0 };
+    world.send(h, Header::new(itt, 0, body), &[1; 4096]);
+    pass(&mut world, 6);
+    assert!(!world.conn(h).wants_close(), "some of it came");
+    pass(&mut world, 2);
+    assert_eq!(world.conn(h).close_reason(), Some(CloseReason::DataTimeout));
+    world.close();
+}
+
+/// Immediate commands have their own places, and not those of the window.
+#[test]
+fn immediate_commands_leave_the_window_alone() {
+    let (mut world, h) = World::ready();
+    world.hold = true;
+    for _ in 0..IMMEDIATE_TASKS + 1 {
+        let (itt, sn) = world.next_sn(h);
+        world.hosts[h].cmd_sn = world.hosts[h].cmd_sn.wrapping_sub(1);
+        let mut cdb = [0; 16];
+        cdb[..10].copy_from_slice(&read10(0, 1));
+        let body =
+            Body::ScsiCommand { last: true, read: true, write: false, attr: 1, edtl: 512, sn, cdb };
+        let mut header = Header::new(itt, 0, body);
+        header.immediate = true;
+        world.send(h, header, &[]);
+    }
+    world.run();
+    let reject = world.receive(h).unwrap().0;
+    assert!(matches!(reject.body, Body::Reject { reason: 6, .. }), "{reject:?}");
+    assert_eq!(world.held.len(), usize::from(IMMEDIATE_TASKS));
+    for _ in 0..128 {
+        world.start(h, 0, &read10(0, 1), &[], 512, 0);
+    }
+    world.run();
+    assert!(world.receive(h).is_none(), "the window is whole");
+    assert_eq!(world.held.len(), usize::from(IMMEDIATE_TASKS) + 128);
+    world.close();
+}
+
+#[test]
+fn a_damaged_text_request_leaves_the_window_as_it_was() {
+    let mut world = World::new();
+    let h = world.join_with(1, &DIGESTS);
+    let window = |world: &World| world.hosts[h].max_cmd_sn.wrapping_sub(world.hosts[h].cmd_sn);
+    let before = window(&world);
+    let (itt, sn) = world.next_sn(h);
+    let body = Body::Text { last: true, more: false, ttt: NO_TAG, sn };
+    world.send(h, Header::new(itt, 0, body), b"SendTargets=All\0");
+    let end = world.hosts[h].to_target.len() - 8;
+    world.hosts[h].to_target[end] ^= 1;
+    world.run();
+    let reject = world.receive(h).unwrap().0;
+    assert!(matches!(reject.body, Body::Reject { reason: 2, .. }), "{reject:?}");
+    assert_eq!(world.scsi(h, 0, &[0; 6], &[], 0).status, 0);
+    assert_eq!(window(&world), before);
     world.close();
 }

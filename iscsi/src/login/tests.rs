@@ -1,6 +1,5 @@
 use super::*;
 use crate::chap::Credentials;
-use crate::pdu::CmdSn;
 
 /// The stage to go on to and the text, or how the login ends.
 type Answered = Result<(Option<u8>, Vec<(String, String)>), LoginStatus>;
@@ -11,15 +10,10 @@ const TARGET: &str = "iqn.2025-01.io.cairn:volume";
 fn request(csg: u8, nsg: Option<u8>) -> LoginRequest {
     LoginRequest {
         transit: nsg.is_some(),
-        more: false,
         csg,
         nsg: nsg.unwrap_or(0),
-        version_max: 0,
-        version_min: 0,
         isid: [1; 6],
-        tsih: 0,
-        cid: 0,
-        sn: CmdSn::default(),
+        ..LoginRequest::default()
     }
 }
 
@@ -53,7 +47,9 @@ impl Case {
                 .target
                 .as_deref()
             {
-                Some(TARGET) | None => Ok(Terms { portal_group: Some(1), alias: None, chap }),
+                Some(TARGET) | None => {
+                    Ok(Terms { portal_group: Some(1), alias: Some("alias".into()), chap })
+                }
                 Some(_) => Err(LoginStatus::NotFound),
             })?;
         let pairs = text::parse(&reply.text).unwrap();
@@ -90,6 +86,7 @@ fn security_then_operational_then_full_feature() {
     let (to, pairs) =
         case.first(SECURITY, Some(OPERATIONAL), &[("AuthMethod", "CHAP,None")]).unwrap();
     assert_eq!((to, value(&pairs, "AuthMethod")), (Some(OPERATIONAL), "None"));
+    assert_eq!(value(&pairs, "TargetAlias"), "alias");
     let (to, pairs) = case.step(OPERATIONAL, None, &[("MaxBurstLength", "8192")]).unwrap();
     assert_eq!((to, value(&pairs, "MaxBurstLength")), (None, "8192"));
     let (to, pairs) = case.step(OPERATIONAL, Some(FULL_FEATURE), &[]).unwrap();
@@ -105,7 +102,8 @@ fn prove(
     secret: &str,
     challenge: Option<&str>,
 ) -> Answered {
-    case.first(SECURITY, Some(OPERATIONAL), &[("AuthMethod", "None,CHAP")])?;
+    let (_, pairs) = case.first(SECURITY, Some(OPERATIONAL), &[("AuthMethod", "None,CHAP")])?;
+    assert_eq!(value(&pairs, "TargetAlias"), "", "not before it is known who asks");
     let (to, pairs) = case.step(SECURITY, Some(OPERATIONAL), &[("CHAP_A", algorithm)])?;
     assert_eq!(to, None, "not before the answer");
     let id = number(value(&pairs, "CHAP_I")).unwrap().to_le_bytes()[0];
@@ -140,7 +138,8 @@ fn chap_proves_both_ends() {
     }
     let (_, pairs) =
         prove(&mut Case::new(Some(chap())), "5", "host", "secret of the host", None).unwrap();
-    assert!(pairs.is_empty(), "nobody asked the target");
+    assert_eq!(value(&pairs, "TargetAlias"), "alias");
+    assert_eq!(pairs.len(), 1, "nobody asked the target");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use cairn_block::{Buf, Lba, LbaRange, Memory};
 
-use super::cdb::{data_out_len, lba_and_blocks, op};
+use super::cdb::{brings_blocks, data_out_len, lba_and_blocks, op};
 use super::copy::CopySegment;
 use super::inquiry::{Limits, MAX_UNMAP_RANGES};
 use super::sense::{Sense, Status};
@@ -107,10 +107,6 @@ pub enum IoCommand {
         /// Force unit access.
         fua: bool,
     },
-    /// The unit's reservations changed, and are to outlive a loss of power: store what
-    /// [`crate::target::Target::reservations`] gives. Complete when that is durable, and every request
-    /// of the unit that was handed out before has been completed: some may have been aborted.
-    StoreReservations,
 }
 
 /// What a command on blocks comes to.
@@ -151,22 +147,8 @@ fn blocks_field(cdb: &[u8; 16]) -> u16 {
 }
 
 fn is_write(code: u8) -> bool {
-    matches!(
-        code,
-        op::WRITE_6
-            | op::WRITE_10
-            | op::WRITE_12
-            | op::WRITE_16
-            | op::WRITE_ATOMIC_16
-            | op::ORWRITE_16
-            | op::WRITE_VERIFY_10
-            | op::WRITE_VERIFY_12
-            | op::WRITE_VERIFY_16
-            | op::WRITE_SAME_10
-            | op::WRITE_SAME_16
-            | op::COMPARE_AND_WRITE
-            | op::UNMAP
-    )
+    let others = [op::WRITE_SAME_10, op::WRITE_SAME_16, op::COMPARE_AND_WRITE, op::UNMAP];
+    brings_blocks(code) || others.contains(&code)
 }
 
 /// The request of a command on blocks.
@@ -206,7 +188,7 @@ pub(crate) fn decode<M: Memory>(
             let len = u32::try_from(range.blocks() << unit.shift()).unwrap_or(0);
             io(IoCommand::Read { range, len })
         }
-        _ => verify_or_write(unit, cdb, range, data, fua),
+        _ => verify_or_write(unit, cdb, range, data, edtl, fua),
     }
 }
 
@@ -215,6 +197,7 @@ fn verify_or_write(
     cdb: &[u8; 16],
     range: LbaRange,
     data: Option<Buf>,
+    edtl: u32,
     fua: bool,
 ) -> Result<Step, Refused> {
     let bytchk = cdb[1] >> 1 & 3;
@@ -228,7 +211,7 @@ fn verify_or_write(
     }
     let (range, data) = match data {
         Some(data) if u64::from(data.len()) == wanted => (range, data),
-        data if may_be_short(cdb[0]) => shorten(unit, range, data)?,
+        data if may_be_short(cdb[0]) => shorten(unit, range, data, edtl)?,
         data => return Err((data, Sense::INVALID_INFORMATION_UNIT.into())),
     };
     let plain = |verify, atomic, fua, data| IoCommand::Write { range, data, fua, verify, atomic };
@@ -248,22 +231,21 @@ fn verify_or_write(
 }
 
 fn may_be_short(code: u8) -> bool {
-    matches!(
-        code,
-        op::WRITE_6
-            | op::WRITE_10
-            | op::WRITE_12
-            | op::WRITE_16
-            | op::WRITE_VERIFY_10
-            | op::WRITE_VERIFY_12
-            | op::WRITE_VERIFY_16
-    )
+    brings_blocks(code) && !matches!(code, op::WRITE_ATOMIC_16 | op::ORWRITE_16)
 }
 
 /// A write for which the initiator sends less than its range takes: what it sends is written, where
 /// that is whole blocks, and the residual tells the rest.
-fn shorten(unit: &Unit, range: LbaRange, data: Option<Buf>) -> Result<(LbaRange, Buf), Refused> {
-    let Some(data) = data else { return Err((None, Status::Good)) };
+fn shorten(
+    unit: &Unit,
+    range: LbaRange,
+    data: Option<Buf>,
+    edtl: u32,
+) -> Result<(LbaRange, Buf), Refused> {
+    let Some(data) = data else {
+        let nothing = if edtl == 0 { Status::Good } else { Sense::INVALID_INFORMATION_UNIT.into() };
+        return Err((None, nothing));
+    };
     let blocks = u64::from(data.len() >> unit.shift());
     let whole = blocks << unit.shift() == u64::from(data.len()) && blocks <= range.blocks();
     match LbaRange::new(range.start(), blocks) {

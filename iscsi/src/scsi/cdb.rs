@@ -103,21 +103,29 @@ pub fn lba_and_blocks(cdb: &[u8; 16]) -> Option<(u64, u64)> {
     })
 }
 
+/// Whether a command brings the blocks of its range: one that writes them, or sets bits of them.
+pub(crate) const fn brings_blocks(code: u8) -> bool {
+    matches!(
+        code,
+        op::WRITE_6
+            | op::WRITE_10
+            | op::WRITE_12
+            | op::WRITE_16
+            | op::WRITE_ATOMIC_16
+            | op::ORWRITE_16
+            | op::WRITE_VERIFY_10
+            | op::WRITE_VERIFY_12
+            | op::WRITE_VERIFY_16
+    )
+}
+
 /// Bytes of data that a command wants from the initiator; 0 for commands that want none, and for
 /// those that nobody knows. `shift` is the base-2 logarithm of the block size.
 #[must_use]
 pub fn data_out_len(cdb: &[u8; 16], shift: u8) -> u64 {
     let blocks = lba_and_blocks(cdb).map_or(0, |(_, blocks)| blocks);
     match cdb[0] {
-        op::WRITE_6
-        | op::WRITE_10
-        | op::WRITE_12
-        | op::WRITE_16
-        | op::WRITE_ATOMIC_16
-        | op::ORWRITE_16
-        | op::WRITE_VERIFY_10
-        | op::WRITE_VERIFY_12
-        | op::WRITE_VERIFY_16 => blocks << shift,
+        code if brings_blocks(code) => blocks << shift,
         op::COMPARE_AND_WRITE => (blocks * 2) << shift,
         op::VERIFY_10 | op::VERIFY_12 | op::VERIFY_16 => match cdb[1] >> 1 & 3 {
             1 => blocks << shift,
@@ -136,15 +144,17 @@ pub fn data_out_len(cdb: &[u8; 16], shift: u8) -> u64 {
     }
 }
 
+/// A CDB that begins so, and goes on with zeros.
+#[cfg(test)]
+pub(crate) fn cdb(bytes: &[u8]) -> [u8; 16] {
+    let mut out = [0; 16];
+    out[..bytes.len()].copy_from_slice(bytes);
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn cdb(bytes: &[u8]) -> [u8; 16] {
-        let mut out = [0; 16];
-        out[..bytes.len()].copy_from_slice(bytes);
-        out
-    }
 
     #[test]
     fn six_byte_commands_have_256_blocks_for_none() {

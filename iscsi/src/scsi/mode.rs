@@ -50,8 +50,10 @@ fn page(code: u8, control: Control, unit: &Unit) -> Vec<u8> {
                 b[4] = SWP;
             }
             if control != Control::Changeable {
-                // QUEUE ALGORITHM MODIFIER: any order; BUSY TIMEOUT PERIOD: none.
+                // QUEUE ALGORITHM MODIFIER: any order; TAS: whose command another aborts is told so;
+                // BUSY TIMEOUT PERIOD: none.
                 b[3] = 0x10;
+                b[5] = 0x40;
                 put(&mut b, 8, &[0xff, 0xff]);
             }
         }
@@ -196,36 +198,18 @@ pub(crate) fn select(cdb: &[u8; 16], list: &[u8], unit: &Unit) -> Result<Modes, 
 
 #[cfg(test)]
 mod tests {
-    use cairn_block::BlockSize;
-
     use super::*;
-    use crate::scsi::unit::{UnitConfig, UnitHandle};
+    use crate::scsi::cdb::cdb;
 
     fn unit() -> Unit {
-        Unit::new(UnitConfig {
-            lun: 0,
-            handle: UnitHandle(0),
-            blocks: 1000,
-            block_size: BlockSize::B512,
-            physical_block_size: BlockSize::B4096,
-            id: 1,
-            volatile_write_cache: true,
-            read_only: false,
-            atomic_blocks: 0,
-        })
-    }
-
-    fn cdb(bytes: &[u8]) -> [u8; 16] {
-        let mut out = [0; 16];
-        out[..bytes.len()].copy_from_slice(bytes);
-        out
+        Unit::new(crate::loopback::unit(0))
     }
 
     #[test]
     fn all_pages_follow_the_block_descriptor() {
         let b = sense(&cdb(&[0x1a, 0, 0x3f, 0, 255]), &unit()).unwrap();
         assert_eq!(usize::from(b[0]), b.len() - 1);
-        assert_eq!(b[..12], [67, 0, 0x10, 8, 0, 0, 3, 0xe8, 0, 0, 2, 0]);
+        assert_eq!(b[..12], [67, 0, 0x10, 8, 0, 0, 0x10, 0, 0, 0, 2, 0]);
         assert_eq!((b[12], b[24], b[26], b[44], b[56]), (1, 8, WCE, 0x0a, 0x1c));
         let b = sense(&cdb(&[0x5a, 0x18, 0x08]), &unit()).unwrap();
         assert_eq!((b.len(), b[7], b[8]), (28, 0, 8), "no block descriptor");

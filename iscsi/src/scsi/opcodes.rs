@@ -1,20 +1,11 @@
 //! The commands that are supported, in one table: what of their CDBs is looked at, who may send them
 //! past a reservation, and in which access states. REPORT SUPPORTED OPERATION CODES tells it.
 
+use cairn_block::reservation::Guard;
+
 use super::cdb::{cdb_len, op};
 use super::sense::Sense;
 use crate::wire::{put, u16_at, u32_at};
-
-/// What a reservation of another does to a command (SPC-5, table 68; SBC-4, table 14).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Guard {
-    /// Allowed always.
-    Free,
-    /// Allowed while others may read.
-    Reads,
-    /// Conflicts.
-    Changes,
-}
 
 /// In which asymmetric access states a command is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +25,7 @@ pub(crate) struct Opcode {
     pub(crate) action: Option<u16>,
     /// CDB usage data: the bits that are looked at.
     pub(crate) usage: [u8; 16],
+    /// What a reservation of another does to it (SPC-5, table 68; SBC-4, table 14).
     pub(crate) guard: Guard,
     pub(crate) access: Access,
 }
@@ -62,7 +54,7 @@ const fn sa(code: u8, action: u8, guard: Guard, access: Access, fields: &[u8]) -
 }
 
 use Access::{Active, Any, Standby};
-use Guard::{Changes, Free, Reads};
+use Guard::{Free, Reads, Writes};
 
 const F: u8 = 0xff;
 
@@ -71,24 +63,24 @@ pub(crate) static OPCODES: &[Opcode] = &[
     row(op::TEST_UNIT_READY, Free, Active, &[]),
     row(op::REQUEST_SENSE, Free, Any, &[1, 0, 0, F]),
     row(op::READ_6, Reads, Active, &[0x1f, F, F, F]),
-    row(op::WRITE_6, Changes, Active, &[0x1f, F, F, F]),
+    row(op::WRITE_6, Writes, Active, &[0x1f, F, F, F]),
     row(op::INQUIRY, Free, Any, &[1, F, F, F]),
-    row(op::MODE_SELECT_6, Changes, Standby, &[0x11, 0, 0, F]),
+    row(op::MODE_SELECT_6, Writes, Standby, &[0x11, 0, 0, F]),
     row(op::RESERVE_6, Free, Active, &[]),
     row(op::RELEASE_6, Free, Active, &[]),
     row(op::MODE_SENSE_6, Reads, Standby, &[0x08, F, F, F]),
-    row(op::START_STOP_UNIT, Changes, Active, &[1, 0, 0x0f, 0xf7]),
+    row(op::START_STOP_UNIT, Writes, Active, &[1, 0, 0x0f, 0xf7]),
     row(op::PREVENT_ALLOW, Reads, Active, &[0, 0, 0, 3]),
     row(op::READ_CAPACITY_10, Free, Active, &[0, F, F, F, F, 0, 0, 1]),
     row(op::READ_10, Reads, Active, &[RW_FLAGS, F, F, F, F, GROUP, F, F]),
-    row(op::WRITE_10, Changes, Active, &[RW_FLAGS, F, F, F, F, GROUP, F, F]),
-    row(op::WRITE_VERIFY_10, Changes, Active, &[0x16, F, F, F, F, GROUP, F, F]),
+    row(op::WRITE_10, Writes, Active, &[RW_FLAGS, F, F, F, F, GROUP, F, F]),
+    row(op::WRITE_VERIFY_10, Writes, Active, &[0x16, F, F, F, F, GROUP, F, F]),
     row(op::VERIFY_10, Reads, Active, &[0x16, F, F, F, F, GROUP, F, F]),
     row(op::PRE_FETCH_10, Reads, Active, &[0x02, F, F, F, F, GROUP, F, F]),
-    row(op::SYNCHRONIZE_CACHE_10, Changes, Active, &[0x06, F, F, F, F, GROUP, F, F]),
-    row(op::WRITE_SAME_10, Changes, Active, &[0x08, F, F, F, F, GROUP, F, F]),
-    row(op::UNMAP, Changes, Active, &[0, 0, 0, 0, 0, GROUP, F, F]),
-    row(op::MODE_SELECT_10, Changes, Standby, &[0x11, 0, 0, 0, 0, 0, F, F]),
+    row(op::SYNCHRONIZE_CACHE_10, Writes, Active, &[0x06, F, F, F, F, GROUP, F, F]),
+    row(op::WRITE_SAME_10, Writes, Active, &[0x08, F, F, F, F, GROUP, F, F]),
+    row(op::UNMAP, Writes, Active, &[0, 0, 0, 0, 0, GROUP, F, F]),
+    row(op::MODE_SELECT_10, Writes, Standby, &[0x11, 0, 0, 0, 0, 0, F, F]),
     row(op::RESERVE_10, Free, Active, &[0, 0, 0, 0, 0, 0, F, F]),
     row(op::RELEASE_10, Free, Active, &[0, 0, 0, 0, 0, 0, F, F]),
     row(op::MODE_SENSE_10, Reads, Standby, &[0x18, F, F, 0, 0, 0, F, F]),
@@ -104,32 +96,32 @@ pub(crate) static OPCODES: &[Opcode] = &[
     sa(op::PERSISTENT_RESERVE_OUT, 5, Free, Standby, &[0, F, 0, 0, F, F, F, F]),
     sa(op::PERSISTENT_RESERVE_OUT, 6, Free, Standby, &[0, F, 0, 0, F, F, F, F]),
     // EXTENDED COPY (LID1).
-    sa(op::THIRD_PARTY_COPY_OUT, 0, Changes, Active, &[0, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F]),
+    sa(op::THIRD_PARTY_COPY_OUT, 0, Writes, Active, &[0, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F]),
     // RECEIVE COPY RESULTS: COPY STATUS (LID1), OPERATING PARAMETERS.
     sa(op::THIRD_PARTY_COPY_IN, 0, Reads, Active, &[0, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F]),
     sa(op::THIRD_PARTY_COPY_IN, 3, Reads, Active, &[0, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F]),
     row(op::READ_16, Reads, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(
         op::COMPARE_AND_WRITE,
-        Changes,
+        Writes,
         Active,
         &[RW_FLAGS, F, F, F, F, F, F, F, F, 0, 0, 0, F, GROUP],
     ),
-    row(op::WRITE_16, Changes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
-    row(op::ORWRITE_16, Changes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
-    row(op::WRITE_VERIFY_16, Changes, Active, &[0x16, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
+    row(op::WRITE_16, Writes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
+    row(op::ORWRITE_16, Writes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
+    row(op::WRITE_VERIFY_16, Writes, Active, &[0x16, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(op::VERIFY_16, Reads, Active, &[0x16, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(op::PRE_FETCH_16, Reads, Active, &[0x02, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(
         op::SYNCHRONIZE_CACHE_16,
-        Changes,
+        Writes,
         Active,
         &[0x06, F, F, F, F, F, F, F, F, F, F, F, F, GROUP],
     ),
-    row(op::WRITE_SAME_16, Changes, Active, &[0x09, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
+    row(op::WRITE_SAME_16, Writes, Active, &[0x09, F, F, F, F, F, F, F, F, F, F, F, F, GROUP]),
     row(
         op::WRITE_ATOMIC_16,
-        Changes,
+        Writes,
         Active,
         &[RW_FLAGS, F, F, F, F, F, F, F, F, 0, 0, F, F, GROUP],
     ),
@@ -142,8 +134,8 @@ pub(crate) static OPCODES: &[Opcode] = &[
     sa(op::MAINTENANCE_IN, 0x0c, Free, Standby, &[0, 0x87, F, F, F, F, F, F, F]),
     sa(op::MAINTENANCE_IN, 0x0d, Free, Standby, &[0, 0x80, 0, 0, 0, F, F, F, F]),
     row(op::READ_12, Reads, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, GROUP]),
-    row(op::WRITE_12, Changes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, GROUP]),
-    row(op::WRITE_VERIFY_12, Changes, Active, &[0x16, F, F, F, F, F, F, F, F, GROUP]),
+    row(op::WRITE_12, Writes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, GROUP]),
+    row(op::WRITE_VERIFY_12, Writes, Active, &[0x16, F, F, F, F, F, F, F, F, GROUP]),
     row(op::VERIFY_12, Reads, Active, &[0x16, F, F, F, F, F, F, F, F, GROUP]),
 ];
 
@@ -270,12 +262,7 @@ pub(crate) fn allocation_len(cdb: &[u8; 16]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn cdb(bytes: &[u8]) -> [u8; 16] {
-        let mut out = [0; 16];
-        out[..bytes.len()].copy_from_slice(bytes);
-        out
-    }
+    use crate::scsi::cdb::cdb;
 
     #[test]
     fn the_table_is_in_order() {

@@ -2,7 +2,6 @@
 
 use cairn_block::BlockSize;
 
-use super::reservation::Reservations;
 use super::sense::{Sense, key};
 
 /// Names what backs a logical unit; whoever adds it chooses it.
@@ -126,15 +125,12 @@ pub(crate) struct NexusId(pub(crate) u64);
 pub(crate) struct Unit {
     pub(crate) config: UnitConfig,
     pub(crate) modes: Modes,
-    pub(crate) reservations: Reservations,
-    /// Who holds RESERVE.
-    pub(crate) reserved_by: Option<NexusId>,
 }
 
 impl Unit {
     pub(crate) fn new(config: UnitConfig) -> Self {
         let modes = Self::default_modes(&config);
-        Self { config, modes, reservations: Reservations::default(), reserved_by: None }
+        Self { config, modes }
     }
 
     pub(crate) fn default_modes(config: &UnitConfig) -> Modes {
@@ -147,13 +143,7 @@ impl Unit {
 
     /// A reset of the logical unit: what does not survive it.
     pub(crate) fn reset(&mut self) {
-        self.reserved_by = None;
         self.modes = Self::default_modes(&self.config);
-    }
-
-    /// A nexus is gone: what does not survive it.
-    pub(crate) fn forget(&mut self, nexus: NexusId) {
-        self.reserved_by.take_if(|by| *by == nexus);
     }
 
     pub(crate) fn is_write_protected(&self) -> bool {

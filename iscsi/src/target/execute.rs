@@ -1,9 +1,10 @@
 //! SCSI commands: what the target answers itself, and what goes to the disk.
 
+use cairn_block::reservation::{Change, Guard, Registrant};
 use cairn_block::{Buf, Lba, LbaRange, Memory};
 
 use super::session::Session;
-use super::{Io, NodeId, Outcome, Target, release};
+use super::{Io, NodeId, Outcome, Target, Volume, release};
 use crate::connection::{Connection, ScsiCommand, SlotId};
 use crate::pdu::{decode_lun, encode_lun};
 use crate::scsi::IoCommand;
@@ -12,9 +13,9 @@ use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
 use crate::scsi::copy;
 use crate::scsi::inquiry::{self, Limits, PortView, Subject};
 use crate::scsi::mode;
-use crate::scsi::opcodes::{self, Guard, allocation_len};
+use crate::scsi::opcodes::{self, allocation_len};
 use crate::scsi::ports;
-use crate::scsi::reservation::Effects;
+use crate::scsi::reservation;
 use crate::scsi::sense::{Sense, Status};
 use crate::scsi::unit::{Attention, NexusId, Unit, UnitHandle};
 use crate::wire::{u32_at, u64_at};
@@ -28,8 +29,7 @@ enum Ending {
     /// Data for the initiator; it is cut to the allocation length.
     Data(Vec<u8>),
     Io(IoCommand),
-    /// Other tasks of the unit were aborted: drain, then success.
-    Drain,
+    Reserve(Change),
     /// What became of the copy with this list identifier.
     CopyStatus(u8),
 }
@@ -77,7 +77,21 @@ impl Target {
             Ok(ending) => ending,
             Err(status) => Ending::Status(status),
         };
+        if let Ending::Io(IoCommand::Copy { segments, .. }) = &ending
+            && let Some(list) = &data
+        {
+            let list = mem.bytes(list.slice())[0];
+            conn.begin_copy(slot, list, segments.len(), self.reached(node, segments));
+        }
         finish(conn, slot, scsi, Some(handle), ending, data, mem)
+    }
+
+    /// The logical units that a copy reads or writes.
+    fn reached(&self, node: NodeId, segments: &[copy::CopySegment]) -> Vec<u64> {
+        let units = self.node(node).map(|n| n.units.as_slice()).unwrap_or_default();
+        let reaches =
+            |u: &&Unit| segments.iter().any(|s| [s.from, s.to].contains(&u.config.handle));
+        units.iter().filter(reaches).map(|u| encode_lun(u.config.lun)).collect()
     }
 
     /// A command for a logical unit that there is not, or for the well known one.
@@ -132,14 +146,21 @@ impl Target {
         let row = opcodes::check(cdb)?;
         let (node, session) = self.at(place).ok_or(Sense::LUN_NOT_SUPPORTED)?;
         let unit = node.unit(place.lun).ok_or(Sense::LUN_NOT_SUPPORTED)?;
-        let (_, state) = node.access(session.registrant.port_group);
+        let lacks_data = scsi.received > 0 && data.is_none();
+        if scsi.wanted != data_out_len(cdb, unit.shift()) || lacks_data {
+            // The unit is another than when the data was asked for, or the data is used up and the
+            // command was given back: it has to come again.
+            return Err(Status::Busy);
+        }
+        let (_, state) = node.access(session.portal_group);
         if let Some(sense) = state.refusal(row.access) {
             return Err(sense.into());
         }
-        let reserved = unit.reserved_by.is_some_and(|by| by != place.nexus);
+        let volume = self.volume(unit)?;
+        let reserved = volume.reserved_by.is_some_and(|by| by != place.nexus);
         let releases = matches!(cdb[0], op::RELEASE_6 | op::RELEASE_10);
         if reserved && !passes && !releases && row.access != opcodes::Access::Any
-            || unit.reservations.conflicts(&session.registrant, row.guard)
+            || volume.reservations.conflicts(Some(&session.registrant), row.guard)
         {
             return Err(Status::ReservationConflict);
         }
@@ -164,17 +185,22 @@ impl Target {
                 self.reserve(place, releases)
             }
             op::MODE_SELECT_6 | op::MODE_SELECT_10 => self.mode_select(place, scsi, data, mem),
-            op::PERSISTENT_RESERVE_OUT => self.reserve_out(place, scsi, data, mem),
+            op::PERSISTENT_RESERVE_OUT => {
+                let list = parameter_list(scsi, unit, data, mem)?;
+                Ok(Ending::Reserve(reservation::change(&session.registrant, cdb, list)?))
+            }
             op::THIRD_PARTY_COPY_OUT => {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 let segments = copy::segments(list, &node.units, &self.config.product)?;
                 for segment in &segments {
                     // What is reserved is so for copies by others too.
                     let reads = (segment.from, Guard::Reads);
-                    let changes = (segment.to, Guard::Changes);
-                    for (handle, guard) in [reads, changes] {
-                        let unit = node.units.iter().find(|u| u.config.handle == handle);
-                        if unit.is_some_and(|u| is_reserved(u, place.nexus, session, guard)) {
+                    let writes = (segment.to, Guard::Writes);
+                    for (handle, guard) in [reads, writes] {
+                        let volume = self.volumes.get(&handle);
+                        if volume
+                            .is_none_or(|v| v.is_kept_from(place.nexus, &session.registrant, guard))
+                        {
                             return Err(Status::ReservationConflict);
                         }
                     }
@@ -210,7 +236,7 @@ impl Target {
     /// Commands that only tell something.
     fn report(&self, place: Place, cdb: &[u8; 16], unit: &Unit) -> Result<Ending, Status> {
         let (node, session) = self.at(place).ok_or(Sense::LUN_NOT_SUPPORTED)?;
-        let portal_group = session.registrant.port_group;
+        let portal_group = session.portal_group;
         let action = cdb[1] & 0x1f;
         let data = match (cdb[0], action) {
             (op::INQUIRY, _) if cdb[1] & 1 != 0 => {
@@ -235,7 +261,9 @@ impl Target {
                 inquiry::capacity_16(&unit.config)
             }
             (op::SERVICE_ACTION_IN_16, _) => return lba_status(cdb, unit),
-            (op::PERSISTENT_RESERVE_IN, _) => unit.reservations.report(action),
+            (op::PERSISTENT_RESERVE_IN, _) => {
+                reservation::report(&self.volume(unit)?.reservations, action)
+            }
             (op::MAINTENANCE_IN, 0x0a) => ports::report(cdb, &node.port_groups())?,
             (op::MAINTENANCE_IN, 0x0c) => opcodes::report(cdb)?,
             (op::MAINTENANCE_IN, _) => opcodes::report_tmfs(cdb),
@@ -251,17 +279,22 @@ impl Target {
         node.and_then(|n| n.unit_mut(place.lun)).ok_or(Sense::LUN_NOT_SUPPORTED.into())
     }
 
+    fn volume(&self, unit: &Unit) -> Result<&Volume, Status> {
+        self.volumes.get(&unit.config.handle).ok_or(Sense::LUN_NOT_SUPPORTED.into())
+    }
+
     /// RESERVE and RELEASE.
     fn reserve(&mut self, place: Place, releases: bool) -> Result<Ending, Status> {
-        let unit = self.unit_mut(place)?;
-        if !unit.reservations.is_empty() {
+        let handle = self.unit_mut(place)?.config.handle;
+        let volume = self.volumes.get_mut(&handle).ok_or(Sense::LUN_NOT_SUPPORTED)?;
+        if !volume.reservations.is_empty() {
             // Persistent reservations rule them out (SPC-5, section 5.14.3, with CRH off).
             return Err(Status::ReservationConflict);
         }
         if releases {
-            unit.reserved_by.take_if(|by| *by == place.nexus);
+            volume.reserved_by.take_if(|by| *by == place.nexus);
         } else {
-            unit.reserved_by = Some(place.nexus);
+            volume.reserved_by = Some(place.nexus);
         }
         Ok(Ending::Status(Status::Good))
     }
@@ -283,54 +316,14 @@ impl Target {
         }
         Ok(Ending::Status(Status::Good))
     }
-
-    fn reserve_out<M: Memory>(
-        &mut self,
-        place: Place,
-        scsi: &ScsiCommand,
-        data: &Option<Buf>,
-        mem: &M,
-    ) -> Result<Ending, Status> {
-        let cdb = &scsi.cdb;
-        let (_, session) = self.at(place).ok_or(Sense::LUN_NOT_SUPPORTED)?;
-        let registrant = session.registrant.clone();
-        let unit = self.unit_mut(place)?;
-        let list = parameter_list(scsi, unit, data, mem)?;
-        let lasted = unit.reservations.aptpl;
-        let before = unit.reservations.clone();
-        let effects = unit.reservations.change(&registrant, cdb[1] & 0x1f, cdb[2], list)?;
-        let changed = before != unit.reservations;
-        let lasts = lasted || unit.reservations.aptpl;
-        let aborted = !effects.abort.is_empty();
-        self.take_effect(place, &effects);
-        Ok(match (aborted, changed && lasts) {
-            // What is stored says who was preempted: nobody else's writes may come after it.
-            (_, true) => Ending::Io(IoCommand::StoreReservations),
-            (true, false) => Ending::Drain,
-            (false, false) => Ending::Status(Status::Good),
-        })
-    }
-
-    /// Tells, and stops, those that a change of the reservations concerns.
-    fn take_effect(&mut self, place: Place, effects: &Effects) {
-        let lun = encode_lun(place.lun);
-        for session in self.sessions.iter_mut().flatten().filter(|s| s.node == Some(place.node)) {
-            for (registrant, attention) in &effects.attentions {
-                if session.registrant == *registrant {
-                    session.raise(place.lun, *attention);
-                }
-            }
-            if effects.abort.contains(&session.registrant) {
-                self.aborts.push_back(super::Abort { conn: session.conn, lun: Some(lun) });
-            }
-        }
-    }
 }
 
-/// Whether another nexus has reserved a unit, so that a copy may not do this to it.
-fn is_reserved(unit: &Unit, nexus: NexusId, session: &Session, guard: Guard) -> bool {
-    unit.reserved_by.is_some_and(|by| by != nexus)
-        || unit.reservations.conflicts(&session.registrant, guard)
+impl Volume {
+    /// Whether another nexus has reserved it, so that a copy may not do this to it.
+    fn is_kept_from(&self, nexus: NexusId, registrant: &Registrant, guard: Guard) -> bool {
+        self.reserved_by.is_some_and(|by| by != nexus)
+            || self.reservations.conflicts(Some(registrant), guard)
+    }
 }
 
 /// The parameter list of a command, all of it.
@@ -404,23 +397,26 @@ fn finish<M: Memory>(
     data: Option<Buf>,
     mem: &mut M,
 ) -> Outcome {
-    if let (Ending::Io(IoCommand::Copy { segments, .. }), Some(list)) = (&ending, &data) {
-        conn.begin_copy(slot, mem.bytes(list.slice())[0], segments.len());
-    }
     release(data, mem);
+    if let (Ending::Io(_) | Ending::Reserve(_), Some(unit)) = (&ending, unit) {
+        conn.set_unit(slot, unit);
+    }
+    let ending = match ending {
+        Ending::CopyStatus(list) => match conn.copy_status(list) {
+            Some(data) => Ending::Data(data),
+            None => Ending::Status(Sense::invalid_cdb(2, 7).into()),
+        },
+        ending => ending,
+    };
     match (ending, unit) {
         (Ending::Io(command), Some(unit)) => return Outcome::Io(Io { slot, unit, command }),
-        (Ending::CopyStatus(list), _) => match conn.copy_status(list) {
-            Some(data) => conn.respond_with(slot, data, mem),
-            None => conn.respond(slot, Sense::invalid_cdb(2, 7).into(), mem),
-        },
-        (Ending::Drain, Some(unit)) => return Outcome::Drain { slot, units: vec![unit] },
+        (Ending::Reserve(change), Some(unit)) => return Outcome::Reserve { slot, unit, change },
         (Ending::Status(status), _) => conn.respond(slot, status, mem),
         (Ending::Data(mut bytes), _) => {
             bytes.truncate(allocation_len(&scsi.cdb));
             conn.respond_with(slot, bytes, mem);
         }
-        (Ending::Io(_) | Ending::Drain, None) => {
+        (Ending::Io(_) | Ending::Reserve(_) | Ending::CopyStatus(_), _) => {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
         }
     }

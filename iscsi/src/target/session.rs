@@ -1,18 +1,21 @@
 //! Sessions: how they begin and end, and what they ask of the target itself.
 
 use cairn_block::Memory;
+use cairn_block::reservation::Registrant;
 
-use super::{ConnId, Node, NodeId, Portal, SessionInfo, Target};
+use super::{ConnId, Node, NodeId, Outcome, Portal, SessionInfo, Target};
 use crate::connection::{Binding, Connection, SlotId};
 use crate::login::{FULL_FEATURE, LoginStatus, Names, Terms, is_name};
 use crate::pdu::LoginRequest;
-use crate::scsi::reservation::Registrant;
 use crate::scsi::unit::{Attention, Attentions, NexusId};
 use crate::text;
 use crate::wire::len32;
 
+/// Discovery sessions that may exist at once: nobody is kept from a target because strangers ask for
+/// them, and none ends another's.
+const MAX_DISCOVERY_SESSIONS: usize = 64;
 /// The most text that answers a login request.
-const MAX_LOGIN_TEXT: usize = 4096;
+pub(crate) const MAX_LOGIN_TEXT: usize = 4096;
 
 #[derive(Debug)]
 pub(super) struct Session {
@@ -21,7 +24,10 @@ pub(super) struct Session {
     pub(super) tsih: u16,
     /// Nothing for a discovery session.
     pub(super) node: Option<NodeId>,
+    /// The initiator port and the target port, as reservations know them.
     pub(super) registrant: Registrant,
+    pub(super) isid: [u8; 6],
+    pub(super) portal_group: u16,
     pub(super) alias: Option<String>,
     /// By LUN; those that have any.
     pub(super) attentions: Vec<(u16, Attentions)>,
@@ -35,9 +41,9 @@ impl Session {
     pub(super) fn info(&self) -> SessionInfo {
         SessionInfo {
             tsih: self.tsih,
-            initiator: self.registrant.initiator.clone(),
+            initiator: self.registrant.name().to_owned(),
             alias: self.alias.clone(),
-            isid: self.registrant.isid,
+            isid: self.isid,
             conn: self.conn,
         }
     }
@@ -75,10 +81,11 @@ impl Target {
         slot: SlotId,
         request: &LoginRequest,
         mem: &mut M,
-    ) {
+    ) -> Outcome {
         let Some(mut login) = conn.login.take() else {
             let over = Err(LoginStatus::InvalidDuringLogin);
-            return conn.respond_login(slot, request, over, mem);
+            conn.respond_login(slot, request, over, mem);
+            return Outcome::Done;
         };
         let offer = conn.offer();
         let portal_group = conn.portal_group();
@@ -92,21 +99,33 @@ impl Target {
                     return Ok((reply, 0));
                 }
                 // What was true at the first request may not be so any more.
-                self.terms(login.names(), portal_group)?;
+                let terms = self.terms(login.names(), portal_group)?;
+                if terms.chap.as_ref() != login.chap() {
+                    return Err(LoginStatus::AuthenticationFailure);
+                }
                 let tsih = self.begin_session(id, conn, login.names(), portal_group)?;
                 Ok((reply, tsih))
             });
+        let node = login.names().target.as_ref().and_then(|name| self.node_by_name(name));
         conn.login = Some(login);
+        if let Ok((reply, tsih)) = &outcome
+            && reply.transit_to == Some(FULL_FEATURE)
+            && let Some(node) = node.and_then(|node| self.node(node))
+            && !node.units.is_empty()
+        {
+            // What a session before this one has begun is over before its first command.
+            conn.welcome(*tsih, reply.text.clone());
+            return Outcome::Drain { slot, units: node.handles() };
+        }
         let outcome = outcome.as_ref().map(|(r, tsih)| (r.transit_to, *tsih, r.text.as_slice()));
         conn.respond_login(slot, request, outcome.map_err(|status| *status), mem);
+        Outcome::Done
     }
 
     /// What a login has to do to get in, if it may at all.
     fn terms(&self, names: &Names, portal_group: u16) -> Result<Terms, LoginStatus> {
         let known = |s: &Session| {
-            s.tsih == names.tsih
-                && s.registrant.isid == names.isid
-                && s.registrant.initiator == names.initiator
+            s.tsih == names.tsih && s.isid == names.isid && s.registrant.name() == names.initiator
         };
         if names.tsih != 0 {
             let exists = self.sessions.iter().flatten().any(known);
@@ -144,7 +163,7 @@ impl Target {
         portal_group: u16,
     ) -> Result<u16, LoginStatus> {
         let node = names.target.as_ref().and_then(|name| self.node_by_name(name));
-        let registrant = Registrant {
+        let registrant = Registrant::Iscsi {
             initiator: names.initiator.clone(),
             isid: names.isid,
             port_group: portal_group,
@@ -152,19 +171,23 @@ impl Target {
         for index in 0..self.sessions.len() {
             let same = self.sessions[index]
                 .as_ref()
-                .is_some_and(|s| s.node == node && s.registrant == registrant);
+                .is_some_and(|s| node.is_some() && s.node == node && s.registrant == registrant);
             if same && let Some(old) = self.end_session(index) {
                 self.closing.push_back(old);
             }
         }
-        let index = match self.sessions.iter().position(Option::is_none) {
-            Some(index) => index,
-            None if self.sessions.len() < self.config.max_sessions => {
-                self.sessions.push(None);
-                self.sessions.len() - 1
-            }
-            None => return Err(LoginStatus::OutOfResources),
+        let alike = self.sessions.iter().flatten().filter(|s| s.node.is_some() == node.is_some());
+        let most = match node {
+            Some(_) => self.config.max_sessions,
+            None => MAX_DISCOVERY_SESSIONS,
         };
+        if alike.count() >= most {
+            return Err(LoginStatus::OutOfResources);
+        }
+        let index = self.sessions.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.sessions.push(None);
+            self.sessions.len() - 1
+        });
         let tsih = self.free_tsih();
         self.generation += 1;
         let generation = self.generation;
@@ -175,6 +198,8 @@ impl Target {
             tsih,
             node,
             registrant,
+            isid: names.isid,
+            portal_group,
             alias: names.alias.clone(),
             attentions: Vec::new(),
         };
@@ -213,10 +238,8 @@ impl Target {
     /// Forgets a session: its connection.
     pub(super) fn end_session(&mut self, index: usize) -> Option<ConnId> {
         let session = self.sessions[index].take()?;
-        if let Some(Ok(node)) = session.node.map(|node| self.node_mut(node)) {
-            for unit in &mut node.units {
-                unit.forget(session.nexus());
-            }
+        for volume in self.volumes.values_mut() {
+            volume.reserved_by.take_if(|by| *by == session.nexus());
         }
         Some(session.conn)
     }
@@ -251,7 +274,7 @@ impl Target {
         reason: u8,
         cid: u16,
         mem: &mut M,
-    ) {
+    ) -> Outcome {
         const CLOSE_SESSION: u8 = 0;
         const CLOSE_CONNECTION: u8 = 1;
         const CID_NOT_FOUND: u8 = 1;
@@ -263,9 +286,17 @@ impl Target {
             _ => RECOVERY_NOT_SUPPORTED,
         };
         if response == 0 {
+            let node = self.sessions[index].as_ref().and_then(|s| self.node(s.node?));
+            let units = node.map(Node::handles).unwrap_or_default();
             self.end_session(index);
+            // Nothing of the session is under way any more when it has ended.
+            if conn.outstanding() > 1 && !units.is_empty() {
+                conn.leave();
+                return Outcome::Drain { slot, units };
+            }
         }
         conn.respond_logout(slot, response, mem);
+        Outcome::Done
     }
 
     /// SendTargets, and what else a Text Request may ask.
@@ -318,7 +349,7 @@ impl Target {
                 name => name.eq_ignore_ascii_case(&node.config.iqn),
             };
             // Who may not log in is told nothing.
-            if asked && node.config.initiators.allows(&session.registrant.initiator) {
+            if asked && node.config.initiators.allows(session.registrant.name()) {
                 self.push_node(node, out);
             }
         }

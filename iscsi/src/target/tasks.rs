@@ -42,18 +42,18 @@ impl Target {
             (ABORT_TASK, _, Some(_)) => match conn.abort_task(rtt, lun, mem) {
                 Aborted::Nothing => Err(NO_SUCH_TASK),
                 Aborted::Before => Ok(None),
-                Aborted::During => Ok(found.map(|(_, _, unit)| vec![unit])),
+                Aborted::During(unit) => Ok(unit.map(|unit| vec![unit])),
             },
             (ABORT_TASK_SET, Some((_, _, unit)), _) => {
                 Ok(conn.abort_tasks(Some(lun), mem).then(|| vec![unit]))
             }
             (CLEAR_TASK_SET | LOGICAL_UNIT_RESET, Some((node, number, unit)), _) => {
                 conn.abort_tasks(Some(lun), mem);
-                self.abort_others(node, index, Some(lun));
+                self.abort_sessions(node, Some(index), Some(lun));
                 if function == CLEAR_TASK_SET {
                     self.attend(node, Some(number), Some(index), Attention::CommandsCleared);
                 } else {
-                    self.reset_unit(node, number);
+                    self.reset_units(node, Some(number));
                     self.attend(node, Some(number), None, Attention::UnitReset);
                 }
                 Ok(Some(vec![unit]))
@@ -73,24 +73,35 @@ impl Target {
         Outcome::Done
     }
 
-    /// Asks for the tasks of the other sessions of a node to be aborted.
-    pub(super) fn abort_others(&mut self, node: NodeId, index: usize, lun: Option<u64>) {
+    /// Asks for the tasks of the sessions of a node, except one, to be aborted.
+    pub(super) fn abort_sessions(&mut self, node: NodeId, except: Option<usize>, lun: Option<u64>) {
         for (i, session) in self.sessions.iter().enumerate() {
             if let Some(session) = session
                 && session.node == Some(node)
-                && i != index
+                && except != Some(i)
             {
                 self.aborts.push_back(Abort { conn: session.conn, lun });
             }
         }
     }
 
-    fn reset_unit(&mut self, node: NodeId, lun: u16) {
-        if let Ok(node) = self.node_mut(node)
-            && let Some(unit) = node.unit_mut(lun)
-        {
-            unit.reset();
+    /// Resets a unit of a node, or all: which.
+    fn reset_units(&mut self, node: NodeId, lun: Option<u16>) -> Vec<UnitHandle> {
+        let mut reset = Vec::new();
+        if let Ok(node) = self.node_mut(node) {
+            for unit in &mut node.units {
+                if lun.is_none_or(|lun| lun == unit.config.lun) {
+                    unit.reset();
+                    reset.push(unit.config.handle);
+                }
+            }
         }
+        for handle in &reset {
+            if let Some(volume) = self.volumes.get_mut(handle) {
+                volume.reserved_by = None;
+            }
+        }
+        reset
     }
 
     fn reset_node<M: Memory>(
@@ -102,14 +113,8 @@ impl Target {
         mem: &mut M,
     ) -> Vec<UnitHandle> {
         conn.abort_tasks(None, mem);
-        self.abort_others(node, index, None);
-        let mut units = Vec::new();
-        if let Ok(node) = self.node_mut(node) {
-            for unit in &mut node.units {
-                unit.reset();
-                units.push(unit.config.handle);
-            }
-        }
+        self.abort_sessions(node, Some(index), None);
+        let units = self.reset_units(node, None);
         self.attend(node, None, None, Attention::TargetReset);
         if function == TARGET_COLD_RESET {
             // All sessions end; this one once it has its answer.

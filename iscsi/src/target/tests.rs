@@ -1,6 +1,6 @@
 use super::*;
 use crate::chap::Credentials;
-use crate::login::{FULL_FEATURE, OPERATIONAL};
+use crate::login::{FULL_FEATURE, LoginStatus, OPERATIONAL};
 use crate::loopback::{
     BLOCK, BLOCKS, IQN, NOBODY, Reply, World, node_config, read10, ten, unit, write10,
 };
@@ -94,11 +94,15 @@ fn only_those_on_the_list_get_in() {
     let mut config = node_config();
     config.initiators = Initiators::default();
     let mut world = World::with(config, TargetConfig::default());
-    assert_eq!(login_status(&mut world, 1, &[]), (2, 2));
+    // As if there were no such target.
+    assert_eq!(login_status(&mut world, 1, &[]), (2, 3));
     let named = Initiators::Named(vec!["iqn.2025-01.io.cairn:HOST-1".into()]);
     world.target.set_access(world.node, named, None).unwrap();
     assert_eq!(login_status(&mut world, 1, &[]), (0, 0));
-    assert_eq!(login_status(&mut world, 2, &[]), (2, 2));
+    assert_eq!(login_status(&mut world, 2, &[]), (2, 3));
+    let refused = world.hosts.last().unwrap().conn.as_ref().unwrap().close_reason();
+    let why = LoginStatus::AuthorizationFailure;
+    assert_eq!(refused, Some(CloseReason::Login(why)), "here it is told apart");
     assert_eq!(login_status(&mut world, 1, &[("TargetName", "iqn.2025-01.io.cairn:no")]), (2, 3));
     world.close();
     let mut elsewhere = node_config();
@@ -120,7 +124,7 @@ fn secrets_have_to_be_long_and_two() {
         name: name.into(),
         secret: secret.as_bytes().to_vec(),
     };
-    let mut target = Target::new(TargetConfig::default());
+    let mut target = Target::new(TargetConfig::default()).unwrap();
     let mut add = |initiator, target_secret: Option<Credentials>| {
         let chap = Some(Chap { initiator, target: target_secret });
         target.add_node(NodeConfig { chap, ..node_config() }).unwrap_err().to_string()
@@ -128,6 +132,92 @@ fn secrets_have_to_be_long_and_two() {
     assert!(add(of("host", "short"), None).contains("12 bytes"));
     let same = "the same secret";
     assert!(add(of("host", same), Some(of("disk", same))).contains("take two"));
+    let discovery_chap = Some(Chap { initiator: of("host", "short"), target: None });
+    let config = TargetConfig { discovery_chap, ..TargetConfig::default() };
+    assert!(Target::new(config).unwrap_err().to_string().contains("12 bytes"));
+}
+
+/// A login that has begun without a secret does not get in where one is wanted by now.
+#[test]
+fn a_secret_that_is_set_during_a_login_holds() {
+    let mut world = World::new();
+    let h = world.connect(1);
+    let (response, _) = world.login(h, OPERATIONAL, None, &[], true);
+    assert_eq!(response.status, (0, 0));
+    let initiator = Credentials { name: "host".into(), secret: b"a secret of some length".into() };
+    let chap = Some(Chap { initiator, target: None });
+    world.target.set_access(world.node, Initiators::Any, chap).unwrap();
+    let (response, _) = world.login(h, OPERATIONAL, Some(FULL_FEATURE), &[], false);
+    assert_eq!(response.status, (2, 1));
+    assert!(world.target.sessions(world.node).is_empty());
+    world.close();
+}
+
+/// Strangers who only ask for targets keep nobody out, and do not end each other's sessions.
+#[test]
+fn discovery_sessions_are_few_and_apart() {
+    let few = TargetConfig { max_sessions: 1, ..TargetConfig::default() };
+    let mut world = World::with(node_config(), few);
+    let discovery = [("SessionType", "Discovery")];
+    let most = 64;
+    for _ in 0..most {
+        assert_eq!(login_status(&mut world, 1, &discovery), (0, 0));
+    }
+    assert!(world.hosts.iter().all(|host| host.conn.is_some()), "each is a session of its own");
+    assert_eq!(login_status(&mut world, 2, &discovery), (3, 2));
+    assert_eq!(login_status(&mut world, 2, &[]), (0, 0));
+    world.hang_up(0);
+    assert_eq!(login_status(&mut world, 2, &discovery), (0, 0));
+    world.close();
+}
+
+/// A new session's first command comes after the last of the one before, however that ended.
+#[test]
+fn a_session_begins_once_the_one_before_is_over() {
+    for disconnected in [false, true] {
+        let (mut world, old) = World::ready();
+        world.hold = true;
+        world.start(old, 0, &write10(0, 1), &[1; 512], 512, 512);
+        world.run();
+        if disconnected {
+            world.hang_up(old);
+        }
+        let new = world.connect(1);
+        let request = world.login_request(new, OPERATIONAL, Some(FULL_FEATURE));
+        let names = format!("InitiatorName={}\0TargetName={IQN}\0", world.hosts[new].initiator);
+        world.send(new, Header::new(0, 0, Body::Login(request)), names.as_bytes());
+        world.run();
+        assert!(world.hosts[old].conn.is_none() && world.receive(new).is_none());
+        assert!(matches!(&world.held[1], (_, Outcome::Drain { units, .. }) if units.len() == 2));
+        world.release_held();
+        world.run();
+        assert_eq!(world.disks[0][0], 1);
+        let (header, _) = world.receive(new).unwrap();
+        let Body::LoginResponse(response) = header.body else { panic!("{header:?}") };
+        assert_eq!((response.status, response.transit), ((0, 0), true));
+        assert_ne!(response.tsih, 0);
+        world.hold = false;
+        world.clear_attentions(new);
+        assert_eq!(world.scsi(new, 0, &read10(0, 1), &[], 512).data, [1; 512]);
+        world.close();
+    }
+}
+
+#[test]
+fn a_logout_is_answered_once_all_is_over() {
+    let (mut world, h) = World::ready();
+    world.hold = true;
+    let itt = world.start(h, 0, &write10(0, 1), &[1; 512], 512, 512);
+    let (_, sn) = world.next_sn(h);
+    world.send(h, Header::new(77, 0, Body::Logout { reason: 0, cid: 9, sn }), &[]);
+    world.run();
+    assert!(world.receive(h).is_none());
+    world.release_held();
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).status, GOOD);
+    let (header, _) = world.receive(h).unwrap();
+    assert!(matches!(header.body, Body::LogoutResponse { response: 0, .. }));
+    world.close();
 }
 
 #[test]

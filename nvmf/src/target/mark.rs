@@ -27,9 +27,16 @@ impl Target {
     /// The host of a connected queue.
     #[must_use]
     pub fn host_of(&self, queue: &Queue) -> Option<&str> {
+        self.host_id_of(queue).map(|(_, nqn)| nqn)
+    }
+
+    /// The same, with its host identifier: reservations are kept by that.
+    #[must_use]
+    pub fn host_id_of(&self, queue: &Queue) -> Option<(u128, &str)> {
         let binding = queue.binding?;
         let bound = self.controllers.get(binding.controller as usize)?.as_ref()?;
-        (bound.generation == binding.generation).then_some(&bound.hostnqn)
+        let current = bound.generation == binding.generation;
+        current.then_some((bound.hostid, bound.hostnqn.as_str()))
     }
 
     /// The mark of the controller of a connected queue; 0 where none was attached.

@@ -13,7 +13,7 @@ pub const CATALOG_MAGIC: [u8; 8] = *b"CAIRNCAT";
 /// Bytes of a replica's name, in UTF-8.
 pub const NAME_MAX: usize = 64;
 /// Bytes of a register's configuration.
-pub const CONFIG_MAX: usize = 2048;
+pub const CONFIG_MAX: usize = 3584;
 /// The flag of a replica whose whole size is reserved for it.
 pub const FLAG_THICK: u16 = 1;
 /// The flag of a slot that holds a snapshot, or held one until it was deleted.
@@ -163,7 +163,7 @@ impl CatalogPage {
         };
         block[51] = self.block_size.shift();
         put_u16(block, 52, u16::try_from(self.name.len()).expect("at most 64"));
-        put_u16(block, 54, u16::try_from(self.config.len()).expect("at most 2048"));
+        put_u16(block, 54, u16::try_from(self.config.len()).expect("at most CONFIG_MAX"));
         block[56..72].copy_from_slice(&self.replica.to_bytes());
         block[72..88].copy_from_slice(&self.volume.to_bytes());
         put_u64(block, 88, self.blocks);

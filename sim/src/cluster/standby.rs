@@ -56,7 +56,7 @@ impl Cluster {
             Purpose::Assemble => Purpose::StandBy { auto_after_ms },
             purpose => purpose,
         };
-        (Some(Sharing { auto_after_ms, elsewhere }), purpose)
+        (Some(Sharing { auto_after_ms, elsewhere, ..Sharing::default() }), purpose)
     }
 
     /// What whoever looks after such a cluster does: both machines are told of the volumes, and where nobody

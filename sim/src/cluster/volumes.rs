@@ -123,6 +123,7 @@ impl Cluster {
             blocks: self.config.blocks,
             block_size: Some(BlockSize::B4096),
             sharing,
+            iscsi: None,
             children: children.collect(),
             purpose,
             child_deadline_ms: self.config.child_deadline_ms,

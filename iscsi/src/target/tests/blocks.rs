@@ -194,10 +194,8 @@ fn write_protection_holds() {
     world.close();
 }
 
-#[test]
-fn a_copy_goes_from_unit_to_unit() {
-    let (mut world, h) = World::ready();
-    world.disks[0][5 * BLOCK..9 * BLOCK].fill(8);
+/// EXTENDED COPY of 4 blocks from block 5 of LUN 0 to block 1 of LUN 1, and its parameter list.
+pub(super) fn copy() -> (Vec<u8>, Vec<u8>) {
     let mut list = vec![0; 16 + 64 + 28];
     list[0] = 0x42;
     list[3] = 64;
@@ -213,12 +211,22 @@ fn a_copy_goes_from_unit_to_unit() {
     list[80 + 27] = 1;
     let mut cdb = vec![0; 16];
     (cdb[0], cdb[13]) = (0x83, 108);
+    (cdb, list)
+}
+
+#[test]
+fn a_copy_goes_from_unit_to_unit() {
+    let (mut world, h) = World::ready();
+    world.disks[0][5 * BLOCK..9 * BLOCK].fill(8);
+    let (cdb, list) = copy();
     let mut status = vec![0; 16];
     (status[0], status[2], status[13]) = (0x84, 0x42, 12);
     assert_eq!(world.scsi(h, 0, &status, &[], 12).key(), INVALID_CDB, "there was no copy");
     assert_eq!(world.scsi(h, 0, &cdb, &list, 0).status, GOOD);
     assert_eq!(world.disks[1][BLOCK..5 * BLOCK], [8; 4 * BLOCK]);
     assert_eq!(world.scsi(h, 0, &status, &[], 12).data[4..7], [1, 0, 1]);
+    status[13] = 5;
+    assert_eq!(world.scsi(h, 0, &status, &[], 12).data.len(), 5, "as much as there is room for");
     // What another has reserved is not copied over.
     let other = world.join(2);
     assert_eq!(world.scsi(other, 1, &[0x16, 0, 0, 0, 0, 0], &[], 0).status, GOOD);
@@ -226,5 +234,71 @@ fn a_copy_goes_from_unit_to_unit() {
     status[1] = 3;
     status[13] = 46;
     assert_eq!(world.scsi(h, 0, &status, &[], 46).data.len(), 46);
+    world.close();
+}
+
+/// Nothing was written: that is no success, unless nothing was to be sent.
+#[test]
+fn a_write_without_its_data_fails() {
+    let (mut world, h) = World::ready();
+    let (itt, sn) = world.next_sn(h);
+    let mut cdb = [0; 16];
+    cdb[..10].copy_from_slice(&write10(0, 1));
+    let body =
+        Body::ScsiCommand { last: true, read: true, write: false, attr: 1, edtl: 512, sn, cdb };
+    world.send(h, Header::new(itt, 0, body), &[]);
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).key(), (5, 0x0e, 3));
+    let reply = world.scsi(h, 0, &write10(0, 1), &[], 0);
+    assert_eq!((reply.status, reply.residual), (GOOD, Residual::Overflow(512)));
+    world.close();
+}
+
+/// The data of a command is measured when it comes; the unit may be another when it is carried out.
+#[test]
+fn a_unit_that_changes_under_a_command_makes_it_come_again() {
+    const BUSY: u8 = 8;
+    let (mut world, h) = World::ready();
+    let mut wider = unit(1);
+    wider.block_size = cairn_block::BlockSize::B4096;
+    wider.blocks = BLOCKS / 8;
+    world.target.remove_unit(world.node, 1).unwrap();
+    world.target.add_unit(world.node, wider).unwrap();
+    let mut new = unit(5);
+    new.handle = UnitHandle(0);
+    world.target.add_unit(world.node, new).unwrap();
+    for lun in [1, 5] {
+        // The host is told of it by the first command, when the second has come already.
+        world.start(h, lun, &[0; 6], &[], 0, 0);
+        let itt = world.start(h, lun, &write10(0, 1), &[1; 512], 512, 512);
+        if lun == 1 {
+            continue;
+        }
+        world.run();
+        let mut busy = 0;
+        while let Some((header, _)) = world.receive(h) {
+            let Body::ScsiResponse { status, .. } = header.body else { panic!("{header:?}") };
+            assert_ne!(status, GOOD);
+            busy += usize::from(status == BUSY && header.itt <= itt);
+        }
+        assert_eq!(busy, 2);
+    }
+    assert_eq!((world.disks[0][0], world.disks[1][0]), (0, 0));
+    assert_eq!(world.scsi(h, 5, &write10(0, 1), &[1; 512], 0).status, GOOD);
+    world.close();
+}
+
+/// Its parameter list was used up when it was given back.
+#[test]
+fn a_copy_that_is_given_back_comes_again() {
+    let (mut world, h) = World::ready();
+    world.hold = true;
+    let (cdb, list) = copy();
+    let itt = world.start(h, 0, &cdb, &list, 108, 108);
+    world.run();
+    let (_, Outcome::Io(io)) = world.held.remove(0) else { panic!("no copy") };
+    world.conn(h).park(io.slot, None);
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).status, 8, "BUSY");
     world.close();
 }

@@ -4,6 +4,7 @@ use super::*;
 use crate::scsi::ports::{AccessState, PortGroup};
 
 const TEST_UNIT_READY: [u8; 6] = [0; 6];
+const TASK_ABORTED: u8 = 0x40;
 
 fn reserve_out(world: &mut World, h: usize, action: u8, kind: u8, keys: (u64, u64)) -> Reply {
     reserve_out_flags(world, h, action, kind, keys, 0)
@@ -84,7 +85,7 @@ fn persistent_reservations_outlive_the_session() {
     // Preempted: the old holder's command is aborted, and it is told.
     assert_eq!(reserve_out(&mut world, b, 0, 0, (0, 22)).status, GOOD);
     world.hold = true;
-    world.start(a, 0, &write10(0, 1), &[3; 512], 512, 512);
+    let aborted = world.start(a, 0, &write10(0, 1), &[3; 512], 512, 512);
     world.run();
     let mut list = [0; 24];
     list[7] = 22;
@@ -92,28 +93,40 @@ fn persistent_reservations_outlive_the_session() {
     let itt = world.start(b, 0, &[0x5f, 5, 3, 0, 0, 0, 0, 0, 24, 0], &list, 24, 24);
     world.run();
     assert!(world.receive(b).is_none(), "not before the write has ended");
-    assert!(matches!(world.held[1], (_, Outcome::Drain { .. })));
+    assert!(matches!(world.held[1], (_, Outcome::Reserve { .. })));
     world.hold = false;
     world.release_held();
     world.run();
     assert_eq!(world.finish(b, itt, &[]).status, GOOD);
-    assert!(world.receive(a).is_none(), "an aborted command has no answer");
+    assert_eq!(world.finish(a, aborted, &[]).status, TASK_ABORTED);
     assert_eq!(world.scsi(a, 0, &TEST_UNIT_READY, &[], 0).key(), (6, 0x2a, 5));
     assert_eq!(world.scsi(a, 0, &read10(0, 1), &[], 512).status, CONFLICT);
     world.close();
 }
 
+/// A handle has one table, wherever it is a logical unit; what is stored goes to the next target.
 #[test]
-fn reservations_that_are_to_last_are_stored() {
+fn reservations_are_stored_and_belong_to_the_handle() {
     let (mut world, h) = World::ready();
     assert_eq!(reserve_out_flags(&mut world, h, 0, 0, (0, 11), 1).status, GOOD);
     assert_eq!(reserve_out(&mut world, h, 1, 3, (11, 0)).status, GOOD);
-    assert_eq!(world.stored, 2);
-    let stored = world.target.reservations(UnitHandle(0)).unwrap().clone();
-    assert!(stored.aptpl && stored.reservation.is_some());
+    assert_eq!(reserve_out(&mut world, h, 1, 1, (11, 0)).status, CONFLICT);
+    assert_eq!(world.stored.len(), 2, "what is refused is not stored");
+    let stored = Reservations::decode(&world.stored[1]).unwrap();
+    assert!(stored.aptpl() && stored.reserved().is_some());
+    assert_eq!(world.target.reservations(UnitHandle(0)), Some(&stored));
+    let mut again = unit(3);
+    again.handle = UnitHandle(0);
     let mut other = World::new();
-    other.target.restore_reservations(other.node, 0, stored).unwrap();
+    other.target.add_unit(other.node, again).unwrap();
+    let effects = Effects::default();
+    other.target.set_reservations(UnitHandle(0), stored.clone(), &effects).unwrap();
+    let nowhere = other.target.set_reservations(UnitHandle(77), stored, &effects);
+    assert_eq!(nowhere, Err(TargetError::UnknownUnit));
     let b = other.join(2);
+    other.scsi(b, 3, &TEST_UNIT_READY, &[], 0);
+    assert_eq!(other.scsi(b, 3, &read10(0, 1), &[], 512).status, CONFLICT);
+    assert_eq!(other.scsi(b, 1, &read10(0, 1), &[], 512).status, GOOD);
     assert_eq!(other.scsi(b, 0, &read10(0, 1), &[], 512).status, CONFLICT);
     let a = other.join(1);
     assert_eq!(other.scsi(a, 0, &read10(0, 1), &[], 512).status, GOOD);
@@ -133,9 +146,7 @@ fn a_task_is_aborted_wherever_it_is() {
     // Its data is on the way.
     let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 0);
     world.run();
-    let Some((Header { body: Body::R2t { ttt, .. }, .. }, _)) = world.receive(h) else {
-        panic!("no R2T");
-    };
+    let ttt = world.r2t(h);
     assert_eq!(world.task_management(h, ABORT_TASK, 0, itt), 0);
     world.send_data(h, itt, ttt, 0, &[1; 4096]);
     world.run();
@@ -144,10 +155,7 @@ fn a_task_is_aborted_wherever_it_is() {
     world.hold = true;
     let itt = world.start(h, 0, &write10(0, 1), &[1; 512], 512, 512);
     world.run();
-    let (tag, sn) = world.next_sn(h);
-    let body = Body::TaskManagement { function: ABORT_TASK, rtt: itt, sn, ref_cmd_sn: 0 };
-    world.send(h, Header::new(tag, 0, body), &[]);
-    world.run();
+    world.manage(h, ABORT_TASK, 0, itt);
     assert!(world.receive(h).is_none());
     world.hold = false;
     world.release_held();
@@ -167,10 +175,13 @@ fn resets_reach_the_others() {
     let (mut world, a) = World::ready();
     let b = world.join(2);
     assert_eq!(world.scsi(a, 0, &[0x16, 0, 0, 0, 0, 0], &[], 0).status, GOOD);
-    world.start(b, 1, &write10(0, 8), &[1; 4096], 4096, 0);
+    let itt = world.start(b, 1, &write10(0, 8), &[1; 4096], 4096, 0);
     world.run();
     assert!(world.receive(b).is_some(), "an R2T");
     assert_eq!(world.task_management(a, CLEAR_TASK_SET, 1, 0), 0);
+    assert_eq!(world.finish(b, itt, &[]).status, TASK_ABORTED);
+    // TAS says so.
+    assert_eq!(world.scsi(a, 0, &[0x1a, 8, 0x0a, 0, 255, 0], &[], 255).data[9], 0x40);
     assert_eq!(world.scsi(b, 1, &TEST_UNIT_READY, &[], 0).key(), (6, 0x2f, 0));
     assert_eq!(world.scsi(a, 1, &TEST_UNIT_READY, &[], 0).status, GOOD);
     assert_eq!(world.task_management(b, UNIT_RESET, 0, 0), 0);
@@ -203,5 +214,69 @@ fn access_states_decide() {
     world.target.set_port_groups(world.node, now).unwrap();
     assert_eq!(world.scsi(h, 0, &TEST_UNIT_READY, &[], 0).key(), (6, 0x2a, 6));
     assert_eq!(world.scsi(h, 0, &read10(0, 1), &[], 512).status, GOOD);
+    world.close();
+}
+
+/// A write for a unit that is gone: what came at its LUN does not get it.
+#[test]
+fn tasks_of_a_unit_go_with_it() {
+    let (mut world, h) = World::ready();
+    let itt = world.start(h, 0, &write10(0, 8), &[1; 4096], 4096, 0);
+    world.run();
+    let ttt = world.r2t(h);
+    world.target.remove_unit(world.node, 0).unwrap();
+    let mut other = unit(0);
+    other.handle = UnitHandle(1);
+    world.target.add_unit(world.node, other).unwrap();
+    world.run();
+    world.send_data(h, itt, ttt, 0, &[1; 4096]);
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).status, TASK_ABORTED);
+    assert!(world.receive(h).is_none());
+    assert_eq!((world.disks[0][0], world.disks[1][0]), (0, 0));
+    world.close();
+}
+
+/// Its abortion is waited for, though its unit is gone.
+#[test]
+fn a_task_of_a_unit_that_is_gone_is_aborted_in_time() {
+    let (mut world, h) = World::ready();
+    world.hold = true;
+    let itt = world.start(h, 0, &write10(0, 1), &[1; 512], 512, 512);
+    world.run();
+    world.target.remove_unit(world.node, 0).unwrap();
+    world.run();
+    world.manage(h, ABORT_TASK, 0, itt);
+    assert!(world.receive(h).is_none());
+    assert!(
+        matches!(&world.held[1], (_, Outcome::Drain { units, .. }) if units[..] == [UnitHandle(0)])
+    );
+    world.close();
+}
+
+/// A copy that another's unit is the destination of is aborted with that unit's tasks.
+#[test]
+fn preemption_reaches_copies() {
+    let (mut world, a) = World::ready();
+    let b = world.join(2);
+    let out = |action: u8, kind: u8, key: u8, other: u8| {
+        let mut list = [0; 24];
+        (list[7], list[15]) = (key, other);
+        ([0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0], list)
+    };
+    for (h, (cdb, list)) in [(a, out(0, 0, 0, 11)), (a, out(1, 1, 11, 0)), (b, out(0, 0, 0, 22))] {
+        assert_eq!(world.scsi(h, 1, &cdb, &list, 0).status, GOOD);
+    }
+    world.hold = true;
+    let (cdb, list) = blocks::copy();
+    let copy = world.start(a, 0, &cdb, &list, len32(list.len()), list.len());
+    world.run();
+    let (cdb, list) = out(5, 1, 22, 11);
+    let preempt = world.start(b, 1, &cdb, &list, 24, 24);
+    world.run();
+    world.release_held();
+    world.run();
+    assert_eq!(world.finish(a, copy, &[]).status, TASK_ABORTED);
+    assert_eq!(world.finish(b, preempt, &[]).status, GOOD);
     world.close();
 }
