@@ -225,7 +225,9 @@ impl Iscsi {
                 );
             }
             if advertise.is_some_and(|ip| ip.is_unspecified()) {
-                bail!("[iscsi]: advertise is the address that initiators connect to, not every one");
+                bail!(
+                    "[iscsi]: advertise is the address that initiators connect to, not every one"
+                );
             }
         }
         Ok(())

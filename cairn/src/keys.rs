@@ -86,7 +86,6 @@ impl KeySource {
         };
         Kek::parse(&text).with_context(|| what)
     }
-
 }
 
 /// Reads a file with a secret, which others than its owner may read only where `allow_open` says so; `option` is how that
@@ -99,7 +98,9 @@ pub(crate) fn read_file(path: &str, allow_open: bool, option: &str) -> Result<Ze
         .open(path)?;
     let mode = file.metadata()?.mode() & 0o777;
     if mode & 0o077 != 0 && !allow_open {
-        bail!("others than its owner may read it (mode {mode:03o}): `chmod 600` it, or say {option}");
+        bail!(
+            "others than its owner may read it (mode {mode:03o}): `chmod 600` it, or say {option}"
+        );
     }
     take(&mut file)
 }

@@ -27,9 +27,9 @@ pub use cairn_replica as replica;
 
 pub use control::{
     ChildAddress, ChildReport, Command, DeviceReport, EncryptionReport, EncryptionSpec,
-    EngineError, ExportCounters, HostReport, IscsiExport, IscsiPortal, IscsiReport, IscsiSession, IscsiTarget, PoolMember, PoolReport, RebuildEnded, RebuildStatus,
-    ReplicaReport, Reply, ScrubAction, Sharing, SnapshotReport, VolumeReplica, VolumeReport,
-    VolumeSpec,
+    EngineError, ExportCounters, HostReport, IscsiExport, IscsiPortal, IscsiReport, IscsiSession,
+    IscsiTarget, PoolMember, PoolReport, RebuildEnded, RebuildStatus, ReplicaReport, Reply,
+    ScrubAction, Sharing, SnapshotReport, VolumeReplica, VolumeReport, VolumeSpec,
 };
 pub use process::EngineHandle;
 pub use shard::{IscsiConfig, Message, Shard, ShardConfig, WatchedRegister, WatchedVolume};

@@ -12,8 +12,8 @@ use cairn_reactor::Features;
 use parking_lot::Mutex;
 
 use crate::control::{
-    ChildAddress, Command as AnyCommand, EngineError, IscsiExport, Reply, VolumeReplica, VolumeReport,
-    VolumeSpec,
+    ChildAddress, Command as AnyCommand, EngineError, IscsiExport, Reply, VolumeReplica,
+    VolumeReport, VolumeSpec,
 };
 use crate::shard::{FRONT, Message, replica_nqn};
 use crate::thread::{Command, Input, ShardHandle};

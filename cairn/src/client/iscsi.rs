@@ -55,7 +55,9 @@ pub(super) async fn export(
     show_volume(global.output, &volume)?;
     let unit = volume.iscsi.context("the process says nothing of the logical unit")?;
     if global.output == Output::Table && unit.portals.is_empty() {
-        say!("the process listens for no initiators yet: set `listen` in [iscsi] of its configuration file");
+        say!(
+            "the process listens for no initiators yet: set `listen` in [iscsi] of its configuration file"
+        );
     }
     if let (Output::Table, Some(export)) = (global.output, unit.export)
         && export.initiators.is_empty()

@@ -8,8 +8,8 @@ use cairn_iscsi::login::target_name;
 use cairn_iscsi::target::{ConnId, Outcome, Portal, Target, TargetConfig};
 use cairn_reactor::{Chunk, Driver, EndReason, ListenerId, Op, SocketFault, SocketId, Token};
 
-pub(super) use self::moves::MovedInitiator;
 use self::moves::Early;
+pub(super) use self::moves::MovedInitiator;
 use super::stream::Stream;
 use super::table::Table;
 use super::targets::{Foreign, Place};

@@ -3,8 +3,8 @@
 use cairn_block::{
     BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
 };
-use cairn_nvmf::target::{Io, IoCommand, NamespaceHandle, SlotId, dsm_range, status_of};
 use cairn_iscsi::scsi::unmap_range;
+use cairn_nvmf::target::{Io, IoCommand, NamespaceHandle, SlotId, dsm_range, status_of};
 use cairn_reactor::Driver;
 use cairn_replica::ReplicaSlot;
 
@@ -150,9 +150,7 @@ impl<D: Driver> Shard<D> {
         let new = |op, range| HostIo::new(asker, io.namespace, op, range);
         let entry = match io.command {
             IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
-            IoCommand::Write { range, fua, data } => {
-                new(IoOp::Write { fua }, range).with_buf(data)
-            }
+            IoCommand::Write { range, fua, data } => new(IoOp::Write { fua }, range).with_buf(data),
             IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
             IoCommand::Verify { range } => new(IoOp::Verify, range),
             IoCommand::WriteZeroes { range, fua, unmap } => {

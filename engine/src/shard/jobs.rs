@@ -60,7 +60,11 @@ impl Work {
     }
 
     pub(super) fn copy(segments: Vec<CopySegment>, fua: bool) -> Self {
-        Self { kind: Kind::Copy { segments: segments.into(), fua }, range: LbaRange::default(), data: None }
+        Self {
+            kind: Kind::Copy { segments: segments.into(), fua },
+            range: LbaRange::default(),
+            data: None,
+        }
     }
 
     /// Whether nothing may change its range between its requests.
@@ -184,9 +188,9 @@ impl<D: Driver> Shard<D> {
     pub(super) fn jobs_of(&self, namespace: NamespaceHandle) -> Vec<u32> {
         let on = |job: &Job| {
             let copies = match &job.work.kind {
-                Kind::Copy { segments, .. } => segments
-                    .iter()
-                    .any(|s| [s.from, s.to].map(namespace_of).contains(&namespace)),
+                Kind::Copy { segments, .. } => {
+                    segments.iter().any(|s| [s.from, s.to].map(namespace_of).contains(&namespace))
+                }
                 _ => false,
             };
             job.namespace == namespace || copies
@@ -271,7 +275,9 @@ impl<D: Driver> Shard<D> {
     fn next_of(&mut self, id: u32) -> Next {
         let job = &self.jobs.table[id];
         let shift = match &job.work.kind {
-            Kind::Copy { segments, .. } => segments.front().and_then(|s| self.block_shift(namespace_of(s.from))),
+            Kind::Copy { segments, .. } => {
+                segments.front().and_then(|s| self.block_shift(namespace_of(s.from)))
+            }
             _ => self.block_shift(job.namespace),
         };
         let Some(shift) = shift else { return Next::End(Ending::Status(IoStatus::NotReady)) };
@@ -309,7 +315,9 @@ impl<D: Driver> Shard<D> {
             let memory = self.driver.memory();
             match ending {
                 Ending::Status(status) => host.conn.complete(slot, status, memory),
-                Ending::Differs(at) => Connection::complete_miscompare(&mut host.conn, slot, at, memory),
+                Ending::Differs(at) => {
+                    Connection::complete_miscompare(&mut host.conn, slot, at, memory)
+                }
             }
             self.touch_initiator(conn);
         }
@@ -391,7 +399,8 @@ impl Job {
         let data = memory.bytes(self.data());
         if repeated {
             let blocks = read.chunks(data.len()).enumerate();
-            let mut found = blocks.filter_map(|(i, block)| Some((i, first_difference(block, data)?)));
+            let mut found =
+                blocks.filter_map(|(i, block)| Some((i, first_difference(block, data)?)));
             // It is told where in the block that was sent.
             return found.next().map(|(_, at)| at);
         }

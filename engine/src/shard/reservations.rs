@@ -77,13 +77,7 @@ impl<D: Driver> Shard<D> {
     }
 
     /// A host wants to change what is reserved of a volume.
-    pub(super) fn change_reservations(
-        &mut self,
-        at: u32,
-        by: Reserver,
-        change: Change,
-        now: u64,
-    ) {
+    pub(super) fn change_reservations(&mut self, at: u32, by: Reserver, change: Change, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else {
             return self.end_change(by, Err(NotReserved::NotStored(IoStatus::NotReady)));
         };

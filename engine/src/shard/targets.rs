@@ -11,10 +11,10 @@ use cairn_iscsi::target::{ConnId, Initiators as Allowed, NodeConfig, NodeId, Por
 use cairn_nvmf::ana::AnaState;
 use cairn_reactor::Driver;
 
+use super::Shard;
 use super::moves::{FRONT, Message};
 use super::standby::ana_state;
 use super::volumes::Volume;
-use super::Shard;
 use crate::control::{
     EngineError, IscsiExport, IscsiPortal, IscsiReport, IscsiSession, IscsiTarget,
 };
