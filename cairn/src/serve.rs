@@ -133,11 +133,13 @@ fn iscsi_config(config: &Config, groups: &[PortalGroup]) -> Result<IscsiConfig> 
     let mut entropy = [0; 32];
     entropy[..16].copy_from_slice(&halves[0]);
     entropy[16..].copy_from_slice(&halves[1]);
-    Ok(IscsiConfig {
+    let config = IscsiConfig {
         portal_groups: groups.iter().map(|group| group.tag).collect(),
         entropy,
         discovery_chap: file.map(|path| crate::chap::read(path, false)).transpose()?,
-    })
+    };
+    config.check().context("discovery_chap_file")?;
+    Ok(config)
 }
 
 /// Which boot of the machine this is. Where it is not told, every process counts as another one: then a

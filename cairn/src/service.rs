@@ -154,7 +154,7 @@ impl Service {
                 hosts => Some(hosts.to_vec()),
             },
             sharing,
-            iscsi: volume.iscsi.as_ref().map(|iscsi| iscsi.export_now(&volume.name)),
+            iscsi: volume.iscsi.as_ref().map(|iscsi| Box::new(iscsi.export_now(&volume.name))),
         })
     }
 

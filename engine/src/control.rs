@@ -150,7 +150,7 @@ pub struct VolumeSpec {
     /// Other processes may serve it in this one's place.
     pub sharing: Option<Sharing>,
     /// Initiators reach it too.
-    pub iscsi: Option<IscsiExport>,
+    pub iscsi: Option<Box<IscsiExport>>,
 }
 
 /// A volume as a logical unit of an iSCSI target.

@@ -426,7 +426,7 @@ impl Router {
     fn enter_volume(&self, spec: &mut VolumeSpec) -> Result<(u16, u64), EngineError> {
         let mut places = self.places.lock();
         let shard = places.place_volume(spec, self.shards)?;
-        places.check_target(&spec.name, spec.iscsi.as_ref(), shard)?;
+        places.check_target(&spec.name, spec.iscsi.as_deref(), shard)?;
         let over_network = spec.children.iter().any(|child| places.is_own(child));
         let (name, nqn) = (spec.name.clone(), spec.nqn.clone());
         places.next_serial += 1;

@@ -95,6 +95,8 @@ pub(crate) struct World {
     /// The initiators take nothing that they are sent.
     pub(crate) deaf: bool,
     pub(crate) held: Vec<(usize, Outcome)>,
+    /// No change of reservations can be stored.
+    pub(crate) cut_off: bool,
     /// Each change of reservations, as it was stored.
     pub(crate) stored: Vec<Vec<u8>>,
     pub(crate) flushes: usize,
@@ -131,6 +133,7 @@ impl World {
             hold: false,
             deaf: false,
             held: Vec::new(),
+            cut_off: false,
             stored: Vec::new(),
             flushes: 0,
             chunk,
@@ -526,7 +529,10 @@ impl World {
     /// requests are held, it is too.
     fn reserve(&mut self, h: usize, slot: SlotId, unit: UnitHandle, change: &Change) {
         let mut table = self.target.reservations(unit).unwrap().clone();
-        let applied = table.apply(change);
+        let mut applied = table.apply(change).map_err(NotReserved::Refused);
+        if applied.is_ok() && self.cut_off {
+            applied = Err(NotReserved::NotStored(IoStatus::NotReady));
+        }
         if let Ok(effects) = &applied {
             self.stored.push(table.encode());
             self.target.set_reservations(unit, table, effects).unwrap();
@@ -537,8 +543,7 @@ impl World {
             }
         }
         let conn = self.hosts[h].conn.as_mut().unwrap();
-        let result = applied.map(|_| ()).map_err(NotReserved::Refused);
-        conn.complete_reserve(slot, result, &mut self.mem);
+        conn.complete_reserve(slot, applied.map(|_| ()), &mut self.mem);
     }
 
     fn pass_aborts(&mut self) {

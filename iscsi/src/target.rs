@@ -179,7 +179,8 @@ pub enum Outcome {
     /// The reservations of a unit are to be changed: [`Reservations::apply`] the change to what the
     /// unit's volume has, store what comes of it, and install it with [`Target::set_reservations`].
     /// Then, and where the effects abort anything once every request of the unit that was handed out
-    /// before has been completed, [`Connection::complete_reserve`] `slot`.
+    /// before has been completed, [`Connection::complete_reserve`] `slot`. Changes of one volume go one
+    /// after another; each is a request of its unit until it is completed.
     Reserve {
         /// Where the completion goes.
         slot: SlotId,

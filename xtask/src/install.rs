@@ -26,6 +26,9 @@ pub(crate) const NEMESIS: &[(&str, &str)] =
 /// What the gate counts with.
 pub(crate) const GATE: &[(&str, &str)] = &[("valgrind", "valgrind")];
 
+/// What tries the iSCSI target.
+pub(crate) const ISCSI: &[(&str, &str)] = &[("iscsi-test-cu", "libiscsi-bin")];
+
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Makes the programs available; the reason if they cannot be, for the suite to be skipped by.

@@ -4,6 +4,7 @@
 
 mod gate;
 mod install;
+mod iscsi;
 mod nemesis;
 mod process;
 mod source;

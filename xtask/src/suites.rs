@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::MetadataCommand;
 
 use crate::process::{self, cargo, cargo_has, is_root};
-use crate::{gate as counting, install, nemesis as torment};
+use crate::{gate as counting, install, iscsi as conformance, nemesis as torment};
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -45,6 +45,7 @@ const SUITES: &[Suite] = &[
     Suite { name: "sim", what: "simulated clusters from seeds, for a few minutes", run: sim },
     Suite { name: "check", what: "cairn up --check", run: check },
     Suite { name: "rot", what: "bits flipped in a running cluster's pools", run: rot },
+    Suite { name: "iscsi", what: "libiscsi's conformance tests", run: iscsi },
     Suite { name: "gate", what: "instructions a request, against the baseline", run: gate },
     Suite { name: "nemesis", what: "real processes killed, stopped, cut off", run: nemesis },
     Suite { name: "guest", what: "a Linux guest uses a volume", run: guest },
@@ -309,6 +310,23 @@ fn check(bench: &Bench) -> Result<Counts> {
 fn rot(bench: &Bench) -> Result<Counts> {
     let mut rot = Command::new(bench.cairn()?);
     bench.run(rot.args(["up", "--rot", "60"]), Duration::from_secs(300)).map(Counts::of)
+}
+
+fn iscsi(bench: &Bench) -> Result<Counts> {
+    if let Some(why) = install::provide(install::ISCSI, &bench.log)? {
+        return Ok(Counts::skipped(1, why));
+    }
+    let cairn = bench.cairn()?;
+    let outcome = conformance::run(&cairn, &bench.target.join("xtask-iscsi"), &bench.log)?;
+    Ok(Counts {
+        passed: outcome.passed,
+        failed: outcome.failed.len(),
+        skipped: outcome.excused,
+        note: match outcome.failed.as_slice() {
+            [] => "skipped: tests that do not fit, see xtask/src/iscsi.rs".to_owned(),
+            failed => failed.join("; "),
+        },
+    })
 }
 
 fn gate(bench: &Bench) -> Result<Counts> {

@@ -21,7 +21,7 @@ pub(super) fn parse_portal(text: &str) -> Result<IscsiPortal, String> {
         Some(IscsiPortal { address: address.parse().ok()?, group: group.parse().ok()? })
     });
     parsed.ok_or_else(|| {
-        format!("`{text}` is no portal; write ADDRESS:PORT,GROUP, such as 192.0.2.11:3260,1, as `cairn info` tells")
+        format!("`{text}` is no portal; write ADDRESS:PORT,GROUP, such as 192.0.2.11:3260,1, as `cairn volume status` tells")
     })
 }
 

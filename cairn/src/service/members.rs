@@ -405,6 +405,7 @@ pub(super) mod samples {
             epoch: 1,
             children: children.to_vec(),
             hosts: Vec::new(),
+            iscsi: None,
             counters: ExportCounters::default(),
             in_flight: 0,
             block_size: BlockSize::B4096,

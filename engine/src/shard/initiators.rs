@@ -5,7 +5,7 @@ mod moves;
 use cairn_iscsi::chap::Algorithm;
 use cairn_iscsi::connection::{Connection, ConnectionConfig, Request};
 use cairn_iscsi::login::target_name;
-use cairn_iscsi::target::{ConnId, Outcome, Portal, Target, TargetConfig};
+use cairn_iscsi::target::{ConnId, Outcome, Portal, Target};
 use cairn_reactor::{Chunk, Driver, EndReason, ListenerId, Op, SocketFault, SocketId, Token};
 
 use self::moves::Early;
@@ -70,12 +70,8 @@ pub(super) struct Initiators {
 
 impl Initiators {
     pub(super) fn new(config: &ShardConfig) -> Self {
-        let target = TargetConfig {
-            discovery_chap: config.iscsi.discovery_chap.clone(),
-            ..TargetConfig::default()
-        };
         Self {
-            target: Target::new(target),
+            target: config.iscsi.target().expect("the secrets were checked"),
             hosts: Table::new(),
             portals: Vec::new(),
             listeners: Vec::new(),
@@ -387,7 +383,7 @@ impl<D: Driver> Shard<D> {
                 host.stream.send(&self.windows, &mut self.driver, token);
             } else if host.phase == Phase::Moving {
                 self.move_initiator_if_quiet(at);
-            } else if host.conn.wants_close() && host.conn.is_idle() {
+            } else if host.conn.is_over() {
                 self.close_initiator(at);
             }
         }
@@ -426,7 +422,6 @@ impl<D: Driver> Shard<D> {
                 host.conn.handle_timeout(now, self.driver.memory());
                 self.touch_initiator(at);
             }
-            // One that is over says no new time; it is closed once it is idle.
             let due = self.initiators.hosts[at].conn.poll_timeout().max(now + TIMER_GRAIN_MS);
             self.note_initiator_timeout(due);
         }

@@ -254,6 +254,10 @@ impl<D: Driver> Shard<D> {
         if self.jobs.table[id].step == Step::Over {
             return self.drop_job(id);
         }
+        if self.is_given_up(id) {
+            self.end_job(id, Ending::Status(IoStatus::Aborted));
+            return self.drop_job(id);
+        }
         if !self.give_bounce(id) {
             self.jobs.waiting.push_back(id);
             return;
@@ -269,6 +273,15 @@ impl<D: Driver> Shard<D> {
                 self.drop_job(id);
             }
         }
+    }
+
+    /// Whether nobody waits for a job any more: it was aborted, or its connection is gone.
+    fn is_given_up(&self, id: u32) -> bool {
+        let Asker::Iscsi { conn, generation, slot } = self.jobs.table[id].asker else {
+            return false;
+        };
+        let host = self.initiators.hosts.get(conn).filter(|host| host.generation == generation);
+        host.is_none_or(|host| host.conn.is_aborted(slot))
     }
 
     /// Acts on what was read, and says what comes next.

@@ -40,6 +40,7 @@ use std::net::SocketAddr;
 
 use cairn_block::{Buf, BufSlice, Memory};
 use cairn_iscsi::chap::Chap;
+use cairn_iscsi::target::{Target as IscsiTarget, TargetConfig as IscsiTargetConfig, TargetError};
 use cairn_nvmf::target::{ConnId, NamespaceHandle, Port, Target, TargetConfig};
 use cairn_reactor::{Completion, Driver, ListenerId, Op, Token};
 
@@ -124,8 +125,23 @@ pub struct IscsiConfig {
     pub portal_groups: Vec<u16>,
     /// Random, and known to nobody: makes the challenges of CHAP.
     pub entropy: [u8; 32],
-    /// What initiators prove that ask which targets there are.
+    /// What initiators prove that ask which targets there are: see [`IscsiConfig::check`].
     pub discovery_chap: Option<Chap>,
+}
+
+impl IscsiConfig {
+    /// Whether initiators can prove what they are to.
+    ///
+    /// # Errors
+    /// What is wrong with the secrets.
+    pub fn check(&self) -> Result<(), EngineError> {
+        self.target().map(drop).map_err(|error| EngineError::Invalid(error.to_string()))
+    }
+
+    fn target(&self) -> Result<IscsiTarget, TargetError> {
+        let discovery_chap = self.discovery_chap.clone();
+        IscsiTarget::new(IscsiTargetConfig { discovery_chap, ..IscsiTargetConfig::default() })
+    }
 }
 
 impl Default for ShardConfig {

@@ -5,36 +5,28 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::reservation::{Change, Effects, Guard, Refusal, Registrant, Reservations};
+use cairn_block::reservation::{Change, Effects, Guard, Registrant, Reservations};
 use cairn_block::{IoOp, IoStatus};
 use cairn_iscsi::connection::{NotReserved, SlotId};
 use cairn_iscsi::scsi::UnitHandle;
 use cairn_nexus::ChangeError;
 use cairn_nvmf::status::Status;
-use cairn_nvmf::target as nvme;
 use cairn_reactor::Driver;
 
 use super::Shard;
 use super::io::{Asker, Export};
 use super::tasks::{Waiter, namespace_of};
 
-/// Whoever hears what became of a change.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Reserver {
-    Initiator(Waiter),
-    Host { conn: u32, generation: u32, slot: nvme::SlotId },
-}
-
 #[derive(Debug)]
 struct Asked {
-    by: Reserver,
+    by: Waiter,
     change: Change,
 }
 
 /// A change that is being stored.
 #[derive(Debug)]
 struct Storing {
-    by: Reserver,
+    by: Waiter,
     table: Reservations,
     effects: Effects,
 }
@@ -69,7 +61,7 @@ impl<D: Driver> Shard<D> {
         now: u64,
     ) {
         let generation = self.initiators.hosts[conn].generation;
-        let by = Reserver::Initiator(Waiter { conn, generation, slot });
+        let by = Waiter { conn, generation, slot };
         match self.export(namespace_of(unit)) {
             Some(&mut Export::Volume(at)) => self.change_reservations(at, by, change, now),
             _ => self.end_change(by, Err(NotReserved::NotStored(IoStatus::NotReady))),
@@ -77,7 +69,7 @@ impl<D: Driver> Shard<D> {
     }
 
     /// A host wants to change what is reserved of a volume.
-    pub(super) fn change_reservations(&mut self, at: u32, by: Reserver, change: Change, now: u64) {
+    pub(super) fn change_reservations(&mut self, at: u32, by: Waiter, change: Change, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else {
             return self.end_change(by, Err(NotReserved::NotStored(IoStatus::NotReady)));
         };
@@ -169,29 +161,19 @@ impl<D: Driver> Shard<D> {
     pub(super) fn forget_reservations(&mut self, at: u32, status: IoStatus) {
         let reserving = &mut self.volumes[at].reserving;
         let storing = reserving.storing.take().map(|storing| storing.by);
-        let waiting: Vec<Reserver> = reserving.queue.drain(..).map(|asked| asked.by).collect();
+        let waiting: Vec<Waiter> = reserving.queue.drain(..).map(|asked| asked.by).collect();
         for by in storing.into_iter().chain(waiting) {
             self.end_change(by, Err(NotReserved::NotStored(status)));
         }
     }
 
-    pub(super) fn end_change(&mut self, by: Reserver, result: Result<(), NotReserved>) {
-        let memory = self.driver.memory();
-        match by {
-            Reserver::Initiator(Waiter { conn, generation, slot }) => {
-                let host = self.initiators.hosts.get_mut(conn);
-                if let Some(host) = host.filter(|host| host.generation == generation) {
-                    host.conn.complete_reserve(slot, result, memory);
-                    self.touch_initiator(conn);
-                }
-            }
-            Reserver::Host { conn, generation, slot } => {
-                let host = self.hosts.get_mut(conn);
-                if let Some(host) = host.filter(|host| host.generation == generation) {
-                    host.queue.complete(slot, status_of_change(result), 0, memory);
-                    self.touch_host(conn);
-                }
-            }
+    /// Tells whoever asked for a change what became of it.
+    pub(super) fn end_change(&mut self, by: Waiter, result: Result<(), NotReserved>) {
+        let Waiter { conn, generation, slot } = by;
+        let host = self.initiators.hosts.get_mut(conn);
+        if let Some(host) = host.filter(|host| host.generation == generation) {
+            host.conn.complete_reserve(slot, result, self.driver.memory());
+            self.touch_initiator(conn);
         }
     }
 
@@ -221,17 +203,5 @@ impl<D: Driver> Shard<D> {
         self.touch_host(conn);
         self.drop_io(io);
         true
-    }
-}
-
-fn status_of_change(result: Result<(), NotReserved>) -> Status {
-    match result {
-        Ok(()) => Status::SUCCESS,
-        Err(NotReserved::Refused(Refusal::Conflict)) => Status::RESERVATION_CONFLICT,
-        Err(NotReserved::Refused(Refusal::InvalidRelease | Refusal::InvalidKey)) => {
-            Status::INVALID_FIELD.with_dnr()
-        }
-        Err(NotReserved::Refused(Refusal::NoRoom)) => Status::INTERNAL_ERROR.with_dnr(),
-        Err(NotReserved::NotStored(status)) => nvme::status_of(status),
     }
 }

@@ -184,6 +184,7 @@ impl<D: Driver> Shard<D> {
                 )));
             }
             let hosts = volume.export.map_or(0, |(s, _)| self.target.controllers(s).len());
+            let hosts = hosts + self.session_count(at);
             if verb == SnapshotVerb::Restore && hosts > 0 && !force {
                 return Err(EngineError::Busy(format!(
                     "{hosts} hosts are connected to volume `{name}`, and would go on with what they \

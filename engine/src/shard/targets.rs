@@ -149,9 +149,9 @@ impl<D: Driver> Shard<D> {
     fn check_node(&self, export: &IscsiExport) -> Result<(), EngineError> {
         use cairn_iscsi::target::{Target, TargetConfig};
         // One of its own finds what there is to say.
-        let mut probe = Target::new(TargetConfig::default());
-        let added = probe.add_node(node_config(export, &[]));
-        added.map(|_| ()).map_err(|error| EngineError::Invalid(error.to_string()))?;
+        let probe = Target::new(TargetConfig::default());
+        let added = probe.and_then(|mut probe| probe.add_node(node_config(export, &[])));
+        added.map(drop).map_err(|error| EngineError::Invalid(error.to_string()))?;
         if export.lun > cairn_iscsi::scsi::MAX_LUN {
             let most = cairn_iscsi::scsi::MAX_LUN;
             return Err(EngineError::Invalid(format!("LUN {}: from 0 to {most}", export.lun)));
@@ -178,7 +178,7 @@ impl<D: Driver> Shard<D> {
         if moved {
             self.remove_unit(at);
         }
-        self.volumes[at].spec.iscsi = export;
+        self.volumes[at].spec.iscsi = export.map(Box::new);
         if moved {
             self.declare_unit(at);
             self.add_unit(at);
@@ -321,7 +321,8 @@ impl<D: Driver> Shard<D> {
         let volume = &self.volumes[at];
         let Some(export) = &volume.spec.iscsi else { return };
         let iqn = export.iqn.clone();
-        let told = IscsiTarget { export: export.clone(), elsewhere: self.elsewhere(volume) };
+        let told =
+            IscsiTarget { export: IscsiExport::clone(export), elsewhere: self.elsewhere(volume) };
         self.tell_front(&iqn, Some(told));
     }
 
@@ -395,6 +396,11 @@ impl<D: Driver> Shard<D> {
             let sessions = target.sessions(target.node_by_name(&p.iqn)?);
             sessions.into_iter().find(|s| s.conn == ConnId(conn)).map(|s| s.initiator)
         })
+    }
+
+    /// How many sessions a volume's target has.
+    pub(super) fn session_count(&self, at: u32) -> usize {
+        self.unit_of(at).map_or(0, |(node, _)| self.initiators.target.sessions(node).len())
     }
 
     pub(super) fn iscsi_report(&self, at: u32) -> Option<IscsiReport> {

@@ -10,7 +10,6 @@ use cairn_reactor::Driver;
 use super::Shard;
 use super::io::{Asker, Export, HostIo};
 use super::jobs::Work;
-use super::reservations::Reserver;
 
 /// A request that is answered once those before it are over: some were aborted.
 #[derive(Debug)]
@@ -26,7 +25,7 @@ enum Aborter {
     /// A task management function.
     Function(Waiter),
     /// A preemption.
-    Reserver(Reserver),
+    Reserver(Waiter),
 }
 
 /// A connection's request that waits for others.
@@ -108,7 +107,7 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Hosts were preempted: whoever did it is answered once nothing is in hand any more.
-    pub(super) fn drain_volume(&mut self, at: u32, by: Reserver) {
+    pub(super) fn drain_volume(&mut self, at: u32, by: Waiter) {
         let namespace = self.volumes[at].export.map(|(_, handle)| handle);
         self.drain(Aborter::Reserver(by), namespace.as_slice());
     }

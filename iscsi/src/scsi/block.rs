@@ -285,7 +285,7 @@ fn check(unit: &Unit, cdb: &[u8; 16], limits: Limits) -> Result<LbaRange, Status
             limits.write_same(&unit.config)
         }
         op::COMPARE_AND_WRITE => u64::from(limits.compare_and_write(&unit.config)),
-        op::WRITE_ATOMIC_16 => u64::from(unit.config.atomic_blocks),
+        op::WRITE_ATOMIC_16 => u64::from(limits.atomic(&unit.config)),
         _ => u64::from(limits.transfer(&unit.config)),
     };
     if range.blocks() > most {

@@ -58,6 +58,11 @@ impl Limits {
         u8::try_from(self.transfer(unit) / 2).unwrap_or(u8::MAX)
     }
 
+    /// MAXIMUM ATOMIC TRANSFER LENGTH, in blocks; 0 where there is no WRITE ATOMIC.
+    pub(crate) fn atomic(self, unit: &UnitConfig) -> u32 {
+        unit.atomic_blocks.min(self.transfer(unit))
+    }
+
     pub(crate) fn write_same(self, unit: &UnitConfig) -> u64 {
         WRITE_SAME_LEN >> unit.block_size.shift()
     }
@@ -308,7 +313,7 @@ fn block_limits(b: &mut Vec<u8>, unit: &UnitConfig, limits: Limits) {
     // UGAVALID, and an alignment of 0.
     put(b, 32, &0x8000_0000_u32.to_be_bytes());
     put(b, 36, &limits.write_same(unit).to_be_bytes());
-    put(b, 44, &unit.atomic_blocks.to_be_bytes());
+    put(b, 44, &limits.atomic(unit).to_be_bytes());
 }
 
 /// The parameter data of READ CAPACITY (10).

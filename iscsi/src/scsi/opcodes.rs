@@ -176,19 +176,20 @@ const RECOMMENDED_TIMEOUT_S: u32 = 60;
 /// CDBs have a CONTROL byte whose bits none is used of.
 const TIMEOUTS_LEN: u16 = 12;
 
-/// The parameter data of REPORT SUPPORTED OPERATION CODES.
+/// The parameter data of REPORT SUPPORTED OPERATION CODES, of a unit that has WRITE ATOMIC or not.
 ///
 /// # Errors
 /// INVALID FIELD IN CDB.
-pub(crate) fn report(cdb: &[u8; 16]) -> Result<Vec<u8>, Sense> {
+pub(crate) fn report(cdb: &[u8; 16], atomic: bool) -> Result<Vec<u8>, Sense> {
     let rctd = cdb[2] & 0x80 != 0;
     let (code, action) = (cdb[3], u16_at(cdb, 4));
-    let rows = || OPCODES.iter().filter(|o| o.code == code);
+    let all = || OPCODES.iter().filter(|o| atomic || o.code != op::WRITE_ATOMIC_16);
+    let rows = || all().filter(|o| o.code == code);
     let has_actions = rows().any(|o| o.action.is_some());
     let one = match cdb[2] & 7 {
         0 => {
             let mut out = vec![0; 4];
-            for o in OPCODES {
+            for o in all() {
                 let mut d = [0; 8];
                 d[0] = o.code;
                 put(&mut d, 2, &o.action.unwrap_or(0).to_be_bytes());
@@ -284,16 +285,26 @@ mod tests {
 
     #[test]
     fn one_command_is_told_with_its_usage_and_timeouts() {
-        let one = report(&cdb(&[0xa3, 0x0c, 0x81, 0x28, 0, 0, 0, 0, 1, 0])).unwrap();
+        let report = |bytes: &[u8]| report(&cdb(bytes), true);
+        let one = report(&[0xa3, 0x0c, 0x81, 0x28, 0, 0, 0, 0, 1, 0]).unwrap();
         assert_eq!(one[..6], [0, 0x83, 0, 10, 0x28, 0x18]);
         assert_eq!(one.len(), 4 + 10 + 12);
         assert_eq!(one[14..16], [0, 10]);
-        let none = report(&cdb(&[0xa3, 0x0c, 0x01, 0x48])).unwrap();
+        let none = report(&[0xa3, 0x0c, 0x01, 0x48]).unwrap();
         assert_eq!(none, [0, 1, 0, 0]);
-        let wrong = report(&cdb(&[0xa3, 0x0c, 0x01, 0x5e]));
+        let wrong = report(&[0xa3, 0x0c, 0x01, 0x5e]);
         assert_eq!(wrong, Err(Sense::invalid_cdb(2, 2)), "it has service actions");
-        let all = report(&cdb(&[0xa3, 0x0c, 0x80])).unwrap();
+        let all = report(&[0xa3, 0x0c, 0x80]).unwrap();
         assert_eq!(all.len(), 4 + OPCODES.len() * 20);
         assert_eq!(u32_at(&all, 0) as usize, OPCODES.len() * 20);
+    }
+
+    #[test]
+    fn what_a_unit_does_not_do_is_not_told() {
+        let one = cdb(&[0xa3, 0x0c, 0x01, op::WRITE_ATOMIC_16]);
+        assert_eq!(report(&one, true).unwrap()[1], 3);
+        assert_eq!(report(&one, false).unwrap(), [0, 1, 0, 0]);
+        let all = report(&cdb(&[0xa3, 0x0c]), false).unwrap();
+        assert_eq!(all.len(), 4 + (OPCODES.len() - 1) * 8);
     }
 }

@@ -42,7 +42,6 @@ pub(crate) enum Attention {
     PowerOn,
     TargetReset,
     UnitReset,
-    CommandsCleared,
     ReservationsPreempted,
     ReservationsReleased,
     RegistrationsPreempted,
@@ -53,11 +52,10 @@ pub(crate) enum Attention {
 }
 
 impl Attention {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 10] = [
         Self::PowerOn,
         Self::TargetReset,
         Self::UnitReset,
-        Self::CommandsCleared,
         Self::ReservationsPreempted,
         Self::ReservationsReleased,
         Self::RegistrationsPreempted,
@@ -72,7 +70,6 @@ impl Attention {
             Self::PowerOn => (0x29, 0x00),
             Self::TargetReset => (0x29, 0x02),
             Self::UnitReset => (0x29, 0x03),
-            Self::CommandsCleared => (0x2f, 0x00),
             Self::ReservationsPreempted => (0x2a, 0x03),
             Self::ReservationsReleased => (0x2a, 0x04),
             Self::RegistrationsPreempted => (0x2a, 0x05),
@@ -164,6 +161,6 @@ mod tests {
         assert_eq!(a.take(), Some(Sense::new(6, 0x29, 0)));
         assert_eq!(a.take(), Some(Sense::new(6, 0x2a, 9)));
         assert_eq!(a.take(), None);
-        assert_eq!(Attention::ALL.map(|a| a as u8), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        assert_eq!(Attention::ALL.map(|a| a as u8), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
     }
 }

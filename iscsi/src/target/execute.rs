@@ -265,7 +265,9 @@ impl Target {
                 reservation::report(&self.volume(unit)?.reservations, action)
             }
             (op::MAINTENANCE_IN, 0x0a) => ports::report(cdb, &node.port_groups())?,
-            (op::MAINTENANCE_IN, 0x0c) => opcodes::report(cdb)?,
+            (op::MAINTENANCE_IN, 0x0c) => {
+                opcodes::report(cdb, place.limits.atomic(&unit.config) > 0)?
+            }
             (op::MAINTENANCE_IN, _) => opcodes::report_tmfs(cdb),
             (op::THIRD_PARTY_COPY_IN, 0) => return Ok(Ending::CopyStatus(cdb[2])),
             // RECEIVE COPY RESULTS, OPERATING PARAMETERS.

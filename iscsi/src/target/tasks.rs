@@ -50,9 +50,8 @@ impl Target {
             (CLEAR_TASK_SET | LOGICAL_UNIT_RESET, Some((node, number, unit)), _) => {
                 conn.abort_tasks(Some(lun), mem);
                 self.abort_sessions(node, Some(index), Some(lun));
-                if function == CLEAR_TASK_SET {
-                    self.attend(node, Some(number), Some(index), Attention::CommandsCleared);
-                } else {
+                // Whose commands were cleared is told by their status, TAS being set (SAM-5).
+                if function == LOGICAL_UNIT_RESET {
                     self.reset_units(node, Some(number));
                     self.attend(node, Some(number), None, Attention::UnitReset);
                 }

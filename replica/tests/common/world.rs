@@ -637,8 +637,59 @@ impl World {
         for key in gone {
             world.snapshots.remove(&key);
         }
+        if world.sim.rng.chance(50) {
+            world.go_on_unread();
+        }
         world.verify_all(power);
         world
+    }
+
+    /// Changes some of what the crash left before any of it is read: extents whose checksums nobody has looked at yet
+    /// are written to in part, and given back.
+    fn go_on_unread(&mut self) {
+        for (&id, replica) in &mut self.replicas {
+            replica.slot = self.sim.pool.find(ReplicaId(id));
+            replica.marks.crashed(self.order);
+        }
+        for snapshot in self.snapshots.values_mut() {
+            snapshot.marks.crashed(self.order);
+        }
+        for _ in 0..self.sim.rng.below(60) {
+            let first = self.sim.rng.below(self.extents) * EXTENT_BLOCKS;
+            match self.sim.rng.below(10) {
+                0..4 => {
+                    self.sim.step();
+                }
+                4 if self.sim.rng.chance(20) => self.delete(),
+                of => {
+                    let Some((id, slot)) = self.pick() else { break };
+                    let left = self.replicas[&id].size.saturating_sub(first);
+                    let (op, blocks) = match of {
+                        4..6 => (IoOp::Discard, EXTENT_BLOCKS),
+                        _ => (IoOp::Write { fua: false }, 1 + self.sim.rng.below(3)),
+                    };
+                    self.io_at(id, slot, op, first, blocks.min(left));
+                }
+            }
+            self.collect();
+        }
+        self.end_all();
+        // What is read next is taken to be durable.
+        if let Some((_, slot)) = self.pick() {
+            let tag = self.sim.tag();
+            self.asked.insert(tag, Asked::Other);
+            let request =
+                IoRequest { op: IoOp::Flush, range: LbaRange::default(), buf: BufSlice::EMPTY };
+            self.sim.pool.submit(tag, slot, request, &mut self.sim.mem);
+            self.end_all();
+        }
+    }
+
+    fn end_all(&mut self) {
+        for done in self.sim.settle() {
+            let asked = self.asked.remove(&done.tag).expect("answered once");
+            self.answered(asked, &done);
+        }
     }
 
     /// Reads everything. What is read becomes what is held.
@@ -721,10 +772,7 @@ impl World {
 
     /// Lets everything end. All space that no replica holds must be free again.
     pub(crate) fn settle(&mut self) {
-        for done in self.sim.settle() {
-            let asked = self.asked.remove(&done.tag).expect("answered once");
-            self.answered(asked, &done);
-        }
+        self.end_all();
         assert!(self.asked.is_empty(), "{} requests are never answered", self.asked.len());
         assert!(self.sim.pool.is_idle());
         assert_eq!(self.sim.pool.state(), PoolState::Online);

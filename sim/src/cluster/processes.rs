@@ -40,6 +40,7 @@ impl Cluster {
             pace: self.config.tuning.pace,
             shard: 0,
             shards: 1,
+            iscsi: cairn_engine::IscsiConfig::default(),
         }
     }
 

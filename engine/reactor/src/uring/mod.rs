@@ -500,6 +500,9 @@ impl Driver for UringDriver {
     fn poll(&mut self, out: &mut Vec<Completion>, deadline_ns: Option<u64>) {
         let wait = deadline_ns.map(|at| Duration::from_nanos(at.saturating_sub(self.now_ns())));
         let may_wait = !self.core.has_work() && wait.is_none_or(|w| !w.is_zero());
+        if may_wait {
+            self.sockets.rearm_all(&mut self.core, &self.recv);
+        }
         let budget = if may_wait { self.spinner.budget_ns() } else { 0 };
         if !may_wait {
             self.core.enter(0, None);

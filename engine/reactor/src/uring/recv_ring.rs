@@ -56,9 +56,9 @@ impl RecvRing {
         Ok(this)
     }
 
-    /// Whether the kernel has a buffer to pick.
-    pub(super) fn has_buffers(&self) -> bool {
-        self.offered > 0
+    /// How many buffers the kernel may pick from.
+    pub(super) fn offered(&self) -> usize {
+        usize::from(self.offered)
     }
 
     /// The kernel has picked buffer `id` and filled `len` bytes of it.

@@ -1,5 +1,6 @@
 //! Connected sockets: receiving, sending, and a close that waits for both to end.
 
+use std::collections::VecDeque;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
@@ -61,7 +62,7 @@ pub(super) struct Sockets {
     generations: Vec<u32>,
     free: Vec<u32>,
     max: u32,
-    starved: Vec<u32>,
+    starved: VecDeque<u32>,
 }
 
 /// Closes a connection that was accepted after its listener went away.
@@ -79,7 +80,7 @@ impl Sockets {
             generations: Vec::new(),
             free: Vec::new(),
             max,
-            starved: Vec::with_capacity(64),
+            starved: VecDeque::with_capacity(64),
         }
     }
 
@@ -287,7 +288,7 @@ impl Sockets {
             n if -n == libc::ENOBUFS => {
                 if socket.receiving != Receiving::Stopping {
                     socket.receiving = Receiving::Starved;
-                    self.starved.push(index);
+                    self.starved.push_back(index);
                     return;
                 }
                 EndReason::Paused
@@ -301,16 +302,29 @@ impl Sockets {
         out.push(Completion::ReceiveEnded { token, reason });
     }
 
-    /// Arms the sockets that had found no buffer, as far as there are buffers now.
+    /// Arms sockets that had found no buffer, those that have waited longest first: as many as there are buffers
+    /// now. Those that find none again wait behind all others, or some would never get one.
     pub(super) fn rearm(&mut self, core: &mut Core, ring: &RecvRing) {
-        if self.starved.is_empty() || !ring.has_buffers() {
-            return;
+        self.rearm_some(core, ring.offered());
+    }
+
+    /// As [`Sockets::rearm`], before a sleep: one that is armed and has nothing to receive takes no buffer, and none that
+    /// has something may be left out while there are buffers.
+    pub(super) fn rearm_all(&mut self, core: &mut Core, ring: &RecvRing) {
+        if ring.offered() > 0 {
+            self.rearm_some(core, usize::MAX);
         }
-        while let Some(index) = self.starved.pop() {
+    }
+
+    fn rearm_some(&mut self, core: &mut Core, mut most: usize) {
+        while most > 0
+            && let Some(index) = self.starved.pop_front()
+        {
             let Some(socket) = self.slots[index as usize].as_mut() else { continue };
             if socket.receiving == Receiving::Starved {
                 socket.receiving = Receiving::Armed;
                 arm(core, index, socket.target);
+                most -= 1;
             }
         }
     }

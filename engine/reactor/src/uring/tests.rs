@@ -173,6 +173,49 @@ fn bytes_arrive_whole_and_in_order_even_when_buffers_run_out() {
     });
 }
 
+/// As many as have to share the buffers: with the last one first, those in the middle never had one.
+#[test]
+fn sockets_that_want_more_buffers_than_there_are_take_turns() {
+    const SOCKETS: usize = 40;
+    both(|mut d| {
+        let mut rest = Vec::new();
+        let word = fill(&mut d, 8);
+        let pairs: Vec<_> = (0..SOCKETS).map(|_| pair(&mut d, &mut rest)).collect();
+        let send = |d: &mut UringDriver, at: usize| {
+            let op = Op::Send { socket: pairs[at].0, windows: &[word.slice()] };
+            d.submit(op, Token::new(1000 + at as u64));
+        };
+        for (at, (_, server)) in pairs.iter().enumerate() {
+            send(&mut d, at);
+            d.submit(Op::Receive { socket: *server }, Token::new(at as u64));
+        }
+        let mut got = [0; SOCKETS];
+        let mut held = Vec::new();
+        while got.iter().sum::<usize>() < SOCKETS * 50 {
+            let deadline = d.now_ns() + 5_000_000_000;
+            d.poll(&mut rest, Some(deadline));
+            assert!(d.now_ns() < deadline, "somebody is left out: {got:?}");
+            for c in rest.drain(..) {
+                match c {
+                    // Each asks for one thing at a time, and the next one at once.
+                    Completion::Received { token, chunk } => {
+                        let at = usize::try_from(token.value()).unwrap();
+                        got[at] += 1;
+                        send(&mut d, at);
+                        held.push(chunk);
+                    }
+                    Completion::Sent { result, .. } => result.unwrap(),
+                    other => panic!("{other:?}"),
+                }
+            }
+            held.drain(..).for_each(|chunk| d.release_chunk(chunk));
+        }
+        let (least, most) = (got.iter().min().unwrap(), got.iter().max().unwrap());
+        assert!(2 * least >= *most, "not in turns: {got:?}");
+        d.memory().release(word);
+    });
+}
+
 #[test]
 fn a_receive_pauses_resumes_and_ends_with_the_peer() {
     both(|mut d| {

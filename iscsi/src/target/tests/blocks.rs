@@ -154,6 +154,18 @@ fn the_rest_of_the_block_commands() {
     assert_eq!(world.scsi(h, 0, &atomic, &[1; 4096], 0).status, GOOD);
     atomic[13] = 9;
     assert_eq!(world.scsi(h, 0, &atomic, &[1; 4608], 0).key(), INVALID_CDB);
+    // As much as one transfer brings, at most.
+    let mut whole = unit(6);
+    (whole.atomic_blocks, whole.handle) = (u32::MAX, UnitHandle(1));
+    world.target.add_unit(world.node, whole).unwrap();
+    world.clear_attentions(h);
+    assert_eq!(u32_at(&world.scsi(h, 6, &[0x12, 1, 0xb0, 1, 0, 0], &[], 256).data, 44), 2048);
+    let mut none = unit(7);
+    (none.atomic_blocks, none.handle) = (0, UnitHandle(1));
+    world.target.add_unit(world.node, none).unwrap();
+    world.clear_attentions(h);
+    assert_eq!(world.scsi(h, 7, &[0; 6], &[], 0).key(), (6, 0x3f, 0x0e), "LUNs have changed");
+    assert_eq!(world.scsi(h, 7, &atomic, &[1; 4608], 0).key(), INVALID_OPCODE);
     let status = |lba, room: u32| sixteen(0x9e, 0x12, lba, room);
     let reply = world.scsi(h, 0, &status(3, 40), &[], 40);
     assert_eq!((u32_at(&reply.data, 0), u64_at(&reply.data, 8)), (36, 3));

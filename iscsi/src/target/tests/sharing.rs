@@ -1,5 +1,7 @@
 //! What initiators do to each other: attentions, reservations, task management, access states.
 
+use cairn_block::reservation::{Action, Registrant, ReservationType};
+
 use super::*;
 use crate::scsi::ports::{AccessState, PortGroup};
 
@@ -134,6 +136,47 @@ fn reservations_are_stored_and_belong_to_the_handle() {
     other.close();
 }
 
+#[test]
+fn a_reservation_that_is_not_stored_does_not_hold() {
+    let (mut world, a) = World::ready();
+    let b = world.join(2);
+    assert_eq!(reserve_out(&mut world, a, 0, 0, (0, 11)).status, GOOD);
+    world.cut_off = true;
+    assert_eq!(reserve_out(&mut world, a, 1, 3, (11, 0)).key(), (2, 4, 1));
+    assert_eq!(world.scsi(b, 0, &read10(0, 1), &[], 512).status, GOOD);
+    world.cut_off = false;
+    assert_eq!(reserve_out(&mut world, a, 1, 3, (11, 0)).status, GOOD);
+    assert_eq!(world.scsi(b, 0, &read10(0, 1), &[], 512).status, CONFLICT);
+    world.close();
+}
+
+/// Who loses a registration is told at each LUN that leads to the volume; so is it by a host of NVMe.
+#[test]
+fn a_change_is_told_wherever_the_volume_is() {
+    let (mut world, h) = World::ready();
+    let mut again = unit(3);
+    again.handle = UnitHandle(0);
+    world.target.add_unit(world.node, again).unwrap();
+    for lun in [0, 1, 3] {
+        world.scsi(h, lun, &TEST_UNIT_READY, &[], 0);
+    }
+    assert_eq!(reserve_out(&mut world, h, 0, 0, (0, 11)).status, GOOD);
+    let mut table = world.target.reservations(UnitHandle(0)).unwrap().clone();
+    let registrant = Registrant::Nvme { host_id: 5, host_nqn: "nqn.2025-01.io.cairn:host".into() };
+    let register = Action::Register { new_key: 22, aptpl: None };
+    table.apply(&Change { registrant: registrant.clone(), key: 0, action: register }).unwrap();
+    let kind = ReservationType::ExclusiveAccess;
+    let take = Action::Preempt { victim: 11, kind, abort: true };
+    let effects = table.apply(&Change { registrant, key: 22, action: take }).unwrap();
+    world.target.set_reservations(UnitHandle(0), table, &effects).unwrap();
+    world.run();
+    for lun in [0, 3] {
+        assert_eq!(world.scsi(h, lun, &TEST_UNIT_READY, &[], 0).key(), (6, 0x2a, 5), "LUN {lun}");
+    }
+    assert_eq!(world.scsi(h, 1, &TEST_UNIT_READY, &[], 0).status, GOOD);
+    world.close();
+}
+
 const ABORT_TASK: u8 = 1;
 const ABORT_TASK_SET: u8 = 2;
 const CLEAR_TASK_SET: u8 = 4;
@@ -182,7 +225,7 @@ fn resets_reach_the_others() {
     assert_eq!(world.finish(b, itt, &[]).status, TASK_ABORTED);
     // TAS says so.
     assert_eq!(world.scsi(a, 0, &[0x1a, 8, 0x0a, 0, 255, 0], &[], 255).data[9], 0x40);
-    assert_eq!(world.scsi(b, 1, &TEST_UNIT_READY, &[], 0).key(), (6, 0x2f, 0));
+    assert_eq!(world.scsi(b, 1, &TEST_UNIT_READY, &[], 0).status, GOOD, "it knows by that");
     assert_eq!(world.scsi(a, 1, &TEST_UNIT_READY, &[], 0).status, GOOD);
     assert_eq!(world.task_management(b, UNIT_RESET, 0, 0), 0);
     for h in [a, b] {

@@ -1,0 +1,263 @@
+//! The suite `iscsi`: libiscsi's conformance tests against a volume of three replicas on a fresh `cairn serve`.
+//!
+//! Their runner counts a test that was skipped as one that passed, so its output is read: what fails or is skipped has to
+//! be on a list here, with the reason.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process;
+
+const IQN: &str = "iqn.2026-11.io.cairn:db";
+/// The server answers within this time.
+const START: Duration = Duration::from_secs(20);
+/// A run takes so long at most; a minute is usual.
+const LIMIT: Duration = Duration::from_secs(400);
+
+/// What a run is about.
+struct Case {
+    name: &'static str,
+    block_size: u32,
+    /// With CHAP both ways, and digests of headers and data.
+    secure: bool,
+    failures: &'static [(&'static str, &'static str)],
+}
+
+const ATOMIC: &str = "it writes up to 256 blocks, whatever MAXIMUM ATOMIC TRANSFER LENGTH says";
+const ABORT: &str = "it fails before anything is sent, with every target";
+const SMALL: &str = "before libiscsi 1.20 it sends 512 bytes, whatever a block has";
+const LONG: &str = "it transfers more than MAXIMUM TRANSFER LENGTH says";
+
+/// Tests that fail for a reason of theirs, on blocks of 512 bytes.
+const FAILURES_512: &[(&str, &str)] = &[
+    ("GetLBAStatus.UnmapSingle", "it asks for one block, and compares with one 4 KiB further on"),
+    ("WriteAtomic16.Simple", ATOMIC),
+    ("iSCSITMF.AbortTaskSimpleAsync", ABORT),
+];
+
+/// And of 4096.
+const FAILURES_4096: &[(&str, &str)] = &[
+    ("ExtendedCopy.Simple", LONG),
+    ("GetLBAStatus.UnmapSingle", LONG),
+    ("ProutReserve.AccessEA", SMALL),
+    ("ProutReserve.AccessEAAR", SMALL),
+    ("ProutReserve.AccessEARO", SMALL),
+    ("ProutReserve.AccessWE", SMALL),
+    ("ProutReserve.AccessWEAR", SMALL),
+    ("ProutReserve.AccessWERO", SMALL),
+    ("WriteAtomic16.Simple", ATOMIC),
+    ("iSCSITMF.AbortTaskSimpleAsync", ABORT),
+];
+
+/// Tests that are skipped; a name that ends with a dot is a suite.
+const SKIPS: &[(&str, &str)] = &[
+    ("PreventAllow.", "the medium is not removable"),
+    ("StartStopUnit.Simple", "the medium is not removable"),
+    ("ReadOnly.", "the unit is not write-protected"),
+    ("ReadDefectData10.", "the command is not supported"),
+    ("ReadDefectData12.", "the command is not supported"),
+    ("Sanitize.", "the command is not supported"),
+    ("WriteSame10.ZeroBlocks", "WSNZ: a count of zero blocks is refused"),
+    ("WriteSame16.ZeroBlocks", "WSNZ: a count of zero blocks is refused"),
+    // Where a physical block is a logical one.
+    ("CompareAndWrite.InvalidDataOutSize", "blocks of 4096 bytes"),
+    ("WriteSame10.InvalidDataOutSize", "blocks of 4096 bytes"),
+    ("WriteSame10.UnmapUnaligned", "blocks of 4096 bytes"),
+    ("WriteSame16.InvalidDataOutSize", "blocks of 4096 bytes"),
+    ("WriteSame16.UnmapUnaligned", "blocks of 4096 bytes"),
+];
+
+const CASES: &[Case] = &[
+    Case { name: "512", block_size: 512, secure: false, failures: FAILURES_512 },
+    Case { name: "512-secure", block_size: 512, secure: true, failures: FAILURES_512 },
+    Case { name: "4096", block_size: 4096, secure: false, failures: FAILURES_4096 },
+];
+
+/// What came of the tests of a run.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) passed: usize,
+    /// Those that are expected to fail, or to be skipped.
+    pub(crate) excused: usize,
+    pub(crate) failed: Vec<String>,
+}
+
+/// Runs all cases; each in a folder of its own below `scratch`.
+pub(crate) fn run(cairn: &Path, scratch: &Path, log: &Path) -> Result<Outcome> {
+    let mut all = Outcome::default();
+    for case in CASES {
+        let folder = scratch.join(case.name);
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        fs::create_dir_all(&folder)?;
+        let text = conform(cairn, case, &folder, log)
+            .with_context(|| format!("iscsi, case {}", case.name))?;
+        let of = judge(&text, case.failures);
+        all.passed += of.passed;
+        all.excused += of.excused;
+        all.failed.extend(of.failed.into_iter().map(|test| format!("{}: {test}", case.name)));
+        fs::remove_dir_all(&folder)?;
+    }
+    Ok(all)
+}
+
+/// A running server; it ends with this process.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Its standard input closes: it drains and ends.
+        drop(self.0.stdin.take());
+        let _ended = self.0.wait();
+    }
+}
+
+/// Starts a server, has the tests run, and gives what they said.
+fn conform(cairn: &Path, case: &Case, folder: &Path, log: &Path) -> Result<String> {
+    let config = folder.join("cairn.toml");
+    let pools: String = ["a", "b", "c"]
+        .map(|pool| format!("[[pool]]\nname = \"{pool}\"\npath = \"mem:512MiB\"\ncreate = true\n"))
+        .concat();
+    let state = folder.display();
+    fs::write(
+        &config,
+        format!(
+            "name = \"iscsi\"\nstate_dir = \"{state}\"\n[nvmf]\nlisten = [\"127.0.0.1:0\"]\n\
+             [iscsi]\nlisten = [\"127.0.0.1:0\"]\n{pools}"
+        ),
+    )?;
+    let said = fs::File::options().append(true).create(true).open(log)?;
+    let mut serve = Command::new(cairn);
+    serve.args(["serve", "--exit-with-stdin", "--config"]).arg(&config);
+    let child = serve.stdin(Stdio::piped()).stdout(said.try_clone()?).stderr(said).spawn()?;
+    let _server = Server(child);
+    let tell = |args: &[&str]| -> Result<String> {
+        let mut command = Command::new(cairn);
+        let told = command.arg("--socket").arg(folder.join("api.sock")).args(args).output()?;
+        if !told.status.success() {
+            bail!("cairn {}: {}", args.join(" "), String::from_utf8_lossy(&told.stderr));
+        }
+        Ok(String::from_utf8_lossy(&told.stdout).into_owned())
+    };
+    let until = Instant::now() + START;
+    while let Err(error) = tell(&["volume", "list"]) {
+        if Instant::now() > until {
+            return Err(error.context("the server does not answer"));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let size = case.block_size.to_string();
+    let pools = ["--pool", "a", "--pool", "b", "--pool", "c", "--block-size", &size];
+    tell(&[&["volume", "create", "db", "--size", "256MiB"][..], &pools].concat())?;
+    let mut export = vec!["volume", "export", "db", "--iscsi", "--initiator", "*"];
+    let secrets = folder.join("chap").display().to_string();
+    if case.secure {
+        fs::write(&secrets, "alice a-secret-of-hers\ntarget one-of-the-target\n")?;
+        export.extend(["--chap-file", &secrets, "--allow-open-chap-file"]);
+    }
+    let told = tell(&export)?;
+    let portal = told.lines().find_map(|line| line.strip_prefix("portals"));
+    let portal = portal.and_then(|portal| portal.trim().split(',').next());
+    let portal = portal.context("the server names no portal")?;
+    let url = if case.secure {
+        format!(
+            "iscsi://alice%a-secret-of-hers@{portal}/{IQN}/0?target_user=target&\
+             target_password=one-of-the-target&header_digest=crc32c&data_digest=crc32c"
+        )
+    } else {
+        format!("iscsi://{portal}/{IQN}/0")
+    };
+    // What the server says would come in between. The second address is for tests of two initiators.
+    let told = folder.join("tests.log");
+    let mut tests = Command::new("iscsi-test-cu");
+    tests.args(["--dataloss", "-t", "ALL", &url, &url]);
+    process::run(&mut tests, &told, LIMIT)?;
+    let told = fs::read(told)?;
+    fs::File::options().append(true).open(log)?.write_all(&told)?;
+    Ok(String::from_utf8_lossy(&told).into_owned())
+}
+
+/// One test, as it was told.
+#[derive(Debug, Default)]
+struct Test {
+    name: String,
+    /// Passed, or failed; nothing while it is not told.
+    passed: Option<bool>,
+    skipped: bool,
+}
+
+/// The tests that a run told of, in order.
+fn tests(output: &str) -> Vec<Test> {
+    let mut tests: Vec<Test> = Vec::new();
+    let mut suite = "";
+    for line in output.lines() {
+        if let Some(name) = line.strip_prefix("Suite: ") {
+            suite = name.trim();
+            continue;
+        }
+        let begins = line.strip_prefix("  Test: ").and_then(|rest| rest.split_once(" ..."));
+        let rest = match begins {
+            Some((name, rest)) => {
+                tests.push(Test { name: format!("{suite}.{name}"), ..Test::default() });
+                rest
+            }
+            None => line,
+        };
+        let Some(test) = tests.last_mut() else { continue };
+        test.skipped |= rest.contains("[SKIPPED]");
+        if test.passed.is_none() {
+            let verdicts = [("passed", true), ("FAILED", false)];
+            let told = verdicts.into_iter().find(|(word, _)| rest.starts_with(word));
+            test.passed = told.map(|(_, passed)| passed);
+        }
+    }
+    tests
+}
+
+/// Holds what was told against what is expected.
+fn judge(output: &str, failures: &[(&str, &str)]) -> Outcome {
+    let is = |test: &Test, name: &str| match name.strip_suffix('.') {
+        Some(_) => test.name.starts_with(name),
+        None => test.name == name,
+    };
+    let mut outcome = Outcome::default();
+    for test in tests(output) {
+        let excused = |list: &[(&str, &str)]| list.iter().any(|(name, _)| is(&test, name));
+        match test.passed {
+            Some(true) if !test.skipped => outcome.passed += 1,
+            Some(true) if excused(SKIPS) => outcome.excused += 1,
+            Some(false) if excused(failures) => outcome.excused += 1,
+            Some(true) => outcome.failed.push(format!("{} was skipped", test.name)),
+            Some(false) => outcome.failed.push(format!("{} failed", test.name)),
+            None => outcome.failed.push(format!("{} did not end", test.name)),
+        }
+    }
+    if !output.contains("Run Summary:") {
+        outcome.failed.push("the tests ended early".to_owned());
+    }
+    outcome
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn skips_and_failures_are_told_from_passes() {
+        let output = "Suite: Read10\n  Test: Simple ...passed\n  Test: Odd ...    [FAILED] it said\nFAILED\n    1. x.c:1\n\
+                      Suite: PreventAllow\n  Test: Eject ...    [SKIPPED] not removable\npassed\n\
+                      Suite: Unmap\n  Test: Simple ...    [SKIPPED] why\npassed    [FAILED] of the next\n\
+                      Suite: WriteAtomic16\n  Test: Simple ...FAILED\nRun Summary:\n";
+        let outcome = judge(output, FAILURES_512);
+        let failed = ["Read10.Odd failed".to_owned(), "Unmap.Simple was skipped".to_owned()];
+        assert_eq!(outcome, Outcome { passed: 1, excused: 2, failed: failed.into() });
+        let cut = judge("Suite: Read10\n  Test: Simple ...", FAILURES_512);
+        assert_eq!(cut.failed, ["Read10.Simple did not end", "the tests ended early"]);
+    }
+}
