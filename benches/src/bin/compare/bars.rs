@@ -187,6 +187,7 @@ pub(crate) fn judge(report: &Report) -> Vec<Verdict> {
     );
     in_files(&mut judge);
     beside_minimal_programs(&mut judge);
+    over_iscsi(&mut judge);
     judge.verdicts
 }
 
@@ -221,6 +222,20 @@ fn in_files(judge: &mut Judge<'_>) {
         ("durable1", "4K write + flush QD1 against one file", "one-file", 0.6),
     ] {
         judge.ratio(&what(title), load, IOPS, (ours, floor), bar, false);
+    }
+}
+
+fn over_iscsi(judge: &mut Judge<'_>) {
+    let pair = ("iscsi-memory", "tgt");
+    for (load, title) in [("read32", "4K randread QD32"), ("write32", "4K randwrite QD32")] {
+        let what = |rest: &str| format!("over iSCSI in memory, {title}{rest}");
+        judge.ratio(&what(" against tgt"), load, IOPS, pair, 2.0, false);
+        judge.ratio(&what(": CPU against tgt"), load, CPU, pair, 0.5, true);
+    }
+    let mean: Pick = |m| Some(m.mean_us);
+    for (load, title) in [("read1", "4K randread QD1"), ("write1", "4K randwrite QD1")] {
+        let title = format!("over iSCSI in memory, {title}: latency against tgt");
+        judge.ratio(&title, load, mean, pair, 1.0, true);
     }
 }
 

@@ -1,6 +1,11 @@
 //! What is asked of every stack, and what came of it.
 
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use hdrhistogram::Histogram;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 /// A pattern of requests, the same for every stack.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +66,33 @@ pub(crate) struct Measured {
     pub(crate) p999_us: Option<f64>,
     /// Of all the stack's server processes.
     pub(crate) cpu_s_per_100k: Option<f64>,
+}
+
+/// Prints what a client of this program measured, in nanoseconds, as JSON.
+pub(crate) fn tell(latency: &Histogram<u64>, took: Duration, cpu_s: Option<f64>) {
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    let (ios, us) = (latency.len() as f64, |q| latency.value_at_quantile(q) as f64 / 1000.0);
+    let value = json!({
+        "iops": ios / took.as_secs_f64(), "mean_us": latency.mean() / 1000.0, "p99_us": us(0.99),
+        "p999_us": us(0.999), "cpu_s_per_100k": cpu_s.map(|cpu| cpu / ios * 100_000.0),
+    });
+    println!("{value}");
+}
+
+impl Measured {
+    /// What [`tell`] printed.
+    pub(crate) fn told(said: &Value, load: &Load) -> Result<Self> {
+        let of = |name: &str| said[name].as_f64();
+        let iops = of("iops").context("no figure")?;
+        Ok(Self {
+            iops,
+            mib_s: iops * f64::from(load.bs) / f64::from(1 << 20),
+            mean_us: of("mean_us").unwrap_or(0.0),
+            p99_us: of("p99_us"),
+            p999_us: of("p999_us"),
+            cpu_s_per_100k: of("cpu_s_per_100k"),
+        })
+    }
 }
 
 /// The middle one; of an even number, the upper of the two.

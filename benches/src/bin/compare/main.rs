@@ -27,7 +27,7 @@ use stacks::{Group, Place, Running, STACKS, Stack};
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask compare", args_conflicts_with_subcommands = true)]
 struct Args {
-    /// Only these stacks and loads, as --list names them; default: all.
+    /// Only these stacks and loads, as --list names them, or stacks of these groups: memory, disk, iscsi; default: all.
     rows: Vec<String>,
 
     /// Print what there is to name, and what is missing on this machine.
@@ -92,6 +92,9 @@ enum Part {
     /// Part of `relay`: the client.
     #[command(hide = true)]
     RelayClient(stacks::relay_client::RelayClient),
+    /// Part of what is over iSCSI: the client.
+    #[command(hide = true)]
+    IscsiClient(stacks::iscsi_client::IscsiClient),
     /// Part of `loopback`: the server.
     #[command(hide = true)]
     Reply(stacks::loopback::Reply),
@@ -109,6 +112,9 @@ fn main() -> ExitCode {
         Some(Part::RelayNode(options)) => stacks::relay::node_main(options).map(|()| true),
         Some(Part::RelayClient(options)) => {
             stacks::relay_client::client_main(options).map(|()| true)
+        }
+        Some(Part::IscsiClient(options)) => {
+            stacks::iscsi_client::client_main(options).map(|()| true)
         }
         Some(Part::Reply(options)) => stacks::loopback::reply(options).map(|()| true),
         Some(Part::Request(options)) => stacks::loopback::request(options).map(|()| true),
@@ -146,12 +152,20 @@ fn chosen<T: Copy>(all: &[T], rows: &[String], name: impl Fn(&T) -> &'static str
 }
 
 fn compare(args: &Args) -> Result<bool> {
-    let known =
-        |row: &str| STACKS.iter().any(|s| s.name == row) || LOADS.iter().any(|l| l.name == row);
+    let group = |row: &str| Group::ALL.into_iter().find(|group| group.name() == row);
+    let known = |row: &str| {
+        group(row).is_some()
+            || STACKS.iter().any(|s| s.name == row)
+            || LOADS.iter().any(|l| l.name == row)
+    };
     if let Some(wrong) = args.rows.iter().find(|row| !known(row)) {
         bail!("there is no stack and no load `{wrong}`; --list names them");
     }
-    let stacks = chosen(STACKS, &args.rows, |stack| stack.name);
+    let of_groups = args.rows.iter().filter_map(|row| group(row)).flat_map(|group| {
+        STACKS.iter().filter(move |s| s.group == group).map(|s| s.name.to_owned())
+    });
+    let rows: Vec<String> = args.rows.iter().cloned().chain(of_groups).collect();
+    let stacks = chosen(STACKS, &rows, |stack| stack.name);
     let loads = chosen(LOADS, &args.rows, |load| load.name);
     let place = Place {
         size: args.mib << 20,

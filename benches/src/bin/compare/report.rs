@@ -140,6 +140,7 @@ impl Report {
             (Group::Memory, ..) => "loopback",
             (Group::Files, true, false) => "three-files",
             (Group::Files, ..) => "one-file",
+            (Group::Iscsi, ..) => return None,
         };
         self.find(name, row.load.name).map(|m| m.iops).filter(|iops| *iops > 0.0)
     }
@@ -149,6 +150,8 @@ impl Report {
         let name = match row.stack.group {
             Group::Memory => "volume",
             Group::Files => "files",
+            Group::Iscsi if row.stack.name.ends_with("file") => "iscsi-file",
+            Group::Iscsi => "iscsi-memory",
         };
         self.find(name, row.load.name).map(|m| m.iops)
     }

@@ -111,7 +111,7 @@ impl Node {
         let room = place.size / (1 << 20) * 5 / 4 + 64;
         let mut config = format!(
             "name = \"{name}\"\nstate_dir = {state:?}\n[nvmf]\nlisten = [\"127.0.0.1:0\"]\n\
-             controller_ids = [1, 4000]\n"
+             controller_ids = [1, 4000]\n[iscsi]\nlisten = [\"127.0.0.1:0\"]\n"
         );
         if let Some(spin_us) = place.spin_us {
             config += &format!("[engine]\nspin_us = {spin_us}\n");

@@ -13,11 +13,10 @@ use cairn_reactor::{
 };
 use clap::Args;
 use hdrhistogram::Histogram;
-use serde_json::json;
 
 use super::{Group, Place, Running, Stack, full_file};
 use crate::fio::{self, Fio};
-use crate::load::{Load, Measured};
+use crate::load::{Load, Measured, tell};
 use crate::procs::{run_json, wait_for};
 
 pub(crate) const ONE: Stack = Stack {
@@ -83,17 +82,7 @@ impl Running for Three {
         if load.durable {
             command.arg("--durable");
         }
-        let said = run_json(command.args(&self.files))?;
-        let of = |name: &str| said[name].as_f64();
-        let iops = of("iops").context("no figure")?;
-        Ok(Measured {
-            iops,
-            mib_s: iops * f64::from(load.bs) / f64::from(1 << 20),
-            mean_us: of("mean_us").unwrap_or(0.0),
-            p99_us: of("p99_us"),
-            p999_us: of("p999_us"),
-            cpu_s_per_100k: of("cpu_s_per_100k"),
-        })
+        Measured::told(&run_json(command.args(&self.files))?, load)
     }
 
     fn servers(&self) -> Vec<u32> {
@@ -228,14 +217,7 @@ pub(crate) fn fan_out(options: &FanOut) -> Result<()> {
             }
         }
     }
-    let seconds = Duration::from_nanos(fan.driver.now_ns() - begun).as_secs_f64();
-    let cpu = crate::procs::cpu_seconds(&[std::process::id()]);
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-    let (ios, us) = (latency.len() as f64, |q| latency.value_at_quantile(q) as f64 / 1000.0);
-    let value = json!({
-        "iops": ios / seconds, "mean_us": latency.mean() / 1000.0, "p99_us": us(0.99),
-        "p999_us": us(0.999), "cpu_s_per_100k": cpu / ios * 100_000.0,
-    });
-    println!("{value}");
+    let took = Duration::from_nanos(fan.driver.now_ns() - begun);
+    tell(&latency, took, Some(crate::procs::cpu_seconds(&[std::process::id()])));
     Ok(())
 }

@@ -13,10 +13,9 @@ use clap::Args;
 use hdrhistogram::Histogram;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
-use serde_json::json;
 
 use super::{Group, Place, Running, Stack};
-use crate::load::{Load, Measured};
+use crate::load::{Load, Measured, tell};
 use crate::procs::{Daemon, pinned, run_json, wait_for};
 
 pub(crate) const STACK: Stack = Stack {
@@ -81,17 +80,7 @@ impl Running for Loopback {
         command.args(["request", "--request", &request.to_string(), "--reply", &reply.to_string()]);
         command.args(["--qd", &load.qd.to_string(), "--seconds", &seconds.to_string()]);
         command.args(["--spin-us", &self.place.client_spin_us.to_string()]);
-        let said = run_json(command.arg(address.to_string()))?;
-        let of = |name: &str| said[name].as_f64();
-        let iops = of("iops").context("no figure")?;
-        Ok(Measured {
-            iops,
-            mib_s: iops * f64::from(load.bs) / f64::from(1 << 20),
-            mean_us: of("mean_us").unwrap_or(0.0),
-            p99_us: of("p99_us"),
-            p999_us: of("p999_us"),
-            cpu_s_per_100k: None,
-        })
+        Measured::told(&run_json(command.arg(address.to_string()))?, load)
     }
 
     fn servers(&self) -> Vec<u32> {
@@ -202,12 +191,6 @@ pub(crate) fn request(options: &Request) -> Result<()> {
             sent.extend(std::iter::repeat_n(now, ready));
         }
     }
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-    let (ios, us) = (latency.len() as f64, |q| latency.value_at_quantile(q) as f64 / 1000.0);
-    let value = json!({
-        "iops": ios / begun.elapsed().as_secs_f64(), "mean_us": latency.mean() / 1000.0,
-        "p99_us": us(0.99), "p999_us": us(0.999),
-    });
-    println!("{value}");
+    tell(&latency, begun.elapsed(), None);
     Ok(())
 }

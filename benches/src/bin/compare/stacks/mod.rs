@@ -4,6 +4,8 @@ pub(crate) mod cairn;
 pub(crate) mod ceph;
 pub(crate) mod floor;
 pub(crate) mod gluster;
+pub(crate) mod iscsi;
+pub(crate) mod iscsi_client;
 pub(crate) mod loopback;
 pub(crate) mod quorum;
 pub(crate) mod relay;
@@ -25,15 +27,27 @@ pub(crate) enum Group {
     Memory,
     /// Replicas in files of one file system.
     Files,
+    /// One copy, in memory and in a file, over iSCSI.
+    Iscsi,
 }
 
 impl Group {
-    pub(crate) const ALL: [Self; 2] = [Self::Memory, Self::Files];
+    pub(crate) const ALL: [Self; 3] = [Self::Memory, Self::Files, Self::Iscsi];
+
+    /// How it is chosen on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Files => "disk",
+            Self::Iscsi => "iscsi",
+        }
+    }
 
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Memory => "in memory, server and client on one core each",
             Self::Files => "in files",
+            Self::Iscsi => "over iSCSI, server and client on one core each",
         }
     }
 }
@@ -132,7 +146,6 @@ pub(crate) const STACKS: &[Stack] = &[
     cairn::VOLUME,
     cairn::LOCAL,
     cairn::OVER_TCP,
-    tgt::STACK,
     floor::ONE,
     floor::THREE,
     relay::STACK,
@@ -141,6 +154,10 @@ pub(crate) const STACKS: &[Stack] = &[
     quorum::STACK,
     ceph::STACK,
     gluster::STACK,
+    tgt::MEMORY,
+    iscsi::MEMORY,
+    tgt::FILE,
+    iscsi::FILE,
 ];
 
 /// A file of so many bytes that are no zeros, all there, and on the disk alone.

@@ -17,7 +17,7 @@ use cairn_reactor::{
 use clap::Args;
 
 use super::loopback::{CAPSULE, HEADER};
-use super::{Group, Place, Running, Stack, full_file, relay_client};
+use super::{Group, Place, Running, Stack, full_file};
 use crate::load::{Load, Measured};
 use crate::procs::{Daemon, pinned, run_json, wait_for};
 
@@ -98,8 +98,7 @@ impl Running for Relay {
         if load.durable {
             command.arg("--durable");
         }
-        let said = run_json(&mut command)?;
-        Ok(relay_client::measured(&said, load))
+        Measured::told(&run_json(&mut command)?, load)
     }
 
     fn servers(&self) -> Vec<u32> {

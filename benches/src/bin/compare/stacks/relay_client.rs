@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use clap::Args;
 use hdrhistogram::Histogram;
-use serde_json::{Value, json};
 
 use super::loopback::{CAPSULE, HEADER, read};
 use super::relay::{Asked, FLUSH, READ, WRITE};
-use crate::load::{Load, Measured};
+use crate::load::tell;
 
 /// `relay-client`: asks.
 #[derive(Debug, Args)]
@@ -107,26 +106,6 @@ pub(crate) fn client_main(options: &RelayClient) -> Result<()> {
         buf.copy_within(at..held, 0);
         held -= at;
     }
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-    let (ios, us) = (latency.len() as f64, |q| latency.value_at_quantile(q) as f64 / 1000.0);
-    let value = json!({
-        "iops": ios / begun.elapsed().as_secs_f64(), "mean_us": latency.mean() / 1000.0,
-        "p99_us": us(0.99), "p999_us": us(0.999),
-    });
-    println!("{value}");
+    tell(&latency, begun.elapsed(), None);
     Ok(())
-}
-
-/// What it printed.
-pub(crate) fn measured(said: &Value, load: &Load) -> Measured {
-    let of = |name: &str| said[name].as_f64();
-    let iops = of("iops").unwrap_or(0.0);
-    Measured {
-        iops,
-        mib_s: iops * f64::from(load.bs) / f64::from(1 << 20),
-        mean_us: of("mean_us").unwrap_or(0.0),
-        p99_us: of("p99_us"),
-        p999_us: of("p999_us"),
-        cpu_s_per_100k: None,
-    }
 }
