@@ -5,6 +5,7 @@
 
 mod commands;
 mod deletions;
+mod events;
 mod holds;
 mod hosts;
 mod initiators;
