@@ -314,7 +314,7 @@ fn port_groups(session: &mut Initiator) -> Vec<(u8, u16)> {
 #[test]
 fn a_unit_goes_where_its_volume_does_with_what_is_reserved() {
     const OPTIMIZED: u8 = 0;
-    const UNAVAILABLE: u8 = 3;
+    const STANDBY: u8 = 2;
     let (first, a) = start(1, 7);
     let (second, b) = start(1, 8);
     first.add_pool("p");
@@ -335,7 +335,7 @@ fn a_unit_goes_where_its_volume_does_with_what_is_reserved() {
         ..Engine::spec("v", 1, vec![(ReplicaId(1), child)])
     };
     second.call(|reply| Command::AddVolume { spec, reply }).unwrap();
-    second.wait("v", |v| v.iscsi.as_ref().unwrap().state == "unavailable");
+    second.wait("v", |v| v.iscsi.as_ref().unwrap().state == "standby");
     let both = |at: SocketAddr| {
         let found = Initiator::discover(at, ALICE);
         assert_eq!(found.len(), 1, "one target");
@@ -347,10 +347,10 @@ fn a_unit_goes_where_its_volume_does_with_what_is_reserved() {
     let mut there = Initiator::login(b, ALICE, &iqn("v")).unwrap();
     assert!(here.write(1, &[1; 4096], 4096).is_good());
     assert!(here.reserve_out(0, 0, 0, 0xa11ce).is_good());
-    assert_eq!(port_groups(&mut here), [(OPTIMIZED, 7), (UNAVAILABLE, 8)]);
+    assert_eq!(port_groups(&mut here), [(OPTIMIZED, 7), (STANDBY, 8)]);
     assert_eq!(there.read(1, 1, 4096).sense.0, 6, "a unit attention");
-    assert_eq!(there.read(1, 1, 4096).sense, (2, 4, 0x0c), "unavailable");
-    assert_eq!(port_groups(&mut there), [(UNAVAILABLE, 8), (OPTIMIZED, 7)]);
+    assert_eq!(there.read(1, 1, 4096).sense, (2, 4, 0x0b), "standby");
+    assert_eq!(port_groups(&mut there), [(STANDBY, 8), (OPTIMIZED, 7)]);
 
     first.call(|reply| Command::StandBy { name: "v".to_owned(), reply }).unwrap();
     second.call(|reply| Command::TakeOver { name: "v".to_owned(), reply }).unwrap();
@@ -361,10 +361,10 @@ fn a_unit_goes_where_its_volume_does_with_what_is_reserved() {
         thread::sleep(Duration::from_millis(10));
     }
     assert_eq!(there.read(1, 1, 4096).data, [1; 4096]);
-    assert_eq!(port_groups(&mut there), [(OPTIMIZED, 8), (UNAVAILABLE, 7)]);
+    assert_eq!(port_groups(&mut there), [(OPTIMIZED, 8), (STANDBY, 7)]);
     assert_eq!(there.keys(), [0xa11ce], "what is reserved came along");
     assert_eq!(here.read(1, 1, 4096).sense.0, 6, "a unit attention");
-    assert_eq!(here.read(1, 1, 4096).sense, (2, 4, 0x0c), "unavailable");
+    assert_eq!(here.read(1, 1, 4096).sense, (2, 4, 0x0b), "standby");
     drop((here, there));
     second.remove_volume("v");
     drop(second);

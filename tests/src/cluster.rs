@@ -2,6 +2,7 @@
 //! knows the configuration file and the command line of `cairn`.
 
 mod faults;
+mod iscsi;
 mod rolling;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,7 @@ use serde_json::Value;
 
 use crate::host::{output, run, tail, wait_for};
 use crate::net::{Net, STORAGE_IP};
-use crate::peer::{Endpoint, Peer};
+use crate::peer::{Endpoint, Peer, Unit};
 
 const NEXUS: &str = "nexus";
 const NEXUS_PORT: u16 = 4420;
@@ -124,8 +125,11 @@ impl<'a> Cluster<'a> {
         let mut text = format!(
             "name = \"{name}\"\nstate_dir = \"{state}\"\n\
              [api]\nsocket = \"{}\"\n\
-             [nvmf]\nlisten = [\"{STORAGE_IP}:{port}\"]\n",
-            socket.display()
+             [nvmf]\nlisten = [\"{STORAGE_IP}:{port}\"]\n\
+             [iscsi]\nlisten = [\"{STORAGE_IP}:{}\"]\nportal_group = {}\n",
+            socket.display(),
+            iscsi::port(port),
+            iscsi::group(port),
         );
         // Every connection is one that the shard which listens has handed over.
         let shards = self.layout == Layout::Together;
@@ -287,10 +291,18 @@ impl Peer for Cluster<'_> {
             Layout::Apart => NEXUS_PORT,
             Layout::Together | Layout::Faulty => REPLICAS[0].1,
         };
-        Endpoint { address: STORAGE_IP.to_owned(), port, nqn: self.nqn.clone() }
+        let unit = Unit {
+            address: STORAGE_IP.to_owned(),
+            port: iscsi::port(port),
+            iqn: iscsi::IQN.to_owned(),
+        };
+        Endpoint { address: STORAGE_IP.to_owned(), port, nqn: self.nqn.clone(), unit }
     }
 
     fn act(&mut self, verb: &str) -> Result<String> {
+        if let Some(done) = self.act_iscsi(verb) {
+            return done;
+        }
         if self.layout != Layout::Apart {
             return self.act_together(verb);
         }

@@ -18,8 +18,8 @@ const TROUBLE: &[&str] = &[
     "blocked for more than",
 ];
 
-/// A message about NVMe with one of these is trouble too.
-const NVME_TROUBLE: &[&str] = &[
+/// A message about NVMe, SCSI, iSCSI or multipath with one of these is trouble too.
+const TRANSPORT_TROUBLE: &[&str] = &[
     "timeout",
     "timed out",
     "fail",
@@ -39,7 +39,13 @@ const NVME_TROUBLE: &[&str] = &[
     "reconnect",
 ];
 
-/// What a host says of a target that went away and came back. Excused from [`NVME_TROUBLE`] only.
+/// What such a message has, in lower case.
+const TRANSPORTS: [&str; 6] = ["nvme", "scsi", "] sd ", " connection", " session", "multipath"];
+
+/// What Linux always says of a disk over SCSI.
+const ALWAYS: &[&str] = &["power-on or device reset occurred", "alua: transition timeout set to"];
+
+/// What a host says of a target that went away and came back. Excused from [`TRANSPORT_TROUBLE`] only.
 const RECONNECT: &[&str] = &[
     "starting error recovery",
     "reconnecting in",
@@ -55,6 +61,10 @@ const RECONNECT: &[&str] = &[
     // A path that is given up for good: requests go to another one, and there is nobody to be told.
     "failfast expired",
     "property set error: 880,",
+    // The same of a session: its connection is closed, reset, or silent.
+    "detected conn error (1020)",
+    "detected conn error (1021)",
+    "detected conn error (1022)",
 ];
 
 /// A warning that the emulator of the host's processor causes, not what runs on it: a single-step trap that
@@ -84,7 +94,10 @@ pub(crate) fn trouble(lines: &[String], reconnect_expected: bool) -> Vec<String>
         if has(TROUBLE) {
             return true;
         }
-        line.contains("nvme") && has(NVME_TROUBLE) && !(reconnect_expected && has(RECONNECT))
+        has(&TRANSPORTS)
+            && has(TRANSPORT_TROUBLE)
+            && !has(ALWAYS)
+            && !(reconnect_expected && has(RECONNECT))
     };
     without_emulator(lines).into_iter().filter(bad).cloned().collect()
 }
@@ -125,6 +138,29 @@ mod tests {
         ] {
             assert!(found(line, true), "{line}");
         }
+    }
+
+    #[test]
+    fn a_disk_over_iscsi_says_more_where_it_fails() {
+        for line in [
+            "[   12.9] scsi host0: iSCSI Initiator over TCP/IP",
+            "[   22.4] sd 0:0:0:0: Power-on or device reset occurred",
+            "[   22.4] sd 0:0:0:0: alua: transition timeout set to 60 seconds",
+            "[   22.5] sd 0:0:0:0: [sda] Write cache: enabled, read cache: enabled, supports DPO and FUA",
+            "[   26.7] sd 0:0:0:0: [sda] Synchronizing SCSI cache",
+        ] {
+            assert!(!found(line, false), "{line}");
+        }
+        for line in [
+            "[   12.5] sd 0:0:0:0: [sdb] Read Capacity(16) failed: Result: hostbyte=DID_OK driverbyte=DRIVER_OK",
+            "[   14.2] device-mapper: multipath: 254:0: Failing path 8:16.",
+            "[   20.0]  session1: session recovery timed out after 5 secs",
+            "[   20.0]  connection1:0: detected conn error (1011)",
+        ] {
+            assert!(found(line, true), "{line}");
+        }
+        let closed = "[   13.0]  connection1:0: detected conn error (1020)";
+        assert!(found(closed, false) && !found(closed, true));
     }
 
     #[test]

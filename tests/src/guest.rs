@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::cpio::Cpio;
+use crate::disk;
 use crate::host::{check_interrupted, tail};
 use crate::image::Image;
 use crate::net::Net;
+use crate::peer::Unit;
 
 /// What to boot.
 #[derive(Debug)]
@@ -26,6 +28,8 @@ pub(crate) struct Boot<'a> {
     pub(crate) script: &'a str,
     /// Shell variables for the job.
     pub(crate) env: Vec<(&'a str, String)>,
+    /// A logical unit that QEMU logs in to and gives to the guest as a disk, with the guest's root file system on it.
+    pub(crate) root: Option<&'a Unit>,
 }
 
 /// A running guest; killed when dropped.
@@ -37,8 +41,13 @@ pub(crate) struct Guest {
     console: PathBuf,
 }
 
+const KERNEL_LINE: &str = "console=ttyS0 panic=-1 reboot=t loglevel=4 log_buf_len=1M \
+                           mitigations=off random.trust_cpu=on nokaslr";
+/// `guest/init` looks for it.
+const ROOT_LINE: &str = " root=/dev/vda rootfstype=ext4";
 const INIT: &str = include_str!("../guest/init");
 const LIB: &str = include_str!("../guest/lib.sh");
+const ISCSI: &str = include_str!("../guest/iscsi.sh");
 
 impl Guest {
     pub(crate) fn boot(image: &Image, net: &Net, logs: &Path, boot: &Boot<'_>) -> Result<Self> {
@@ -58,11 +67,7 @@ impl Guest {
             .arg(&image.kernel)
             .arg("-initrd")
             .arg(&initrd)
-            .args([
-                "-append",
-                "console=ttyS0 panic=-1 reboot=t loglevel=4 log_buf_len=1M mitigations=off \
-                 random.trust_cpu=on nokaslr",
-            ])
+            .args(["-append", &format!("{KERNEL_LINE}{}", boot.root.map_or("", |_| ROOT_LINE))])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .args(["-serial", "stdio"])
@@ -74,6 +79,10 @@ impl Guest {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(errors);
+        if let Some(unit) = boot.root {
+            qemu.args(["-blockdev", &disk::blockdev(unit)]);
+            qemu.args(["-device", "virtio-blk-pci,drive=root"]);
+        }
         let mut qemu = qemu.spawn().context("could not start qemu-system-x86_64")?;
         let input = qemu.stdin.take().context("qemu has no input")?;
         let output = qemu.stdout.take().context("qemu has no output")?;
@@ -149,6 +158,7 @@ fn write_initrd(image: &Image, boot: &Boot<'_>, to: &Path) -> Result<()> {
     job.dir("job")?;
     job.file("init", 0o755, INIT.as_bytes())?;
     job.file("job/lib.sh", 0o644, LIB.as_bytes())?;
+    job.file("job/iscsi.sh", 0o644, ISCSI.as_bytes())?;
     job.file("job/env", 0o644, env.as_bytes())?;
     job.file("job/run.sh", 0o644, boot.script.as_bytes())?;
     fs::write(to, job.finish()?)?;

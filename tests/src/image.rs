@@ -12,14 +12,26 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::cpio::Cpio;
 use crate::host::{check_interrupted, command, output, run};
 
 /// What the guest's programs come from; apt adds what they depend on.
-const PACKAGES: &[&str] =
-    &["busybox-static", "nvme-cli", "fio", "e2fsprogs", "xfsprogs", "util-linux", "kmod"];
+const PACKAGES: &[&str] = &[
+    "busybox-static",
+    "nvme-cli",
+    "fio",
+    "e2fsprogs",
+    "xfsprogs",
+    "util-linux",
+    "kmod",
+    "open-iscsi",
+    "multipath-tools",
+    "dmsetup",
+    "sg3-utils",
+    "udev",
+];
 
 /// Programs beside busybox's. Each is looked for at these places and must be found.
 const PROGRAMS: &[&str] = &[
@@ -34,7 +46,18 @@ const PROGRAMS: &[&str] = &[
     "sbin/blkdiscard",
     "sbin/fstrim",
     "bin/kmod",
+    "sbin/iscsid",
+    "sbin/iscsiadm",
+    "sbin/multipath",
+    "sbin/multipathd",
+    "sbin/dmsetup",
+    "usr/bin/sg_persist",
+    "bin/udevadm",
+    "lib/udev/scsi_id",
 ];
+
+/// Folders that are there as the packages have them: rules of udev, and what multipath loads by name.
+const FOLDERS: &[&str] = &["lib/udev/rules.d", "lib/multipath", "etc/iscsi"];
 
 /// Links to the above by the names they are called by.
 const LINKS: &[(&str, &str)] = &[
@@ -43,6 +66,7 @@ const LINKS: &[(&str, &str)] = &[
     ("sbin/insmod", "/bin/kmod"),
     ("sbin/rmmod", "/bin/kmod"),
     ("sbin/lsmod", "/bin/kmod"),
+    ("sbin/udevd", "/bin/udevadm"),
 ];
 
 /// With what each needs. A name that the kernel has built in, or not at all, adds nothing.
@@ -67,20 +91,41 @@ const MODULES: &[&str] = &[
     "sha256_generic",
     "hmac",
     "dh_generic",
+    "iscsi_tcp",
+    "sd_mod",
+    "sg",
+    "scsi_dh_alua",
+    "dm-multipath",
+    "dm-service-time",
 ];
 
 /// Without these the image is no use; a kernel that lacks one is refused while it is made.
-const REQUIRED_MODULES: &[&str] = &["nvme-tcp", "ext4", "xfs", "virtio_net"];
+const REQUIRED_MODULES: &[&str] = &[
+    "nvme-tcp",
+    "ext4",
+    "xfs",
+    "virtio_net",
+    "virtio_blk",
+    "iscsi_tcp",
+    "sd_mod",
+    "scsi_dh_alua",
+    "dm-multipath",
+];
 
 /// Raised when the code below makes a different image from the same lists.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 
 /// A bootable image.
 #[derive(Debug, Clone)]
 pub(crate) struct Image {
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: PathBuf,
+    /// The same files as a file system, for a guest whose root is on a disk.
+    pub(crate) root: PathBuf,
 }
+
+/// What it is as large as.
+pub(crate) const ROOT_MIB: u32 = 512;
 
 /// The cached image, made first if it is missing (or `refresh` asks the archive again).
 pub(crate) fn prepare(cache: &Path, refresh: bool) -> Result<Image> {
@@ -117,13 +162,13 @@ pub(crate) fn prepare(cache: &Path, refresh: bool) -> Result<Image> {
 }
 
 fn image_in(dir: &Path) -> Image {
-    Image { kernel: dir.join("kernel"), initrd: dir.join("initrd") }
+    Image { kernel: dir.join("kernel"), initrd: dir.join("initrd"), root: dir.join("root.ext4") }
 }
 
 /// FNV-1a over the lists that decide what is in the image.
 fn recipe_digest() -> String {
     let links = LINKS.iter().flat_map(|(a, b)| [*a, *b]);
-    let all = PACKAGES.iter().chain(PROGRAMS).chain(MODULES).copied().chain(links);
+    let all = PACKAGES.iter().chain(PROGRAMS).chain(FOLDERS).chain(MODULES).copied().chain(links);
     let mut hash = 0xcbf2_9ce4_8422_2325_u64 ^ u64::from(RECIPE);
     for byte in all.flat_map(|s| s.bytes().chain([0])) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
@@ -169,9 +214,10 @@ impl Apt {
         output(self.command("apt-get").args(["update", "-q"])).map(drop)
     }
 
-    /// The newest Linux 6.12 image package for virtual machines, and its version.
+    /// The newest Linux 6.12 image package, and its version. Not the one for virtual machines: that lacks what Linux
+    /// knows of the access states of SCSI.
     fn newest_kernel(&self) -> Result<(String, String)> {
-        let pattern = "^linux-image-6\\.12\\.[0-9].*-cloud-amd64$";
+        let pattern = "^linux-image-6\\.12\\.[0-9][^-]*-amd64$";
         let found =
             output(self.command("apt-cache").args(["search", "--names-only"]).arg(pattern))?;
         let package = found
@@ -179,7 +225,7 @@ impl Apt {
             .filter_map(|l| l.split_whitespace().next())
             .max_by_key(|name| number_after(name, "6.12."))
             .context(
-                "the configured apt sources have no linux-image-6.12.*-cloud-amd64; \
+                "the configured apt sources have no linux-image-6.12.*-amd64; \
                  add the distribution's security or backports suite",
             )?
             .to_owned();
@@ -252,6 +298,9 @@ fn make(apt: &Apt, kernel: &str, dir: &Path) -> Result<()> {
     for program in PROGRAMS {
         add_program(&sysroot, program, &root)?;
     }
+    for folder in FOLDERS {
+        add_folder(&sysroot, folder, &root)?;
+    }
     for (link, to) in LINKS {
         replace_link(&root.join(link), to)?;
     }
@@ -271,6 +320,10 @@ fn make(apt: &Apt, kernel: &str, dir: &Path) -> Result<()> {
     if !pack.wait()?.success() {
         bail!("zstd failed");
     }
+    println!("guest: making a root file system");
+    let mut make = command("mkfs.ext4 -q -F -d");
+    make.arg(&root).arg(dir.join("root.ext4")).arg(format!("{ROOT_MIB}M"));
+    output(&mut make)?;
     for scratch in ["sysroot", "root", "deb"] {
         fs::remove_dir_all(dir.join(scratch))?;
     }
@@ -357,6 +410,21 @@ fn add_program(sysroot: &Path, program: &str, root: &Path) -> Result<()> {
     Ok(())
 }
 
+fn add_folder(sysroot: &Path, folder: &str, root: &Path) -> Result<()> {
+    let places = [sysroot.join(folder), sysroot.join("usr").join(folder)];
+    let found: Vec<_> = places.iter().filter(|place| place.is_dir()).collect();
+    ensure!(!found.is_empty(), "the packages hold no {folder}");
+    for place in found {
+        for entry in fs::read_dir(place)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                copy(&entry.path(), &root.join(folder).join(entry.file_name()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 fn add_modules(sysroot: &Path, release: &str, root: &Path) -> Result<()> {
     let tool = |name: &str| {
         let mut c = command("chroot");
@@ -420,6 +488,7 @@ fn add_settings(sysroot: &Path, root: &Path) -> Result<()> {
         ("hosts", "127.0.0.1 localhost guest\n"),
         ("nvme/hostnqn", &format!("nqn.2014-08.org.nvmexpress:uuid:{uuid}\n")),
         ("nvme/hostid", &format!("{uuid}\n")),
+        ("iscsi/initiatorname.iscsi", "InitiatorName=iqn.2026-11.test:guest\n"),
     ] {
         fs::write(etc.join(name), text)?;
     }
@@ -447,7 +516,7 @@ mod tests {
 
     #[test]
     fn the_newest_kernel_wins_by_number_not_by_letter() {
-        let names = ["linux-image-6.12.99+deb12-cloud-amd64", "linux-image-6.12.100+deb12-cloud"];
+        let names = ["linux-image-6.12.99+deb12-amd64", "linux-image-6.12.100+deb12-amd64"];
         assert_eq!(names.map(|n| number_after(n, "6.12.")), [99, 100]);
     }
 }

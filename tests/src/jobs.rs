@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::cluster::Layout;
+use crate::disk;
 use crate::dmesg;
 use crate::guest::{Boot, Guest};
 use crate::image::Image;
@@ -22,6 +23,8 @@ pub(crate) struct Job {
     reconnects: bool,
     /// Whether the volume is encrypted.
     pub(crate) encrypted: bool,
+    /// Whether the guest's root file system is on the volume, for which QEMU is the initiator.
+    root: bool,
     pub(crate) layout: Layout,
     /// Whether it runs only where it is asked for by name: what takes long, and measures.
     pub(crate) on_demand: bool,
@@ -38,17 +41,28 @@ pub(crate) const SMOKE: Job = Job {
     cases: &["smoke-network", "smoke-acknowledgement", "smoke-tools"],
     reconnects: false,
     encrypted: false,
+    root: false,
     layout: Layout::Apart,
     on_demand: false,
     excused: &[],
     limit: Duration::from_secs(120),
 };
 
-/// The jobs whose volume grows, is copied, or moves: the kernel's target is not asked to.
-pub(crate) const OURS: [&str; 7] =
-    ["grow", "snapshot", "takeover", "rolling", "hosts", "failures", "outages"];
+/// The jobs whose volume grows, is copied, or moves, or is reached over iSCSI: the kernel's target is not asked to.
+pub(crate) const OURS: [&str; 10] = [
+    "grow",
+    "snapshot",
+    "takeover",
+    "rolling",
+    "hosts",
+    "failures",
+    "outages",
+    "iscsi",
+    "iscsi-multipath",
+    "iscsi-root",
+];
 
-pub(crate) const JOBS: [Job; 10] = [
+pub(crate) const JOBS: [Job; 13] = [
     Job {
         name: "clients",
         script: include_str!("../guest/clients.sh"),
@@ -64,6 +78,7 @@ pub(crate) const JOBS: [Job; 10] = [
         ],
         reconnects: false,
         encrypted: false,
+        root: false,
         layout: Layout::Apart,
         on_demand: false,
         excused: &[],
@@ -75,6 +90,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["replica-kill"],
         reconnects: false,
         encrypted: false,
+        root: false,
         layout: Layout::Apart,
         on_demand: false,
         excused: &[],
@@ -86,6 +102,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["nexus-restart"],
         reconnects: true,
         encrypted: false,
+        root: false,
         layout: Layout::Apart,
         on_demand: false,
         excused: &[],
@@ -97,6 +114,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["grow-fio", "grow-ext4", "grow-xfs"],
         reconnects: false,
         encrypted: true,
+        root: false,
         layout: Layout::Apart,
         on_demand: false,
         excused: &[],
@@ -108,6 +126,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["snapshot-ext4", "snapshot-xfs"],
         reconnects: false,
         encrypted: false,
+        root: false,
         layout: Layout::Apart,
         on_demand: false,
         excused: &[],
@@ -119,6 +138,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["hand-over", "take-over"],
         reconnects: true,
         encrypted: false,
+        root: false,
         layout: Layout::Apart,
         on_demand: false,
         excused: &[],
@@ -130,6 +150,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["rolling"],
         reconnects: true,
         encrypted: false,
+        root: false,
         layout: Layout::Together,
         on_demand: false,
         excused: &[],
@@ -141,6 +162,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["host-settings", "stale-path"],
         reconnects: true,
         encrypted: false,
+        root: false,
         layout: Layout::Apart,
         on_demand: false,
         excused: &[],
@@ -152,6 +174,7 @@ pub(crate) const JOBS: [Job; 10] = [
         cases: &["failures"],
         reconnects: true,
         encrypted: false,
+        root: false,
         layout: Layout::Together,
         on_demand: false,
         excused: &[],
@@ -172,6 +195,7 @@ pub(crate) const JOBS: [Job; 10] = [
         ],
         reconnects: true,
         encrypted: false,
+        root: false,
         layout: Layout::Faulty,
         on_demand: true,
         // What a full pool is to a host, which is told of it; and what waits for no path where it is not to.
@@ -182,6 +206,59 @@ pub(crate) const JOBS: [Job; 10] = [
             "I/O error, dev nvme",
         ],
         limit: Duration::from_secs(900),
+    },
+    Job {
+        name: OURS[7],
+        script: include_str!("../guest/initiators.sh"),
+        cases: &[
+            "iscsi-access",
+            "iscsi-chap",
+            "iscsi-digests",
+            "iscsi-ext4",
+            "iscsi-reinstatement",
+            "iscsi-reservation",
+            "iscsi-replica-kill",
+        ],
+        reconnects: true,
+        encrypted: false,
+        root: false,
+        layout: Layout::Apart,
+        on_demand: false,
+        // What a reservation keeps out; any other failure of a request is told in another line too.
+        excused: &["FAILED Result: hostbyte=DID_OK driverbyte=DRIVER_OK"],
+        limit: Duration::from_secs(420),
+    },
+    Job {
+        name: OURS[8],
+        script: include_str!("../guest/multipath.sh"),
+        cases: &["multipath-hand-over", "multipath-take-over"],
+        reconnects: true,
+        encrypted: false,
+        root: false,
+        layout: Layout::Apart,
+        on_demand: false,
+        // What Linux says of a path that is left: what was sent there fails, and is sent on another one.
+        excused: &[
+            ": Failing path ",
+            "FAILED Result",
+            "I/O error, dev sd",
+            "session recovery timed out",
+            // At the logout of one that stands by.
+            "Synchronize Cache(10) failed",
+        ],
+        limit: Duration::from_secs(300),
+    },
+    Job {
+        name: OURS[9],
+        script: include_str!("../guest/root.sh"),
+        cases: &["root-replica-kill"],
+        reconnects: false,
+        encrypted: false,
+        root: true,
+        layout: Layout::Apart,
+        on_demand: false,
+        excused: &[],
+        limit: Duration::from_secs(300),
     },
 ];
 
@@ -311,11 +388,19 @@ impl Run<'_> {
     ) -> Result<()> {
         let deadline = Instant::now() + self.job.limit;
         let endpoint = peer.endpoint();
+        if self.job.root {
+            peer.act(&format!("export {}", disk::INITIATOR))?;
+            let failure = disk::install(image, net, &endpoint.unit, logs).err();
+            self.add(&format!("{}-convert", self.job.name), failure.map(|e| format!("{e:#}")));
+            self.began = Instant::now();
+        }
         let env = vec![
             ("ADDR", endpoint.address),
             ("PORT", endpoint.port.to_string()),
             ("OTHER_PORT", (endpoint.port + 1).to_string()),
             ("NQN", endpoint.nqn),
+            ("IQN", endpoint.unit.iqn.clone()),
+            ("ISCSI_PORT", endpoint.unit.port.to_string()),
             ("ONLY", cases.join(" ")),
         ];
         let boot = Boot {
@@ -326,6 +411,7 @@ impl Run<'_> {
             memory_mib: 768,
             script: self.job.script,
             env,
+            root: self.job.root.then_some(&endpoint.unit),
         };
         let mut guest = Guest::boot(image, net, logs, &boot)?;
         guest.expect("GUEST-UP", Duration::from_secs(90))?;

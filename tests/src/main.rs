@@ -7,6 +7,7 @@
 
 mod cluster;
 mod cpio;
+mod disk;
 mod dmesg;
 mod guest;
 mod host;

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! hosts namespace:   qemu -- tap0 --\
-//!                    qemu -- tap1 --+-- br0 -- veth --\
-//! storage namespace:                                   veth 10.99.0.1 -- cairn processes
+//!                    qemu -- tap1 --+-- br0 10.99.0.2 -- veth --\
+//! storage namespace:                                             veth 10.99.0.1 -- cairn processes
 //! ```
 
 use std::io::Write as _;
@@ -17,6 +17,8 @@ use crate::host::{command, output, run};
 
 /// Where the storage processes listen.
 pub(crate) const STORAGE_IP: &str = "10.99.0.1";
+/// Programs of the hosts' namespace that are initiators by themselves.
+const HOSTS_IP: &str = "10.99.0.2";
 /// The guest that uses the volume.
 pub(crate) const CLIENT_IP: &str = "10.99.0.10";
 /// The guest that serves one, when the harness proves itself against the kernel's target.
@@ -51,6 +53,7 @@ impl Net {
             format!("ip -n {s} link set lo up"),
             format!("ip -n {h} link set lo up"),
             format!("ip -n {h} link add br0 type bridge"),
+            format!("ip -n {h} addr add {HOSTS_IP}/24 dev br0"),
             format!("ip -n {h} link set br0 up"),
             format!("ip -n {h} link set veth0 master br0 up"),
         ] {
@@ -90,6 +93,20 @@ impl Net {
             rules.push_str(&format!("tcp dport {port} drop\n"));
         }
         rules.push_str("}\n}\n");
+        self.filter(&rules)
+    }
+
+    /// Breaks the connections to a port, each once something is sent on it, and lets none be made; or lets all be.
+    pub(crate) fn reset(&self, port: Option<u16>) -> Result<()> {
+        let mut rules = "table inet resets {}\ndelete table inet resets\n".to_owned();
+        if let Some(port) = port {
+            rules.push_str("table inet resets {\nchain in { type filter hook input priority 0;\n");
+            rules.push_str(&format!("tcp dport {port} reject with tcp reset\n}}\n}}\n"));
+        }
+        self.filter(&rules)
+    }
+
+    fn filter(&self, rules: &str) -> Result<()> {
         let mut nft = command(&format!("ip netns exec {} nft -f -", self.storage));
         let mut nft = nft.stdin(Stdio::piped()).spawn().context("could not start nft")?;
         nft.stdin.take().context("nft has no input")?.write_all(rules.as_bytes())?;

@@ -15,6 +15,16 @@ pub(crate) struct Endpoint {
     pub(crate) address: String,
     pub(crate) port: u16,
     pub(crate) nqn: String,
+    /// Where it is a logical unit too, once it is exported.
+    pub(crate) unit: Unit,
+}
+
+/// A logical unit of an iSCSI target, number 0.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Unit {
+    pub(crate) address: String,
+    pub(crate) port: u16,
+    pub(crate) iqn: String,
 }
 
 /// The servers of one job; stopped when dropped.
@@ -34,7 +44,12 @@ pub(crate) struct Nothing;
 
 impl Peer for Nothing {
     fn endpoint(&self) -> Endpoint {
-        Endpoint { address: STORAGE_IP.to_owned(), port: 4420, nqn: "nqn.none".to_owned() }
+        Endpoint {
+            address: STORAGE_IP.to_owned(),
+            port: 4420,
+            nqn: "nqn.none".to_owned(),
+            unit: Unit::default(),
+        }
     }
 
     fn act(&mut self, verb: &str) -> Result<String> {
@@ -66,10 +81,18 @@ impl Nvmet {
             address: NVMET_IP.to_owned(),
             port: 4420,
             nqn: "nqn.2026-01.test:kernel".to_owned(),
+            unit: Unit::default(),
         };
         let env = vec![("NQN", endpoint.nqn.clone()), ("PORT", endpoint.port.to_string())];
-        let boot =
-            Boot { name: "nvmet", tap: "tap1", ip: NVMET_IP, memory_mib: 1280, script: NVMET, env };
+        let boot = Boot {
+            name: "nvmet",
+            tap: "tap1",
+            ip: NVMET_IP,
+            memory_mib: 1280,
+            script: NVMET,
+            env,
+            root: None,
+        };
         let guest = Guest::boot(image, net, logs, &boot)?;
         guest.expect("SERVING", STEP * 2)?;
         Ok(Self { guest, endpoint })

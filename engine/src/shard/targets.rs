@@ -72,7 +72,10 @@ fn access_state(ana: AnaState) -> AccessState {
         AnaState::Optimized => AccessState::Optimized,
         AnaState::NonOptimized => AccessState::NonOptimized,
         AnaState::Change => AccessState::Transitioning,
-        AnaState::Inaccessible | AnaState::PersistentLoss => AccessState::Unavailable,
+        // A port that is unavailable does not tell how large the unit is and whether it has a cache: Linux would take
+        // it for an empty disk without one, and drop the flushes that it sends there once it is served there.
+        AnaState::Inaccessible => AccessState::Standby,
+        AnaState::PersistentLoss => AccessState::Unavailable,
     }
 }
 
@@ -299,7 +302,7 @@ impl<D: Driver> Shard<D> {
         // While this one serves nobody else does. While it does not, the only other does; of several it is not known
         // which, and each tells of itself.
         let there = match (here, tags.len()) {
-            (AccessState::Optimized, _) => AccessState::Unavailable,
+            (AccessState::Optimized, _) => AccessState::Standby,
             (_, 1) => AccessState::Optimized,
             _ => return groups,
         };

@@ -250,7 +250,13 @@ fn access_states_decide() {
     world.scsi(h, 0, &TEST_UNIT_READY, &[], 0);
     assert_eq!(world.scsi(h, 0, &TEST_UNIT_READY, &[], 0).key(), (2, 4, 0x0b));
     assert_eq!(world.scsi(h, 0, &read10(0, 1), &[], 512).key(), (2, 4, 0x0b));
+    // What Linux makes a disk of: its cache and its size. Told late, it is a disk without either.
     assert_eq!(world.scsi(h, 0, &[0x1a, 8, 8, 0, 255, 0], &[], 255).status, GOOD);
+    assert_eq!(world.scsi(h, 0, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 8).status, GOOD);
+    let capacity_16 = [0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0];
+    assert_eq!(world.scsi(h, 0, &capacity_16, &[], 32).status, GOOD);
+    let read_keys = [0x5e, 0, 0, 0, 0, 0, 0, 0, 255, 0];
+    assert_eq!(world.scsi(h, 0, &read_keys, &[], 255).key(), (2, 4, 0x0b));
     let groups = world.scsi(h, 0, &[0xa3, 0x0a, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], &[], 256).data;
     assert_eq!((groups[4], groups[16]), (2, 0));
     let now = vec![group(1, AccessState::NonOptimized, 1), group(2, AccessState::Unavailable, 2)];
