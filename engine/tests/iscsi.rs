@@ -425,3 +425,25 @@ fn copies_fills_and_what_takes_space() {
         Client::connect(engine.address, &volume_nqn("w"), HOST, true, usize::MAX).unwrap();
     assert_eq!(host.read(6), 0);
 }
+
+/// A request of several ranges is between two of them when a comparison asks for what both are in.
+#[test]
+fn ranges_of_a_request_and_what_holds_one_do_not_wait_for_each_other() {
+    let (_engine, at) = one(BlockSize::B4096);
+    let mut alice = Initiator::ready(at, ALICE, &iqn("v"));
+    // UNMAP of the same block in each of three ranges.
+    let mut list = [0; 56];
+    (list[1], list[3]) = (54, 48);
+    for range in [8, 24, 40] {
+        (list[range + 7], list[range + 11]) = (7, 1);
+    }
+    let mut compare = [0; 16];
+    (compare[0], compare[9], compare[13]) = (0x89, 7, 1);
+    for _ in 0..200 {
+        alice.begin(&[0x42, 0, 0, 0, 0, 0, 0, 0, 56, 0], &list, 0);
+        alice.begin(&compare, &[[0; 4096], [3; 4096]].concat(), 0);
+        let answers = [alice.finish(), alice.finish()];
+        assert!(answers.iter().all(Answer::is_good), "{answers:?}");
+        assert!(alice.write(7, &[0; 4096], 4096).is_good());
+    }
+}

@@ -73,6 +73,10 @@ impl<D: Driver> Shard<D> {
             holds.holds.retain(|hold| hold.job != job);
             self.freed_volumes.push(namespace);
         }
+        // A hand-over may have waited for it.
+        if let Some(&mut Export::Volume(volume)) = self.export(namespace) {
+            self.touch_volume(volume);
+        }
     }
 
     /// A request of a volume is over: a hold may have waited for that.
@@ -82,7 +86,7 @@ impl<D: Driver> Shard<D> {
             let earlier = self.holds_of(namespace).is_some_and(|h| {
                 h.holds.iter().take(at).any(|other| other.range.overlaps(hold.range))
             });
-            if !hold.granted && !earlier && !self.is_changing(namespace, hold.range) {
+            if !hold.granted && !earlier && !self.is_changing(namespace, &hold) {
                 if let Some(holds) = self.holds_of(namespace) {
                     holds.holds[at].granted = true;
                 }
@@ -92,12 +96,12 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    /// Whether a change of the range is under way.
-    fn is_changing(&mut self, namespace: NamespaceHandle, range: LbaRange) -> bool {
+    /// Whether a change of the range is under way, or waits and came before the hold.
+    fn is_changing(&mut self, namespace: NamespaceHandle, hold: &Hold) -> bool {
         let Some(holds) = self.holds_of(namespace) else { return false };
         let waiting = std::mem::take(&mut holds.waiting);
         let changes = |(at, io): (u32, &super::io::HostIo)| {
-            io.changes(namespace, range) && !waiting.contains(&at)
+            io.changes(namespace, hold.range) && (!waiting.contains(&at) || io.order < hold.order)
         };
         let found = self.ios.iter().any(changes);
         if let Some(holds) = self.holds_of(namespace) {

@@ -6,6 +6,7 @@ use cairn_iscsi::chap::Algorithm;
 use cairn_iscsi::connection::{Connection, ConnectionConfig, Request};
 use cairn_iscsi::login::target_name;
 use cairn_iscsi::target::{ConnId, Outcome, Portal, Target};
+use cairn_nvmf::target::NamespaceHandle;
 use cairn_reactor::{Chunk, Driver, EndReason, ListenerId, Op, SocketFault, SocketId, Token};
 
 use self::moves::Early;
@@ -18,6 +19,8 @@ use super::{Shard, ShardConfig, Subject, token};
 
 /// Connections of initiators at once: those of as many sessions as a target has, and some that are logging in.
 const MAX_CONNECTIONS: usize = 1280;
+/// Those of them that have not logged in yet, and may be anybody's.
+const MAX_STRANGERS: usize = 128;
 /// Timers of connections are looked at so often at most: they are seconds.
 const TIMER_GRAIN_MS: u64 = 250;
 
@@ -43,8 +46,9 @@ pub(super) struct Initiator {
     pub(super) phase: Phase,
     /// What arrived until it was known whose it is, where several shards share a listener.
     early: Option<Box<Early>>,
-    /// Its name, once its volume knows it as one that writes.
+    /// Its name, once a volume knows it as one that writes, and those that do.
     pub(super) writer: Option<Box<str>>,
+    pub(super) written: Vec<NamespaceHandle>,
 }
 
 /// All that has to do with iSCSI.
@@ -145,7 +149,9 @@ impl<D: Driver> Shard<D> {
         now: u64,
     ) -> Option<u32> {
         let entropy = self.challenge();
-        let full = self.initiators.hosts.len() >= MAX_CONNECTIONS;
+        let hosts = &self.initiators.hosts;
+        let strangers = hosts.iter().filter(|(_, host)| !host.conn.is_logged_in()).count();
+        let full = hosts.len() >= MAX_CONNECTIONS || strangers >= MAX_STRANGERS;
         let memory = self.driver.memory();
         let conn = if full {
             None
@@ -154,8 +160,8 @@ impl<D: Driver> Shard<D> {
         };
         let Some(mut conn) = conn else {
             tracing::warn!(
-                "no room for another connection of an initiator; it is closed (there may be {MAX_CONNECTIONS}, and each \
-                 takes memory of `buffers`)"
+                "no room for another connection of an initiator; it is closed (there may be {MAX_CONNECTIONS}, \
+                 {MAX_STRANGERS} of them not logged in yet, and each takes memory of `buffers`)"
             );
             self.close_stranger(socket);
             return None;
@@ -170,6 +176,7 @@ impl<D: Driver> Shard<D> {
             phase: if early.is_some() { Phase::New } else { Phase::Settled },
             early,
             writer: None,
+            written: Vec::new(),
         });
         self.note_initiator_timeout(due);
         Some(at)

@@ -110,6 +110,10 @@ impl HostIo {
         (self.asker, self.op, self.range)
     }
 
+    pub(super) fn namespace(&self) -> NamespaceHandle {
+        self.namespace
+    }
+
     pub(super) fn asker(&self) -> Asker {
         self.asker
     }
@@ -232,10 +236,14 @@ impl<D: Driver> Shard<D> {
         let (namespace, asker) = (io.namespace, io.asker);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => {
-                if self.volumes.get(volume).is_some_and(Volume::is_guarded)
-                    && (self.is_reserved(volume, at) || self.is_held(volume, at))
-                {
-                    return;
+                if self.volumes.get(volume).is_some_and(Volume::is_guarded) {
+                    if self.is_reserved(volume, at) {
+                        return;
+                    }
+                    if self.is_held(volume, at) {
+                        // A range of it that is done may have been what a hold waited for.
+                        return self.release_holds(namespace);
+                    }
                 }
                 if self.volumes.get(volume).is_some_and(|v| v.block_size == BlockSize::B512) {
                     return self.submit_sectors(volume, at, request, now);

@@ -80,7 +80,7 @@ impl Work {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// It waits for its range, or for a buffer.
+    /// It waits for a buffer, or for its range.
     Begin,
     /// A piece is being read.
     Read,
@@ -104,6 +104,8 @@ pub(super) struct Job {
     bounce: Option<Buf>,
     /// That buffer is the shard's last one.
     reserve: bool,
+    /// It has its range to itself, or waits for that.
+    asked: bool,
     status: IoStatus,
 }
 
@@ -160,7 +162,6 @@ impl<D: Driver> Shard<D> {
 
     pub(super) fn begin_job(&mut self, asker: Asker, namespace: NamespaceHandle, work: Work) {
         self.reserve_job_buffer();
-        let (holds, range) = (work.holds(), work.range);
         let id = self.jobs.table.insert(Job {
             asker,
             namespace,
@@ -170,13 +171,10 @@ impl<D: Driver> Shard<D> {
             piece: 0,
             bounce: None,
             reserve: false,
+            asked: false,
             status: IoStatus::Ok,
         });
-        if holds {
-            self.hold(namespace, range, id);
-        } else {
-            self.jobs.ready.push_back(id);
-        }
+        self.jobs.ready.push_back(id);
     }
 
     /// Its range is its own.
@@ -261,6 +259,12 @@ impl<D: Driver> Shard<D> {
         if !self.give_bounce(id) {
             self.jobs.waiting.push_back(id);
             return;
+        }
+        let job = &mut self.jobs.table[id];
+        // Only now: whoever holds a range and waits for memory may wait for those that wait for the range.
+        if job.work.holds() && !std::mem::replace(&mut job.asked, true) {
+            let (namespace, range) = (job.namespace, job.work.range);
+            return self.hold(namespace, range, id);
         }
         let next = self.next_of(id);
         match next {

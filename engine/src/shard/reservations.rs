@@ -45,6 +45,17 @@ impl Reserving {
         self.table.is_empty()
     }
 
+    /// Whether somebody has reserved it, not only registered.
+    pub(super) fn is_reserved(&self) -> bool {
+        self.table.reserved().is_some()
+    }
+
+    /// Whose changes are not over.
+    pub(super) fn askers(&self) -> impl Iterator<Item = Waiter> {
+        let storing = self.storing.as_ref().map(|storing| storing.by);
+        storing.into_iter().chain(self.queue.iter().map(|asked| asked.by))
+    }
+
     /// Whether changes wait.
     pub(super) fn is_waiting(&self) -> bool {
         self.storing.is_none() && !self.queue.is_empty()
@@ -84,6 +95,11 @@ impl<D: Driver> Shard<D> {
             let Some(Asked { by, change }) = self.volumes[at].reserving.queue.pop_front() else {
                 return;
             };
+            // Whoever it was that asked was aborted, perhaps by the change before, or is gone.
+            if !self.waits(by) {
+                self.end_change(by, Err(NotReserved::NotStored(IoStatus::Aborted)));
+                continue;
+            }
             let volume = &mut self.volumes[at];
             let mut table = volume.reserving.table.clone();
             let effects = match table.apply(&change) {
@@ -167,6 +183,13 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// Whether a request is still to be carried out.
+    fn waits(&self, by: Waiter) -> bool {
+        let host = self.initiators.hosts.get(by.conn);
+        let host = host.filter(|host| host.generation == by.generation);
+        host.is_some_and(|host| !host.conn.is_aborted(by.slot))
+    }
+
     /// Tells whoever asked for a change what became of it.
     pub(super) fn end_change(&mut self, by: Waiter, result: Result<(), NotReserved>) {
         let Waiter { conn, generation, slot } = by;
@@ -175,6 +198,7 @@ impl<D: Driver> Shard<D> {
             host.conn.complete_reserve(slot, result, self.driver.memory());
             self.touch_initiator(conn);
         }
+        self.change_drained(by);
     }
 
     /// Whether what others have reserved keeps a host of NVMe from a request: then it is told.
@@ -201,7 +225,10 @@ impl<D: Driver> Shard<D> {
             host.queue.complete(slot, Status::RESERVATION_CONFLICT, 0, memory);
         }
         self.touch_host(conn);
+        let namespace = self.ios[io].namespace();
         self.drop_io(io);
+        // A range of it that is done may have been what a hold waited for.
+        self.release_holds(namespace);
         true
     }
 }

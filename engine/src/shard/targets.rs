@@ -171,6 +171,15 @@ impl<D: Driver> Shard<D> {
         let missing = || EngineError::NotFound { kind: "volume", name: name.to_owned() };
         let at = self.find_volume(name).ok_or_else(missing)?;
         let volume = &self.volumes[at];
+        if volume.removing() {
+            return Err(EngineError::Busy(format!("volume `{name}` is being removed")));
+        }
+        if export.is_none() && volume.reserving.is_reserved() {
+            return Err(EngineError::Busy(format!(
+                "volume `{name}` is reserved by an initiator, and that would go on without one that could end it: have \
+                 it released or preempted first (`sg_persist --out --release` or `--preempt`)"
+            )));
+        }
         if let Some(export) = &export {
             self.check_place(Some(at), export, volume.spec.sharing.is_some())?;
         }
@@ -196,6 +205,8 @@ impl<D: Driver> Shard<D> {
             let (iqn, lun) = (export.iqn.clone(), export.lun);
             self.initiators.places.push(Place { volume: at, iqn, lun, there: false });
             self.reserve_job_buffer();
+            // Whoever asks for it there comes here, and is told to come again.
+            self.announce_target(at);
         }
     }
 
@@ -240,6 +251,9 @@ impl<D: Driver> Shard<D> {
         let places = &mut self.initiators.places;
         let Some(place) = places.iter().position(|p| p.volume == at) else { return };
         let Place { iqn, lun, there, .. } = places.swap_remove(place);
+        if !places.iter().any(|p| same(&p.iqn, &iqn)) {
+            self.tell_front(&iqn, None);
+        }
         let target = &mut self.initiators.target;
         let Some(node) = target.node_by_name(&iqn).filter(|_| there) else { return };
         target.remove_unit(node, lun).expect("it was added");
@@ -247,7 +261,6 @@ impl<D: Driver> Shard<D> {
             for ConnId(conn) in self.initiators.target.remove_node(node) {
                 self.close_initiator(conn);
             }
-            self.tell_front(&iqn, None);
         }
         self.settle_target();
     }

@@ -17,6 +17,8 @@ pub(super) struct TaskDrain {
     by: Aborter,
     ios: Vec<u32>,
     jobs: Vec<u32>,
+    /// Changes of reservations.
+    changes: Vec<Waiter>,
 }
 
 /// Who had tasks aborted.
@@ -29,7 +31,7 @@ enum Aborter {
 }
 
 /// A connection's request that waits for others.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiter {
     pub(super) conn: u32,
     pub(super) generation: u32,
@@ -47,8 +49,12 @@ impl<D: Driver> Shard<D> {
         let host = &self.initiators.hosts[conn];
         let asker = Asker::Iscsi { conn, generation: host.generation, slot: io.slot };
         let namespace = namespace_of(io.unit);
-        if host.writer.is_none() && !matches!(io.command, IoCommand::Read { .. }) {
-            self.note_writing_initiator(conn, namespace);
+        match &io.command {
+            IoCommand::Read { .. } => {}
+            IoCommand::Copy { segments, .. } => {
+                segments.iter().for_each(|s| self.note_writing_initiator(conn, namespace_of(s.to)));
+            }
+            _ => self.note_writing_initiator(conn, namespace),
         }
         let new = |op, range| HostIo::new(asker, namespace, op, range);
         let one = match io.command {
@@ -92,10 +98,15 @@ impl<D: Driver> Shard<D> {
 
     /// The initiator of a connection writes to a volume.
     fn note_writing_initiator(&mut self, conn: u32, namespace: NamespaceHandle) {
+        if self.initiators.hosts[conn].written.contains(&namespace) {
+            return;
+        }
         let Some(&mut Export::Volume(volume)) = self.export(namespace) else { return };
         let Some(name) = self.initiator_name(conn) else { return };
         self.add_writer(volume, &name);
-        self.initiators.hosts[conn].writer = Some(name.into());
+        let host = &mut self.initiators.hosts[conn];
+        host.writer = Some(name.into());
+        host.written.push(namespace);
     }
 
     /// Tasks were aborted: `slot` is answered once all that was handed out for these units is over.
@@ -103,17 +114,26 @@ impl<D: Driver> Shard<D> {
         let generation = self.initiators.hosts[conn].generation;
         let by = Aborter::Function(Waiter { conn, generation, slot });
         let namespaces: Vec<_> = units.iter().map(|&unit| namespace_of(unit)).collect();
-        self.drain(by, &namespaces);
+        let mut changes = Vec::new();
+        for &namespace in &namespaces {
+            if let Some(&mut Export::Volume(volume)) = self.export(namespace) {
+                changes.extend(
+                    self.volumes.get(volume).into_iter().flat_map(|v| v.reserving.askers()),
+                );
+            }
+        }
+        self.drain(by, &namespaces, changes);
     }
 
     /// Hosts were preempted: whoever did it is answered once nothing is in hand any more.
     pub(super) fn drain_volume(&mut self, at: u32, by: Waiter) {
         let namespace = self.volumes[at].export.map(|(_, handle)| handle);
-        self.drain(Aborter::Reserver(by), namespace.as_slice());
+        // Theirs that wait to be made never are.
+        self.drain(Aborter::Reserver(by), namespace.as_slice(), Vec::new());
     }
 
-    fn drain(&mut self, by: Aborter, namespaces: &[NamespaceHandle]) {
-        let mut drain = TaskDrain { by, ios: Vec::new(), jobs: Vec::new() };
+    fn drain(&mut self, by: Aborter, namespaces: &[NamespaceHandle], changes: Vec<Waiter>) {
+        let mut drain = TaskDrain { by, ios: Vec::new(), jobs: Vec::new(), changes };
         for &namespace in namespaces {
             drain.ios.append(&mut self.ios_of(namespace));
             drain.jobs.append(&mut self.jobs_of(namespace));
@@ -141,8 +161,16 @@ impl<D: Driver> Shard<D> {
         self.finish_task_drains();
     }
 
+    /// A change of reservations is over.
+    pub(super) fn change_drained(&mut self, change: Waiter) {
+        for drain in &mut self.initiators.drains {
+            drain.changes.retain(|&other| other != change);
+        }
+        self.finish_task_drains();
+    }
+
     fn finish_task_drains(&mut self) {
-        let over = |d: &TaskDrain| d.ios.is_empty() && d.jobs.is_empty();
+        let over = |d: &TaskDrain| d.ios.is_empty() && d.jobs.is_empty() && d.changes.is_empty();
         while let Some(at) = self.initiators.drains.iter().position(over) {
             let TaskDrain { by, .. } = self.initiators.drains.swap_remove(at);
             let Waiter { conn, generation, slot } = match by {

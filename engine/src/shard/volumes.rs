@@ -511,6 +511,7 @@ impl<D: Driver> Shard<D> {
         let gone = "the volume was removed meanwhile";
         self.forget_restore(at, gone);
         self.forget_deletions(at, gone);
+        self.remove_unit(at);
         let Some(mut volume) = self.volumes.remove(at) else { return };
         volume.fail_change(gone);
         if let Some(reply) = volume.activation.take() {
