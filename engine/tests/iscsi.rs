@@ -297,6 +297,21 @@ fn reservations_hold_for_both_transports_and_over_a_restart() {
     assert!(bob.reserve_out(3, 0, 0xb0b, 0).is_good());
     assert!(host.try_write(1, 7));
     assert_eq!((host.read(1), bob.keys()), (7, vec![]));
+
+    // RESERVE (10), and RELEASE (10); it ends with the session, too.
+    let (reserve, release) = ([0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0x57, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(bob.command(&reserve, &[], 0).is_good());
+    assert!(!host.try_write(1, 8));
+    assert!(bob.write(1, &[9; 4096], 4096).is_good());
+    assert!(bob.command(&release, &[], 0).is_good());
+    assert!(host.try_write(1, 10));
+    assert!(bob.command(&reserve, &[], 0).is_good());
+    drop(bob);
+    let begun = Instant::now();
+    while !host.try_write(1, 11) {
+        assert!(begun.elapsed() < PATIENCE, "a session that is gone keeps nothing");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Bytes of a report of target port groups: for each its state and its number.

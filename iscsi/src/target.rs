@@ -284,6 +284,8 @@ pub struct Target {
     nodes: Vec<Option<Node>>,
     /// Those that are a logical unit somewhere.
     volumes: BTreeMap<UnitHandle, Volume>,
+    /// Whether one of them is held by RESERVE.
+    any_held: bool,
     sessions: Vec<Option<Session>>,
     /// Counts sessions, so that a connection notices that its place has a new one.
     generation: u64,
@@ -306,6 +308,7 @@ impl Target {
             portals: Vec::new(),
             nodes: Vec::new(),
             volumes: BTreeMap::new(),
+            any_held: false,
             sessions: Vec::new(),
             generation: 0,
             next_tsih: 1,
@@ -426,8 +429,27 @@ impl Target {
             volume.units -= 1;
             if volume.units == 0 {
                 self.volumes.remove(&handle);
+                self.count_held();
             }
         }
+    }
+
+    /// RESERVE or RELEASE was carried out, or what ends a reservation.
+    fn count_held(&mut self) {
+        self.any_held = self.volumes.values().any(|volume| volume.reserved_by.is_some());
+    }
+
+    /// Whether any initiator holds a logical unit by RESERVE: only then [`Target::is_held`] has to be asked.
+    #[must_use]
+    pub fn any_held(&self) -> bool {
+        self.any_held
+    }
+
+    /// Whether an initiator holds the logical units of a handle by RESERVE: hosts of other transports are to be kept
+    /// out, from reads as well (SPC-2, section 5.5.1).
+    #[must_use]
+    pub fn is_held(&self, unit: UnitHandle) -> bool {
+        self.volumes.get(&unit).is_some_and(|volume| volume.reserved_by.is_some())
     }
 
     /// Changes a logical unit's capacity, and tells the initiators.

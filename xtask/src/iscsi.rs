@@ -59,8 +59,6 @@ const SKIPS: &[(&str, &str)] = &[
     ("PreventAllow.", "the medium is not removable"),
     ("StartStopUnit.Simple", "the medium is not removable"),
     ("ReadOnly.", "the unit is not write-protected"),
-    ("ReadDefectData10.", "the command is not supported"),
-    ("ReadDefectData12.", "the command is not supported"),
     ("Sanitize.", "the command is not supported"),
     ("WriteSame10.ZeroBlocks", "WSNZ: a count of zero blocks is refused"),
     ("WriteSame16.ZeroBlocks", "WSNZ: a count of zero blocks is refused"),

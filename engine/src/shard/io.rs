@@ -236,7 +236,8 @@ impl<D: Driver> Shard<D> {
         let (namespace, asker) = (io.namespace, io.asker);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => {
-                if self.volumes.get(volume).is_some_and(Volume::is_guarded) {
+                let held = self.initiators.target.any_held();
+                if held || self.volumes.get(volume).is_some_and(Volume::is_guarded) {
                     if self.is_reserved(volume, at) {
                         return;
                     }

@@ -215,8 +215,11 @@ impl<D: Driver> Shard<D> {
         let host = host.and_then(|host| self.target.host_id_of(&host.queue));
         let registrant =
             host.map(|(host_id, _)| Registrant::Nvme { host_id, host_nqn: String::new() });
+        let namespace = self.ios[io].namespace();
         let table = &self.volumes[volume].reserving.table;
-        if !table.conflicts(registrant.as_ref(), guard) {
+        if !table.conflicts(registrant.as_ref(), guard)
+            && !self.initiators.target.is_held(UnitHandle(namespace.0))
+        {
             return false;
         }
         let memory = self.driver.memory();
@@ -225,7 +228,6 @@ impl<D: Driver> Shard<D> {
             host.queue.complete(slot, Status::RESERVATION_CONFLICT, 0, memory);
         }
         self.touch_host(conn);
-        let namespace = self.ios[io].namespace();
         self.drop_io(io);
         // A range of it that is done may have been what a hold waited for.
         self.release_holds(namespace);

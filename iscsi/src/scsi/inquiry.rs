@@ -401,6 +401,13 @@ mod tests {
             assert_eq!((b[1], usize::from(u16_at(&b, 2))), (*page, b.len() - 4));
         }
         assert!(vital(0x84, &unit(), &product(), PORT, LIMITS).is_err());
+        let b = standard(Subject::Unit, &product());
+        assert_eq!(usize::from(b[4]), b.len() - 5);
+    }
+
+    #[test]
+    fn write_same_has_to_say_how_many_blocks() {
+        assert_eq!(vital(0xb0, &unit(), &product(), PORT, LIMITS).unwrap()[4], 1);
     }
 
     #[test]

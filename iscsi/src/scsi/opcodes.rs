@@ -78,6 +78,7 @@ pub(crate) static OPCODES: &[Opcode] = &[
     row(op::VERIFY_10, Reads, Active, &[0x16, F, F, F, F, GROUP, F, F]),
     row(op::PRE_FETCH_10, Reads, Active, &[0x02, F, F, F, F, GROUP, F, F]),
     row(op::SYNCHRONIZE_CACHE_10, Writes, Active, &[0x06, F, F, F, F, GROUP, F, F]),
+    row(op::READ_DEFECT_DATA_10, Reads, Active, &[0, 0x1f, 0, 0, 0, 0, F, F]),
     row(op::WRITE_SAME_10, Writes, Active, &[0x08, F, F, F, F, GROUP, F, F]),
     row(op::UNMAP, Writes, Active, &[0, 0, 0, 0, 0, GROUP, F, F]),
     row(op::MODE_SELECT_10, Writes, Standby, &[0x11, 0, 0, 0, 0, 0, F, F]),
@@ -138,6 +139,7 @@ pub(crate) static OPCODES: &[Opcode] = &[
     row(op::WRITE_12, Writes, Active, &[RW_FLAGS, F, F, F, F, F, F, F, F, GROUP]),
     row(op::WRITE_VERIFY_12, Writes, Active, &[0x16, F, F, F, F, F, F, F, F, GROUP]),
     row(op::VERIFY_12, Reads, Active, &[0x16, F, F, F, F, F, F, F, F, GROUP]),
+    row(op::READ_DEFECT_DATA_12, Reads, Active, &[0x1f, F, F, F, F, F, F, F, F]),
 ];
 
 /// The command of a CDB.
@@ -254,8 +256,10 @@ pub(crate) fn allocation_len(cdb: &[u8; 16]) -> usize {
     (match cdb[0] {
         op::INQUIRY => u32::from(u16_at(cdb, 3)),
         op::REQUEST_SENSE | op::MODE_SENSE_6 => u32::from(cdb[4]),
-        op::MODE_SENSE_10 | op::PERSISTENT_RESERVE_IN => u32::from(u16_at(cdb, 7)),
-        op::REPORT_LUNS | op::MAINTENANCE_IN => u32_at(cdb, 6),
+        op::MODE_SENSE_10 | op::PERSISTENT_RESERVE_IN | op::READ_DEFECT_DATA_10 => {
+            u32::from(u16_at(cdb, 7))
+        }
+        op::REPORT_LUNS | op::MAINTENANCE_IN | op::READ_DEFECT_DATA_12 => u32_at(cdb, 6),
         op::SERVICE_ACTION_IN_16 | op::THIRD_PARTY_COPY_IN => u32_at(cdb, 10),
         _ => u32::MAX,
     }) as usize
@@ -280,7 +284,6 @@ mod tests {
         assert_eq!(err(&[0x00, 0, 0, 0, 0, 0x04]), Sense::invalid_cdb(5, 2), "NACA");
         assert_eq!(err(&[0x5e, 0x04]), Sense::invalid_cdb(1, 4), "a service action");
         assert_eq!(err(&[0x48, 0x01]), Sense::INVALID_OPCODE, "SANITIZE");
-        assert_eq!(err(&[0x37]), Sense::INVALID_OPCODE, "READ DEFECT DATA");
         assert_eq!(err(&[0xff]), Sense::INVALID_OPCODE);
     }
 

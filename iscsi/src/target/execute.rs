@@ -215,6 +215,8 @@ impl Target {
             | op::MODE_SENSE_6
             | op::MODE_SENSE_10
             | op::READ_CAPACITY_10
+            | op::READ_DEFECT_DATA_10
+            | op::READ_DEFECT_DATA_12
             | op::SERVICE_ACTION_IN_16
             | op::PERSISTENT_RESERVE_IN
             | op::MAINTENANCE_IN
@@ -254,6 +256,9 @@ impl Target {
                 }
                 inquiry::capacity_10(&unit.config)
             }
+            // No list has anything in it: replicas mend blocks that rot. The lists and their format are as asked for.
+            (op::READ_DEFECT_DATA_10, _) => vec![0, cdb[2], 0, 0],
+            (op::READ_DEFECT_DATA_12, _) => vec![0, cdb[1], 0, 0, 0, 0, 0, 0],
             (op::SERVICE_ACTION_IN_16, 0x10) => {
                 if cdb[14] & 1 == 0 && u64_at(cdb, 2) != 0 {
                     return Err(Sense::invalid_cdb(2, 7).into());
@@ -298,6 +303,7 @@ impl Target {
         } else {
             volume.reserved_by = Some(place.nexus);
         }
+        self.count_held();
         Ok(Ending::Status(Status::Good))
     }
 

@@ -241,6 +241,7 @@ impl Target {
         for volume in self.volumes.values_mut() {
             volume.reserved_by.take_if(|by| *by == session.nexus());
         }
+        self.count_held();
         Some(session.conn)
     }
 

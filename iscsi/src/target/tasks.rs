@@ -100,6 +100,7 @@ impl Target {
                 volume.reserved_by = None;
             }
         }
+        self.count_held();
         reset
     }
 
