@@ -159,9 +159,9 @@ fn bad_commands_are_refused() {
     sim.pool.resize_replica(tag, slot, 5, &mut sim.mem);
     assert_eq!(sim.wait(tag).error, Some(ControlError::Shrink { has: 512, asked: 5 }));
     let tag = sim.tag();
-    let register = Register { config: vec![0; 2049], ..Register::default() };
+    let register = Register { config: vec![0; 3585], ..Register::default() };
     sim.pool.write_register(tag, slot, register, &mut sim.mem);
-    assert_eq!(sim.wait(tag).error, Some(ControlError::ConfigTooLong { len: 2049, max: 2048 }));
+    assert_eq!(sim.wait(tag).error, Some(ControlError::ConfigTooLong { len: 3585, max: 3584 }));
     let tag = sim.tag();
     sim.pool.grow(tag, 16 * MIB, &mut sim.mem);
     assert!(matches!(sim.wait(tag).error, Some(ControlError::NothingToGrow { .. })));
