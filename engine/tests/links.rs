@@ -3,91 +3,50 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod common;
+
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
-use cairn_engine::block::{
-    BlockSize, HeapMemory, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory as _, PoolId,
-    ReplicaId, VolumeId,
-};
-use cairn_engine::control::{Command, Reply, ScrubAction, Sharing};
-use cairn_engine::device::PoolDevice;
+use cairn_engine::block::{IoStatus, Memory as _, ReplicaId};
+use cairn_engine::control::{Command, ScrubAction, Sharing};
 use cairn_engine::nexus::{Purpose, ScrubReport, change};
-use cairn_engine::nvmf::initiator::{
-    QueueIndex, Session, SessionConfig, SessionEvent, Submit, VendorData,
-};
-use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
+use cairn_engine::nvmf::initiator::{Submit, VendorData};
 use cairn_engine::register;
-use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec};
 use cairn_engine::upkeep::{self, SettleCall};
-use cairn_engine::{
-    ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReplica, VolumeReport,
-    VolumeSpec,
-};
+use cairn_engine::{ChildAddress, EngineError, VolumeReplica, VolumeReport, VolumeSpec};
+use common::{BLOCKS, Client, Engine, HOST, replica_nqn};
 
-const BLOCKS: u64 = 2048;
-const PATIENCE: Duration = Duration::from_secs(20);
+/// A process in miniature, with a pool `p` in most tests and one volume `v` at most.
+struct Node(Engine);
 
-/// A process in miniature: a shard on a thread of its own.
-struct Engine {
-    handle: EngineHandle,
-    thread: Option<JoinHandle<()>>,
+impl std::ops::Deref for Node {
+    type Target = Engine;
+
+    fn deref(&self) -> &Engine {
+        &self.0
+    }
 }
 
-impl Engine {
+impl Node {
     fn start() -> Self {
-        let driver = DriverConfig { arena_len: 16 << 20, ..DriverConfig::default() };
-        let shard = ShardConfig { assembly_wait_ms: 200, ..ShardConfig::default() };
-        let (handle, thread) = cairn_engine::start(&driver, &shard).unwrap();
-        Self { handle, thread: Some(thread) }
+        Self(Engine::start(1))
     }
 
-    /// With a pool `p` in memory and an empty replica of this id in it.
+    /// With an empty replica of this id.
     fn with_replica(id: u128) -> Self {
-        let engine = Self::start();
-        let mut device = PoolDevice(Attach::Memory(MemRegion::new(64 << 20).unwrap()));
-        let options = FormatOptions {
-            pool_id: PoolId(id),
-            device_is_zeroed: true,
-            sector_size: 4096,
-            force: false,
-        };
-        Pool::format(&mut device, &options).unwrap();
-        let pool = Box::new(MultiPool::from(Pool::open(&mut device).unwrap()));
-        let len = device.len();
-        let devices = vec![PoolMember { device: device.0, len, path: String::new() }];
-        engine
-            .call(|reply| Command::AddPool { name: "p".to_owned(), devices, pool, reply })
-            .unwrap();
-        let spec = ReplicaSpec {
-            id: ReplicaId(id),
-            volume: VolumeId(99),
-            name: String::new(),
-            blocks: BLOCKS,
-            block_size: BlockSize::B4096,
-            thick: false,
-            source: None,
-        };
-        engine.call(|reply| Command::CreateReplica { pool: "p".to_owned(), spec, reply }).unwrap();
-        engine
+        let node = Self::start();
+        node.add_pool("p");
+        node.add_replica("p", id, 99);
+        node
     }
 
-    fn call<T: Send + 'static>(
-        &self,
-        make: impl FnOnce(Reply<T>) -> cairn_engine::thread::Command,
-    ) -> Result<T, EngineError> {
-        self.handle.call(make)
-    }
-
-    fn listen(&self) -> SocketAddr {
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let (listener, advertise) = cairn_engine::thread::listen(any).unwrap();
-        self.call(|reply| Command::AddListener { listener, advertise, reply }).unwrap();
-        advertise
+    fn listens(&self) -> SocketAddr {
+        self.address
     }
 
     fn add_volume(&self, purpose: Purpose, children: Vec<(ReplicaId, ChildAddress)>) {
@@ -100,55 +59,21 @@ impl Engine {
         children: Vec<(ReplicaId, ChildAddress)>,
         sharing: Option<Sharing>,
     ) {
-        let spec = VolumeSpec {
-            id: VolumeId(99),
-            name: "v".to_owned(),
-            nqn: "nqn.2026-11.io.cairn:v".to_owned(),
-            blocks: BLOCKS,
-            block_size: Some(BlockSize::B4096),
-            children: children.into_iter().map(Into::into).collect(),
-            purpose,
-            child_deadline_ms: 2_000,
-            allowed_hosts: None,
-            sharing,
-            iscsi: None,
-            encryption: None,
-        };
+        let spec = VolumeSpec { purpose, sharing, ..Engine::spec("v", 99, children) };
         self.call(|reply| Command::AddVolume { spec, reply }).unwrap();
     }
 
     fn remove_volume(&self) {
-        self.call(|reply| Command::RemoveVolume { name: "v".to_owned(), reply }).unwrap();
+        self.0.remove_volume("v");
     }
 
     fn volume(&self) -> VolumeReport {
-        self.call(|reply| Command::ListVolumes { reply }).unwrap().remove(0)
+        self.volumes().remove(0)
     }
 
     /// Waits until the volume looks as it should.
-    fn wait(&self, what: &str, wanted: impl Fn(&VolumeReport) -> bool) -> VolumeReport {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            let volume = self.volume();
-            if wanted(&volume) {
-                return volume;
-            }
-            assert!(Instant::now() < until, "{what}: {volume:#?}");
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        let stopped = self.call(|reply| Command::Shutdown { reply });
-        if let Some(thread) = self.thread.take() {
-            let joined = thread.join();
-            if !thread::panicking() {
-                stopped.unwrap();
-                joined.unwrap();
-            }
-        }
+    fn wait(&self, wanted: impl Fn(&VolumeReport) -> bool) -> VolumeReport {
+        self.0.wait("v", wanted)
     }
 }
 
@@ -205,8 +130,7 @@ impl Cable {
 }
 
 fn remote(id: u128, peer: SocketAddr) -> (ReplicaId, ChildAddress) {
-    let nqn = format!("nqn.2026-11.io.cairn:replica:{}", ReplicaId(id));
-    (ReplicaId(id), ChildAddress::Remote { peer, nqn })
+    (ReplicaId(id), ChildAddress::Remote { peer, nqn: replica_nqn(id) })
 }
 
 /// A volume is assembled from two replicas while the third is away, so the third has not promised
@@ -214,21 +138,21 @@ fn remote(id: u128, peer: SocketAddr) -> (ReplicaId, ChildAddress) {
 /// newer nexus had been before it; the nexus believed it was fenced and served nothing any more.
 #[test]
 fn a_replica_that_missed_the_promise_does_not_fence_the_volume() {
-    let replicas: Vec<Engine> = (1..=3).map(Engine::with_replica).collect();
-    let cables: Vec<Cable> = replicas.iter().map(|r| Cable::to(r.listen())).collect();
+    let replicas: Vec<Node> = (1..=3).map(Node::with_replica).collect();
+    let cables: Vec<Cable> = replicas.iter().map(|r| Cable::to(r.listens())).collect();
     let children: Vec<_> = (1..=3).zip(&cables).map(|(id, cable)| cable.child(id)).collect();
-    let nexus = Engine::start();
+    let nexus = Node::start();
     nexus.add_volume(Purpose::Create, children.clone());
-    nexus.wait("created", |v| v.serving);
+    nexus.wait(|v| v.serving);
     nexus.remove_volume();
 
     cables[2].plug(false);
     nexus.add_volume(Purpose::Assemble, children);
-    let volume = nexus.wait("assembled", |v| v.serving);
+    let volume = nexus.wait(|v| v.serving);
     assert!(!volume.children[2].in_sync);
 
     cables[2].plug(true);
-    nexus.wait("the third is back", |v| !v.children[2].reason.contains(';') || !v.serving);
+    nexus.wait(|v| !v.children[2].reason.contains(';') || !v.serving);
     thread::sleep(Duration::from_millis(200));
     let volume = nexus.volume();
     assert!(volume.serving, "{volume:#?}");
@@ -257,13 +181,13 @@ fn black_hole() -> (Vec<TcpStream>, std::os::fd::OwnedFd, SocketAddr) {
 #[test]
 fn the_link_of_a_removed_volume_does_not_touch_the_next_one() {
     let (_held, _fd, nowhere) = black_hole();
-    let engine = Engine::with_replica(1);
+    let engine = Node::with_replica(1);
     engine.add_volume(Purpose::Assemble, vec![remote(2, nowhere)]);
     thread::sleep(Duration::from_millis(200));
     engine.remove_volume();
     let local = ChildAddress::Local { pool: "p".to_owned() };
     engine.add_volume(Purpose::Create, vec![(ReplicaId(1), local)]);
-    engine.wait("created", |v| v.serving);
+    engine.wait(|v| v.serving);
     // The connect gives up after three seconds.
     thread::sleep(Duration::from_millis(3_500));
     let volume = engine.volume();
@@ -275,16 +199,16 @@ fn the_link_of_a_removed_volume_does_not_touch_the_next_one() {
 #[test]
 fn the_link_of_a_replica_that_was_not_added_does_not_touch_the_next_one() {
     let (_held, _fd, nowhere) = black_hole();
-    let (first, second) = (Engine::with_replica(1), Engine::with_replica(3));
+    let (first, second) = (Node::with_replica(1), Node::with_replica(3));
     let local = ChildAddress::Local { pool: "p".to_owned() };
     first.add_volume(Purpose::Create, vec![(ReplicaId(1), local)]);
-    first.wait("created", |v| v.serving);
+    first.wait(|v| v.serving);
     let add = |replica: (ReplicaId, ChildAddress)| {
         let replica = VolumeReplica { witness: true, ..replica.into() };
         first.call(|reply| Command::AddReplica { name: "v".to_owned(), replica, reply })
     };
     add(remote(2, nowhere)).unwrap_err();
-    add(remote(3, second.listen())).unwrap();
+    add(remote(3, second.listens())).unwrap();
     assert_eq!(first.volume().children[1].number, 1, "it has the other's place");
     // The connect gives up after three seconds.
     thread::sleep(Duration::from_millis(3_500));
@@ -296,15 +220,15 @@ fn the_link_of_a_replica_that_was_not_added_does_not_touch_the_next_one() {
 /// the volume over, the first went on reading and writing it.
 #[test]
 fn a_replica_of_the_same_process_is_fenced_too() {
-    let first = Engine::with_replica(1);
-    let peer = first.listen();
+    let first = Node::with_replica(1);
+    let peer = first.listens();
     let local = ChildAddress::Local { pool: "p".to_owned() };
     first.add_volume(Purpose::Create, vec![(ReplicaId(1), local)]);
-    first.wait("created", |v| v.serving);
+    first.wait(|v| v.serving);
 
-    let second = Engine::start();
+    let second = Node::start();
     second.add_volume(Purpose::Assemble, vec![remote(1, peer)]);
-    second.wait("taken over", |v| v.serving);
+    second.wait(|v| v.serving);
 
     let scrub = |engine: &Engine| {
         let action = ScrubAction::Start(ScrubReport { rate_mib_s: 1000, ..ScrubReport::default() });
@@ -313,10 +237,10 @@ fn a_replica_of_the_same_process_is_fenced_too() {
     };
     scrub(&second);
     let finished = |v: &VolumeReport| v.scrub.as_ref().is_some_and(|s| s.cursor == BLOCKS);
-    second.wait("scrubbed", finished);
+    second.wait(finished);
     // The first thing that the first asks of its replica tells it.
     scrub(&first);
-    first.wait("fenced", |v| v.state == "fenced");
+    first.wait(|v| v.state == "fenced");
     assert_eq!(second.volume().state, "online");
 }
 
@@ -324,12 +248,12 @@ fn a_replica_of_the_same_process_is_fenced_too() {
 /// restart knows of it.
 #[test]
 fn replicas_are_added_to_a_volume_and_removed() {
-    let first = Engine::with_replica(1);
-    let others: Vec<Engine> = (2..=4).map(Engine::with_replica).collect();
-    let peers: Vec<SocketAddr> = others.iter().map(Engine::listen).collect();
+    let first = Node::with_replica(1);
+    let others: Vec<Node> = (2..=4).map(Node::with_replica).collect();
+    let peers: Vec<SocketAddr> = others.iter().map(Node::listens).collect();
     let local = (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() });
     first.add_volume(Purpose::Create, vec![local.clone()]);
-    first.wait("created", |v| v.serving);
+    first.wait(|v| v.serving);
 
     let add = |replica: (ReplicaId, ChildAddress), witness| {
         let replica = VolumeReplica { witness, ..replica.into() };
@@ -341,7 +265,7 @@ fn replicas_are_added_to_a_volume_and_removed() {
         first.call(|reply| Command::RemoveReplica { name, replica, reply })
     };
     add(remote(2, peers[0]), false).unwrap();
-    let volume = first.wait("it has its data", |v| v.state == "online");
+    let volume = first.wait(|v| v.state == "online");
     assert_eq!((volume.children.len(), volume.children[1].in_sync), (2, true), "{volume:#?}");
     add(remote(3, peers[1]), true).unwrap();
     let volume = first.volume();
@@ -364,14 +288,14 @@ fn replicas_are_added_to_a_volume_and_removed() {
     assert!(refused.to_string().contains("the only one"), "{refused}");
     add(remote(4, peers[2]), false).unwrap();
     remove(3).unwrap();
-    first.wait("it has its data", |v| v.state == "online");
+    first.wait(|v| v.state == "online");
     first.remove_volume();
 
     // The one that was removed does not know better than those that decided it.
     first.add_volume(Purpose::Assemble, vec![local, remote(2, peers[0])]);
     // Where the fourth is the configuration tells, and somebody does just then: it is taken up once.
     let told = add(remote(4, peers[2]), false);
-    let volume = first.wait("assembled", |v| v.serving && v.children[1].state == "idle");
+    let volume = first.wait(|v| v.serving && v.children[1].state == "idle");
     assert!(volume.children[1].reason.contains("not a member"), "{volume:#?}");
     assert!(volume.children.iter().any(|c| c.replica == ReplicaId(4)), "{told:?}, {volume:#?}");
 }
@@ -380,17 +304,17 @@ fn replicas_are_added_to_a_volume_and_removed() {
 /// the others had all of it.
 #[test]
 fn a_volume_comes_up_without_a_local_pool_that_is_gone() {
-    let first = Engine::with_replica(1);
-    let others: Vec<Engine> = (2..=3).map(Engine::with_replica).collect();
-    let remotes = || others.iter().zip(2..).map(|(engine, id)| remote(id, engine.listen()));
+    let first = Node::with_replica(1);
+    let others: Vec<Node> = (2..=3).map(Node::with_replica).collect();
+    let remotes = || others.iter().zip(2..).map(|(engine, id)| remote(id, engine.listens()));
     let local = || (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() });
     first.add_volume(Purpose::Create, std::iter::once(local()).chain(remotes()).collect());
-    first.wait("created", |v| v.serving);
+    first.wait(|v| v.serving);
     first.remove_volume();
 
-    let again = Engine::start();
+    let again = Node::start();
     again.add_volume(Purpose::Assemble, std::iter::once(local()).chain(remotes()).collect());
-    let volume = again.wait("up", |v| v.serving);
+    let volume = again.wait(|v| v.serving);
     let gone = &volume.children[0];
     assert_eq!((volume.state.as_str(), gone.connected), ("degraded", false), "{volume:#?}");
     assert!(gone.reason.contains("have pool `p` opened"), "{volume:#?}");
@@ -401,21 +325,8 @@ fn a_volume_comes_up_without_a_local_pool_that_is_gone() {
 /// is too small was taken, and failed at the first write past its end.
 #[test]
 fn children_that_cannot_be_are_refused() {
-    let engine = Engine::with_replica(1);
-    let spec = |blocks, child: (ReplicaId, ChildAddress)| VolumeSpec {
-        id: VolumeId(99),
-        name: "v".to_owned(),
-        nqn: "nqn.2026-11.io.cairn:v".to_owned(),
-        blocks,
-        block_size: Some(BlockSize::B4096),
-        children: vec![child.into()],
-        purpose: Purpose::Create,
-        child_deadline_ms: 2_000,
-        allowed_hosts: None,
-        sharing: None,
-        iscsi: None,
-        encryption: None,
-    };
+    let engine = Node::with_replica(1);
+    let spec = |blocks, child| VolumeSpec { blocks, ..Engine::spec("v", 99, vec![child]) };
     let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
     let long = ChildAddress::Remote { peer, nqn: format!("nqn.{}", "x".repeat(300)) };
     let local = ChildAddress::Local { pool: "p".to_owned() };
@@ -426,94 +337,25 @@ fn children_that_cannot_be_are_refused() {
 }
 
 /// A nexus by hand: a session with a replica, on plain sockets.
-struct Client {
-    session: Session,
-    mem: HeapMemory,
-    peer: SocketAddr,
-    streams: [Option<TcpStream>; 2],
-    next_tag: u32,
+struct Nexus(Client);
+
+impl std::ops::Deref for Nexus {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.0
+    }
 }
 
-impl Client {
+impl std::ops::DerefMut for Nexus {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.0
+    }
+}
+
+impl Nexus {
     fn to(peer: SocketAddr, replica: u128) -> Self {
-        let mut mem = HeapMemory::new(1 << 20);
-        let config = SessionConfig {
-            hostnqn: "nqn.2026-11.io.cairn:test".to_owned(),
-            hostid: 5,
-            subnqn: format!("nqn.2026-11.io.cairn:replica:{}", ReplicaId(replica)),
-            kato_ms: 0,
-            io_queues: 1,
-            queue_entries: 32,
-            header_digest: false,
-            data_digest: true,
-        };
-        let session = Session::new(config, &mut mem).unwrap();
-        let mut client = Self { session, mem, peer, streams: [None, None], next_tag: 0 };
-        let deadline = Instant::now() + PATIENCE;
-        while !client.turn() {
-            assert!(Instant::now() < deadline, "no session");
-        }
-        client
-    }
-
-    /// Moves bytes both ways. Whether the session became ready.
-    fn turn(&mut self) -> bool {
-        let mut ready = false;
-        while let Some(event) = self.session.poll_event() {
-            match event {
-                SessionEvent::OpenQueue(q) => {
-                    let stream = TcpStream::connect(self.peer).unwrap();
-                    stream.set_nodelay(true).unwrap();
-                    stream.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
-                    self.streams[usize::from(q.0)] = Some(stream);
-                    self.session.handle_connected(q, 0, &mut self.mem);
-                }
-                SessionEvent::Ready(_) => ready = true,
-                SessionEvent::Failed(error) => panic!("{error}"),
-            }
-        }
-        for (q, stream) in (0u16..).map(QueueIndex).zip(&mut self.streams) {
-            let Some(stream) = stream else { continue };
-            let mut windows = Vec::with_capacity(64);
-            while self.session.tx(q).wants_send() {
-                self.session.tx(q).take_batch(&mut windows);
-                for &window in &windows {
-                    stream.write_all(self.mem.bytes(window)).unwrap();
-                }
-                self.session.tx(q).handle_sent(&mut self.mem);
-            }
-            let buf = self.mem.alloc(64 << 10).unwrap();
-            if let Ok(n) = stream.read(self.mem.bytes_mut(buf.slice())) {
-                let got = buf.slice().sub(0, u32::try_from(n).unwrap());
-                self.session.handle_recv(q, got, 0, &mut self.mem).unwrap();
-            }
-            self.mem.release(buf);
-        }
-        ready
-    }
-
-    fn wait(&mut self, q: u16, request: Submit) -> IoStatus {
-        self.next_tag += 1;
-        self.session.submit(QueueIndex(q), self.next_tag, request, &mut self.mem).unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            self.turn();
-            if let Some(done) = self.session.poll_completion() {
-                assert_eq!(done.tag, self.next_tag);
-                return done.io_status;
-            }
-            assert!(Instant::now() < deadline, "no answer");
-        }
-    }
-
-    fn write(&mut self, lba: u64) -> IoStatus {
-        let buf = self.mem.alloc(4096).unwrap();
-        self.mem.bytes_mut(buf.slice()).fill(7);
-        let range = LbaRange::new(Lba(lba), 1).unwrap();
-        let request = IoRequest { op: IoOp::Write { fua: false }, range, buf: buf.slice() };
-        let status = self.wait(1, Submit::Io(request));
-        self.mem.release(buf);
-        status
+        Self(Client::connect(peer, &replica_nqn(replica), HOST, true, usize::MAX).unwrap())
     }
 
     fn page(&mut self, opcode: u8, cdw: (u32, u32), fill: impl FnOnce(&mut [u8])) -> IoStatus {
@@ -547,17 +389,17 @@ impl Client {
 /// What a nexus elsewhere asks about changes, over the wire; and that an older one is refused.
 #[test]
 fn changes_are_told_and_settled_over_the_wire() {
-    let replica = Engine::with_replica(1);
-    let peer = replica.listen();
-    let mut client = Client::to(peer, 1);
-    assert_eq!(client.write(0), IoStatus::Ok);
-    assert_eq!(client.write(3 * 256), IoStatus::Ok);
+    let replica = Node::with_replica(1);
+    let peer = replica.listens();
+    let mut client = Nexus::to(peer, 1);
+    client.write(0, 7);
+    client.write(3 * 256, 7);
     let open = change::MAPPED | change::OPEN;
     let told = client.changes(0, 1, 64 << 10).unwrap();
     assert_eq!(told[..8], [open, 0, 0, open, 0, 0, 0, 0]);
     assert!(told[8..].iter().all(|&byte| byte == 0));
     assert_eq!(client.settle(SettleCall::Begin { round: 9 }), IoStatus::Ok);
-    assert_eq!(client.write(1), IoStatus::Ok);
+    client.write(1, 7);
     assert_eq!(
         client.settle(SettleCall::End { round: 9, stamp: 4, below: u32::MAX }),
         IoStatus::Ok
@@ -568,7 +410,7 @@ fn changes_are_told_and_settled_over_the_wire() {
     let junk = client.page(upkeep::OPCODE_SETTLE, (0, 0), |page| page.fill(1));
     assert_eq!(junk, IoStatus::InvalidField);
     // Another nexus takes the replica over: what the first one says counts no more.
-    let mut next = Client::to(peer, 1);
+    let mut next = Nexus::to(peer, 1);
     assert_eq!(next.page(register::OPCODE_PROMISE, (7, 0), |_| ()), IoStatus::Ok);
     assert_eq!(client.settle(SettleCall::Begin { round: 10 }), IoStatus::Fenced);
     assert_eq!(client.changes(0, 4, 8), Err(IoStatus::Fenced));
@@ -578,7 +420,7 @@ fn changes_are_told_and_settled_over_the_wire() {
 /// A takeover that was refused left the volume refused, until somebody asked for another.
 #[test]
 fn a_process_that_was_refused_stands_by_again_and_says_why() {
-    let engine = Engine::with_replica(1);
+    let engine = Node::with_replica(1);
     let local = (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() });
     let by_hand = Purpose::StandBy { auto_after_ms: None };
     engine.add_shared(by_hand, vec![local.clone()], Some(Sharing::default()));
@@ -588,17 +430,17 @@ fn a_process_that_was_refused_stands_by_again_and_says_why() {
         let refused = take().unwrap_err();
         assert!(refused.to_string().contains("no replica holds a configuration"), "{refused}");
         let told = |v: &VolumeReport| v.detail.contains("no replica holds a configuration");
-        engine.wait("told", |v| v.state == "standby" && told(v));
+        engine.wait(|v| v.state == "standby" && told(v));
     }
     engine.remove_volume();
     // Once there is something to be taken over it is.
     engine.add_volume(Purpose::Create, vec![local.clone()]);
-    engine.wait("created", |v| v.serving);
+    engine.wait(|v| v.serving);
     engine.remove_volume();
     engine.add_shared(by_hand, vec![local], Some(Sharing::default()));
     take().unwrap();
     assert!(engine.volume().serving);
     engine.call(|reply| Command::StandBy { name: "v".to_owned(), reply }).unwrap();
-    let volume = engine.wait("looked at", |v| v.blocks == BLOCKS);
+    let volume = engine.wait(|v| v.blocks == BLOCKS);
     assert_eq!((volume.state.as_str(), volume.unfit.as_str()), ("standby", ""), "{volume:#?}");
 }
