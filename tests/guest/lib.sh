@@ -178,12 +178,24 @@ longest() {
     echo $now >"$2"
 }
 
+# in_time WHAT LIMIT: tells of the longest request, and whether it took longer than is promised on a quiet machine. Without
+# STRICT only what a host would not have waited for fails: Linux waits 30 s for a request, and for one that is sent again too.
+in_time() {
+    if [ "$worst" -le "$2" ]; then
+        tell "PAUSE $1 $worst ms"
+    else
+        tell "PAUSE $1 $worst ms, more than $2"
+        most=30000
+        [ -z "$STRICT" ] && [ "$2" -lt $most ] || most=$2
+        [ "$worst" -le $most ] || fail "$1 $worst ms, more than $most"
+    fi
+}
+
 # pause WHAT LIMIT: what the host noticed since the last call.
 pause() {
     longest /tmp/worst /tmp/reading
     echo "   $1: a read took $worst ms at most"
-    tell "PAUSE $1 $worst ms"
-    [ "$worst" -le "$2" ] || fail "$1: a read took $worst ms, more than $2"
+    in_time "$1" "$2"
     [ ! -e /tmp/probe-error ] || fail "$1: $(cat /tmp/probe-error)"
 }
 
@@ -210,8 +222,7 @@ begin_probes() {
 # noticed WHAT LIMIT: the longest write and read since the last call.
 noticed() {
     longest /tmp/worst-write /tmp/writing
-    tell "PAUSE $1: a write $worst ms"
-    [ "$worst" -le "$2" ] || fail "$1: a write took $worst ms, more than $2"
+    in_time "$1: a write" "$2"
     pause "$1" "$2"
 }
 

@@ -265,20 +265,21 @@ pub(crate) const JOBS: [Job; 13] = [
 /// What became of one case.
 #[derive(Debug)]
 pub(crate) struct Outcome {
-    pub(crate) case: String,
+    job: &'static str,
+    case: String,
     /// Why it failed, if it did.
     pub(crate) failure: Option<String>,
-    pub(crate) time: Duration,
+    time: Duration,
 }
 
 impl Outcome {
-    fn report(self, job: &str) -> Self {
+    pub(crate) fn report(&self) {
+        let Self { job, case, .. } = self;
         let time = self.time.as_secs_f64();
         match &self.failure {
-            None => println!("case {job}/{} ... ok ({time:.1} s)", self.case),
-            Some(why) => println!("case {job}/{} ... FAIL ({time:.1} s)\n    {why}", self.case),
+            None => println!("case {job}/{case} ... ok ({time:.1} s)"),
+            Some(why) => println!("case {job}/{case} ... FAIL ({time:.1} s)\n    {why}"),
         }
-        self
     }
 }
 
@@ -311,10 +312,11 @@ impl Job {
         net: &Net,
         logs: &Path,
         only: &[String],
+        strict: bool,
         start: impl FnOnce() -> Result<Box<dyn Peer + 'p>>,
     ) -> Vec<Outcome> {
         let mut run =
-            Run { job: self, outcomes: Vec::new(), messages: None, began: Instant::now() };
+            Run { job: self, strict, outcomes: Vec::new(), messages: None, began: Instant::now() };
         let cases: Vec<_> = self.cases(only).collect();
         let mut peer = match start() {
             Ok(peer) => Some(peer),
@@ -341,6 +343,8 @@ impl Job {
 
 struct Run<'a> {
     job: &'a Job,
+    /// Whether a longer pause than is promised fails its case.
+    strict: bool,
     outcomes: Vec<Outcome>,
     /// The kernel's messages, once the guest has sent all of them.
     messages: Option<Vec<String>>,
@@ -350,8 +354,10 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn add(&mut self, case: &str, failure: Option<String>) {
-        let outcome = Outcome { case: case.to_owned(), failure, time: self.began.elapsed() };
-        self.outcomes.push(outcome.report(self.job.name));
+        let (job, time) = (self.job.name, self.began.elapsed());
+        let outcome = Outcome { job, case: case.to_owned(), failure, time };
+        outcome.report();
+        self.outcomes.push(outcome);
     }
 
     fn fail_rest(&mut self, cases: &[&str], why: &str) {
@@ -402,6 +408,7 @@ impl Run<'_> {
             ("IQN", endpoint.unit.iqn.clone()),
             ("ISCSI_PORT", endpoint.unit.port.to_string()),
             ("ONLY", cases.join(" ")),
+            ("STRICT", if self.strict { "1".to_owned() } else { String::new() }),
         ];
         let boot = Boot {
             name: self.job.name,

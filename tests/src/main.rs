@@ -47,6 +47,10 @@ struct Args {
     /// Keep the logs of a run that passed.
     #[arg(long)]
     keep: bool,
+    /// Fail a case whose host waited longer for a request than docs/operations.md promises; for a quiet machine.
+    /// Without it that is printed, and only a pause that a host would not have waited for (30 s) fails.
+    #[arg(long)]
+    strict: bool,
     /// What serves the volume.
     #[arg(long, value_enum, default_value = "cairn")]
     peer: PeerKind,
@@ -118,7 +122,7 @@ fn run_jobs(args: &Args, jobs: &[Job], image: &image::Image, run_dir: &Path) -> 
         let logs = run_dir.join(job.name);
         fs::create_dir_all(&logs)?;
         println!("guest: booting {}", job.name);
-        outcomes.extend(job.run(image, &net, &logs, &args.only, || {
+        outcomes.extend(job.run(image, &net, &logs, &args.only, args.strict, || {
             Ok(match args.peer {
                 PeerKind::Cairn => {
                     let state = logs.join("state");
@@ -136,8 +140,9 @@ fn run_jobs(args: &Args, jobs: &[Job], image: &image::Image, run_dir: &Path) -> 
             let _ = fs::remove_file(logs.join(format!("{name}.initrd")));
         }
     }
-    let failed = outcomes.iter().filter(|o| o.failure.is_some()).count();
     println!("guest: {:.0} s", began.elapsed().as_secs_f64());
+    let failures = outcomes.iter().filter(|outcome| outcome.failure.is_some());
+    let failed = failures.map(|outcome| outcome.report()).count();
     println!("{} passed, {failed} failed, 0 skipped", outcomes.len() - failed);
     Ok(failed == 0)
 }
