@@ -243,6 +243,7 @@ pub(crate) const JOBS: [Job; 13] = [
             "FAILED Result",
             "I/O error, dev sd",
             "session recovery timed out",
+            "alua: rtpg failed",
             // At the logout of one that stands by.
             "Synchronize Cache(10) failed",
         ],

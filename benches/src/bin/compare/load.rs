@@ -1,8 +1,10 @@
 //! What is asked of every stack, and what came of it.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use clap::Args;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -53,6 +55,78 @@ impl Load {
             (false, false) => "read",
             (false, true) => "write",
         }
+    }
+
+    /// Tells a client of this program of it: the arguments of [`Client`].
+    pub(crate) fn tell(&self, client: &mut Command, seconds: f64, spin_us: u64) {
+        let flags =
+            [("--write", self.write), ("--random", self.random), ("--durable", self.durable)];
+        client.args(flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag));
+        client.args(["--bs", &self.bs.to_string(), "--qd", &self.qd.to_string()]);
+        client.args(["--seconds", &seconds.to_string(), "--spin-us", &spin_us.to_string()]);
+    }
+}
+
+/// A load, as a client of this program is given it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Client {
+    #[arg(long)]
+    pub(crate) write: bool,
+    #[arg(long)]
+    random: bool,
+    #[arg(long)]
+    pub(crate) bs: u32,
+    #[arg(long)]
+    pub(crate) qd: u32,
+    #[arg(long)]
+    seconds: f64,
+    /// So long it looks for answers before it sleeps.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) spin_us: u64,
+    /// A flush after each write.
+    #[arg(long)]
+    pub(crate) durable: bool,
+}
+
+impl Client {
+    pub(crate) fn time(&self) -> Duration {
+        Duration::from_secs_f64(self.seconds)
+    }
+
+    /// The offsets of requests in so many bytes.
+    pub(crate) fn pattern(&self, size: u64) -> Result<Pattern> {
+        let units = size.checked_div(u64::from(self.bs)).filter(|&units| units > 0);
+        let units = units.context("there is no room for a request")?;
+        Ok(Pattern { random: self.random, units, bs: self.bs, state: 0, next: 0 })
+    }
+}
+
+/// What is asked for, request by request.
+#[derive(Debug)]
+pub(crate) struct Pattern {
+    random: bool,
+    /// Requests that there is room for.
+    pub(crate) units: u64,
+    bs: u32,
+    state: u64,
+    next: u64,
+}
+
+impl Pattern {
+    /// Bytes from the start.
+    pub(crate) fn next(&mut self) -> u64 {
+        let unit = if self.random {
+            // Knuth's linear congruential generator; its lower bits are poor.
+            self.state = self
+                .state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            self.state >> 33
+        } else {
+            self.next += 1;
+            self.next - 1
+        };
+        unit % self.units * u64::from(self.bs)
     }
 }
 
@@ -121,6 +195,20 @@ pub(crate) fn medians(runs: &[Measured]) -> Measured {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn requests_go_through_all_of_it_in_order_or_not() {
+        let client = |random| {
+            let (bs, qd) = (4096, 1);
+            Client { write: true, random, bs, qd, seconds: 1.0, spin_us: 0, durable: false }
+        };
+        let mut pattern = client(false).pattern(3 * 4096 + 1).unwrap();
+        assert_eq!([0; 4].map(|_| pattern.next()), [0, 4096, 8192, 0]);
+        let mut pattern = client(true).pattern(16 * 4096).unwrap();
+        let seen: std::collections::BTreeSet<u64> = (0..200).map(|_| pattern.next()).collect();
+        assert_eq!(seen.len(), 16);
+        assert!(client(true).pattern(4095).is_err());
+    }
 
     #[test]
     fn one_run_that_was_disturbed_does_not_count() {

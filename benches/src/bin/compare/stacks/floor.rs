@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use cairn_block::{Buf, ByteOffset, Memory};
 use cairn_reactor::{
     Attach, BlockFile, Completion, DeviceId, Driver, DriverConfig, IoMode, Op, OpenError, Token,
@@ -16,7 +16,7 @@ use hdrhistogram::Histogram;
 
 use super::{Group, Place, Running, Stack, full_file};
 use crate::fio::{self, Fio};
-use crate::load::{Load, Measured, tell};
+use crate::load::{Client, Load, Measured, Pattern, tell};
 use crate::procs::{run_json, wait_for};
 
 pub(crate) const ONE: Stack = Stack {
@@ -74,14 +74,8 @@ impl Running for Three {
 
     fn load(&mut self, load: &Load, seconds: f64) -> Result<Measured> {
         let mut command = Command::new(&self.own);
-        command.args(["fan-out", "--bs", &load.bs.to_string(), "--qd", &load.qd.to_string()]);
-        command.args(["--seconds", &seconds.to_string()]);
-        if load.random {
-            command.arg("--random");
-        }
-        if load.durable {
-            command.arg("--durable");
-        }
+        command.arg("fan-out");
+        load.tell(&mut command, seconds, 0);
         Measured::told(&run_json(command.args(&self.files))?, load)
     }
 
@@ -95,17 +89,8 @@ impl Running for Three {
 pub(crate) struct FanOut {
     /// The files, of the same size.
     files: Vec<PathBuf>,
-    #[arg(long)]
-    bs: u32,
-    #[arg(long)]
-    qd: u16,
-    #[arg(long)]
-    seconds: f64,
-    #[arg(long)]
-    random: bool,
-    /// A flush of each file after each write.
-    #[arg(long)]
-    durable: bool,
+    #[command(flatten)]
+    load: Client,
 }
 
 /// A write under way.
@@ -117,25 +102,15 @@ struct Slot {
     flushing: bool,
 }
 
-struct Fan<'a> {
-    options: &'a FanOut,
+struct Fan {
     driver: UringDriver,
     devices: Vec<DeviceId>,
-    units: u64,
-    next: u64,
+    pattern: Pattern,
 }
 
-impl Fan<'_> {
+impl Fan {
     fn write(&mut self, at: u64, slot: &mut Slot) {
-        self.next = if self.options.random {
-            self.next
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407)
-        } else {
-            self.next + 1
-        };
-        let unit = if self.options.random { self.next >> 33 } else { self.next } % self.units;
-        let offset = ByteOffset(unit * u64::from(self.options.bs));
+        let offset = ByteOffset(self.pattern.next());
         slot.begun_ns = self.driver.now_ns();
         slot.missing = self.devices.len();
         slot.flushing = false;
@@ -175,19 +150,17 @@ pub(crate) fn fan_out(options: &FanOut) -> Result<()> {
         shortest = shortest.min(file.len());
         devices.push(driver.attach_device(Attach::File(file))?);
     }
-    let units = shortest / u64::from(options.bs.max(1));
-    if devices.is_empty() || units == 0 {
-        bail!("there is nothing to write to");
-    }
+    let load = &options.load;
+    let pattern = load.pattern(if devices.is_empty() { 0 } else { shortest })?;
     let mut slots = Vec::new();
-    for _ in 0..options.qd {
-        let buf = driver.memory().alloc(options.bs).context("no memory")?;
+    for _ in 0..load.qd {
+        let buf = driver.memory().alloc(load.bs).context("no memory")?;
         driver.memory().bytes_mut(buf.slice()).fill(0xa7);
         slots.push(Slot { buf, begun_ns: 0, missing: 0, flushing: false });
     }
-    let mut fan = Fan { options, driver, devices, units, next: 1 };
+    let mut fan = Fan { driver, devices, pattern };
     let begun = fan.driver.now_ns();
-    let end = begun + u64::try_from(Duration::from_secs_f64(options.seconds).as_nanos())?;
+    let end = begun + u64::try_from(load.time().as_nanos())?;
     for (at, slot) in (0..).zip(&mut slots) {
         fan.write(at, slot);
     }
@@ -204,7 +177,7 @@ pub(crate) fn fan_out(options: &FanOut) -> Result<()> {
             if slot.missing > 0 {
                 continue;
             }
-            if options.durable && !slot.flushing {
+            if load.durable && !slot.flushing {
                 fan.flush(token.value(), slot);
                 continue;
             }

@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use cairn_iscsi::pdu::{BHS_LEN, Body, CmdSn, Header, LoginRequest, NO_TAG, encode_lun, lengths};
@@ -12,7 +12,7 @@ use hdrhistogram::Histogram;
 
 use super::Place;
 use super::loopback::read;
-use crate::load::{Load, Measured, tell};
+use crate::load::{Client, Load, Measured, tell};
 use crate::procs::{pinned, run_json};
 
 /// `iscsi-client`: asks.
@@ -22,19 +22,8 @@ pub(crate) struct IscsiClient {
     iqn: String,
     #[arg(long)]
     lun: u16,
-    #[arg(long)]
-    rw: String,
-    #[arg(long)]
-    bs: u32,
-    #[arg(long)]
-    qd: u32,
-    #[arg(long)]
-    seconds: f64,
-    #[arg(long)]
-    spin_us: u64,
-    /// A SYNCHRONIZE CACHE after each write.
-    #[arg(long)]
-    durable: bool,
+    #[command(flatten)]
+    load: Client,
     /// Write everything once, and nothing else.
     #[arg(long)]
     fill: bool,
@@ -53,27 +42,34 @@ impl Unit {
         let mut command = pinned(&place.own, place.cores.map(|(_, client)| client));
         command.args(["iscsi-client", &self.peer.to_string(), &self.iqn]);
         command.args(["--lun", &self.lun.to_string()]);
-        command.args(["--spin-us", &place.client_spin_us.to_string()]);
         command
     }
 
     /// Writes all of it once.
     pub(crate) fn fill(&self, place: &Place) -> Result<()> {
         let mut command = self.client(place);
-        command.args(["--rw", "write", "--bs", "262144", "--qd", "4", "--seconds", "60", "--fill"]);
+        FILL.tell(&mut command, 60.0, place.client_spin_us);
+        command.arg("--fill");
         run_json(&mut command).map(|_| ())
     }
 
     pub(crate) fn load(&self, place: &Place, load: &Load, seconds: f64) -> Result<Measured> {
         let mut command = self.client(place);
-        command.args(["--rw", load.rw(), "--bs", &load.bs.to_string()]);
-        command.args(["--qd", &load.qd.to_string(), "--seconds", &seconds.to_string()]);
-        if load.durable {
-            command.arg("--durable");
-        }
+        load.tell(&mut command, seconds, place.client_spin_us);
         Measured::told(&run_json(&mut command)?, load)
     }
 }
+
+/// Everything once.
+const FILL: Load = Load {
+    name: "fill",
+    title: "fill",
+    write: true,
+    random: false,
+    bs: 256 << 10,
+    qd: 4,
+    durable: false,
+};
 
 const NAME: &str = "iqn.2026-11.io.cairn:compare-client";
 /// Operational stage, full feature phase.
@@ -111,7 +107,7 @@ impl Initiator {
         stream.set_nodelay(true)?;
         let mut initiator = Self {
             stream,
-            spin_us: options.spin_us,
+            spin_us: options.load.spin_us,
             lun: encode_lun(options.lun),
             sn: CmdSn { cmd: 1, exp_stat: 0 },
             max_cmd: 1,
@@ -329,27 +325,6 @@ fn capacity(initiator: &mut Initiator) -> Result<(u64, u32)> {
     Ok(((last + 1) * u64::from(block), block))
 }
 
-/// What is asked for, request by request.
-struct Pattern {
-    random: bool,
-    units: u64,
-    blocks: u32,
-    next: u64,
-}
-
-impl Pattern {
-    fn next(&mut self) -> u64 {
-        self.next = if self.random {
-            self.next
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407)
-        } else {
-            self.next + (1 << 33)
-        };
-        (self.next >> 33) % self.units * u64::from(self.blocks)
-    }
-}
-
 /// What a request is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -361,18 +336,16 @@ enum Stage {
 pub(crate) fn client_main(options: &IscsiClient) -> Result<()> {
     let mut initiator = Initiator::connect(options)?;
     let (size, block) = capacity(&mut initiator)?;
-    let blocks = options.bs / block;
-    let units = size / u64::from(options.bs);
-    let random = options.rw.starts_with("rand");
-    let mut pattern = Pattern { random, units, blocks, next: (1 << 33) - 1 };
-    let writes = options.rw.ends_with("write");
-    let data = vec![0xa7; options.bs as usize];
+    let load = &options.load;
+    let mut pattern = load.pattern(size)?;
+    let (units, blocks) = (pattern.units, load.bs / block);
+    let data = vec![0xa7; load.bs as usize];
     let begun = Instant::now();
-    let end = begun + Duration::from_secs_f64(options.seconds);
-    let mut since = vec![begun; options.qd as usize];
-    let mut stages = vec![Stage::Data; options.qd as usize];
+    let end = begun + load.time();
+    let mut since = vec![begun; load.qd as usize];
+    let mut stages = vec![Stage::Data; load.qd as usize];
     let mut latency = Histogram::<u64>::new_with_bounds(1, 100_000_000_000, 3)?;
-    let (mut waiting, mut busy, mut asked) = ((0..options.qd).collect::<Vec<_>>(), options.qd, 0);
+    let (mut waiting, mut busy, mut asked) = ((0..load.qd).collect::<Vec<_>>(), load.qd, 0);
     while busy > 0 {
         while initiator.may_ask()
             && let Some(tag) = waiting.pop()
@@ -382,9 +355,9 @@ pub(crate) fn client_main(options: &IscsiClient) -> Result<()> {
                 continue;
             }
             asked += 1;
-            let opcode = if writes { WRITE_16 } else { READ_16 };
-            let cdb = cdb(opcode, pattern.next(), blocks);
-            initiator.command(tag, cdb, options.bs, writes.then_some(&data[..]));
+            let opcode = if load.write { WRITE_16 } else { READ_16 };
+            let cdb = cdb(opcode, pattern.next() / u64::from(block), blocks);
+            initiator.command(tag, cdb, load.bs, load.write.then_some(&data[..]));
         }
         initiator.send()?;
         initiator.receive()?;
@@ -413,7 +386,7 @@ pub(crate) fn client_main(options: &IscsiClient) -> Result<()> {
             }
             let at = tag as usize;
             let over = if options.fill { asked >= units } else { now >= end };
-            if options.durable && stages[at] == Stage::Data {
+            if load.durable && stages[at] == Stage::Data {
                 stages[at] = Stage::Flush;
                 waiting.push(tag);
                 continue;

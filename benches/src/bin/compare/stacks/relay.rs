@@ -90,14 +90,9 @@ impl Running for Relay {
     fn load(&mut self, load: &Load, seconds: f64) -> Result<Measured> {
         let core = self.place.cores.filter(|_| self.pin).map(|(_, client)| client);
         let mut command = pinned(&self.place.own, core);
-        command.args(["relay-client", &self.front.to_string(), "--rw", load.rw()]);
-        command.args(["--spin-us", &self.spin_us.to_string()]);
-        command.args(["--bs", &load.bs.to_string(), "--qd", &load.qd.to_string()]);
+        command.args(["relay-client", &self.front.to_string()]);
         command.args(["--size", &self.place.size.to_string()]);
-        command.args(["--seconds", &seconds.to_string()]);
-        if load.durable {
-            command.arg("--durable");
-        }
+        load.tell(&mut command, seconds, self.spin_us);
         Measured::told(&run_json(&mut command)?, load)
     }
 
@@ -175,6 +170,9 @@ struct Slot {
     missing: usize,
 }
 
+/// A request or an answer, and the data that came with it.
+type Message = (Asked, Option<Buf>);
+
 /// A connection and what is half received of it.
 struct Conn {
     socket: SocketId,
@@ -210,22 +208,23 @@ impl Conn {
         &mut self,
         arena: &mut Arena,
         mut rest: BufSlice,
-    ) -> (Option<(Asked, Option<Buf>)>, BufSlice) {
+    ) -> Result<(Option<Message>, BufSlice)> {
         if self.asked.is_none() {
             let size = if self.answers { HEADER } else { CAPSULE };
-            let missing = size as usize - self.head.len();
-            let bytes = arena.bytes(rest);
-            let got = missing.min(bytes.len());
-            self.head.extend_from_slice(&bytes[..got]);
-            rest = rest.from(u32::try_from(got).expect("a part of a chunk"));
+            let missing = size - u32::try_from(self.head.len())?;
+            let got = missing.min(rest.len());
+            self.head.extend_from_slice(arena.bytes(rest.sub(0, got)));
+            rest = rest.from(got);
             if got < missing {
-                return (None, rest);
+                return Ok((None, rest));
             }
             let asked = Asked::get(&self.head);
             self.head.clear();
             self.filled = 0;
             let brings = asked.brings(self.answers);
-            self.data = (brings > 0).then(|| arena.alloc(brings).expect("the arena is large"));
+            if brings > 0 {
+                self.data = Some(arena.alloc(brings).context("no memory for a request")?);
+            }
             self.asked = Some(asked);
         }
         if let Some(data) = &self.data {
@@ -236,10 +235,10 @@ impl Conn {
             self.filled += len;
             rest = rest.from(len);
             if self.filled < data.slice().len() {
-                return (None, rest);
+                return Ok((None, rest));
             }
         }
-        (self.asked.take().map(|asked| (asked, self.data.take())), rest)
+        Ok((self.asked.take().map(|asked| (asked, self.data.take())), rest))
     }
 }
 
@@ -271,29 +270,31 @@ impl Node {
         self.room.slice().sub(slot * ROOM + CAPSULE, HEADER)
     }
 
-    fn received(&mut self, at: usize, chunk: BufSlice) {
+    fn received(&mut self, at: usize, chunk: BufSlice) -> Result<()> {
         let mut rest = chunk;
         while !rest.is_empty() {
-            let Some(conn) = &mut self.conns[at] else { return };
+            let Some(conn) = &mut self.conns[at] else { return Ok(()) };
             let answers = conn.answers;
-            let (message, left) = conn.take(self.driver.memory(), rest);
+            let (message, left) = conn.take(self.driver.memory(), rest)?;
             rest = left;
             match message {
                 Some((asked, data)) if answers => self.answered(asked, data),
-                Some((asked, data)) => self.asked(at, asked, data),
+                Some((asked, data)) => self.asked(at, asked, data)?,
                 None => {}
             }
         }
+        Ok(())
     }
 
-    fn asked(&mut self, conn: usize, asked: Asked, data: Option<Buf>) {
-        let slot = self.free.pop().expect("no client asks for so much at once");
+    fn asked(&mut self, conn: usize, asked: Asked, data: Option<Buf>) -> Result<()> {
+        let slot = self.free.pop().context("more requests at once than there is room for")?;
         let window = data.as_ref().map(Buf::slice);
         let here = self.peers == 0 || asked.verb & HERE != 0;
         let missing = if here || asked.verb == READ { 1 } else { self.peers };
         self.slots[slot as usize] = Slot { asked: Some(asked), conn, data, missing };
         if let Some(device) = self.device.filter(|_| here) {
-            return self.start_disk(device, slot, asked);
+            self.start_disk(device, slot, asked);
+            return Ok(());
         }
         let capsule = self.capsule(slot);
         let verb = asked.verb | HERE;
@@ -309,6 +310,7 @@ impl Node {
             peer.out.push(capsule);
             peer.out.extend(window);
         }
+        Ok(())
     }
 
     fn start_disk(&mut self, device: DeviceId, slot: u32, asked: Asked) {
@@ -404,8 +406,9 @@ impl Node {
                 self.peers += 1;
             }
             Completion::Received { token, chunk } => {
-                self.received(index(token)?, chunk.slice);
+                let taken = self.received(index(token)?, chunk.slice);
                 self.driver.release_chunk(chunk);
+                taken?;
             }
             Completion::ReceiveEnded { token, .. } => {
                 let at = index(token)?;

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -10,56 +10,31 @@ use hdrhistogram::Histogram;
 
 use super::loopback::{CAPSULE, HEADER, read};
 use super::relay::{Asked, FLUSH, READ, WRITE};
-use crate::load::tell;
+use crate::load::{Client, Pattern, tell};
 
 /// `relay-client`: asks.
 #[derive(Debug, Args)]
 pub(crate) struct RelayClient {
     peer: SocketAddr,
     #[arg(long)]
-    rw: String,
-    #[arg(long)]
-    bs: u32,
-    #[arg(long)]
-    qd: u32,
-    #[arg(long)]
     size: u64,
-    #[arg(long)]
-    seconds: f64,
-    #[arg(long)]
-    spin_us: u64,
-    /// A flush after each write.
-    #[arg(long)]
-    durable: bool,
+    #[command(flatten)]
+    load: Client,
 }
 
-struct Client<'a> {
-    options: &'a RelayClient,
-    begun: Vec<Instant>,
-    next: u64,
+struct Asker {
+    pattern: Pattern,
+    bs: u32,
     out: Vec<u8>,
 }
 
-impl Client<'_> {
-    fn writes(&self) -> bool {
-        self.options.rw.ends_with("write")
-    }
-
+impl Asker {
     fn ask(&mut self, tag: u32, verb: u8) {
-        let bs = self.options.bs;
-        let units = self.options.size / u64::from(bs);
-        self.next = if self.options.rw.starts_with("rand") {
-            self.next
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407)
-        } else {
-            self.next + (1 << 33)
-        };
-        let offset = (self.next >> 33) % units * u64::from(bs);
         let at = self.out.len();
-        let data = if verb == WRITE { bs as usize } else { 0 };
+        let data = if verb == WRITE { self.bs as usize } else { 0 };
         self.out.resize(at + CAPSULE as usize + data, 0xa7);
-        Asked { verb, tag, len: bs, offset }.put(&mut self.out[at..]);
+        let offset = if verb == FLUSH { 0 } else { self.pattern.next() };
+        Asked { verb, tag, len: self.bs, offset }.put(&mut self.out[at..]);
     }
 }
 
@@ -68,19 +43,20 @@ pub(crate) fn client_main(options: &RelayClient) -> Result<()> {
     let mut stream = TcpStream::connect(options.peer)?;
     stream.set_nodelay(true)?;
     let begun = Instant::now();
-    let end = begun + Duration::from_secs_f64(options.seconds);
-    let mut client =
-        Client { options, begun: vec![begun; options.qd as usize], next: 1, out: Vec::new() };
-    let verb = if client.writes() { WRITE } else { READ };
-    (0..options.qd).for_each(|tag| client.ask(tag, verb));
-    let reply = HEADER as usize + if verb == READ { options.bs as usize } else { 0 };
+    let load = &options.load;
+    let end = begun + load.time();
+    let mut since = vec![begun; load.qd as usize];
+    let mut asker = Asker { pattern: load.pattern(options.size)?, bs: load.bs, out: Vec::new() };
+    let verb = if load.write { WRITE } else { READ };
+    (0..load.qd).for_each(|tag| asker.ask(tag, verb));
+    let reply = HEADER as usize + if verb == READ { load.bs as usize } else { 0 };
     let mut buf = vec![0; (1 << 20) + reply];
-    let (mut held, mut busy) = (0, options.qd);
+    let (mut held, mut busy) = (0, load.qd);
     let mut latency = Histogram::<u64>::new_with_bounds(1, 100_000_000_000, 3)?;
     while busy > 0 {
-        stream.write_all(&client.out)?;
-        client.out.clear();
-        let got = read(&mut stream, &mut buf[held..], options.spin_us)?;
+        stream.write_all(&asker.out)?;
+        asker.out.clear();
+        let got = read(&mut stream, &mut buf[held..], load.spin_us)?;
         if got == 0 {
             bail!("the server is gone");
         }
@@ -90,15 +66,15 @@ pub(crate) fn client_main(options: &RelayClient) -> Result<()> {
         while held - at >= reply {
             let answer = Asked::get(&buf[at..]);
             at += reply;
-            if options.durable && answer.verb == WRITE {
-                client.ask(answer.tag, FLUSH);
+            if load.durable && answer.verb == WRITE {
+                asker.ask(answer.tag, FLUSH);
                 continue;
             }
-            let begun = &mut client.begun[answer.tag as usize];
+            let begun = &mut since[answer.tag as usize];
             latency.saturating_record(u64::try_from((now - *begun).as_nanos())?);
             *begun = now;
             if now < end {
-                client.ask(answer.tag, verb);
+                asker.ask(answer.tag, verb);
             } else {
                 busy -= 1;
             }
