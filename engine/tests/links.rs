@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cairn_engine::block::{IoStatus, Memory as _, ReplicaId};
 use cairn_engine::control::{Command, ScrubAction, Sharing};
@@ -242,6 +242,27 @@ fn a_replica_of_the_same_process_is_fenced_too() {
     scrub(&first);
     first.wait(|v| v.state == "fenced");
     assert_eq!(second.volume().state, "online");
+}
+
+/// A process that stands by was told to stop while one of its links could not be closed at once. It read in its own
+/// replica where the others are, linked to them anew, and did not end before that was given up for.
+#[test]
+fn a_process_that_stands_by_ends_though_it_knows_where_the_others_are() {
+    let (_held, _fd, nowhere) = black_hole();
+    let (first, second) = (Node::with_replica(1), Node::with_replica(2));
+    let local = |id| (ReplicaId(id), ChildAddress::Local { pool: "p".to_owned() });
+    let sharing =
+        Some(Sharing { elsewhere: Vec::new(), iscsi_elsewhere: Vec::new(), auto_after_ms: None });
+    let children = vec![local(1), remote(2, second.listens())];
+    first.add_shared(Purpose::Create, children, sharing.clone());
+    first.wait(|v| v.state == "online");
+    let children = vec![local(2), remote(1, first.listens()), remote(3, nowhere)];
+    second.add_shared(Purpose::StandBy { auto_after_ms: None }, children, sharing);
+    second.wait(|v| v.state == "standby" && v.children[1].connected);
+    let began = Instant::now();
+    drop(second);
+    // The connect gives up after three seconds.
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
 }
 
 /// Replicas of other processes become members of a volume that is served, and are none any more; a

@@ -470,6 +470,21 @@ impl<D: Driver> Shard<D> {
         self.target.handle_timeout(now);
         self.wants_timeout(self.target.poll_timeout());
         self.initiator_timeouts(now);
+        if !self.is_closing() {
+            self.volume_timeouts(now);
+        }
+        let mut from = 0;
+        while let Some(at) = self.links.next_key(from) {
+            from = at + 1;
+            self.link_timeout(at, now);
+        }
+        if let Some(stopping) = &self.stopping {
+            let at = stopping.deadline_ms;
+            self.wants_timeout(Some(at));
+        }
+    }
+
+    fn volume_timeouts(&mut self, now: u64) {
         let mut from = 0;
         while let Some(at) = self.volumes.next_key(from) {
             from = at + 1;
@@ -481,15 +496,6 @@ impl<D: Driver> Shard<D> {
             self.retry_restore(at, now);
             self.retry_deletions(at, now);
             self.touch_volume(at);
-        }
-        let mut from = 0;
-        while let Some(at) = self.links.next_key(from) {
-            from = at + 1;
-            self.link_timeout(at, now);
-        }
-        if let Some(stopping) = &self.stopping {
-            let at = stopping.deadline_ms;
-            self.wants_timeout(Some(at));
         }
     }
 
@@ -539,6 +545,11 @@ impl<D: Driver> Shard<D> {
         self.stopping =
             Some(Stopping { reply: Some(reply), deadline_ms, checkpoints: 0, closing: false });
         self.wants_timeout(Some(deadline_ms));
+    }
+
+    /// Whether what was in hand is over, and connections and links are being closed.
+    fn is_closing(&self) -> bool {
+        self.stopping.as_ref().is_some_and(|stopping| stopping.closing)
     }
 
     /// Moves a shutdown on: drain, close, write the tables, stop.

@@ -430,6 +430,10 @@ impl<D: Driver> Shard<D> {
     /// Moves every volume on: child I/O down, answers up.
     pub(super) fn run_volumes(&mut self, now: u64) -> bool {
         let mut moved = false;
+        if self.is_closing() {
+            // A volume that lost its links would take up its members, or what another process serves, anew.
+            return moved;
+        }
         while let Some(at) = self.busy_volumes.pop() {
             let Some(volume) = self.volumes.get_mut(at) else { continue };
             volume.busy = false;
