@@ -49,11 +49,17 @@ pub enum Check {
     /// Of two processes that stand by for each other one answers nothing that is asked once the other has acked a
     /// change; a volume stays where it is served well; and where nothing is wrong a hand-over cuts nothing off.
     OneAtATime,
+    /// What COMPARE AND WRITE does is one step: no two hosts make the same one, none is lost once it is acked, none is
+    /// done in part. Hosts over iSCSI count in a block.
+    CompareAndWrite,
+    /// Once a host was told that it has a volume to itself, no change that another sends is acked, over either
+    /// transport, until it begins to give it up.
+    Reservations,
 }
 
 impl Check {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Linearizable,
         Self::OneNexusPerEpoch,
         Self::ConfigIsStored,
@@ -69,6 +75,8 @@ impl Check {
         Self::Liveness,
         Self::Sizes,
         Self::OneAtATime,
+        Self::CompareAndWrite,
+        Self::Reservations,
     ];
 }
 
@@ -90,6 +98,8 @@ impl fmt::Display for Check {
             Self::Liveness => "liveness",
             Self::Sizes => "sizes",
             Self::OneAtATime => "one-at-a-time",
+            Self::CompareAndWrite => "compare-and-write",
+            Self::Reservations => "reservations",
         })
     }
 }

@@ -16,6 +16,7 @@ use crate::cluster::Changed;
 use crate::disk::PAGE;
 use crate::driver::SimDriver;
 use crate::history::History;
+use crate::initiator::{Reserved, check_reserved};
 use crate::rng::Rng;
 use crate::world::{MS, NodeId};
 
@@ -146,6 +147,8 @@ pub struct Client {
     /// Where connections stay while the volume changes hands: who acked what last. What is sent may be done in any
     /// epoch from then on.
     changed: Option<Changed>,
+    /// Who has the volume to itself.
+    reserved: Reserved,
     nqn: String,
     number: u128,
     work: Workload,
@@ -189,6 +192,7 @@ impl Client {
             serving,
             epoch: 0,
             changed: None,
+            reserved: Reserved::default(),
             nqn: nqn.to_owned(),
             number,
             left: work.requests,
@@ -214,6 +218,11 @@ impl Client {
     pub fn roles_change(&mut self, changed: Changed) {
         self.changed = Some(changed);
         self.epoch = u64::MAX;
+    }
+
+    /// Others may have the volume to themselves.
+    pub fn respect(&mut self, reserved: Reserved) {
+        self.reserved = reserved;
     }
 
     /// No change is acked by a nexus which was asked for it when a later one had acked another.
@@ -245,7 +254,7 @@ impl Client {
     pub fn is_done(&self) -> bool {
         let over = match self.goal {
             Goal::Work => self.left == 0,
-            Goal::Verify(next) => next >= self.history.borrow().blocks() as u64,
+            Goal::Verify(next) => next >= self.history.borrow().blocks(),
         };
         over && self.requests.iter().all(Option::is_none)
     }
@@ -313,7 +322,7 @@ impl Client {
     fn wants_more(&self) -> bool {
         let more = match self.goal {
             Goal::Work => self.left > 0,
-            Goal::Verify(next) => next < self.history.borrow().blocks() as u64,
+            Goal::Verify(next) => next < self.history.borrow().blocks(),
         };
         let most = match self.goal {
             Goal::Work => self.orders.map_or(usize::MAX, |orders| orders.depth),
@@ -502,7 +511,7 @@ impl Client {
 
     /// What to do next: an operation and its range.
     fn choose(&mut self) -> (IoOp, u64, u64) {
-        let volume = self.history.borrow().blocks() as u64;
+        let volume = self.history.borrow().blocks();
         if let Goal::Verify(next) = self.goal {
             return (IoOp::Read, next, self.readable_together(next, MAX_BLOCKS.min(volume - next)));
         }
@@ -669,6 +678,10 @@ impl Client {
         // Where the session fails the path is the next one's already.
         if ok && self.stage != Stage::Closing {
             self.check_acked(&request);
+        }
+        if ok && request.op.is_mutation() {
+            let what = format_args!("{:?} of block {lba}", request.op);
+            check_reserved(*self.reserved.borrow(), request.sent_ns, what);
         }
         let mut history = self.history.borrow_mut();
         if ok {

@@ -2,6 +2,7 @@
 
 mod direct;
 mod force;
+mod initiators;
 mod inspect;
 mod members;
 mod pools;
@@ -24,6 +25,7 @@ use cairn_engine::{Command, EncryptionSpec, EngineError, Message, Shard, VolumeR
 use crate::client::{Client, Serving};
 use crate::driver::SimDriver;
 use crate::history::History;
+use crate::initiator::{Initiator, Unit};
 use crate::net::SimSocket;
 use crate::world::{DiskRef, Machine, NodeId, World};
 use force::Forced;
@@ -84,6 +86,8 @@ pub struct ClusterConfig {
     pub tears: bool,
     /// Whether volumes are encrypted.
     pub encrypted: bool,
+    /// Whether volumes are exported to initiators as well, with a block more than other hosts know of.
+    pub initiators: bool,
     /// Whether each process has two shards: one that listens, and one that has the pools and the volumes.
     pub fronts: bool,
     /// Whether the pools of processes that serve volumes are on the shard that listens, so that a volume reaches a replica
@@ -130,6 +134,7 @@ impl Default for ClusterConfig {
             arena_len: 8 << 20,
             zeroed: true,
             encrypted: false,
+            initiators: false,
             fronts: false,
             pools_in_front: false,
             tuning: Tuning::default(),
@@ -169,6 +174,7 @@ enum Process {
     Dead,
     Shard(Box<Shard<SimDriver>>),
     Client(Box<Client>),
+    Initiator(Box<Initiator>),
 }
 
 /// A snapshot that was asked for.
@@ -205,6 +211,9 @@ pub struct Cluster {
     /// The epoch that each replica has promised, and the place of its configuration.
     registers: BTreeMap<ReplicaId, (u64, (u64, u64))>,
     clients: Vec<NodeId>,
+    /// The hosts over iSCSI, and what they work on.
+    initiators: Vec<NodeId>,
+    units: Vec<Unit>,
     histories: Vec<Rc<RefCell<History>>>,
     /// How often each machine has lost power.
     lives: Vec<u128>,
@@ -311,6 +320,7 @@ impl Cluster {
                 let blocks = usize::try_from(config.blocks).expect("a small volume");
                 let mut history = History::new(at as u64 + 1, blocks);
                 history.tears = config.tears;
+                history.others = u64::from(config.initiators);
                 history.alone = config.is_lone();
                 Rc::new(RefCell::new(history))
             })
@@ -347,9 +357,12 @@ impl Cluster {
             configs: BTreeMap::new(),
             registers: BTreeMap::new(),
             clients: Vec::new(),
+            initiators: Vec::new(),
+            units: Vec::new(),
             histories,
             config,
         };
+        cluster.units = (0..cluster.config.volumes).map(|volume| cluster.unit(volume)).collect();
         if cluster.config.second {
             cluster.start_process(1);
         }

@@ -83,6 +83,8 @@ pub struct History {
     pub tears: bool,
     /// Nobody has a second copy: a block whose write failed may not be readable before it is written again.
     pub alone: bool,
+    /// Blocks at the end that others change, of which nothing is known here.
+    pub others: u64,
     /// What each block is once the volume is back at a snapshot, while it goes there.
     coming: Vec<u64>,
     /// Reads that were judged.
@@ -119,16 +121,23 @@ impl History {
             reconciles: RECONCILES,
             tears: false,
             alone: false,
+            others: 0,
             coming: Vec::new(),
             judged: 0,
             acked: 0,
         }
     }
 
-    /// Size in blocks.
+    /// Size in blocks, without those that others change.
     #[must_use]
-    pub fn blocks(&self) -> usize {
-        self.blocks.len()
+    pub fn blocks(&self) -> u64 {
+        self.blocks.len() as u64 - self.others
+    }
+
+    /// Whether a block is changed by others.
+    #[must_use]
+    pub fn is_others(&self, lba: u64) -> bool {
+        lba >= self.blocks()
     }
 
     /// The time of an event: each has its own.

@@ -66,6 +66,9 @@ fn print(mutant: Mutant, found: Option<&Caught>) {
 fn haunt(mutant: Mutant) -> Option<Focus> {
     match mutant {
         Mutant::StandbyIgnoresLeases | Mutant::HandOverDoesNotDrain => Some(Focus::Standby),
+        Mutant::HoldsNothing | Mutant::ReservationsForgotten | Mutant::ReservationsNotStored => {
+            Some(Focus::Initiators)
+        }
         Mutant::JoinerNotAwaited | Mutant::JoinBeforeFlush | Mutant::NoLock => Some(Focus::Rebuild),
         Mutant::LeaseFromAnswer
         | Mutant::NoLease

@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod disk;
 pub mod driver;
 pub mod history;
+pub mod initiator;
 pub mod net;
 pub mod rng;
 pub mod scenario;

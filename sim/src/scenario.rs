@@ -256,6 +256,7 @@ fn run_in(
         zeroed: rng.chance(500),
         // Drawn apart: nothing else changes with it.
         encrypted: Rng::new(seed ^ 0xc1f3).chance(300),
+        initiators: false,
         fronts: false,
         pools_in_front: false,
         tuning: Tuning::default(),
@@ -275,10 +276,16 @@ fn run_in(
         for _ in 0..focus.hosts(1 + rng.index(2)) {
             cluster.add_client(volume, focus.work(workload(&mut rng)));
         }
+        if focus == Focus::Initiators {
+            let steps = 20 + rng.below(60);
+            for reserves in [true, false] {
+                cluster.add_initiator(volume, steps, reserves);
+            }
+        }
     }
     let growth = growth(seed, volumes, cluster.world().now_ns());
     // What rots in a snapshot alone is not looked for here.
-    let snapshots = match faults.rot {
+    let snapshots = match faults.rot || focus == Focus::Initiators {
         false => snapshots(seed, volumes, cluster.world().now_ns()),
         true => Vec::new(),
     };
@@ -301,7 +308,11 @@ fn run_in(
         snapshots,
         slips: lone::slips(seed, lone, now),
         lone,
-        restores: if focus == Focus::Standby { None } else { restore::drawn(seed) },
+        // A counter that goes back would be none.
+        restores: match focus {
+            Focus::Standby | Focus::Initiators => None,
+            _ => restore::drawn(seed),
+        },
         count: 0,
         most: 0,
         small,
@@ -336,7 +347,7 @@ fn run_in(
     let mut outcome = Outcome {
         trace_hash: world.trace_hash(),
         steps: world.steps(),
-        acked: 0,
+        acked: run.cluster.steps(),
         judged: 0,
         errors: run.cluster.client_errors(),
         faults: run.count,

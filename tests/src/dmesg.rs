@@ -58,9 +58,11 @@ const RECONNECT: &[&str] = &[
     "failed nvme_keep_alive_end_io error=",
     // A keep alive that a process which hangs does not answer.
     "type 4 opcode 0x18 (admin cmd) qid 0 timeout",
+    // Nor what a host tells such a process when it gives its connection up.
+    "type 4 opcode 0x7f (fabrics cmd) qid 0 timeout",
     // A path that is given up for good: requests go to another one, and there is nobody to be told.
     "failfast expired",
-    "property set error: 880,",
+    "property set error: 88",
     // The same of a session: its connection is closed, reset, or silent.
     "detected conn error (1020)",
     "detected conn error (1021)",

@@ -119,8 +119,8 @@ struct Bench<'a> {
 /// How long the simulator begins new seeds, and how many at most.
 const SIM_SECONDS: u64 = 120;
 const SIM_SEEDS: u64 = 4_500;
-/// The same, about processes that stand by for each other.
-const SIM_STANDBY_SECONDS: u64 = 30;
+/// The same, about each of what no seed draws by itself.
+const SIM_FOCUS_SECONDS: u64 = 30;
 const BUILD_LIMIT: Duration = Duration::from_secs(1_800);
 
 impl Bench<'_> {
@@ -294,11 +294,13 @@ fn sim(bench: &Bench) -> Result<Counts> {
     let args = ["run", "-q", "--release", "-p", "cairn-sim", "--", "--seconds", &seconds];
     let ended = bench.cargo(&[&args[..], &["--seeds", &seeds]].concat())?;
     let mut counts = last_line(&bench.output()).checked(ended);
-    // No seed draws these by itself.
-    let seconds = SIM_STANDBY_SECONDS.to_string();
-    let args = ["run", "-q", "--release", "-p", "cairn-sim", "--", "--focus", "standby"];
-    let ended = bench.cargo(&[&args[..], &["--seconds", &seconds, "--seeds", &seeds]].concat())?;
-    counts.add(&last_line(&bench.output()).checked(ended));
+    let seconds = SIM_FOCUS_SECONDS.to_string();
+    for focus in ["standby", "initiators"] {
+        let args = ["run", "-q", "--release", "-p", "cairn-sim", "--", "--focus", focus];
+        let ended =
+            bench.cargo(&[&args[..], &["--seconds", &seconds, "--seeds", &seeds]].concat())?;
+        counts.add(&last_line(&bench.output()).checked(ended));
+    }
     Ok(counts)
 }
 

@@ -85,6 +85,12 @@ mutants! {
     StandbyIgnoresLeases,
     /// A volume is handed over without waiting for what is in hand.
     HandOverDoesNotDrain,
+    /// A command that reads and then writes does not keep others from what it has read.
+    HoldsNothing,
+    /// Whoever takes a volume over does not know who has reserved it.
+    ReservationsForgotten,
+    /// A reservation holds before it is stored, and is not.
+    ReservationsNotStored,
     /// The target of a rebuild does not get what hosts write.
     MirrorMissesWrites,
     /// A member that joins does not count for acks before it has joined.

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 
 use cairn_block::LbaRange;
+use cairn_block::mutants::{Mutant, on};
 use cairn_nvmf::target::NamespaceHandle;
 use cairn_reactor::Driver;
 
@@ -83,9 +84,10 @@ impl<D: Driver> Shard<D> {
     pub(super) fn release_holds(&mut self, namespace: NamespaceHandle) {
         let mut at = 0;
         while let Some(&hold) = self.holds_of(namespace).and_then(|h| h.holds.get(at)) {
-            let earlier = self.holds_of(namespace).is_some_and(|h| {
-                h.holds.iter().take(at).any(|other| other.range.overlaps(hold.range))
-            });
+            let earlier = !on(Mutant::HoldsNothing)
+                && self.holds_of(namespace).is_some_and(|h| {
+                    h.holds.iter().take(at).any(|other| other.range.overlaps(hold.range))
+                });
             if !hold.granted && !earlier && !self.is_changing(namespace, &hold) {
                 if let Some(holds) = self.holds_of(namespace) {
                     holds.holds[at].granted = true;

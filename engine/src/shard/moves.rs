@@ -183,8 +183,11 @@ impl<D: Driver> Shard<D> {
         };
         let at = self.add_host(socket, queue, None);
         if self.feed_again(at, &received, fed, queued, now) {
-            self.start_receive(at);
-            self.touch_host(at);
+            // What it asked may have been refused for good.
+            if self.hosts[at].phase < Phase::Closing {
+                self.start_receive(at);
+                self.touch_host(at);
+            }
         } else {
             tracing::warn!(
                 connection = at,

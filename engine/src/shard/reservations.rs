@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use cairn_block::mutants::{Mutant, on};
 use cairn_block::reservation::{Change, Effects, Guard, Registrant, Reservations};
 use cairn_block::{IoOp, IoStatus};
 use cairn_iscsi::connection::{NotReserved, SlotId};
@@ -113,6 +114,11 @@ impl<D: Driver> Shard<D> {
                 self.end_change(by, Ok(()));
                 continue;
             }
+            if on(Mutant::ReservationsNotStored) {
+                volume.reserving.storing = Some(Storing { by, table, effects });
+                self.reservations_stored(at, now);
+                continue;
+            }
             match volume.nexus.set_reservations(table.encode(), now) {
                 Ok(()) => volume.reserving.storing = Some(Storing { by, table, effects }),
                 // An earlier change of the volume is being stored.
@@ -152,6 +158,7 @@ impl<D: Driver> Shard<D> {
         let stored = volume.nexus.reservations();
         let table = match stored {
             [] => Reservations::default(),
+            _ if on(Mutant::ReservationsForgotten) => Reservations::default(),
             bytes => Reservations::decode(bytes).expect("the nexus takes up no other"),
         };
         if table != volume.reserving.table {

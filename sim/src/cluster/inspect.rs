@@ -79,6 +79,14 @@ impl Cluster {
                     if x == y {
                         continue;
                     }
+                    if history.borrow().is_others(lba) {
+                        check!(
+                            Check::MembersAlike,
+                            !all,
+                            "volume {volume} block {lba}: replicas {first} and {other} differ"
+                        );
+                        continue;
+                    }
                     // What was lost with a disk is read from others, and heals.
                     let lost = |id: &ReplicaId, copy: &[u8]| {
                         self.may_have_lost(pool_of(*id)) && copy.iter().all(|b| *b == UNREADABLE)

@@ -6,6 +6,7 @@ use cairn_block::ReplicaId;
 use cairn_engine::replica::{CheckOptions, PoolError, check_pool, inspect_superblock};
 use cairn_engine::{Command, EngineError, Message, Reply, Shard, ShardConfig, WatchedVolume};
 
+use super::initiators::{iscsi_config, portal};
 use super::members::pool_of;
 use super::{Cluster, Process, SimCommand, address, pool_name, pools, volume_of};
 use crate::checks::{Check, check};
@@ -40,7 +41,7 @@ impl Cluster {
             pace: self.config.tuning.pace,
             shard: 0,
             shards: 1,
-            iscsi: cairn_engine::IscsiConfig::default(),
+            iscsi: iscsi_config(machine),
         }
     }
 
@@ -59,6 +60,11 @@ impl Cluster {
         };
         self.command(front, |reply| Command::AddListener { listener, advertise: listener, reply })
             .expect("the address is free");
+        if self.config.initiators {
+            let (listener, portal) = portal(machine);
+            self.command(front, |reply| Command::AddIscsiListener { listener, portal, reply })
+                .expect("the address is free");
+        }
         node
     }
 
@@ -287,6 +293,7 @@ impl Cluster {
                     self.pass_on(node);
                 }
                 Process::Client(client) => client.turn(),
+                Process::Initiator(initiator) => initiator.turn(),
             }
             // A turn without anything to do has only told how long it would wait.
             if !due {

@@ -123,7 +123,7 @@ impl Cluster {
             blocks: self.config.blocks,
             block_size: Some(BlockSize::B4096),
             sharing,
-            iscsi: None,
+            iscsi: self.export(volume),
             children: children.collect(),
             purpose,
             child_deadline_ms: self.config.child_deadline_ms,
@@ -147,6 +147,7 @@ impl Cluster {
         }
         let serving = (Rc::clone(&self.serving), VolumeId(volume as u128 + 1));
         let mut client = Client::new(driver, peers, &nqn, work, rng, history, serving);
+        client.respect(Rc::clone(&self.units[volume].reserved));
         if self.stands_by() {
             client.roles_change(Rc::clone(&self.standing.changed));
         }
@@ -185,8 +186,9 @@ impl Cluster {
     /// Whether every host has made its requests and got its answers.
     #[must_use]
     pub fn clients_are_done(&self) -> bool {
-        self.clients.iter().all(|node| match &self.processes[node.0] {
+        self.clients.iter().chain(&self.initiators).all(|node| match &self.processes[node.0] {
             Process::Client(client) => client.is_done(),
+            Process::Initiator(initiator) => initiator.is_done(),
             Process::Dead | Process::Shard(_) => true,
         })
     }
@@ -196,7 +198,7 @@ impl Cluster {
     pub fn client_errors(&self) -> u64 {
         let errors = self.clients.iter().map(|node| match &self.processes[node.0] {
             Process::Client(client) => client.errors,
-            Process::Dead | Process::Shard(_) => 0,
+            Process::Dead | Process::Shard(_) | Process::Initiator(_) => 0,
         });
         errors.sum()
     }
@@ -209,6 +211,7 @@ impl Cluster {
             }
             self.run(node);
         }
+        self.verify_counters();
     }
 
     /// Has every host make so many requests more.
@@ -289,7 +292,7 @@ impl Cluster {
             history.borrow_mut().epoch_serves(self.era(volume, report.epoch));
         }
         let invoked = history.borrow_mut().tick();
-        let blocks = history.borrow().blocks() as u64;
+        let blocks = history.borrow().blocks();
         let differing = (0..blocks).filter(|&lba| history.borrow().may_differ(lba)).collect();
         self.world().say(format_args!("snapshot {id:x?} of volume {volume}"));
         if let Some(answer) = self.snapshot_call(volume, id, SnapshotVerb::Create) {

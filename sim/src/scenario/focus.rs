@@ -36,11 +36,14 @@ pub enum Focus {
     /// Whatever the faults are, and processes whose connections go from the shard that listens to another one; only
     /// where it is asked for.
     Shards,
+    /// Whatever the faults are, and hosts over iSCSI beside the others, which count in a block and reserve the volume;
+    /// only where it is asked for.
+    Initiators,
 }
 
 impl Focus {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Everything,
         Self::Rebuild,
         Self::Takeover,
@@ -52,6 +55,7 @@ impl Focus {
         Self::Restore,
         Self::Disks,
         Self::Shards,
+        Self::Initiators,
     ];
     /// Those that seeds draw.
     const DRAWN: &[Self] = Self::ALL.split_at(6).0;
@@ -69,7 +73,7 @@ impl Focus {
 
     /// Whether hosts work while faults come by chance, and nothing is brought about.
     pub(super) fn is_chance(self) -> bool {
-        matches!(self, Self::Everything | Self::Disks | Self::Shards)
+        matches!(self, Self::Everything | Self::Disks | Self::Shards | Self::Initiators)
     }
 
     /// The faults that go with it.
@@ -80,8 +84,10 @@ impl Focus {
         let mut rng = Rng::new(seed ^ 0xfa17);
         // Where something rots, disks cannot be compared at any moment.
         let faults = Faults { rot: false, slips: false, full: false, ..faults };
-        if self == Self::Disks {
-            return Faults { replica: true, ..faults };
+        match self {
+            Self::Disks => return Faults { replica: true, ..faults },
+            Self::Initiators => return Faults { nexus: true, ..faults },
+            _ => {}
         }
         let takeover = self == Self::Takeover || rng.chance(200);
         let faults = Faults { takeover, nexus: true, replica: true, storm: true, ..faults };
@@ -99,6 +105,11 @@ impl Focus {
             let apart = seed % 2 == 1;
             let local_replica = config.local_replica || apart;
             return ClusterConfig { fronts: true, pools_in_front: apart, local_replica, ..config };
+        }
+        if self == Self::Initiators {
+            let (replicas, fronts) = (config.replicas.max(2), seed.is_multiple_of(4));
+            let blocks = config.blocks + 1;
+            return ClusterConfig { replicas, fronts, blocks, initiators: true, ..config };
         }
         let mut rng = Rng::new(seed ^ 0x54a9);
         if self == Self::Disks {
@@ -143,7 +154,7 @@ impl Focus {
     /// What hosts do until they are told: nothing.
     pub(super) fn work(self, drawn: Workload) -> Workload {
         match self {
-            Self::Everything | Self::Disks | Self::Shards => drawn,
+            focus if focus.is_chance() => drawn,
             _ => Workload { depth: 32, requests: 0, ..drawn },
         }
     }
@@ -183,7 +194,7 @@ impl Run {
         let most = if focus == Focus::Power { 5 } else { 3 };
         for _ in 0..1 + self.rng.below(most) {
             match focus {
-                Focus::Everything | Focus::Disks | Focus::Shards => {}
+                Focus::Everything | Focus::Disks | Focus::Shards | Focus::Initiators => {}
                 Focus::Rebuild => self.rebuilds_round(),
                 Focus::Takeover => self.takeover_round(),
                 Focus::Power if self.rng.chance(250) => self.vigil(),

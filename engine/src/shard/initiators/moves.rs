@@ -108,8 +108,11 @@ impl<D: Driver> Shard<D> {
         }
         let Some(at) = self.add_initiator(socket, group, None, now) else { return };
         if self.feed_initiator(at, &received, now) {
-            self.receive_initiator(at);
-            self.touch_initiator(at);
+            // What it asked may have been refused for good.
+            if self.initiators.hosts[at].phase < Phase::Closing {
+                self.receive_initiator(at);
+                self.touch_initiator(at);
+            }
         } else {
             tracing::warn!(
                 connection = at,
