@@ -122,6 +122,7 @@ fn shard_config(config: &Config, holder: u128) -> ShardConfig {
         child_deadline_min_ms: config.nexus.child_deadline_min_ms,
         assembly_wait_ms: config.nexus.assembly_wait_ms,
         overcommit: config.overcommit,
+        sanitize_mib_s: config.nexus.sanitize_mib_s(),
         ..ShardConfig::default()
     }
 }

@@ -21,7 +21,7 @@ use crate::keys::{Offer, Params};
 use crate::login::{FULL_FEATURE, Login, LoginStatus};
 use crate::pdu::{BHS_LEN, LoginRequest, NO_TAG, RejectReason};
 use crate::rx::HeaderReader;
-use crate::scsi::UnitHandle;
+use crate::scsi::{SanitizeEnd, UnitHandle};
 use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
 use crate::wire::{len32, put, u64_at};
@@ -389,6 +389,14 @@ impl Connection {
             Err(NotReserved::NotStored(status)) => Status::of(status),
         };
         self.respond(slot, status, mem);
+    }
+
+    /// Ends a SANITIZE ([`crate::target::Outcome::Sanitize`]).
+    ///
+    /// # Panics
+    /// As [`Connection::complete`].
+    pub fn complete_sanitize<M: Memory>(&mut self, slot: SlotId, end: SanitizeEnd, mem: &mut M) {
+        self.respond(slot, end.into(), mem);
     }
 
     /// Whether there is something to send and nothing is being sent.

@@ -17,7 +17,7 @@ use crate::chap::{Chap, MIN_SECRET_LEN};
 use crate::connection::{CloseReason, Command, Connection, Request, SlotId};
 use crate::login::{MAX_NAME_LEN, is_name};
 use crate::pdu::encode_lun;
-use crate::scsi::IoCommand;
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::scsi::inquiry::Product;
 use crate::scsi::ports::{AccessState, PortGroup};
 use crate::scsi::sense::Status;
@@ -189,6 +189,16 @@ pub enum Outcome {
         /// What is asked.
         change: Change,
     },
+    /// What backs a unit is to be sanitized: [`Target::set_sanitize`] as soon as nothing else is to be begun, and with how
+    /// far it is from time to time; [`Connection::complete_sanitize`] as the command says.
+    Sanitize {
+        /// Where the completion goes.
+        slot: SlotId,
+        /// The unit.
+        unit: UnitHandle,
+        /// What is asked.
+        command: SanitizeCommand,
+    },
 }
 
 /// A request of a unit's disk.
@@ -273,6 +283,8 @@ struct Volume {
     reservations: Reservations,
     /// Who holds RESERVE.
     reserved_by: Option<NexusId>,
+    /// It is being sanitized, or that failed.
+    sanitize: Option<SanitizeState>,
 }
 
 /// The nodes and sessions of one shard.
@@ -530,6 +542,14 @@ impl Target {
             }
         }
         Ok(())
+    }
+
+    /// Sets how far the sanitize of what backs a unit is: until there is none, initiators are told so, and little else is
+    /// carried out. Nothing happens where there is no such unit.
+    pub fn set_sanitize(&mut self, unit: UnitHandle, state: Option<SanitizeState>) {
+        if let Some(volume) = self.volumes.get_mut(&unit) {
+            volume.sanitize = state;
+        }
     }
 
     /// The sessions of a node, by TSIH.

@@ -336,7 +336,7 @@ impl<D: Driver> Shard<D> {
             nqn: volume.spec.nqn.clone(),
             blocks: volume.nexus.blocks(),
             state: state.word().to_owned(),
-            detail: format!("{}{unreachable}{back}", state.detail()),
+            detail: format!("{}{unreachable}{back}{}", state.detail(), volume.sanitize_text()),
             unfit: volume.nexus.unfit().unwrap_or_default().to_owned(),
             serving: state.is_serving() && volume.export.is_some() && back.is_empty(),
             epoch: epoch.0,

@@ -283,6 +283,9 @@ impl<D: Driver> Shard<D> {
             match target.handle_command(ConnId(at), &mut host.conn, command, memory) {
                 Outcome::Done => {}
                 Outcome::Io(io) => self.start_task(at, io, now),
+                Outcome::Sanitize { slot, unit, command } => {
+                    self.sanitize_for_initiator((at, slot), unit, command, now);
+                }
                 Outcome::Drain { slot, units } => self.drain_tasks(at, slot, &units),
                 Outcome::Reserve { slot, unit, change } => {
                     self.reserve_for_initiator(at, slot, unit, change, now);
@@ -319,12 +322,17 @@ impl<D: Driver> Shard<D> {
 
     /// Does what the target asks for: connections that are to end, and tasks that are to be aborted.
     pub(super) fn settle_target(&mut self) {
+        let mut aborts = false;
         while let Some(abort) = self.initiators.target.poll_abort() {
+            aborts = true;
             let ConnId(at) = abort.conn;
             if let Some(host) = self.initiators.hosts.get_mut(at) {
                 host.conn.abort(abort.lun, self.driver.memory());
                 self.touch_initiator(at);
             }
+        }
+        if aborts {
+            self.end_aborted_sanitizes();
         }
         while let Some(ConnId(at)) = self.initiators.target.poll_close() {
             self.close_initiator(at);

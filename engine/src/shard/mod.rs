@@ -24,6 +24,7 @@ mod reservations;
 mod reserve;
 mod resize;
 mod restore;
+mod sanitize;
 mod sectors;
 mod snapshots;
 mod space;
@@ -110,6 +111,8 @@ pub struct ShardConfig {
     pub overcommit: u32,
     /// How often nexuses do what nobody asks for, and how fast.
     pub pace: cairn_nexus::Pace,
+    /// A volume that is being overwritten is at most so fast, in MiB a second; 0: as fast as it can.
+    pub sanitize_mib_s: u32,
     /// Which shard of its process it is. The first one listens for all.
     pub shard: u16,
     /// How many there are.
@@ -164,6 +167,7 @@ impl Default for ShardConfig {
             volume_requests: 512,
             assembly_wait_ms: 2_000,
             overcommit: 0,
+            sanitize_mib_s: 0,
             shard: FRONT,
             shards: 1,
             iscsi: IscsiConfig::default(),

@@ -242,6 +242,7 @@ impl<D: Driver> Shard<D> {
             place.there = true;
         }
         self.install_reservations(at, &Effects::default());
+        self.install_sanitize(at);
         self.update_access(at);
         self.announce_target(at);
     }

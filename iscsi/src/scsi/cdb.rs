@@ -26,6 +26,7 @@ pub mod op {
     pub const READ_DEFECT_DATA_10: u8 = 0x37;
     pub const WRITE_SAME_10: u8 = 0x41;
     pub const UNMAP: u8 = 0x42;
+    pub const SANITIZE: u8 = 0x48;
     pub const MODE_SELECT_10: u8 = 0x55;
     pub const RESERVE_10: u8 = 0x56;
     pub const RELEASE_10: u8 = 0x57;
@@ -138,7 +139,7 @@ pub fn data_out_len(cdb: &[u8; 16], shift: u8) -> u64 {
         // NDOB: there is no block.
         op::WRITE_SAME_16 if cdb[1] & 1 == 0 => 1 << shift,
         op::MODE_SELECT_6 => u64::from(cdb[4]),
-        op::UNMAP | op::MODE_SELECT_10 => u64::from(u16_at(cdb, 7)),
+        op::UNMAP | op::MODE_SELECT_10 | op::SANITIZE => u64::from(u16_at(cdb, 7)),
         op::RESERVE_10 | op::RELEASE_10 => u64::from(u16_at(cdb, 7)),
         op::PERSISTENT_RESERVE_OUT => u64::from(u32_at(cdb, 5)),
         op::THIRD_PARTY_COPY_OUT => u64::from(u32_at(cdb, 10)),

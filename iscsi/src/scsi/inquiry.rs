@@ -159,6 +159,8 @@ pub(crate) fn vital(
             b.resize(64, 0);
             // MEDIUM ROTATION RATE: does not rotate.
             b[5] = 1;
+            // WABEREQ: what was erased reads as zeros, and need not be written first.
+            b[7] = 0x40;
         }
         PROVISIONING => {
             // LBPU, LBPWS, LBPWS10; LBPRZ: what is not mapped reads as zeros; thin.

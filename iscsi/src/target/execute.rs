@@ -7,7 +7,7 @@ use super::session::Session;
 use super::{Io, NodeId, Outcome, Target, Volume, release};
 use crate::connection::{Connection, ScsiCommand, SlotId};
 use crate::pdu::{decode_lun, encode_lun};
-use crate::scsi::IoCommand;
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::scsi::block::{self, Step};
 use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
 use crate::scsi::copy;
@@ -16,6 +16,7 @@ use crate::scsi::mode;
 use crate::scsi::opcodes::{self, allocation_len};
 use crate::scsi::ports;
 use crate::scsi::reservation;
+use crate::scsi::sanitize;
 use crate::scsi::sense::{Sense, Status};
 use crate::scsi::unit::{Attention, NexusId, Unit, UnitHandle};
 use crate::wire::{u32_at, u64_at};
@@ -30,6 +31,7 @@ enum Ending {
     Data(Vec<u8>),
     Io(IoCommand),
     Reserve(Change),
+    Sanitize(SanitizeCommand),
     /// What became of the copy with this list identifier.
     CopyStatus(u8),
 }
@@ -157,6 +159,15 @@ impl Target {
             return Err(sense.into());
         }
         let volume = self.volume(unit)?;
+        let sanitize = volume.sanitize;
+        let anew = row.code == op::SANITIZE
+            && matches!(sanitize, Some(SanitizeState::Failed { .. }));
+        if let Some(state) = sanitize
+            && !anew
+            && !row.passes_sanitize()
+        {
+            return Err(state.sense().into());
+        }
         let reserved = volume.reserved_by.is_some_and(|by| by != place.nexus);
         let releases = matches!(cdb[0], op::RELEASE_6 | op::RELEASE_10);
         if reserved && !passes && !releases && row.access != opcodes::Access::Any
@@ -168,7 +179,8 @@ impl Target {
             op::TEST_UNIT_READY | op::PREVENT_ALLOW => Ok(Ending::Status(Status::Good)),
             op::START_STOP_UNIT => Ok(start_stop(cdb)),
             op::REQUEST_SENSE => {
-                let sense = self.attention(place).unwrap_or(Sense::NONE);
+                let state = sanitize.map_or(Sense::NONE, SanitizeState::sense);
+                let sense = self.attention(place).unwrap_or(state);
                 let (bytes, len) = sense.encode(cdb[1] & 1 != 0);
                 Ok(Ending::Data(bytes[..len].to_vec()))
             }
@@ -188,6 +200,13 @@ impl Target {
             op::PERSISTENT_RESERVE_OUT => {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 Ok(Ending::Reserve(reservation::change(&session.registrant, cdb, list)?))
+            }
+            op::SANITIZE => {
+                let list = parameter_list(scsi, unit, data, mem)?;
+                Ok(match sanitize::command(unit, sanitize, cdb, list)? {
+                    Some(command) => Ending::Sanitize(command),
+                    None => Ending::Status(Status::Good),
+                })
             }
             op::THIRD_PARTY_COPY_OUT => {
                 let list = parameter_list(scsi, unit, data, mem)?;
@@ -406,7 +425,8 @@ fn finish<M: Memory>(
     mem: &mut M,
 ) -> Outcome {
     release(data, mem);
-    if let (Ending::Io(_) | Ending::Reserve(_), Some(unit)) = (&ending, unit) {
+    if let (Ending::Io(_) | Ending::Reserve(_) | Ending::Sanitize(_), Some(unit)) = (&ending, unit)
+    {
         conn.set_unit(slot, unit);
     }
     let ending = match ending {
@@ -419,12 +439,18 @@ fn finish<M: Memory>(
     match (ending, unit) {
         (Ending::Io(command), Some(unit)) => return Outcome::Io(Io { slot, unit, command }),
         (Ending::Reserve(change), Some(unit)) => return Outcome::Reserve { slot, unit, change },
+        (Ending::Sanitize(command), Some(unit)) => {
+            return Outcome::Sanitize { slot, unit, command };
+        }
         (Ending::Status(status), _) => conn.respond(slot, status, mem),
         (Ending::Data(mut bytes), _) => {
             bytes.truncate(allocation_len(&scsi.cdb));
             conn.respond_with(slot, bytes, mem);
         }
-        (Ending::Io(_) | Ending::Reserve(_) | Ending::CopyStatus(_), _) => {
+        (
+            Ending::Io(_) | Ending::Reserve(_) | Ending::Sanitize(_) | Ending::CopyStatus(_),
+            _,
+        ) => {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
         }
     }

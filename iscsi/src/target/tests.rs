@@ -8,6 +8,7 @@ use crate::pdu::{Body, Header, NO_TAG, Residual};
 use crate::wire::{put, u16_at, u32_at, u64_at};
 
 mod blocks;
+mod sanitize;
 mod sharing;
 
 const GOOD: u8 = 0;
@@ -359,7 +360,7 @@ fn inquiry_and_its_like() {
 #[test]
 fn what_is_not_there_is_refused() {
     let (mut world, h) = World::ready();
-    for cdb in [[0x48, 1], [0xff, 0], [0x04, 0], [0x1d, 0]] {
+    for cdb in [[0x4c, 0], [0xff, 0], [0x04, 0], [0x1d, 0]] {
         assert_eq!(world.scsi(h, 0, &cdb, &[], 0).key(), INVALID_OPCODE, "{cdb:02x?}");
     }
     let reply = world.scsi(h, 0, &[0, 0, 0, 0, 0, 0x04], &[], 0);
