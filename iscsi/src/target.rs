@@ -478,6 +478,24 @@ impl Target {
         Ok(())
     }
 
+    /// Changes whether a logical unit takes no writes, and tells the initiators. Requests that were handed out go on.
+    ///
+    /// # Errors
+    /// An unknown node or unit.
+    pub fn set_read_only(
+        &mut self,
+        id: NodeId,
+        lun: u16,
+        read_only: bool,
+    ) -> Result<(), TargetError> {
+        let node = self.node_mut(id)?;
+        let unit = node.unit_mut(lun).ok_or(TargetError::UnknownLun { lun })?;
+        if std::mem::replace(&mut unit.config.read_only, read_only) != read_only {
+            self.attend(id, Some(lun), None, Attention::ModeChanged);
+        }
+        Ok(())
+    }
+
     /// Changes the target port groups of a node, and tells the initiators. Requests that were handed
     /// out are the caller's to end.
     ///

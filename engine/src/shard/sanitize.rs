@@ -255,6 +255,13 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// Whoever waits for the end of one hears of it.
+    fn end_waiting(&mut self, at: u32, end: SanitizeEnd) {
+        if let Some(waiter) = self.volumes[at].sanitizing.waiter.take() {
+            self.end_sanitize(waiter, end);
+        }
+    }
+
     /// Tasks were aborted: who waits for a sanitize may be among them. What has begun goes on.
     pub(super) fn end_aborted_sanitizes(&mut self) {
         for at in self.volumes.keys() {
@@ -265,10 +272,8 @@ impl<D: Driver> Shard<D> {
             if asked.is_some_and(|(by, stage)| stage != Stage::Storing && self.is_over(by)) {
                 self.refuse_sanitize(at, end);
             }
-            let waiter = self.volumes[at].sanitizing.waiter;
-            if let Some(by) = waiter.filter(|&by| self.is_over(by)) {
-                self.volumes[at].sanitizing.waiter = None;
-                self.end_sanitize(by, end);
+            if self.volumes[at].sanitizing.waiter.is_some_and(|by| self.is_over(by)) {
+                self.end_waiting(at, end);
             }
         }
     }
@@ -321,12 +326,19 @@ impl<D: Driver> Shard<D> {
         let sanitizing = &mut self.volumes[at].sanitizing;
         if let Some(asked) = sanitizing.asked.take_if(|asked| asked.stage == Stage::Storing) {
             match asked.wants {
-                Some((_, false)) => sanitizing.waiter = Some(asked.by),
-                _ => self.end_sanitize(asked.by, SanitizeEnd::Good),
+                Some((sanitize, immediate)) => {
+                    tracing::info!(volume = %name, passes = sanitize.passes(), "sanitize begins");
+                    sanitizing.waiter = Some(asked.by);
+                    if immediate {
+                        self.end_waiting(at, SanitizeEnd::Good);
+                    }
+                }
+                None => {
+                    tracing::info!(volume = %name, "a sanitize that failed is over");
+                    self.end_sanitize(asked.by, SanitizeEnd::Good);
+                }
             }
-            let text = self.volumes[at].sanitize_text();
-            tracing::info!(volume = %name, text, "sanitize begins, or one that failed is over");
-            // What it told was of a host that may be gone since.
+            // It may have been aborted meanwhile.
             self.end_aborted_sanitizes();
         } else if let Some(run) = &mut sanitizing.run
             && run.step == Step::Storing
@@ -352,13 +364,10 @@ impl<D: Driver> Shard<D> {
             }
         };
         if let Some(end) = end {
-            let (run, waiter) = (volume.sanitizing.run.take(), volume.sanitizing.waiter.take());
-            if run.is_some() {
+            if volume.sanitizing.run.take().is_some() {
                 tracing::info!(volume = %volume.spec.name, ?end, "sanitize is over");
             }
-            if let Some(waiter) = waiter {
-                self.end_sanitize(waiter, end);
-            }
+            self.end_waiting(at, end);
         }
         self.install_sanitize(at);
         self.touch_volume(at);

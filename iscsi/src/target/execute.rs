@@ -215,6 +215,10 @@ impl Target {
                     // What is reserved is so for copies by others too.
                     let reads = (segment.from, Guard::Reads);
                     let writes = (segment.to, Guard::Writes);
+                    let protected = |u: &Unit| u.config.handle == segment.to && u.is_write_protected();
+                    if node.units.iter().any(protected) {
+                        return Err(Sense::WRITE_PROTECTED.into());
+                    }
                     for (handle, guard) in [reads, writes] {
                         let volume = self.volumes.get(&handle);
                         if volume
