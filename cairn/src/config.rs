@@ -154,7 +154,7 @@ pub(crate) struct Nvmf {
 }
 
 /// Where iSCSI initiators connect. Default: nowhere.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Iscsi {
     /// Addresses to listen on, of one portal group; port 0: one that is free.
@@ -173,6 +173,21 @@ pub(crate) struct Iscsi {
     /// What initiators prove that ask which targets there are: a file as --chap-file of `cairn volume export` names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) discovery_chap_file: Option<String>,
+    /// After how long a silence an initiator is asked whether it is there; after as long again it is given up.
+    pub(crate) nop_interval: Interval,
+}
+
+impl Default for Iscsi {
+    fn default() -> Self {
+        Self {
+            listen: Vec::new(),
+            advertise: None,
+            portal_group: None,
+            groups: Vec::new(),
+            discovery_chap_file: None,
+            nop_interval: Interval(10),
+        }
+    }
 }
 
 /// Addresses that belong together.

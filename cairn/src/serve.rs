@@ -138,6 +138,7 @@ fn iscsi_config(config: &Config, groups: &[PortalGroup]) -> Result<IscsiConfig> 
         portal_groups: groups.iter().map(|group| group.tag).collect(),
         entropy,
         discovery_chap: file.map(|path| crate::chap::read(path, false)).transpose()?,
+        nop_interval_ms: config.iscsi.nop_interval.0.saturating_mul(1_000),
     };
     config.check().context("discovery_chap_file")?;
     Ok(config)

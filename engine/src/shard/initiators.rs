@@ -74,6 +74,11 @@ pub(super) struct Initiators {
 
 impl Initiators {
     pub(super) fn new(config: &ShardConfig) -> Self {
+        let usual = ConnectionConfig::default();
+        let nop_interval_ms = match config.iscsi.nop_interval_ms {
+            0 => usual.nop_interval_ms,
+            asked => asked,
+        };
         Self {
             target: config.iscsi.target().expect("the secrets were checked"),
             hosts: Table::new(),
@@ -85,7 +90,7 @@ impl Initiators {
             busy: Vec::new(),
             stalled: Vec::new(),
             next_timeout_ms: u64::MAX,
-            config: ConnectionConfig::default(),
+            config: ConnectionConfig { nop_interval_ms, ..usual },
             challenges: 0,
         }
     }
@@ -227,10 +232,6 @@ impl<D: Driver> Shard<D> {
             }
         }
         let Some(host) = self.initiators.hosts.get_mut(at) else { return moved };
-        if host.conn.is_waiting_for_memory() && host.stream.stall() {
-            self.initiators.stalled.push(at);
-        }
-        let host = &mut self.initiators.hosts[at];
         if host.stream.is_drained() && host.phase < Phase::Moving {
             self.receive_initiator(at);
         }
@@ -356,7 +357,8 @@ impl<D: Driver> Shard<D> {
         host.stream.sending = false;
         host.conn.handle_sent(self.driver.memory());
         match result {
-            Ok(()) => self.touch_initiator(at),
+            // A long read goes on once what it had is sent.
+            Ok(()) => self.take_requests(at, self.now_ms()),
             Err(_) => self.close_initiator(at),
         }
     }
@@ -405,9 +407,11 @@ impl<D: Driver> Shard<D> {
     }
 
     pub(super) fn touch_initiator(&mut self, at: u32) {
-        if let Some(host) = self.initiators.hosts.get_mut(at)
-            && host.stream.touch()
-        {
+        let Some(host) = self.initiators.hosts.get_mut(at) else { return };
+        if host.conn.is_waiting_for_memory() && host.stream.stall() {
+            self.initiators.stalled.push(at);
+        }
+        if host.stream.touch() {
             self.initiators.busy.push(at);
         }
     }

@@ -131,6 +131,9 @@ pub struct IscsiConfig {
     pub entropy: [u8; 32],
     /// What initiators prove that ask which targets there are: see [`IscsiConfig::check`].
     pub discovery_chap: Option<Chap>,
+    /// After how long a silence an initiator is asked whether it is there, and after how long again it is given up; 0: as
+    /// long as is usual.
+    pub nop_interval_ms: u64,
 }
 
 impl IscsiConfig {

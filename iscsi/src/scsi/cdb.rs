@@ -122,6 +122,12 @@ pub(crate) const fn brings_blocks(code: u8) -> bool {
     )
 }
 
+/// Whether a command on more blocks than one request of the disk takes is carried out as several.
+pub(crate) const fn comes_in_steps(code: u8) -> bool {
+    let reads = matches!(code, op::READ_6 | op::READ_10 | op::READ_12 | op::READ_16);
+    reads || brings_blocks(code) && !matches!(code, op::WRITE_ATOMIC_16 | op::ORWRITE_16)
+}
+
 /// Bytes of data that a command wants from the initiator; 0 for commands that want none, and for
 /// those that nobody knows. `shift` is the base-2 logarithm of the block size.
 #[must_use]

@@ -30,6 +30,8 @@ enum Ending {
     /// Data for the initiator; it is cut to the allocation length.
     Data(Vec<u8>),
     Io(IoCommand),
+    /// The next step of a READ of so many bytes.
+    Part(IoCommand, u32),
     Reserve(Change),
     Sanitize(SanitizeCommand),
     /// What became of the copy with this list identifier.
@@ -64,7 +66,7 @@ impl Target {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
             return Outcome::Done;
         };
-        let limits = Limits { max_data_len: conn.max_data_len() };
+        let limits = conn.limits();
         let lun = decode_lun(scsi.lun);
         let place = Place { session: index, node, nexus, lun: lun.unwrap_or(u16::MAX), limits };
         let unit = lun.and_then(|lun| self.node(node)?.unit(lun));
@@ -78,6 +80,13 @@ impl Target {
         let ending = match self.execute(place, scsi, &mut data, mem) {
             Ok(ending) => ending,
             Err(status) => Ending::Status(status),
+        };
+        let ending = match ending {
+            Ending::Part(command, len) => {
+                conn.set_read_len(slot, len);
+                Ending::Io(command)
+            }
+            ending => ending,
         };
         if let Ending::Io(IoCommand::Copy { segments, .. }) = &ending
             && let Some(list) = &data
@@ -139,7 +148,9 @@ impl Target {
     ) -> Result<Ending, Status> {
         let cdb = &scsi.cdb;
         let passes = matches!(cdb[0], op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE);
-        if !passes && let Some(sense) = self.attention(place) {
+        // What has happened since a command's first step is for the next command.
+        let goes_on = scsi.done > 0;
+        if !passes && !goes_on && let Some(sense) = self.attention(place) {
             return Err(sense.into());
         }
         if scsi.extended {
@@ -170,9 +181,9 @@ impl Target {
         }
         let reserved = volume.reserved_by.is_some_and(|by| by != place.nexus);
         let releases = matches!(cdb[0], op::RELEASE_6 | op::RELEASE_10);
-        if reserved && !passes && !releases && row.access != opcodes::Access::Any
-            || volume.reservations.conflicts(Some(&session.registrant), row.guard)
-        {
+        let kept_out = reserved && !passes && !releases && row.access != opcodes::Access::Any
+            || volume.reservations.conflicts(Some(&session.registrant), row.guard);
+        if kept_out && !goes_on {
             return Err(Status::ReservationConflict);
         }
         match cdb[0] {
@@ -404,8 +415,9 @@ fn on_blocks<M: Memory>(
     if scsi.cdb[0] == op::UNMAP {
         parameter_list(scsi, unit, data, mem)?;
     }
-    match block::decode(unit, &scsi.cdb, scsi.edtl, data.take(), limits, mem) {
+    match block::decode(unit, &scsi.cdb, (scsi.edtl, scsi.done), data.take(), limits, mem) {
         Ok(Step::Io(command)) => Ok(Ending::Io(command)),
+        Ok(Step::Part(command, len)) => Ok(Ending::Part(command, len)),
         Ok(Step::Zeroes { command, block }) => {
             *data = Some(block);
             Ok(Ending::Io(command))
@@ -452,7 +464,11 @@ fn finish<M: Memory>(
             conn.respond_with(slot, bytes, mem);
         }
         (
-            Ending::Io(_) | Ending::Reserve(_) | Ending::Sanitize(_) | Ending::CopyStatus(_),
+            Ending::Io(_)
+            | Ending::Part(..)
+            | Ending::Reserve(_)
+            | Ending::Sanitize(_)
+            | Ending::CopyStatus(_),
             _,
         ) => {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
