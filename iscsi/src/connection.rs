@@ -21,10 +21,10 @@ use crate::keys::{Offer, Params};
 use crate::login::{FULL_FEATURE, Login, LoginStatus};
 use crate::pdu::{BHS_LEN, LoginRequest, NO_TAG, RejectReason};
 use crate::rx::HeaderReader;
-use crate::scsi::{SanitizeEnd, UnitHandle};
 use crate::scsi::inquiry::Limits;
 use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
+use crate::scsi::{SanitizeEnd, UnitHandle};
 use crate::wire::{len32, put, u64_at};
 
 /// Tasks that immediate commands may take beside those of the command window.

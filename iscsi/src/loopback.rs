@@ -11,9 +11,7 @@ use crate::pdu::{
     lengths,
 };
 use crate::rx::Digests;
-use crate::scsi::{
-    IoCommand, SanitizeCommand, SanitizeEnd, UnitConfig, UnitHandle, unmap_range,
-};
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeEnd, UnitConfig, UnitHandle, unmap_range};
 use crate::target::{
     ConnId, Initiators, Io, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
 };

@@ -17,11 +17,11 @@ use crate::chap::{Chap, MIN_SECRET_LEN};
 use crate::connection::{CloseReason, Command, Connection, Request, SlotId};
 use crate::login::{MAX_NAME_LEN, is_name};
 use crate::pdu::encode_lun;
-use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::scsi::inquiry::Product;
 use crate::scsi::ports::{AccessState, PortGroup};
 use crate::scsi::sense::Status;
 use crate::scsi::unit::{Attention, MAX_LUN, NexusId, Unit, UnitConfig, UnitHandle};
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::wire::len32;
 
 /// Names a connection; whoever owns the sockets chooses it.

@@ -52,12 +52,7 @@ struct Run {
 const WRITABLE: &[Run] = &[
     // The second address is for tests of two initiators.
     Run { tests: "ALL", flags: &[], addresses: 2, elsewhere: &["ReadOnly.", "Sanitize."] },
-    Run {
-        tests: "ALL.Sanitize",
-        flags: &["--allow-sanitize"],
-        addresses: 1,
-        elsewhere: &[],
-    },
+    Run { tests: "ALL.Sanitize", flags: &["--allow-sanitize"], addresses: 1, elsewhere: &[] },
 ];
 
 const READ_ONLY: &[Run] =
@@ -104,8 +99,7 @@ const SKIPS: &[(&str, &str)] = &[
 const CRYPTO: &str = "CRYPTOGRAPHIC ERASE is not offered";
 
 /// Tests that skip a part of what they do.
-const PARTS: &[(&str, &str)] =
-    &[("Sanitize.Readonly", CRYPTO), ("Sanitize.Reservations", CRYPTO)];
+const PARTS: &[(&str, &str)] = &[("Sanitize.Readonly", CRYPTO), ("Sanitize.Reservations", CRYPTO)];
 
 const PLAIN: Case = Case {
     name: "512",

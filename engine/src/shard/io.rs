@@ -316,7 +316,9 @@ impl<D: Driver> Shard<D> {
             }
             match io.asker {
                 Asker::Job(job) => self.job_released(job),
-                Asker::Sanitize { volume, generation } => self.sanitize_released(volume, generation),
+                Asker::Sanitize { volume, generation } => {
+                    self.sanitize_released(volume, generation)
+                }
                 Asker::Nvme { .. } | Asker::Iscsi { .. } => {}
             }
         }

@@ -157,12 +157,14 @@ impl Volume {
             return "sanitized but for replicas that are not in sync; hosts wait until all are, or those are removed"
                 .to_owned();
         }
-        let percent = u32::from(one.progress(blocks)) * 100 >> 16;
+        let percent = (u32::from(one.progress(blocks)) * 100) >> 16;
         match one.method {
             Method::Erase => format!("being erased, {percent} %; hosts wait"),
             Method::Overwrite { passes, .. } => {
                 let pass = one.pass + 1;
-                format!("being overwritten, pass {pass} of {passes}, {percent} % of all; hosts wait")
+                format!(
+                    "being overwritten, pass {pass} of {passes}, {percent} % of all; hosts wait"
+                )
             }
         }
     }
@@ -521,8 +523,11 @@ impl<D: Driver> Shard<D> {
             Vec::new()
         };
         // A replica that is not in sync may have what was there before.
-        let stored =
-            if bytes.is_empty() && !whole { None } else { volume.nexus.set_sanitize(bytes, now).ok() };
+        let stored = if bytes.is_empty() && !whole {
+            None
+        } else {
+            volume.nexus.set_sanitize(bytes, now).ok()
+        };
         if stored.is_some() {
             (run.state, run.step) = (next, Step::Storing);
             return self.touch_volume(at);
@@ -534,8 +539,7 @@ impl<D: Driver> Shard<D> {
 
     /// The volume is not this process's any more: whoever serves it goes on.
     pub(super) fn forget_sanitize(&mut self, at: u32, status: IoStatus) {
-        let Sanitizing { asked, waiter, run: _ } =
-            std::mem::take(&mut self.volumes[at].sanitizing);
+        let Sanitizing { asked, waiter, run: _ } = std::mem::take(&mut self.volumes[at].sanitizing);
         for by in asked.map(|asked| asked.by).into_iter().chain(waiter) {
             self.end_sanitize(by, SanitizeEnd::NotStored(status));
         }

@@ -7,7 +7,6 @@ use super::session::Session;
 use super::{Io, NodeId, Outcome, Target, Volume, release};
 use crate::connection::{Connection, ScsiCommand, SlotId};
 use crate::pdu::{decode_lun, encode_lun};
-use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::scsi::block::{self, Step};
 use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
 use crate::scsi::copy;
@@ -19,6 +18,7 @@ use crate::scsi::reservation;
 use crate::scsi::sanitize;
 use crate::scsi::sense::{Sense, Status};
 use crate::scsi::unit::{Attention, NexusId, Unit, UnitHandle};
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::wire::{u32_at, u64_at};
 
 /// The eight bytes of the REPORT LUNS well known logical unit.
@@ -150,7 +150,10 @@ impl Target {
         let passes = matches!(cdb[0], op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE);
         // What has happened since a command's first step is for the next command.
         let goes_on = scsi.done > 0;
-        if !passes && !goes_on && let Some(sense) = self.attention(place) {
+        if !passes
+            && !goes_on
+            && let Some(sense) = self.attention(place)
+        {
             return Err(sense.into());
         }
         if scsi.extended {
@@ -171,8 +174,8 @@ impl Target {
         }
         let volume = self.volume(unit)?;
         let sanitize = volume.sanitize;
-        let anew = row.code == op::SANITIZE
-            && matches!(sanitize, Some(SanitizeState::Failed { .. }));
+        let anew =
+            row.code == op::SANITIZE && matches!(sanitize, Some(SanitizeState::Failed { .. }));
         if let Some(state) = sanitize
             && !anew
             && !row.passes_sanitize()
@@ -226,7 +229,8 @@ impl Target {
                     // What is reserved is so for copies by others too.
                     let reads = (segment.from, Guard::Reads);
                     let writes = (segment.to, Guard::Writes);
-                    let protected = |u: &Unit| u.config.handle == segment.to && u.is_write_protected();
+                    let protected =
+                        |u: &Unit| u.config.handle == segment.to && u.is_write_protected();
                     if node.units.iter().any(protected) {
                         return Err(Sense::WRITE_PROTECTED.into());
                     }

@@ -63,13 +63,12 @@ fn residuals_of_long_transfers_are_of_all_of_them() {
     // A write that ends within the second step, and one that ends with the first.
     for blocks in [STEP + 3, STEP] {
         world.disks[0].fill(0);
-        let reply =
-            world.scsi_edtl(h, 0, &write10(0, LONG), &data, blocks * 512, 0);
+        let reply = world.scsi_edtl(h, 0, &write10(0, LONG), &data, blocks * 512, 0);
         let written = blocks as usize * BLOCK;
-        assert_eq!((reply.status, reply.residual), (
-            GOOD,
-            Residual::Overflow((u32::from(LONG) - blocks) * 512),
-        ));
+        assert_eq!(
+            (reply.status, reply.residual),
+            (GOOD, Residual::Overflow((u32::from(LONG) - blocks) * 512),)
+        );
         assert!(world.disks[0][..written] == data[..written]);
         assert!(world.disks[0][written..].iter().all(|b| *b == 0));
     }
