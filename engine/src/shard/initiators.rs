@@ -358,7 +358,8 @@ impl<D: Driver> Shard<D> {
         host.conn.handle_sent(self.driver.memory());
         match result {
             // A long read goes on once what it had is sent.
-            Ok(()) => self.take_requests(at, self.now_ms()),
+            Ok(()) if host.phase < Phase::Moving => self.take_requests(at, self.now_ms()),
+            Ok(()) => self.touch_initiator(at),
             Err(_) => self.close_initiator(at),
         }
     }

@@ -153,7 +153,7 @@ impl Volume {
         }
         let blocks = self.sanitize_blocks();
         let last = one.pass + 1 == one.passes();
-        if last && one.next == blocks && !self.nexus.is_whole() {
+        if last && one.next >= blocks && !self.nexus.is_whole() {
             return "sanitized but for replicas that are not in sync; hosts wait until all are, or those are removed"
                 .to_owned();
         }
@@ -212,7 +212,8 @@ impl<D: Driver> Shard<D> {
         let volume = &self.volumes[at];
         let nexus = &volume.nexus;
         let ours = volume.hand_over.is_none() && !volume.removing() && self.stopping.is_none();
-        ours && nexus.state().is_serving() && nexus.restoring().is_none()
+        let exported = volume.export.is_some();
+        ours && exported && nexus.state().is_serving() && nexus.restoring().is_none()
     }
 
     fn asked_sanitize(&mut self, at: u32, number: u64, stage: Stage) -> Option<&mut Asked> {
@@ -393,7 +394,7 @@ impl<D: Driver> Shard<D> {
             return self.wants_timeout(Some(due));
         }
         let checkpoint = now >= run.stored_ms + CHECKPOINT_MS && run.state.next != run.stored;
-        let stores = run.state.failed || run.state.next == blocks || checkpoint;
+        let stores = run.state.failed || run.state.next >= blocks || checkpoint;
         match (stores, run.flushed || run.state.failed) {
             (false, _) => self.sanitize_piece(at, now),
             (true, false) => {
@@ -446,7 +447,7 @@ impl<D: Driver> Shard<D> {
     ) {
         let volume = &self.volumes[at];
         let asker = Asker::Sanitize { volume: at, generation: volume.generation };
-        let (_, namespace) = volume.export.expect("a volume is exported before it is sanitized");
+        let (_, namespace) = volume.export.expect("only what is exported is sanitized");
         let io = HostIo::new(asker, namespace, op, range);
         let io = match buf {
             Some(buf) => io.with_buf(buf),
@@ -512,7 +513,7 @@ impl<D: Driver> Shard<D> {
         let blocks = volume.sanitize_blocks();
         let whole = volume.nexus.is_whole();
         let Some(run) = &mut volume.sanitizing.run else { return };
-        let done = run.state.next == blocks && !run.state.failed;
+        let done = run.state.next >= blocks && !run.state.failed;
         let mut next = run.state.clone();
         let bytes = if !done {
             next.encode()
