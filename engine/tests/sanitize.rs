@@ -15,7 +15,7 @@ use cairn_engine::shard::IscsiConfig;
 use cairn_engine::{ChildAddress, EngineError, IscsiExport, IscsiPortal, ShardConfig, VolumeSpec};
 use cairn_engine::{replica::SnapshotSpec, snapshot::SnapshotCall};
 use common::initiator::{Answer, Initiator};
-use common::{BLOCKS, Client, Engine, PATIENCE};
+use common::{BLOCKS, Client, Engine, PATIENCE, replica_nqn};
 
 const ALICE: &str = "iqn.2026-11.io.example:alice";
 const BOB: &str = "iqn.2026-11.io.example:bob";
@@ -242,4 +242,32 @@ fn a_sanitize_that_fails_keeps_hosts_out_until_it_is_left() {
     assert_eq!(sanitize(&mut alice, EXIT, &[]).sense, (5, 0x24, 0));
     assert!(sanitize(&mut alice, ERASE, &[]).is_good());
     assert_eq!(alice.read(1, 1, 4096).data, [0; 4096]);
+}
+
+/// A replica that is away has what was there before: it is waited for, until it is no member any more.
+#[test]
+fn a_sanitize_is_not_over_before_every_replica_has_it() {
+    let (engine, at) = start(4);
+    let away = Engine::start(1);
+    away.add_pool("r");
+    away.add_replica("r", 3, 1);
+    let mut children: Vec<_> = [("p", 1), ("q", 2)]
+        .map(|(pool, id)| {
+            engine.add_pool(pool);
+            engine.add_replica(pool, id, 1)
+        })
+        .into();
+    let peer = away.address;
+    children.push((ReplicaId(3), ChildAddress::Remote { peer, nqn: replica_nqn(3) }));
+    engine.add_volume(spec("v", 1, &children));
+    let mut alice = Initiator::ready(at, ALICE, &iqn("v"));
+    let list = [1, 0, 0, 1, 0xaa];
+    assert!(sanitize(&mut alice, OVERWRITE | IMMED, &list).is_good(), "it has begun");
+    drop(away);
+    engine.wait("v", |v| v.detail.contains("sanitized but for replicas that are not in sync"));
+    assert_eq!(alice.read(1, 1, 4096).sense, IN_PROGRESS);
+    let (name, replica) = ("v".to_owned(), ReplicaId(3));
+    engine.call(|reply| Command::RemoveReplica { name, replica, reply }).unwrap();
+    until_ready(&mut alice);
+    each_block(&mut alice, 4096, |bytes| assert!(bytes.iter().all(|byte| *byte == 0xaa)));
 }
