@@ -143,7 +143,7 @@ fn nobody_uses_the_volume_meanwhile_and_resets_and_restarts_do_not_end_it() {
     host.write(1, 1);
     // Without IMMED: it is answered in the end.
     alice.begin(&[0x48, OVERWRITE, 0, 0, 0, 0, 0, 0, 5, 0], &[1, 0, 0, 1, 0xaa], 0);
-    engine.wait("v", |v| v.detail.contains("being overwritten, pass 1 of 1"));
+    engine.wait("v", |v| v.detail.contains("in sync; being overwritten, pass 1 of 1"));
     assert_eq!(bob.read(1, 1, 4096).sense, IN_PROGRESS);
     assert_eq!(bob.reserve_out(0, 0, 0, 0xb0b).sense, IN_PROGRESS);
     assert!(!host.try_write(1, 2), "a host of the other transport is kept out");
