@@ -154,7 +154,7 @@ pub(crate) struct Nvmf {
 }
 
 /// Where iSCSI initiators connect. Default: nowhere.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Iscsi {
     /// Addresses to listen on, of one portal group; port 0: one that is free.
@@ -173,6 +173,21 @@ pub(crate) struct Iscsi {
     /// What initiators prove that ask which targets there are: a file as --chap-file of `cairn volume export` names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) discovery_chap_file: Option<String>,
+    /// After how long a silence an initiator is asked whether it is there; after as long again it is given up.
+    pub(crate) nop_interval: Interval,
+}
+
+impl Default for Iscsi {
+    fn default() -> Self {
+        Self {
+            listen: Vec::new(),
+            advertise: None,
+            portal_group: None,
+            groups: Vec::new(),
+            discovery_chap_file: None,
+            nop_interval: Interval(10),
+        }
+    }
 }
 
 /// Addresses that belong together.
@@ -301,6 +316,8 @@ pub(crate) struct Nexus {
     pub(crate) rebuild: bool,
     /// How much is copied to a replica in a second; 0: as much as goes.
     pub(crate) rebuild_rate: ByteSize,
+    /// How much of a volume that is being sanitized is overwritten in a second; 0: as much as goes.
+    pub(crate) sanitize_rate: ByteSize,
     /// How often each volume is scrubbed; 0: never.
     pub(crate) scrub_interval: Interval,
     /// How much of a volume is scrubbed in a second.
@@ -370,19 +387,28 @@ pub(crate) struct Metrics {
 impl Nexus {
     /// How often nexuses do what nobody asks for.
     pub(crate) fn pace(&self) -> Pace {
-        let mib = self.rebuild_rate.as_u64().div_ceil(1 << 20);
         Pace {
             settle_ms: self.settle_ms,
             rebuild: self.rebuild,
-            rebuild_mib_s: u32::try_from(mib).unwrap_or(u32::MAX),
+            rebuild_mib_s: mib_of(self.rebuild_rate),
             ..Pace::default()
         }
+    }
+
+    /// The rate of overwriting in MiB a second.
+    pub(crate) fn sanitize_mib_s(&self) -> u32 {
+        mib_of(self.sanitize_rate)
     }
 
     /// The rate in MiB a second, 1 at least.
     pub(crate) fn scrub_rate_mib_s(&self) -> u32 {
         u32::try_from(self.scrub_rate.as_u64() >> 20).unwrap_or(u32::MAX).max(1)
     }
+}
+
+/// In MiB; a part of one is one.
+fn mib_of(rate: ByteSize) -> u32 {
+    u32::try_from(rate.as_u64().div_ceil(1 << 20)).unwrap_or(u32::MAX)
 }
 
 /// A time span in seconds; written as a number and `d`, `h`, `m` or `s`, or as 0.
@@ -428,6 +454,7 @@ impl Default for Nexus {
             settle_ms: 5_000,
             rebuild: true,
             rebuild_rate: ByteSize(0),
+            sanitize_rate: ByteSize(0),
             scrub_interval: Interval(7 * 86_400),
             scrub_rate: ByteSize::mib(64),
             replace_after: Interval(0),

@@ -122,6 +122,7 @@ fn shard_config(config: &Config, holder: u128) -> ShardConfig {
         child_deadline_min_ms: config.nexus.child_deadline_min_ms,
         assembly_wait_ms: config.nexus.assembly_wait_ms,
         overcommit: config.overcommit,
+        sanitize_mib_s: config.nexus.sanitize_mib_s(),
         ..ShardConfig::default()
     }
 }
@@ -137,6 +138,7 @@ fn iscsi_config(config: &Config, groups: &[PortalGroup]) -> Result<IscsiConfig> 
         portal_groups: groups.iter().map(|group| group.tag).collect(),
         entropy,
         discovery_chap: file.map(|path| crate::chap::read(path, false)).transpose()?,
+        nop_interval_ms: config.iscsi.nop_interval.0.saturating_mul(1_000),
     };
     config.check().context("discovery_chap_file")?;
     Ok(config)

@@ -95,6 +95,9 @@ pub(crate) struct SavedIscsi {
     /// That file may be readable by others than its owner.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) allow_open_file: bool,
+    /// Initiators may not write.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) read_only: bool,
 }
 
 /// A volume to be served.

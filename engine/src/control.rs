@@ -165,6 +165,8 @@ pub struct IscsiExport {
     pub initiators: Vec<String>,
     /// What they have to prove; likewise.
     pub chap: Option<Chap>,
+    /// Initiators may read the volume, and not write to it; of this unit alone. Hosts of NVMe are not affected.
+    pub read_only: bool,
 }
 
 /// An address that initiators reach a process at.
@@ -194,6 +196,8 @@ pub struct IscsiReport {
     pub lun: u16,
     /// Names of the initiators that may log in.
     pub initiators: Vec<String>,
+    /// Whether initiators may not write to it.
+    pub read_only: bool,
     /// Whether they have to prove who they are.
     pub chap: bool,
     /// Whether the target proves who it is, to those who ask.

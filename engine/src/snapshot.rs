@@ -22,6 +22,7 @@
 //! 120 clone: volume id
 //! 136 clone: size in blocks
 //! 144 clone: 1: a replica without the snapshot has nothing to do (u8)
+//!                                           4095 1: the replica has snapshots, or is a clone (u8)
 //! ```
 
 use cairn_block::{ReplicaId, SnapshotId, SnapshotVerb, VolumeId};
@@ -49,6 +50,8 @@ const NAME_AT: usize = 40;
 const CLONE_AT: usize = NAME_AT + NAME_MAX;
 const LIST_AT: usize = 16;
 const ENTRY: usize = 128;
+const SHARES_AT: usize = PAGE as usize - 1;
+const _: () = assert!(LIST_AT + LIST_MAX * ENTRY <= SHARES_AT);
 
 /// What is asked of each replica of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -174,8 +177,8 @@ pub fn decode(page: &[u8]) -> Option<SnapshotCall> {
     Some(SnapshotCall { spec, clone: (volume.0 != 0).then_some(clone) })
 }
 
-/// Writes the entries from `first` on over the list page `out`.
-pub fn encode_list(all: &[SnapshotEntry], first: usize, out: &mut [u8]) {
+/// Writes the entries from `first` on over the list page `out`, and whether the replica shares blocks with others.
+pub fn encode_list(all: &[SnapshotEntry], first: usize, shares: bool, out: &mut [u8]) {
     out.fill(0);
     out[..8].copy_from_slice(&LIST_MAGIC);
     let here = all.get(first..).unwrap_or_default();
@@ -191,11 +194,13 @@ pub fn encode_list(all: &[SnapshotEntry], first: usize, out: &mut [u8]) {
         bytes[44..48].copy_from_slice(&u32::from(entry.deleting).to_le_bytes());
         put_name(bytes, 40, 48, &entry.name);
     }
+    out[SHARES_AT] = u8::from(shares);
 }
 
-/// How many there are in all, and the entries of a list page; nothing where it is none.
+/// How many there are in all, whether the replica shares blocks with others, and the entries of a list page; nothing
+/// where it is none.
 #[must_use]
-pub fn decode_list(page: &[u8]) -> Option<(usize, Vec<SnapshotEntry>)> {
+pub fn decode_list(page: &[u8]) -> Option<(usize, bool, Vec<SnapshotEntry>)> {
     if page.len() != PAGE as usize || page[..8] != LIST_MAGIC {
         return None;
     }
@@ -212,7 +217,8 @@ pub fn decode_list(page: &[u8]) -> Option<(usize, Vec<SnapshotEntry>)> {
     };
     let entries: Option<Vec<_>> =
         page[LIST_AT..].chunks_exact(ENTRY).take(here).map(entry).collect();
-    Some((usize::try_from(u32_at(page, 8)?).ok()?, entries?))
+    let shares = page[SHARES_AT] != 0;
+    Some((usize::try_from(u32_at(page, 8)?).ok()?, shares, entries?))
 }
 
 #[cfg(test)]
@@ -244,14 +250,16 @@ mod tests {
             .collect();
         let mut found = Vec::new();
         while found.len() < all.len() {
-            encode_list(&all, found.len(), &mut page);
-            let (total, mut entries) = decode_list(&page).expect("it is a list");
+            encode_list(&all, found.len(), true, &mut page);
+            let (total, true, mut entries) = decode_list(&page).expect("it is a list") else {
+                panic!("it shares blocks");
+            };
             assert!(total == 50 && !entries.is_empty());
             found.append(&mut entries);
         }
         assert_eq!(found, all);
-        encode_list(&all, 50, &mut page);
-        assert_eq!(decode_list(&page), Some((50, Vec::new())));
+        encode_list(&all, 50, false, &mut page);
+        assert_eq!(decode_list(&page), Some((50, false, Vec::new())));
     }
 
     #[test]

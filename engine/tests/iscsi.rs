@@ -31,6 +31,7 @@ fn export(volume: &str, initiators: &[&str]) -> IscsiExport {
         lun: 0,
         initiators: initiators.iter().map(|&name| name.to_owned()).collect(),
         chap: None,
+        read_only: false,
     }
 }
 
@@ -461,4 +462,46 @@ fn ranges_of_a_request_and_what_holds_one_do_not_wait_for_each_other() {
         assert!(answers.iter().all(Answer::is_good), "{answers:?}");
         assert!(alice.write(7, &[0; 4096], 4096).is_good());
     }
+}
+
+#[test]
+fn a_read_of_more_than_a_request_takes_is_one_command() {
+    for block_size in [BlockSize::B512, BlockSize::B4096] {
+        let (engine, at) = one(block_size);
+        let block = block_size.bytes() as usize;
+        let mut alice = Initiator::ready(at, ALICE, &iqn("v"));
+        // 5 MiB and a block, from a block that is none of the replicas'.
+        let blocks = u32::try_from((5 << 20) / block + 1).unwrap();
+        let of = |lba: u32| (lba % 251).to_le_bytes()[0];
+        for first in (0..=blocks + 3).step_by(16) {
+            let data: Vec<u8> = (first..first + 16).flat_map(|lba| vec![of(lba); block]).collect();
+            assert!(alice.write(first, &data, block).is_good());
+        }
+        let answer = alice.read(3, u16::try_from(blocks).unwrap(), block);
+        assert!(answer.is_good());
+        assert_eq!(answer.data.len(), blocks as usize * block);
+        let read = answer.data.chunks(block).zip(3..);
+        assert!(read.into_iter().all(|(data, lba)| data.iter().all(|byte| *byte == of(lba))));
+        drop(engine);
+    }
+}
+
+#[test]
+fn initiators_of_a_read_only_export_read_and_hosts_write() {
+    let (engine, at) = one(BlockSize::B4096);
+    let mut alice = Initiator::ready(at, ALICE, &iqn("v"));
+    let mut host = Client::to(&engine, "v");
+    assert!(alice.write(1, &[1; 4096], 4096).is_good());
+    change_export(&engine, "v", Some(IscsiExport { read_only: true, ..export("v", &[ALICE]) }))
+        .unwrap();
+    assert_eq!(alice.command(&[0; 6], &[], 0).sense, (6, 0x2a, 1), "it is told");
+    assert_eq!(alice.write(1, &[2; 4096], 4096).sense, (7, 0x27, 0));
+    let modes = alice.command(&[0x1a, 0, 8, 0, 32, 0], &[], 32).data;
+    assert_eq!(modes[2] & 0x80, 0x80, "WP");
+    assert!(host.try_write(1, 3));
+    assert_eq!(alice.read(1, 1, 4096).data, [3; 4096]);
+    assert!(engine.wait("v", |_| true).iscsi.unwrap().read_only);
+    change_export(&engine, "v", Some(export("v", &[ALICE]))).unwrap();
+    assert_eq!(alice.command(&[0; 6], &[], 0).sense, (6, 0x2a, 1));
+    assert!(alice.write(1, &[4; 4096], 4096).is_good());
 }

@@ -1,11 +1,14 @@
 //! Entry points for the bytes that an iSCSI initiator sends. None may panic, whatever it is given.
 
 use cairn_block::reservation::{Action, Change, Registrant, ReservationType, Reservations};
+use cairn_block::sanitize::Sanitize;
 use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoStatus, Memory};
 use cairn_iscsi::chap::{Chap, Credentials};
 use cairn_iscsi::connection::{Connection, ConnectionConfig, LbaExtent, NotReserved};
 use cairn_iscsi::pdu::{BHS_LEN, Body, CmdSn, Header, LoginRequest, NO_TAG};
-use cairn_iscsi::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
+use cairn_iscsi::scsi::{
+    IoCommand, SanitizeCommand, SanitizeEnd, SanitizeState, UnitConfig, UnitHandle, unmap_range,
+};
 use cairn_iscsi::target::{ConnId, Initiators, Io, NodeConfig, Outcome, Target, TargetConfig};
 use cairn_iscsi::text;
 
@@ -18,9 +21,10 @@ const PARK_EVERY: usize = 13;
 /// The most bytes of an input that one delivery takes.
 const CHUNK_LEN: u32 = 4096;
 /// Operation codes that reach deep, for the stateful target.
-const CODES: [u8; 32] = [
+const CODES: [u8; 33] = [
     0x00, 0x03, 0x08, 0x0a, 0x12, 0x15, 0x16, 0x17, 0x1a, 0x1b, 0x25, 0x28, 0x2a, 0x2e, 0x2f, 0x34,
-    0x35, 0x41, 0x42, 0x55, 0x5a, 0x5e, 0x5f, 0x83, 0x84, 0x88, 0x89, 0x8a, 0x8b, 0x93, 0x9e, 0xa3,
+    0x35, 0x41, 0x42, 0x48, 0x55, 0x5a, 0x5e, 0x5f, 0x83, 0x84, 0x88, 0x89, 0x8a, 0x8b, 0x93, 0x9e,
+    0xa3,
 ];
 
 fn target(chap: Option<Chap>) -> Option<Target> {
@@ -144,6 +148,18 @@ impl World {
                 }
                 return conn.complete_reserve(slot, result.map(|_| ()), mem);
             }
+            Outcome::Sanitize { slot, unit, command } => {
+                let state = match command {
+                    SanitizeCommand::Begin { immediate: true, sanitize } => {
+                        assert_eq!(Sanitize::decode(&sanitize.encode()).as_ref(), Ok(&sanitize));
+                        let unrestricted = sanitize.unrestricted;
+                        Some(SanitizeState::Failed { unrestricted })
+                    }
+                    _ => None,
+                };
+                target.set_sanitize(unit, state);
+                return conn.complete_sanitize(slot, SanitizeEnd::Good, mem);
+            }
             Outcome::Io(io) => io,
         };
         match command {
@@ -254,7 +270,7 @@ fn pdu(step: &[u8], itt: u32, cmd_sn: &mut u32) -> Vec<u8> {
         0..=2 => {
             let mut cdb = [0; 16];
             cdb.copy_from_slice(&step[4..20]);
-            cdb[0] = CODES[usize::from(step[3] & 31)];
+            cdb[0] = CODES[usize::from(step[3]) % CODES.len()];
             let edtl = u32::from(step[20]) << 8 | u32::from(step[21]);
             let (last, write) = (step[1] & 1 == 0, step[1] & 2 != 0);
             Body::ScsiCommand { last, read: !write, write, attr: 1, edtl, sn, cdb }

@@ -15,9 +15,9 @@ pub fn pages(data: &[u8]) {
         snapshot::encode(&call, &mut again);
         assert_eq!(snapshot::decode(&again), Some(call));
     }
-    if let Some((_, entries)) = snapshot::decode_list(&page) {
-        snapshot::encode_list(&entries, 0, &mut again);
-        assert_eq!(snapshot::decode_list(&again), Some((entries.len(), entries)));
+    if let Some((_, shares, entries)) = snapshot::decode_list(&page) {
+        snapshot::encode_list(&entries, 0, shares, &mut again);
+        assert_eq!(snapshot::decode_list(&again), Some((entries.len(), shares, entries)));
     }
     if let Some(call) = upkeep::decode(&page) {
         upkeep::encode(call, &mut again);
@@ -47,7 +47,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         deleting: false,
     };
     let mut list = page();
-    snapshot::encode_list(&[entry.clone(), entry], 0, &mut list);
+    snapshot::encode_list(&[entry.clone(), entry], 0, true, &mut list);
     let mut held = page();
     register::encode(&engine::nexus::Register::default(), &mut held);
     let mut settle = page();

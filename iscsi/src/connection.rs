@@ -21,9 +21,10 @@ use crate::keys::{Offer, Params};
 use crate::login::{FULL_FEATURE, Login, LoginStatus};
 use crate::pdu::{BHS_LEN, LoginRequest, NO_TAG, RejectReason};
 use crate::rx::HeaderReader;
-use crate::scsi::UnitHandle;
+use crate::scsi::inquiry::Limits;
 use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
+use crate::scsi::{SanitizeEnd, UnitHandle};
 use crate::wire::{len32, put, u64_at};
 
 /// Tasks that immediate commands may take beside those of the command window.
@@ -38,10 +39,13 @@ const RING_SEGMENT: u32 = 4096;
 /// Windows that the end of a task may queue.
 const RESPONSE_ITEMS: usize = 2;
 
+/// The most data of a command that is carried out in steps, in bytes.
+pub(crate) const MAX_TRANSFER_LEN: u32 = 16 << 20;
+
 /// The limits of one connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectionConfig {
-    /// The most data of one command, in bytes.
+    /// The most data of one request of the disk, in bytes: a longer READ or WRITE is several, one after the other.
     pub max_data_len: u32,
     /// What the keys are negotiated from.
     pub offer: Offer,
@@ -125,6 +129,8 @@ pub struct ScsiCommand {
     pub wanted: u64,
     /// Bytes that have come of them.
     pub received: u32,
+    /// Bytes of the command's data that are done: of a later step than the first.
+    pub done: u32,
 }
 
 /// Blocks that follow each other and are all mapped, or all not.
@@ -219,6 +225,8 @@ pub struct Connection {
     sending: VecDeque<u16>,
     /// Commands given back by [`Connection::park`].
     parked: VecDeque<u16>,
+    /// Reads of which a step is on its way, and how far that is: the next one begins once it is sent.
+    parts: Vec<(u16, u64)>,
     /// The text of a login or of a Text Request.
     text: Vec<u8>,
     /// The header of the last Text Request.
@@ -294,6 +302,7 @@ impl Connection {
             waiting: VecDeque::with_capacity(usize::from(n)),
             sending: VecDeque::with_capacity(usize::from(n)),
             parked: VecDeque::with_capacity(usize::from(n)),
+            parts: Vec::new(),
             text: Vec::new(),
             text_header: [0; BHS_LEN],
             text_out: Vec::new(),
@@ -335,6 +344,7 @@ impl Connection {
         if let Request::Scsi(scsi) = &mut request {
             scsi.wanted = task.wanted;
             scsi.received = task.received.min(task.need);
+            scsi.done = task.start;
         }
         Some(Command { slot: SlotId(index), request, data: task.buf.take() })
     }
@@ -351,6 +361,7 @@ impl Connection {
             Request::TaskManagement { .. } => self.respond_task_management(slot, 0, mem),
             Request::Logout { .. } => self.respond_logout(slot, 0, mem),
             Request::Login(request) => self.let_in(slot, &request, status, mem),
+            _ if status.is_ok() && task.need < task.end => self.next_write(slot, mem),
             _ if status.is_ok() => self.respond(slot, task.good, mem),
             _ => self.respond(slot, Status::of(status), mem),
         }
@@ -391,6 +402,14 @@ impl Connection {
         self.respond(slot, status, mem);
     }
 
+    /// Ends a SANITIZE ([`crate::target::Outcome::Sanitize`]).
+    ///
+    /// # Panics
+    /// As [`Connection::complete`].
+    pub fn complete_sanitize<M: Memory>(&mut self, slot: SlotId, end: SanitizeEnd, mem: &mut M) {
+        self.respond(slot, end.into(), mem);
+    }
+
     /// Whether there is something to send and nothing is being sent.
     #[must_use]
     pub fn wants_send(&self) -> bool {
@@ -409,6 +428,9 @@ impl Connection {
     pub fn handle_sent<M: Memory>(&mut self, mem: &mut M) {
         self.tx.handle_sent(mem);
         self.unsent = 0;
+        if !self.parts.is_empty() {
+            self.next_reads(mem);
+        }
         self.serve_waiting(mem);
         self.pump(mem);
     }
@@ -533,6 +555,13 @@ impl Connection {
         self.shifts_of = of;
     }
 
+    /// A READ has so much data, of which what is handed out is the next step.
+    pub(crate) fn set_read_len(&mut self, slot: SlotId, len: u32) {
+        let task = &mut self.tasks[usize::from(slot.0)];
+        task.end = len.min(task.edtl);
+        task.whole = len;
+    }
+
     /// Which sense format a command's logical unit is set to, and what its success is.
     pub(crate) fn set_ending(&mut self, slot: SlotId, descriptors: bool, good: Status) {
         let task = &mut self.tasks[usize::from(slot.0)];
@@ -550,8 +579,12 @@ impl Connection {
         self.config.offer
     }
 
-    pub(crate) fn max_data_len(&self) -> u32 {
-        self.config.max_data_len
+    pub(crate) fn limits(&self) -> Limits {
+        let step = self.config.max_data_len;
+        // What comes unasked is to fit the first step.
+        let fits = self.params.first_burst <= step;
+        let max_transfer_len = if fits { step.max(MAX_TRANSFER_LEN) } else { step };
+        Limits { max_data_len: step, max_transfer_len }
     }
 
     /// Ends GET LBA STATUS with the extents from the first block that was asked for on, in order.

@@ -1,6 +1,7 @@
 //! A small initiator and a target in one memory, with wires between them that a test can cut.
 
 use cairn_block::reservation::Change;
+use cairn_block::sanitize::Method;
 use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoStatus, Lba, LbaRange, Memory};
 
 use crate::connection::{Connection, ConnectionConfig, LbaExtent, NotReserved, SlotId};
@@ -10,7 +11,7 @@ use crate::pdu::{
     lengths,
 };
 use crate::rx::Digests;
-use crate::scsi::{IoCommand, UnitConfig, UnitHandle, unmap_range};
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeEnd, UnitConfig, UnitHandle, unmap_range};
 use crate::target::{
     ConnId, Initiators, Io, NodeConfig, NodeId, Outcome, Portal, Target, TargetConfig,
 };
@@ -505,6 +506,7 @@ impl World {
                 Outcome::Done => {}
                 Outcome::Reserve { slot, unit, change } => self.reserve(h, slot, unit, &change),
                 outcome if self.hold => self.held.push((h, outcome)),
+                Outcome::Sanitize { slot, unit, command } => self.sanitize(h, slot, unit, &command),
                 outcome => self.carry_out(h, outcome),
             }
         }
@@ -546,6 +548,23 @@ impl World {
         conn.complete_reserve(slot, applied.map(|_| ()), &mut self.mem);
     }
 
+    /// Does all of a sanitize at once, or leaves one that failed.
+    fn sanitize(&mut self, h: usize, slot: SlotId, unit: UnitHandle, command: &SanitizeCommand) {
+        let disk = &mut self.disks[unit.0 as usize];
+        match command {
+            SanitizeCommand::Begin { sanitize, .. } if sanitize.method == Method::Erase => {
+                disk.fill(0);
+            }
+            SanitizeCommand::Begin { sanitize, .. } => {
+                disk.chunks_mut(BLOCK).for_each(|block| sanitize.fill(block));
+            }
+            SanitizeCommand::Exit => {}
+        }
+        self.target.set_sanitize(unit, None);
+        let conn = self.hosts[h].conn.as_mut().unwrap();
+        conn.complete_sanitize(slot, SanitizeEnd::Good, &mut self.mem);
+    }
+
     fn pass_aborts(&mut self) {
         while let Some(abort) = self.target.poll_abort() {
             let host = self.hosts.iter_mut().find(|host| host.id == abort.conn);
@@ -569,6 +588,9 @@ impl World {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
             Outcome::Reserve { slot, .. } => return conn.complete_reserve(slot, Ok(()), mem),
+            Outcome::Sanitize { slot, unit, command } => {
+                return self.sanitize(h, slot, unit, &command);
+            }
             Outcome::Io(io) => io,
         };
         let slot = io.slot;

@@ -10,10 +10,12 @@ pub(crate) mod mode;
 pub(crate) mod opcodes;
 pub mod ports;
 pub(crate) mod reservation;
+pub(crate) mod sanitize;
 pub mod sense;
 pub(crate) mod unit;
 
 pub use self::block::{IoCommand, unmap_range};
 pub use self::copy::CopySegment;
 pub use self::inquiry::Product;
+pub use self::sanitize::{SanitizeCommand, SanitizeEnd, SanitizeState};
 pub use self::unit::{MAX_LUN, UnitConfig, UnitHandle};

@@ -17,11 +17,11 @@ use crate::chap::{Chap, MIN_SECRET_LEN};
 use crate::connection::{CloseReason, Command, Connection, Request, SlotId};
 use crate::login::{MAX_NAME_LEN, is_name};
 use crate::pdu::encode_lun;
-use crate::scsi::IoCommand;
 use crate::scsi::inquiry::Product;
 use crate::scsi::ports::{AccessState, PortGroup};
 use crate::scsi::sense::Status;
 use crate::scsi::unit::{Attention, MAX_LUN, NexusId, Unit, UnitConfig, UnitHandle};
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::wire::len32;
 
 /// Names a connection; whoever owns the sockets chooses it.
@@ -189,6 +189,16 @@ pub enum Outcome {
         /// What is asked.
         change: Change,
     },
+    /// What backs a unit is to be sanitized: [`Target::set_sanitize`] as soon as nothing else is to be begun, and with how
+    /// far it is from time to time; [`Connection::complete_sanitize`] as the command says.
+    Sanitize {
+        /// Where the completion goes.
+        slot: SlotId,
+        /// The unit.
+        unit: UnitHandle,
+        /// What is asked.
+        command: SanitizeCommand,
+    },
 }
 
 /// A request of a unit's disk.
@@ -273,6 +283,8 @@ struct Volume {
     reservations: Reservations,
     /// Who holds RESERVE.
     reserved_by: Option<NexusId>,
+    /// It is being sanitized, or that failed.
+    sanitize: Option<SanitizeState>,
 }
 
 /// The nodes and sessions of one shard.
@@ -466,6 +478,24 @@ impl Target {
         Ok(())
     }
 
+    /// Changes whether a logical unit takes no writes, and tells the initiators. Requests that were handed out go on.
+    ///
+    /// # Errors
+    /// An unknown node or unit.
+    pub fn set_read_only(
+        &mut self,
+        id: NodeId,
+        lun: u16,
+        read_only: bool,
+    ) -> Result<(), TargetError> {
+        let node = self.node_mut(id)?;
+        let unit = node.unit_mut(lun).ok_or(TargetError::UnknownLun { lun })?;
+        if std::mem::replace(&mut unit.config.read_only, read_only) != read_only {
+            self.attend(id, Some(lun), None, Attention::ModeChanged);
+        }
+        Ok(())
+    }
+
     /// Changes the target port groups of a node, and tells the initiators. Requests that were handed
     /// out are the caller's to end.
     ///
@@ -530,6 +560,14 @@ impl Target {
             }
         }
         Ok(())
+    }
+
+    /// Sets how far the sanitize of what backs a unit is: until there is none, initiators are told so, and little else is
+    /// carried out. Nothing happens where there is no such unit.
+    pub fn set_sanitize(&mut self, unit: UnitHandle, state: Option<SanitizeState>) {
+        if let Some(volume) = self.volumes.get_mut(&unit) {
+            volume.sanitize = state;
+        }
     }
 
     /// The sessions of a node, by TSIH.

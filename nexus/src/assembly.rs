@@ -503,9 +503,11 @@ impl Nexus {
         self.restoring = config.restoring;
         self.deleted.clone_from(&config.deleted);
         self.reservations.clone_from(&config.reservations);
+        self.sanitize.clone_from(&config.sanitize);
         let (restoring, deleted) = (config.restoring, config.deleted.clone());
-        let reservations = config.reservations.clone();
-        self.wanted = Wanted { blocks, encryption, voters, restoring, deleted, reservations };
+        let (reservations, sanitize) = (config.reservations.clone(), config.sanitize.clone());
+        self.wanted =
+            Wanted { blocks, encryption, voters, restoring, deleted, reservations, sanitize };
         self.in_sync = ChildSet::EMPTY;
         let old = self.of_older_lineage(config.lineage);
         for at in 0..self.children.len() {

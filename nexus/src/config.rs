@@ -1,6 +1,7 @@
 //! A volume's configuration: what its register holds.
 
 use cairn_block::reservation::Reservations;
+use cairn_block::sanitize::Sanitize;
 use cairn_block::{ReplicaId, SnapshotId, VolumeId};
 
 use crate::MAX_CHILDREN;
@@ -32,6 +33,8 @@ const SECTION_BLOCK_SIZE: u16 = 5;
 const SECTION_DELETED: u16 = 6;
 /// A section: the hosts' reservations.
 const SECTION_RESERVATIONS: u16 = 7;
+/// A section: the sanitize that is under way, or failed.
+const SECTION_SANITIZE: u16 = 8;
 /// Deleted snapshots that a configuration names at most: so many fit in a register beside the rest.
 pub const MAX_DELETED: usize = 32;
 /// Bytes of an encoded configuration at most, whatever it says: a register holds so many.
@@ -106,6 +109,9 @@ pub struct Config {
     pub block_size: u32,
     /// The hosts' reservations, as [`Reservations::encode`] has them; empty where there never were any.
     pub reservations: Vec<u8>,
+    /// The sanitize that is under way or failed, as [`Sanitize::encode`] has it; empty where there is none. Hosts use
+    /// nothing of the volume meanwhile, nothing is being restored, and no deleted snapshots are named.
+    pub sanitize: Vec<u8>,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -156,7 +162,8 @@ impl Config {
     /// the volume is being taken back to (16 bytes), where it is. Section 4: the place of each member, in their
     /// order, where one is told. Section 5: bytes of the blocks that hosts see, u32, where they are told.
     /// Section 6: the deleted snapshots that a replica may still have (16 bytes each), where there are any. Section 7:
-    /// the hosts' reservations, where there were any; `engine/block/src/reservation/encoding.rs` draws them.
+    /// the hosts' reservations, where there were any; `engine/block/src/reservation/encoding.rs` draws them. Section 8: the
+    /// sanitize that is under way or failed, where there is one; `engine/block/src/sanitize.rs` draws it.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -200,6 +207,9 @@ impl Config {
         if !self.reservations.is_empty() {
             push_section(&mut out, SECTION_RESERVATIONS, &self.reservations);
         }
+        if !self.sanitize.is_empty() {
+            push_section(&mut out, SECTION_SANITIZE, &self.sanitize);
+        }
         out
     }
 
@@ -224,9 +234,8 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let Sections { encryption, holder, restoring, places, block_size, deleted, reservations } =
-            decode_sections(sections, expected, count)?;
-        let mut places = places.chunks_exact(PLACE);
+        let found = decode_sections(sections, expected, count)?;
+        let mut places = found.places.chunks_exact(PLACE);
         let mut members = Vec::with_capacity(count);
         for m in head[HEADER..].chunks_exact(MEMBER) {
             if m[16] & !(IN_SYNC | WITNESS) != 0 {
@@ -248,12 +257,13 @@ impl Config {
             blocks: u64::from_le_bytes(bytes_at(header, 24)),
             lineage: u64::from_le_bytes(bytes_at(header, 32)),
             generation: u64::from_le_bytes(bytes_at(header, 40)),
-            encryption,
-            holder,
-            restoring,
-            deleted,
-            block_size,
-            reservations,
+            encryption: found.encryption,
+            holder: found.holder,
+            restoring: found.restoring,
+            deleted: found.deleted,
+            block_size: found.block_size,
+            reservations: found.reservations,
+            sanitize: found.sanitize,
             members,
         })
     }
@@ -289,6 +299,7 @@ struct Sections {
     places: Vec<u8>,
     block_size: u32,
     reservations: Vec<u8>,
+    sanitize: Vec<u8>,
 }
 
 /// Whether these are some ids, and not too many.
@@ -338,6 +349,12 @@ fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Section
             {
                 found.reservations = bytes.to_vec();
             }
+            // Nor may they use what is being overwritten.
+            (SECTION_SANITIZE, _)
+                if found.sanitize.is_empty() && Sanitize::decode(bytes).is_ok() =>
+            {
+                found.sanitize = bytes.to_vec();
+            }
             _ => return Err(ConfigError::Section(kind)),
         }
         rest = &rest[end..];
@@ -348,6 +365,7 @@ fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Section
 #[cfg(test)]
 mod tests {
     use cairn_block::reservation::{Action, Change, MAX_ENCODED, Registrant};
+    use cairn_block::sanitize::{MAX_PATTERN, MAX_SANITIZE, Method, Pattern};
 
     use super::*;
 
@@ -363,6 +381,7 @@ mod tests {
             deleted: Vec::new(),
             block_size: 0,
             reservations: Vec::new(),
+            sanitize: Vec::new(),
             generation: 41,
             members: vec![
                 Member {
@@ -470,6 +489,7 @@ mod tests {
             deleted: vec![SnapshotId(8); MAX_DELETED],
             block_size: 512,
             reservations,
+            sanitize: Vec::new(),
             generation: 41,
             members: vec![member; MAX_CHILDREN],
         };
@@ -482,5 +502,20 @@ mod tests {
         damaged.reservations[0] ^= 0xff;
         let wrong = Err(ConfigError::Section(SECTION_RESERVATIONS));
         assert_eq!(Config::decode(&damaged.encode()), wrong);
+
+        // Nothing is restored or deleted during a sanitize.
+        let pattern: Vec<u8> =
+            (0..MAX_PATTERN).map(|n| u8::try_from(n % 251).unwrap_or(0)).collect();
+        let pattern = Pattern::of(&pattern, MAX_PATTERN).unwrap();
+        let method = Method::Overwrite { pattern, passes: 31, invert: true };
+        let sanitize = Sanitize::new(method, true).encode();
+        let mut sanitized = Config { restoring: None, deleted: Vec::new(), sanitize, ..config };
+        let bytes = sanitized.encode();
+        let longer = MAX_SANITIZE - sanitized.sanitize.len();
+        assert!(bytes.len() + spare + longer <= MAX_CONFIG, "{} bytes, and {spare}", bytes.len());
+        assert_eq!(Config::decode(&bytes), Ok(sanitized.clone()));
+        sanitized.sanitize[0] = 0;
+        let wrong = Err(ConfigError::Section(SECTION_SANITIZE));
+        assert_eq!(Config::decode(&sanitized.encode()), wrong);
     }
 }

@@ -63,6 +63,8 @@ pub struct Nexus {
     pub(crate) deleted: Vec<cairn_block::SnapshotId>,
     /// By the configuration committed last: see [`Config::reservations`](crate::Config::reservations).
     pub(crate) reservations: Vec<u8>,
+    /// By the configuration committed last: see [`Config::sanitize`](crate::Config::sanitize).
+    pub(crate) sanitize: Vec<u8>,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
@@ -139,12 +141,14 @@ impl Nexus {
                 restoring: None,
                 deleted: Vec::new(),
                 reservations: Vec::new(),
+                sanitize: Vec::new(),
             },
             changing: None,
             encryption,
             restoring: None,
             deleted: Vec::new(),
             reservations: Vec::new(),
+            sanitize: Vec::new(),
             growing: None,
             round: 0,
             commit: None,

@@ -1,5 +1,5 @@
 //! What a configuration says besides who is in sync: the volume's size, its wrapped key, the snapshot that
-//! it is being taken back to, and which snapshots were deleted.
+//! it is being taken back to, which snapshots were deleted, what hosts have reserved, and how far a sanitize is.
 //!
 //! All change by a commit like any other. A larger size is committed only once every replica that is
 //! there has grown to it; one that is not there grows when it comes back, before it is used. So the
@@ -24,6 +24,7 @@ pub(crate) struct Wanted {
     pub(crate) restoring: Option<SnapshotId>,
     pub(crate) deleted: Vec<SnapshotId>,
     pub(crate) reservations: Vec<u8>,
+    pub(crate) sanitize: Vec<u8>,
 }
 
 /// A size that replicas are growing to.
@@ -50,6 +51,11 @@ pub enum ChangeError {
     /// The replicas go back one by one, and nothing else is done meanwhile.
     #[error("the volume is being taken back to snapshot {0}; try again when it is")]
     Restoring(SnapshotId),
+    /// Its blocks are being overwritten or erased, or that failed, and hosts wait for the end of it.
+    #[error(
+        "the volume is being sanitized, or that failed; `cairn volume status` says which: try again when hosts can use it"
+    )]
+    Sanitizing,
     /// It would be smaller.
     #[error(
         "the volume has {has} blocks and cannot shrink to {asked}: to have a smaller one, make a new \
@@ -185,9 +191,16 @@ impl Nexus {
             && self.wanted.restoring == self.restoring
             && self.wanted.deleted == self.deleted
             && self.wanted.reservations == self.reservations
+            && self.wanted.sanitize == self.sanitize
             && self.changing.is_none()
             && self.growing.is_none();
         if current { Ok(()) } else { Err(ChangeError::Busy) }
+    }
+
+    /// The same, of what is not changed while the volume is sanitized.
+    fn check_unsanitized(&self) -> Result<(), ChangeError> {
+        self.check_change()?;
+        if self.sanitize.is_empty() { Ok(()) } else { Err(ChangeError::Sanitizing) }
     }
 
     /// Stores what is wanted, with the in-sync set as it is to be.
@@ -225,7 +238,7 @@ impl Nexus {
         now_ms: u64,
     ) -> Result<(), ChangeError> {
         match snapshot {
-            Some(_) => self.check_change()?,
+            Some(_) => self.check_unsanitized()?,
             None => self.check_current()?,
         }
         self.wanted.restoring = snapshot;
@@ -256,7 +269,7 @@ impl Nexus {
         now_ms: u64,
     ) -> Result<(), ChangeError> {
         assert!(deleted.len() <= MAX_DELETED, "so many do not fit");
-        self.check_change()?;
+        self.check_unsanitized()?;
         self.wanted.deleted = deleted;
         self.commit_wanted();
         self.settle(now_ms);
@@ -283,6 +296,32 @@ impl Nexus {
         Ok(())
     }
 
+    // ---- a sanitize
+
+    /// The sanitize that is under way or failed, as it is stored; empty where there is none.
+    #[must_use]
+    pub fn sanitize(&self) -> &[u8] {
+        &self.sanitize
+    }
+
+    /// Stores that the volume is being sanitized and how far that is, or that it is over. [`Event::Sanitize`] tells that
+    /// it is stored.
+    ///
+    /// # Errors
+    /// [`ChangeError`] where it cannot be now; then nothing was begun.
+    ///
+    /// # Panics
+    /// Where deleted snapshots are noted ([`Nexus::deleted`]): there is no room for both, and a replica that is away would
+    /// keep what they have.
+    pub fn set_sanitize(&mut self, sanitize: Vec<u8>, now_ms: u64) -> Result<(), ChangeError> {
+        assert!(sanitize.is_empty() || self.deleted.is_empty(), "a replica may have a snapshot");
+        self.check_change()?;
+        self.wanted.sanitize = sanitize;
+        self.commit_wanted();
+        self.settle(now_ms);
+        Ok(())
+    }
+
     /// Whether every member that holds data is in sync.
     #[must_use]
     pub fn is_whole(&self) -> bool {
@@ -298,7 +337,7 @@ impl Nexus {
     /// # Errors
     /// [`ChangeError`] where it cannot be now; then nothing was begun.
     pub fn resize(&mut self, blocks: u64, now_ms: u64) -> Result<(), ChangeError> {
-        self.check_change()?;
+        self.check_unsanitized()?;
         let has = self.config.blocks;
         if blocks < has {
             return Err(ChangeError::Shrink { has, asked: blocks });
@@ -424,6 +463,10 @@ impl Nexus {
         if stored.reservations != self.reservations {
             self.reservations = stored.reservations;
             self.push_event(Event::Reserved);
+        }
+        if stored.sanitize != self.sanitize {
+            self.sanitize = stored.sanitize;
+            self.push_event(Event::Sanitize);
         }
         if stored.encryption != self.encryption {
             self.encryption = stored.encryption;

@@ -316,6 +316,9 @@ pub enum Event {
     KeyChanged,
     /// What hosts have reserved is stored.
     Reserved,
+    /// How far a sanitize is, or that there is none any more, is stored: see
+    /// [`Nexus::sanitize`](crate::Nexus::sanitize).
+    Sanitize,
     /// It is stored that the volume is being taken back to this snapshot: every in-sync member is to be asked
     /// to, and then [`Nexus::set_restoring`](crate::Nexus::set_restoring) to be called with none. With none:
     /// it is over, and requests of hosts may be submitted.

@@ -52,6 +52,10 @@ statuses! {
     SGL_DESCRIPTOR_TYPE_INVALID = 0x011, "SGL Descriptor Type Invalid";
     /// 00/16.
     SGL_OFFSET_INVALID = 0x016, "SGL Offset Invalid";
+    /// 00/1C.
+    SANITIZE_FAILED = 0x01c, "Sanitize Failed";
+    /// 00/1D.
+    SANITIZE_IN_PROGRESS = 0x01d, "Sanitize In Progress";
     /// 00/21.
     COMMAND_INTERRUPTED = 0x021, "Command Interrupted";
     /// 00/22.

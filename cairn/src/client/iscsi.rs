@@ -33,6 +33,9 @@ pub(crate) struct ExportArgs {
     /// Take such a file that others than its owner may read.
     #[arg(long, requires = "chap_file")]
     allow_open_chap_file: bool,
+    /// Initiators may read and not write. What else writes to the volume, as hosts of NVMe/TCP, is not affected.
+    #[arg(long)]
+    read_only: bool,
 }
 
 pub(super) async fn export(
@@ -49,6 +52,7 @@ pub(super) async fn export(
             initiators: args.initiator,
             chap_file: chap_file.unwrap_or_default(),
             allow_open_file: args.allow_open_chap_file,
+            read_only: args.read_only,
         }),
     };
     let volume = client.export_volume(request).await.map_err(|s| said(&s))?.into_inner();

@@ -39,6 +39,7 @@ pub(super) fn saved_of(volume: &str, export: v1::IscsiExport) -> Result<SavedIsc
         initiators: export.initiators,
         chap_file: Some(export.chap_file).filter(|path| !path.is_empty()),
         allow_open_file: export.allow_open_file,
+        read_only: export.read_only,
     })
 }
 
@@ -48,8 +49,8 @@ impl SavedIscsi {
     }
 
     fn export(&self, chap: Option<Chap>) -> IscsiExport {
-        let Self { iqn, lun, initiators, .. } = self.clone();
-        IscsiExport { iqn, lun, initiators, chap }
+        let Self { iqn, lun, initiators, read_only, .. } = self.clone();
+        IscsiExport { iqn, lun, initiators, chap, read_only }
     }
 
     /// What the engine is told.
@@ -113,7 +114,8 @@ impl Service {
         })?;
         for other in others {
             let Some(held) = other.iscsi else { continue };
-            let export = IscsiExport { lun: held.lun, ..export.clone() };
+            let (lun, read_only) = (held.lun, held.read_only);
+            let export = IscsiExport { lun, read_only, ..export.clone() };
             let name = other.name;
             self.ask(|reply| Command::ExportIscsi { name, export: Some(export), reply }).await?;
         }
@@ -153,6 +155,7 @@ impl Service {
                 initiators: report.initiators,
                 chap_file: saved.chap_file.unwrap_or_default(),
                 allow_open_file: saved.allow_open_file,
+                read_only: report.read_only,
             }),
             access_state: report.state.to_owned(),
             port_group: u32::from(report.port_group),

@@ -11,6 +11,7 @@ mod io;
 mod mem;
 pub mod mutants;
 pub mod reservation;
+pub mod sanitize;
 mod tx;
 
 pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};

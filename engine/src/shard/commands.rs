@@ -319,6 +319,12 @@ impl<D: Driver> Shard<D> {
         let back = volume.nexus.restoring().map_or_else(String::new, |snapshot| {
             format!("being taken back to snapshot {snapshot}; hosts wait")
         });
+        let mut detail = format!("{}{unreachable}", state.detail());
+        for text in [back.as_str(), &volume.sanitize_text()] {
+            if !text.is_empty() {
+                detail = format!("{detail}; {text}");
+            }
+        }
         let hosts = volume.export.map_or_else(Vec::new, |(subsystem, _)| {
             self.target
                 .controllers(subsystem)
@@ -336,7 +342,7 @@ impl<D: Driver> Shard<D> {
             nqn: volume.spec.nqn.clone(),
             blocks: volume.nexus.blocks(),
             state: state.word().to_owned(),
-            detail: format!("{}{unreachable}{back}", state.detail()),
+            detail,
             unfit: volume.nexus.unfit().unwrap_or_default().to_owned(),
             serving: state.is_serving() && volume.export.is_some() && back.is_empty(),
             epoch: epoch.0,

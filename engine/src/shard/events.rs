@@ -36,10 +36,12 @@ impl<D: Driver> Shard<D> {
                     self.forget_restore(at, &why);
                     self.forget_deletions(at, &why);
                     self.forget_reservations(at, IoStatus::PathError);
+                    self.forget_sanitize(at, IoStatus::PathError);
                 }
                 self.export_if_due(at);
                 if self.volumes[at].nexus.state().is_serving() {
                     self.load_reservations(at);
+                    self.load_sanitize(at, now);
                 }
                 self.update_ana(at);
                 self.tell_activation(at);
@@ -83,6 +85,7 @@ impl<D: Driver> Shard<D> {
             Event::Resized(blocks) => self.volume_resized(at, blocks),
             Event::ResizeFailed(child, status) => self.resize_failed(at, child, status),
             Event::Reserved => self.reservations_stored(at, now),
+            Event::Sanitize => self.sanitize_stored(at, now),
             Event::KeyChanged => {
                 tracing::info!(volume = %name, "the volume's key is wrapped anew");
                 let change = volume.change.take_if(|c| matches!(c, PendingChange::Key(_)));

@@ -74,6 +74,11 @@ pub(super) struct Initiators {
 
 impl Initiators {
     pub(super) fn new(config: &ShardConfig) -> Self {
+        let usual = ConnectionConfig::default();
+        let nop_interval_ms = match config.iscsi.nop_interval_ms {
+            0 => usual.nop_interval_ms,
+            asked => asked,
+        };
         Self {
             target: config.iscsi.target().expect("the secrets were checked"),
             hosts: Table::new(),
@@ -85,7 +90,7 @@ impl Initiators {
             busy: Vec::new(),
             stalled: Vec::new(),
             next_timeout_ms: u64::MAX,
-            config: ConnectionConfig::default(),
+            config: ConnectionConfig { nop_interval_ms, ..usual },
             challenges: 0,
         }
     }
@@ -227,10 +232,6 @@ impl<D: Driver> Shard<D> {
             }
         }
         let Some(host) = self.initiators.hosts.get_mut(at) else { return moved };
-        if host.conn.is_waiting_for_memory() && host.stream.stall() {
-            self.initiators.stalled.push(at);
-        }
-        let host = &mut self.initiators.hosts[at];
         if host.stream.is_drained() && host.phase < Phase::Moving {
             self.receive_initiator(at);
         }
@@ -283,6 +284,9 @@ impl<D: Driver> Shard<D> {
             match target.handle_command(ConnId(at), &mut host.conn, command, memory) {
                 Outcome::Done => {}
                 Outcome::Io(io) => self.start_task(at, io, now),
+                Outcome::Sanitize { slot, unit, command } => {
+                    self.sanitize_for_initiator((at, slot), unit, command, now);
+                }
                 Outcome::Drain { slot, units } => self.drain_tasks(at, slot, &units),
                 Outcome::Reserve { slot, unit, change } => {
                     self.reserve_for_initiator(at, slot, unit, change, now);
@@ -319,12 +323,17 @@ impl<D: Driver> Shard<D> {
 
     /// Does what the target asks for: connections that are to end, and tasks that are to be aborted.
     pub(super) fn settle_target(&mut self) {
+        let mut aborts = false;
         while let Some(abort) = self.initiators.target.poll_abort() {
+            aborts = true;
             let ConnId(at) = abort.conn;
             if let Some(host) = self.initiators.hosts.get_mut(at) {
                 host.conn.abort(abort.lun, self.driver.memory());
                 self.touch_initiator(at);
             }
+        }
+        if aborts {
+            self.end_aborted_sanitizes();
         }
         while let Some(ConnId(at)) = self.initiators.target.poll_close() {
             self.close_initiator(at);
@@ -348,6 +357,8 @@ impl<D: Driver> Shard<D> {
         host.stream.sending = false;
         host.conn.handle_sent(self.driver.memory());
         match result {
+            // A long read goes on once what it had is sent.
+            Ok(()) if host.phase < Phase::Moving => self.take_requests(at, self.now_ms()),
             Ok(()) => self.touch_initiator(at),
             Err(_) => self.close_initiator(at),
         }
@@ -397,9 +408,11 @@ impl<D: Driver> Shard<D> {
     }
 
     pub(super) fn touch_initiator(&mut self, at: u32) {
-        if let Some(host) = self.initiators.hosts.get_mut(at)
-            && host.stream.touch()
-        {
+        let Some(host) = self.initiators.hosts.get_mut(at) else { return };
+        if host.conn.is_waiting_for_memory() && host.stream.stall() {
+            self.initiators.stalled.push(at);
+        }
+        if host.stream.touch() {
             self.initiators.busy.push(at);
         }
     }

@@ -37,6 +37,8 @@ pub(super) enum Asker {
     Iscsi { conn: u32, generation: u32, slot: cairn_iscsi::connection::SlotId },
     /// A command that takes several requests, of which this is one.
     Job(u32),
+    /// What sanitizes a volume.
+    Sanitize { volume: u32, generation: u32 },
 }
 
 /// A host's command in flight.
@@ -209,7 +211,7 @@ impl<D: Driver> Shard<D> {
         }
         let range_of = match io.asker {
             Asker::Iscsi { .. } => unmap_range,
-            Asker::Nvme { .. } | Asker::Job(_) => dsm_range,
+            Asker::Nvme { .. } | Asker::Job(_) | Asker::Sanitize { .. } => dsm_range,
         };
         let found = range_of(self.driver.memory().bytes(io.window), usize::from(next));
         let range = found.and_then(|(lba, blocks)| LbaRange::new(Lba(lba), u64::from(blocks)).ok());
@@ -238,7 +240,7 @@ impl<D: Driver> Shard<D> {
             Some(&Export::Volume(volume)) => {
                 let held = self.initiators.target.any_held();
                 if held || self.volumes.get(volume).is_some_and(Volume::is_guarded) {
-                    if self.is_reserved(volume, at) {
+                    if self.is_sanitized(volume, at, now) || self.is_reserved(volume, at) {
                         return;
                     }
                     if self.is_held(volume, at) {
@@ -302,18 +304,22 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    fn finish(&mut self, at: u32, status: IoStatus, _now: u64) {
+    pub(super) fn finish(&mut self, at: u32, status: IoStatus, _now: u64) {
         self.answer(at, status);
         self.drop_io(at);
     }
 
     pub(super) fn drop_io(&mut self, at: u32) {
         if let Some(io) = self.ios.remove(at) {
-            if let Asker::Job(job) = io.asker {
-                self.job_released(job);
-            }
             if let Some(buf) = io.buf {
                 self.release(buf);
+            }
+            match io.asker {
+                Asker::Job(job) => self.job_released(job),
+                Asker::Sanitize { volume, generation } => {
+                    self.sanitize_released(volume, generation)
+                }
+                Asker::Nvme { .. } | Asker::Iscsi { .. } => {}
             }
         }
         self.drained(at);
@@ -338,7 +344,7 @@ impl<D: Driver> Shard<D> {
         match asker {
             Asker::Nvme { conn, generation, .. } => self.is_fenced(conn, generation, pool, slot),
             // A replica is no logical unit.
-            Asker::Iscsi { .. } | Asker::Job(_) => true,
+            Asker::Iscsi { .. } | Asker::Job(_) | Asker::Sanitize { .. } => true,
         }
     }
 
@@ -348,9 +354,10 @@ impl<D: Driver> Shard<D> {
         let (asker, namespace) = (io.asker, io.namespace);
         let (op, len) = (io.op, io.window.len());
         let verified = u64::from(io.verified);
+        let own = matches!(asker, Asker::Sanitize { .. });
         let gives = op == IoOp::Read && status.is_ok();
         let data = if gives { io.buf.take() } else { None };
-        if let Some(counters) = self.counters(namespace) {
+        if let Some(counters) = self.counters(namespace).filter(|_| !own) {
             count(counters, op, len, status);
         }
         if op != IoOp::Read {
@@ -382,6 +389,9 @@ impl<D: Driver> Shard<D> {
                 self.touch_initiator(conn);
             }
             Asker::Job(job) => self.job_answered(job, status),
+            Asker::Sanitize { volume, generation } => {
+                self.sanitize_answered(volume, generation, status);
+            }
         }
     }
 

@@ -24,6 +24,7 @@ mod reservations;
 mod reserve;
 mod resize;
 mod restore;
+mod sanitize;
 mod sectors;
 mod snapshots;
 mod space;
@@ -110,6 +111,8 @@ pub struct ShardConfig {
     pub overcommit: u32,
     /// How often nexuses do what nobody asks for, and how fast.
     pub pace: cairn_nexus::Pace,
+    /// A volume that is being overwritten is at most so fast, in MiB a second; 0: as fast as it can.
+    pub sanitize_mib_s: u32,
     /// Which shard of its process it is. The first one listens for all.
     pub shard: u16,
     /// How many there are.
@@ -128,6 +131,9 @@ pub struct IscsiConfig {
     pub entropy: [u8; 32],
     /// What initiators prove that ask which targets there are: see [`IscsiConfig::check`].
     pub discovery_chap: Option<Chap>,
+    /// After how long a silence an initiator is asked whether it is there, and after how long again it is given up; 0: as
+    /// long as is usual.
+    pub nop_interval_ms: u64,
 }
 
 impl IscsiConfig {
@@ -164,6 +170,7 @@ impl Default for ShardConfig {
             volume_requests: 512,
             assembly_wait_ms: 2_000,
             overcommit: 0,
+            sanitize_mib_s: 0,
             shard: FRONT,
             shards: 1,
             iscsi: IscsiConfig::default(),

@@ -229,15 +229,26 @@ impl<D: Driver> Shard<D> {
         {
             return false;
         }
+        self.refuse_host(io, (conn, generation, slot), Status::RESERVATION_CONFLICT);
+        true
+    }
+
+    /// A request of a host of NVMe, or the rest of one, is not carried out.
+    pub(super) fn refuse_host(
+        &mut self,
+        io: u32,
+        (conn, generation, slot): (u32, u32, cairn_nvmf::target::SlotId),
+        status: Status,
+    ) {
+        let namespace = self.ios[io].namespace();
         let memory = self.driver.memory();
         let host = self.hosts.get_mut(conn).filter(|host| host.generation == generation);
         if let Some(host) = host {
-            host.queue.complete(slot, Status::RESERVATION_CONFLICT, 0, memory);
+            host.queue.complete(slot, status, 0, memory);
         }
         self.touch_host(conn);
         self.drop_io(io);
         // A range of it that is done may have been what a hold waited for.
         self.release_holds(namespace);
-        true
     }
 }

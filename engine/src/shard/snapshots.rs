@@ -83,7 +83,18 @@ pub(super) struct ListWork {
     /// Links that have not answered.
     links: Vec<ListedLink>,
     found: Vec<(ReplicaId, Vec<SnapshotEntry>)>,
-    reply: Option<Reply<Vec<SnapshotReport>>>,
+    /// Replicas that are asked.
+    asked: usize,
+    /// One of them shares blocks: it has a snapshot, or is a clone.
+    shares: bool,
+    told: Option<Listed>,
+}
+
+/// Who hears what replicas list.
+enum Listed {
+    Caller(Reply<Vec<SnapshotReport>>),
+    /// The volume's sanitize of this number.
+    Sanitize(u64),
 }
 
 struct ListedLink {
@@ -176,6 +187,12 @@ impl<D: Driver> Shard<D> {
             if let Some(snapshot) = volume.nexus.restoring() {
                 return Err(EngineError::Busy(format!(
                     "volume `{name}` is being taken back to snapshot {snapshot}; try again when it is"
+                )));
+            }
+            if volume.is_sanitizing() {
+                return Err(EngineError::Busy(format!(
+                    "volume `{name}` is {}; try again when they can use it",
+                    volume.sanitize_text()
                 )));
             }
             if volume.frozen || volumes.iter().any(|(other, ..)| *other == at) {
@@ -451,7 +468,9 @@ impl<D: Driver> Shard<D> {
         match memory.alloc(snapshot::PAGE) {
             Some(page) => {
                 let first = usize::try_from(first).unwrap_or(usize::MAX);
-                snapshot::encode_list(&entries, first, memory.bytes_mut(page.slice()));
+                let shares = shares(&self.pools[usize::from(pool)].pool, replica);
+                let page_bytes = memory.bytes_mut(page.slice());
+                snapshot::encode_list(&entries, first, shares, page_bytes);
                 queue.complete_with_data(slot, page, memory);
             }
             None => queue.complete(slot, status_of(IoStatus::NotReady), 0, memory),
@@ -467,6 +486,21 @@ impl<D: Driver> Shard<D> {
             reply.send(Err(EngineError::NotFound { kind: "volume", name: name.to_owned() }));
             return;
         };
+        self.ask_replicas(at, Listed::Caller(reply));
+    }
+
+    /// Asks every replica of a volume that is there whether it shares blocks with snapshots: see
+    /// [`Shard::looked_for_shared`].
+    pub(super) fn look_for_shared(&mut self, at: u32, number: u64) {
+        self.ask_replicas(at, Listed::Sanitize(number));
+    }
+
+    /// Whether something is being done about a volume's snapshots.
+    pub(super) fn has_snapshot_work(&self, at: u32) -> bool {
+        self.snapshots.iter().any(|work| work.volumes.iter().any(|(volume, ..)| *volume == at))
+    }
+
+    fn ask_replicas(&mut self, at: u32, told: Listed) {
         self.next_snapshot += 1;
         let number = u32::try_from(self.next_snapshot & 0x00ff_ffff).expect("24 bits");
         let mut work = ListWork {
@@ -474,7 +508,9 @@ impl<D: Driver> Shard<D> {
             volume: at,
             links: Vec::new(),
             found: Vec::new(),
-            reply: Some(reply),
+            asked: 0,
+            shares: false,
+            told: Some(told),
         };
         let routes = self.volumes[at].routes.clone();
         let children = self.volumes[at].nexus.status().children;
@@ -482,8 +518,10 @@ impl<D: Driver> Shard<D> {
             if !child.in_sync || child.state != ChildState::Online {
                 continue;
             }
+            work.asked += 1;
             match route {
                 Route::Local(LocalRoute { pool, slot, .. }) => {
+                    work.shares |= shares(&self.pools[usize::from(pool)].pool, slot);
                     let entries = entries_of(&self.pools[usize::from(pool)].pool, slot);
                     work.found.push((child.replica, entries));
                 }
@@ -553,7 +591,8 @@ impl<D: Driver> Shard<D> {
                 self.finish_list(ticket);
                 return;
             }
-            Some((total, entries)) => {
+            Some((total, shares, entries)) => {
+                work.shares |= shares;
                 let some = !entries.is_empty();
                 one.entries.extend(entries);
                 some && one.entries.len() < total.min(MAX_LISTED)
@@ -580,7 +619,15 @@ impl<D: Driver> Shard<D> {
             return;
         }
         let mut work = self.lists.swap_remove(i);
-        let Some(reply) = work.reply.take() else { return };
+        let reply = match work.told.take() {
+            Some(Listed::Caller(reply)) => reply,
+            Some(Listed::Sanitize(number)) => {
+                let all = work.found.len() == work.asked;
+                let shares = (work.shares || all).then_some(work.shares);
+                return self.looked_for_shared(work.volume, number, shares);
+            }
+            None => return,
+        };
         if work.found.is_empty() {
             let name = self.volumes.get(work.volume).map_or("", |v| &v.spec.name);
             reply.send(Err(EngineError::Busy(format!(
@@ -635,6 +682,12 @@ impl<D: Driver> Shard<D> {
             local.delete_snapshot(tag, orphan.slot, self.driver.memory());
         }
     }
+}
+
+/// Whether a replica has blocks in common with others: it has snapshots, or is a clone.
+fn shares(pool: &MultiPool, slot: ReplicaSlot) -> bool {
+    let Some(replica) = pool.replicas().find(|r| r.slot == slot) else { return false };
+    replica.source.is_some() || pool.snapshots().any(|s| s.replica == replica.id)
 }
 
 fn entries_of(pool: &MultiPool, slot: ReplicaSlot) -> Vec<SnapshotEntry> {

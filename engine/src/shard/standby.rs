@@ -281,6 +281,7 @@ impl<D: Driver> Shard<D> {
         }
         self.drop_sectors(at, IoStatus::PathError, now);
         self.forget_reservations(at, IoStatus::PathError);
+        self.forget_sanitize(at, IoStatus::PathError);
         self.volumes[at].fail_change("the volume is handed over");
         self.volumes[at].nexus.hand_over();
         self.send_children(at, now);

@@ -228,7 +228,7 @@ impl<D: Driver> Shard<D> {
             physical_block_size: BlockSize::B4096,
             id: volume.spec.id.0,
             volatile_write_cache: true,
-            read_only: false,
+            read_only: export.read_only,
             // Of several blocks some may be written and others not, where a nexus dies.
             atomic_blocks: 1,
         };
@@ -242,6 +242,7 @@ impl<D: Driver> Shard<D> {
             place.there = true;
         }
         self.install_reservations(at, &Effects::default());
+        self.install_sanitize(at);
         self.update_access(at);
         self.announce_target(at);
     }
@@ -276,14 +277,17 @@ impl<D: Driver> Shard<D> {
         Some((self.initiators.target.node_by_name(&place.iqn)?, place.lun))
     }
 
-    /// Who may log in to a volume's target has changed, for all its volumes.
+    /// Who may log in to a volume's target has changed, for all its volumes, or whether they may write to this one.
     fn set_access(&mut self, at: u32) {
-        let (Some(export), Some((node, _))) = (&self.volumes[at].spec.iscsi, self.unit_of(at))
+        let (Some(export), Some((node, lun))) = (&self.volumes[at].spec.iscsi, self.unit_of(at))
         else {
             return;
         };
         let (names, chap) = (allowed(export), export.chap.clone());
-        self.initiators.target.set_access(node, names, chap).expect("it was checked");
+        let read_only = export.read_only;
+        let target = &mut self.initiators.target;
+        target.set_access(node, names, chap).expect("it was checked");
+        target.set_read_only(node, lun, read_only).expect("the unit is there");
         self.announce_target(at);
     }
 
@@ -439,6 +443,7 @@ impl<D: Driver> Shard<D> {
             iqn: export.iqn.clone(),
             lun: export.lun,
             initiators: export.initiators.clone(),
+            read_only: export.read_only,
             chap: export.chap.is_some(),
             mutual_chap: export.chap.as_ref().is_some_and(|chap| chap.target.is_some()),
             state: if node.is_some() { state_word(access_state(ana_state(volume))) } else { "" },

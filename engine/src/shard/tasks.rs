@@ -28,6 +28,8 @@ enum Aborter {
     Function(Waiter),
     /// A preemption.
     Reserver(Waiter),
+    /// A sanitize, by the volume's number and its own.
+    Sanitize(u32, u64),
 }
 
 /// A connection's request that waits for others.
@@ -122,7 +124,15 @@ impl<D: Driver> Shard<D> {
                 );
             }
         }
+        self.end_aborted_sanitizes();
         self.drain(by, &namespaces, changes);
+    }
+
+    /// A volume is to be sanitized: that waits for all that is in hand.
+    pub(super) fn drain_for_sanitize(&mut self, at: u32, number: u64) {
+        let namespace = self.volumes[at].export.map(|(_, handle)| handle);
+        let by = Aborter::Sanitize(at, number);
+        self.drain(by, namespace.as_slice(), Vec::new());
     }
 
     /// Hosts were preempted: whoever did it is answered once nothing is in hand any more.
@@ -177,6 +187,10 @@ impl<D: Driver> Shard<D> {
                 Aborter::Function(waiter) => waiter,
                 Aborter::Reserver(by) => {
                     self.end_change(by, Ok(()));
+                    continue;
+                }
+                Aborter::Sanitize(volume, number) => {
+                    self.sanitize_drained(volume, number);
                     continue;
                 }
             };

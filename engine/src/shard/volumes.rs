@@ -18,6 +18,7 @@ use super::pools::Owner;
 use super::registers::Origin;
 use super::reservations::Reserving;
 use super::restore::Restore;
+use super::sanitize::Sanitizing;
 use super::sectors;
 use super::snapshots::SnapshotOrigin;
 use super::standby::HandOver;
@@ -87,6 +88,8 @@ pub(super) struct Volume {
     pub(super) holds: Holds,
     /// What hosts have reserved.
     pub(super) reserving: Reserving,
+    /// What this process has to do with sanitizing it.
+    pub(super) sanitizing: Sanitizing,
     /// Requests in blocks of 512 bytes that wait for others, or for memory.
     pub(super) sectors: sectors::Waiting,
     removing: Option<Reply<()>>,
@@ -120,9 +123,9 @@ impl Volume {
         !waits || !self.nexus.state().is_serving()
     }
 
-    /// Whether a request of a host needs a look: at what others hold, or have reserved.
+    /// Whether a request of a host needs a look: at what others hold, or have reserved, or whether it is being sanitized.
     pub(super) fn is_guarded(&self) -> bool {
-        !self.holds.is_empty() || !self.reserving.is_free()
+        !self.holds.is_empty() || !self.reserving.is_free() || self.is_sanitizing()
     }
 
     pub(super) fn removing(&self) -> bool {
@@ -221,6 +224,7 @@ impl<D: Driver> Shard<D> {
             waiting: VecDeque::with_capacity(64),
             holds: Holds::default(),
             reserving: Reserving::default(),
+            sanitizing: Sanitizing::default(),
             sectors: sectors::Waiting::new(),
             removing: None,
             change: None,
@@ -311,6 +315,7 @@ impl<D: Driver> Shard<D> {
         }
         self.drop_holds(at, now);
         self.forget_reservations(at, IoStatus::NotReady);
+        self.forget_sanitize(at, IoStatus::NotReady);
         self.drop_sectors(at, IoStatus::NotReady, now);
         self.volumes[at].nexus.close();
         self.send_children(at, now);
@@ -380,7 +385,7 @@ impl<D: Driver> Shard<D> {
                 let host = host.filter(|h| h.generation == generation)?;
                 host.writer.as_deref().map(str::to_owned)
             }
-            Asker::Job(_) => None,
+            Asker::Job(_) | Asker::Sanitize { .. } => None,
         }
     }
 
@@ -487,6 +492,7 @@ impl<D: Driver> Shard<D> {
         if self.volumes[at].reserving.is_waiting() {
             self.advance_reservations(at, now);
         }
+        self.advance_sanitize(at, now);
         if !self.snapshots.is_empty() {
             self.advance_snapshots(now);
         }

@@ -155,6 +155,7 @@ impl Initiator {
         if let Body::ScsiResponse { sn, .. }
         | Body::LoginResponse(LoginResponse { sn, .. })
         | Body::TextResponse { sn, .. }
+        | Body::TaskManagementResponse { sn, .. }
         | Body::DataIn { sn, status: Some(_), .. } = header.body
         {
             self.exp_stat_sn = sn.stat.wrapping_add(1);
@@ -228,6 +229,19 @@ impl Initiator {
         list[..8].copy_from_slice(&key.to_be_bytes());
         list[8..16].copy_from_slice(&service.to_be_bytes());
         self.command(&[0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0], &list, 0)
+    }
+
+    /// LOGICAL UNIT RESET of LUN 0: the response.
+    pub(crate) fn reset_unit(&mut self) -> u8 {
+        let (itt, sn) = self.next_sn();
+        let body = Body::TaskManagement { function: 5, rtt: u32::MAX, ref_cmd_sn: 0, sn };
+        self.send(Header::new(itt, 0, body).with_lun(encode_lun(0)), &[]);
+        loop {
+            let (header, _) = self.receive().expect("the session goes on");
+            if let Body::TaskManagementResponse { response, .. } = header.body {
+                return response;
+            }
+        }
     }
 
     /// The keys that are registered.

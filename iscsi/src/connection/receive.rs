@@ -4,14 +4,14 @@ use cairn_block::{Buf, BufSlice, Memory};
 
 use super::task::State;
 use super::{
-    CONNECTION_RESERVE, CloseReason, Connection, IMMEDIATE_TASKS, Phase, RESPONSE_ITEMS,
-    RESPONSE_RESERVE, RejectReason, Request, ScsiCommand,
+    CONNECTION_RESERVE, CloseReason, Connection, IMMEDIATE_TASKS, MAX_TRANSFER_LEN, Phase,
+    RESPONSE_ITEMS, RESPONSE_RESERVE, RejectReason, Request, ScsiCommand,
 };
 use crate::keys::DEFAULT_SEGMENT_LEN;
 use crate::login::LoginStatus;
 use crate::pdu::{Body, CmdSn, Header, LoginRequest, NO_TAG, decode_lun, lengths};
 use crate::rx::Payload;
-use crate::scsi::cdb::data_out_len;
+use crate::scsi::cdb::{comes_in_steps, data_out_len};
 use crate::scsi::sense::{Sense, Status};
 use crate::target::session::MAX_LOGIN_TEXT;
 use crate::text::MAX_TEXT_LEN;
@@ -90,7 +90,7 @@ impl Connection {
                         Sink::Drop => {}
                         Sink::Task { slot, at, .. } => {
                             let task = &tasks[usize::from(*slot)];
-                            keep(task.buf.as_ref(), *at + pos, source, mem);
+                            keep(task.buf.as_ref(), *at + pos - task.start, source, mem);
                         }
                         Sink::Text { .. } => text.extend_from_slice(mem.bytes(source)),
                         Sink::Ping { buf, .. } => keep(buf.as_ref(), pos, source, mem),
@@ -402,11 +402,19 @@ impl Connection {
         } else {
             data_out_len(&cdb, shift)
         };
+        let step = self.config.max_data_len;
+        // What comes unasked is to fit the first step.
+        let most = if comes_in_steps(cdb[0]) && self.params.first_burst <= step {
+            step.max(MAX_TRANSFER_LEN)
+        } else {
+            step
+        };
         // A command that wants more than any may is refused without its data.
-        let need = match u32::try_from(wanted) {
-            Ok(wanted) if write && wanted <= self.config.max_data_len => wanted.min(edtl),
+        let end = match u32::try_from(wanted) {
+            Ok(wanted) if write && wanted <= most => wanted.min(edtl),
             _ => 0,
         };
+        let need = end.min(step);
         let failure = self.check_unsolicited(write, last, present, edtl);
         let early = failure.is_none() && need > 0 && (present > 0 || !last);
         let mut failure = failure;
@@ -423,7 +431,7 @@ impl Connection {
             }
         }
         let lun = header.lun;
-        let scsi = ScsiCommand { lun, cdb, extended, edtl, wanted, received: 0 };
+        let scsi = ScsiCommand { lun, cdb, extended, edtl, wanted, received: 0, done: 0 };
         let Some(slot) = self.start(header.itt, header.immediate, Request::Scsi(scsi)) else {
             return false;
         };
@@ -435,6 +443,7 @@ impl Connection {
         }
         (task.lun, task.edtl, task.read, task.write) = (lun, edtl, read, write);
         (task.wanted, task.need, task.buf, task.failure) = (wanted, need, buf, failure);
+        task.end = end;
         task.unsolicited = write && !last;
         self.receive(Sink::Task { slot, at: 0, last: false }, present);
         true
@@ -567,7 +576,7 @@ impl Connection {
             }
             let task = &mut self.tasks[usize::from(slot)];
             if task.buf.is_none() {
-                let Some(buf) = mem.alloc(task.need) else { return };
+                let Some(buf) = mem.alloc(task.need - task.start) else { return };
                 task.buf = Some(buf);
             }
             self.waiting.pop_front();

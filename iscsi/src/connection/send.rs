@@ -20,6 +20,17 @@ const TEXT_SEGMENT: u32 = 4000;
 /// iSCSI response code: the command was completed at the target.
 const COMPLETED: u8 = 0;
 
+/// How far the data of a task is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pushed {
+    /// There is more in its buffer.
+    Some,
+    /// Its buffer is; the next step follows once that is sent.
+    Part,
+    /// All of it is, and its status.
+    All,
+}
+
 impl Connection {
     /// Whether `len` more bytes fit the ring beside the responses of all tasks, and what belongs to
     /// none: the PDU that is being received may need that once it is whole.
@@ -157,9 +168,10 @@ impl Connection {
     }
 
     pub(super) fn push_response<M: Memory>(&mut self, slot: u16, status: Status, mem: &mut M) {
-        let residual = self.residual(slot, 0);
+        // Of a read that takes several steps some may have been sent.
+        let residual = self.residual(slot, self.tasks[usize::from(slot)].sent);
         let task = &self.tasks[usize::from(slot)];
-        let exp_data_sn = task.r2t_sn;
+        let exp_data_sn = task.r2t_sn + task.data_in_sn;
         let mut sense = [0; 2 + crate::scsi::sense::MAX_SENSE_LEN];
         let mut len = 0;
         if let Status::Check(s) = status {
@@ -194,7 +206,8 @@ impl Connection {
 
     pub(super) fn send_data<M: Memory>(&mut self, slot: SlotId, data: OutData, mem: &mut M) {
         let task = &self.tasks[usize::from(slot.0)];
-        let len = if task.read { data.len().min(task.edtl) } else { 0 };
+        let left = task.edtl - task.start.min(task.edtl);
+        let len = if task.read { data.len().min(left) } else { 0 };
         if task.aborted.is_some() || self.close_reason.is_some() || len == 0 {
             let all = data.len();
             if let OutData::Buf(buf) = data {
@@ -237,7 +250,14 @@ impl Connection {
                 }
                 Request::Logout { .. } => self.push_logout(slot, answer, mem),
                 Request::Text => self.push_text(slot, mem),
-                _ => self.push_data_in(slot, mem),
+                _ => match self.push_data_in(slot, mem) {
+                    Pushed::Some => false,
+                    Pushed::All => true,
+                    Pushed::Part => {
+                        self.sending.pop_front();
+                        continue;
+                    }
+                },
             };
             if done {
                 self.sending.pop_front();
@@ -262,15 +282,17 @@ impl Connection {
         self.pump(mem);
     }
 
-    /// Sends the next Data-In of a task; whether it was the last.
-    fn push_data_in<M: Memory>(&mut self, slot: u16, mem: &mut M) -> bool {
+    /// Sends the next Data-In of a task.
+    fn push_data_in<M: Memory>(&mut self, slot: u16, mem: &mut M) -> Pushed {
         let Params { max_send_segment, max_burst, .. } = self.params;
         let digest = self.params.digests.data;
         let at = usize::from(slot);
         let task = &mut self.tasks[at];
-        let Some(data) = task.out_data.take() else { return true };
-        let all = data.len();
+        let Some(data) = task.out_data.take() else { return Pushed::All };
+        let all = task.start + data.len();
         let total = all.min(task.edtl);
+        // A step of several: the status comes with the last.
+        let part = all < task.end;
         let offset = task.sent;
         let burst_left = max_burst - offset % max_burst;
         let mut len = (total - offset).min(max_send_segment).min(burst_left);
@@ -280,7 +302,10 @@ impl Connection {
         task.sent += len;
         let data_sn = task.data_in_sn;
         task.data_in_sn += 1;
-        let last = task.sent == total;
+        let done = task.sent == total;
+        let last = done && !part;
+        let all = all.max(task.whole);
+        let start = task.start;
         let ends_burst = last || task.sent.is_multiple_of(max_burst);
         let status = last.then(|| Status::Good.code());
         let residual = if last { self.residual(slot, all) } else { Residual::None };
@@ -302,18 +327,22 @@ impl Connection {
                 self.tasks[at].out_data = (!last).then_some(OutData::Made(bytes));
             }
             OutData::Buf(buf) => {
-                let window = buf.slice().sub(offset, len);
+                let window = buf.slice().sub(offset - start, len);
                 let crc = if digest { crc32c::crc32c(mem.bytes(window)) } else { 0 };
-                if last {
+                if done {
                     self.tx.push_last(buf, window);
                 } else {
                     self.tx.push_borrowed(window);
                     self.tasks[at].out_data = Some(OutData::Buf(buf));
                 }
                 self.push_tail(crc, len, mem);
+                if done && part {
+                    self.parts.push((slot, self.tx.mark()));
+                    return Pushed::Part;
+                }
             }
         }
-        last
+        if last { Pushed::All } else { Pushed::Some }
     }
 
     /// Answers a Text Request. `text` is sent in as many parts as the initiator asks for.

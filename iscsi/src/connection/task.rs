@@ -63,8 +63,13 @@ pub(super) struct Task {
     pub(super) read: bool,
     /// Bytes that the CDB wants from the initiator.
     pub(super) wanted: u64,
-    /// As much of it as is taken: the length of the buffer.
+    /// As much of it as is taken, and how much is before the step in hand. The buffer is as long as the step.
     pub(super) need: u32,
+    pub(super) start: u32,
+    /// All of it that is taken, or read, in steps.
+    pub(super) end: u32,
+    /// What a READ that takes several would give, were there room for all of it.
+    pub(super) whole: u32,
     /// Bytes that came; they come in order.
     pub(super) received: u32,
     pub(super) buf: Option<Buf>,
@@ -110,6 +115,9 @@ impl Task {
             read: false,
             wanted: 0,
             need: 0,
+            start: 0,
+            end: 0,
+            whole: 0,
             received: 0,
             buf: None,
             unsolicited: false,
@@ -204,7 +212,51 @@ pub(crate) enum Aborted {
     During(Option<UnitHandle>),
 }
 
+impl Task {
+    /// Whether what is being sent of it is not the last step.
+    pub(super) fn is_part(&self) -> bool {
+        let len = self.out_data.as_ref().map_or(0, OutData::len);
+        self.end > 0 && !self.write && self.start + len < self.end
+    }
+}
+
 impl Connection {
+    /// Goes on with a command that takes several steps, one of which has been written: asks for the data of the next.
+    pub(super) fn next_write<M: Memory>(&mut self, slot: SlotId, mem: &mut M) {
+        if !self.take_back(slot, mem) {
+            return;
+        }
+        if self.close_reason.is_some() {
+            return self.release_slot(slot.0);
+        }
+        let most = self.config.max_data_len;
+        let task = &mut self.tasks[usize::from(slot.0)];
+        task.start = task.need;
+        task.need = task.end.min(task.start.saturating_add(most));
+        task.state = State::Waiting;
+        self.waiting.push_back(slot.0);
+        self.serve_waiting(mem);
+    }
+
+    /// Goes on with reads of which a step has been sent.
+    pub(super) fn next_reads<M: Memory>(&mut self, mem: &mut M) {
+        let mut at = 0;
+        while let Some(&(slot, mark)) = self.parts.get(at) {
+            if !self.tx.was_sent(mark) {
+                at += 1;
+                continue;
+            }
+            self.parts.swap_remove(at);
+            let task = &mut self.tasks[usize::from(slot)];
+            task.start = task.sent;
+            task.state = State::Ready;
+            match task.aborted {
+                Some(by) => self.end_aborted(slot, by, mem),
+                None => self.ready.push_back(slot),
+            }
+        }
+    }
+
     /// Takes a slot for a request.
     pub(super) fn start(&mut self, itt: u32, immediate: bool, request: Request) -> Option<u16> {
         let index = self.free.pop()?;
@@ -325,6 +377,11 @@ impl Connection {
             return Aborted::Nothing;
         }
         match task.state {
+            // The next steps of it are not begun.
+            State::Sending if task.is_part() => {
+                task.aborted.get_or_insert(by);
+                return Aborted::Before;
+            }
             State::Free | State::Sending => return Aborted::Nothing,
             State::Out => {
                 if task.aborted != Some(By::Own) {

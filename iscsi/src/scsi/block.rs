@@ -2,7 +2,7 @@
 
 use cairn_block::{Buf, Lba, LbaRange, Memory};
 
-use super::cdb::{brings_blocks, data_out_len, lba_and_blocks, op};
+use super::cdb::{brings_blocks, comes_in_steps, data_out_len, lba_and_blocks, op};
 use super::copy::CopySegment;
 use super::inquiry::{Limits, MAX_UNMAP_RANGES};
 use super::sense::{Sense, Status};
@@ -113,6 +113,8 @@ pub enum IoCommand {
 #[derive(Debug)]
 pub(crate) enum Step {
     Io(IoCommand),
+    /// The next step of a READ of so many bytes.
+    Part(IoCommand, u32),
     /// A request that does without the data that came: it is released.
     Zeroes {
         command: IoCommand,
@@ -155,7 +157,7 @@ fn is_write(code: u8) -> bool {
 pub(crate) fn decode<M: Memory>(
     unit: &Unit,
     cdb: &[u8; 16],
-    edtl: u32,
+    (edtl, done): (u32, u32),
     data: Option<Buf>,
     limits: Limits,
     mem: &M,
@@ -186,10 +188,30 @@ pub(crate) fn decode<M: Memory>(
         op::WRITE_SAME_10 | op::WRITE_SAME_16 => write_same(unit, cdb, range, data, mem),
         op::READ_6 | op::READ_10 | op::READ_12 | op::READ_16 => {
             let len = u32::try_from(range.blocks() << unit.shift()).unwrap_or(0);
+            if len > limits.max_data_len {
+                return Ok(read_step(unit, range, done, limits));
+            }
             io(IoCommand::Read { range, len })
         }
+        _ if done > 0 => verify_or_write(unit, cdb, skip(unit, range, done), data, edtl, fua),
         _ => verify_or_write(unit, cdb, range, data, edtl, fua),
     }
+}
+
+/// What of a range is left after so many bytes.
+fn skip(unit: &Unit, range: LbaRange, done: u32) -> LbaRange {
+    let blocks = u64::from(done >> unit.shift()).min(range.blocks());
+    let start = Lba(range.start().0 + blocks);
+    LbaRange::new(start, range.blocks() - blocks).unwrap_or_default()
+}
+
+/// The next step of a READ that is longer than one.
+fn read_step(unit: &Unit, range: LbaRange, done: u32, limits: Limits) -> Step {
+    let left = skip(unit, range, done);
+    let blocks = left.blocks().min(u64::from(limits.step(&unit.config)));
+    let step = LbaRange::new(left.start(), blocks).unwrap_or_default();
+    let bytes = |range: LbaRange| u32::try_from(range.blocks() << unit.shift()).unwrap_or(0);
+    Step::Part(IoCommand::Read { range: step, len: bytes(step) }, bytes(range))
 }
 
 fn verify_or_write(
@@ -286,7 +308,8 @@ fn check(unit: &Unit, cdb: &[u8; 16], limits: Limits) -> Result<LbaRange, Status
         }
         op::COMPARE_AND_WRITE => u64::from(limits.compare_and_write(&unit.config)),
         op::WRITE_ATOMIC_16 => u64::from(limits.atomic(&unit.config)),
-        _ => u64::from(limits.transfer(&unit.config)),
+        code if comes_in_steps(code) => u64::from(limits.transfer(&unit.config)),
+        _ => u64::from(limits.step(&unit.config)),
     };
     if range.blocks() > most {
         return Err(Sense::invalid_cdb(field, 7).into());

@@ -26,6 +26,7 @@ pub mod op {
     pub const READ_DEFECT_DATA_10: u8 = 0x37;
     pub const WRITE_SAME_10: u8 = 0x41;
     pub const UNMAP: u8 = 0x42;
+    pub const SANITIZE: u8 = 0x48;
     pub const MODE_SELECT_10: u8 = 0x55;
     pub const RESERVE_10: u8 = 0x56;
     pub const RELEASE_10: u8 = 0x57;
@@ -121,6 +122,12 @@ pub(crate) const fn brings_blocks(code: u8) -> bool {
     )
 }
 
+/// Whether a command on more blocks than one request of the disk takes is carried out as several.
+pub(crate) const fn comes_in_steps(code: u8) -> bool {
+    let reads = matches!(code, op::READ_6 | op::READ_10 | op::READ_12 | op::READ_16);
+    reads || brings_blocks(code) && !matches!(code, op::WRITE_ATOMIC_16 | op::ORWRITE_16)
+}
+
 /// Bytes of data that a command wants from the initiator; 0 for commands that want none, and for
 /// those that nobody knows. `shift` is the base-2 logarithm of the block size.
 #[must_use]
@@ -138,7 +145,7 @@ pub fn data_out_len(cdb: &[u8; 16], shift: u8) -> u64 {
         // NDOB: there is no block.
         op::WRITE_SAME_16 if cdb[1] & 1 == 0 => 1 << shift,
         op::MODE_SELECT_6 => u64::from(cdb[4]),
-        op::UNMAP | op::MODE_SELECT_10 => u64::from(u16_at(cdb, 7)),
+        op::UNMAP | op::MODE_SELECT_10 | op::SANITIZE => u64::from(u16_at(cdb, 7)),
         op::RESERVE_10 | op::RELEASE_10 => u64::from(u16_at(cdb, 7)),
         op::PERSISTENT_RESERVE_OUT => u64::from(u32_at(cdb, 5)),
         op::THIRD_PARTY_COPY_OUT => u64::from(u32_at(cdb, 10)),

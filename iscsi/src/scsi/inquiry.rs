@@ -30,7 +30,10 @@ pub(crate) struct PortView<'a> {
 /// The most bytes that one command transfers, and others' limits.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
+    /// Of one request of the disk.
     pub(crate) max_data_len: u32,
+    /// Of one command.
+    pub(crate) max_transfer_len: u32,
 }
 
 /// Bytes that WRITE SAME writes at most.
@@ -48,19 +51,24 @@ fn physical_exponent(unit: &UnitConfig) -> u8 {
 }
 
 impl Limits {
+    /// OPTIMAL TRANSFER LENGTH, in blocks: what is one request of the disk.
+    pub(crate) fn step(self, unit: &UnitConfig) -> u32 {
+        self.max_data_len >> unit.block_size.shift()
+    }
+
     /// MAXIMUM TRANSFER LENGTH, in blocks.
     pub(crate) fn transfer(self, unit: &UnitConfig) -> u32 {
-        self.max_data_len >> unit.block_size.shift()
+        self.max_transfer_len >> unit.block_size.shift()
     }
 
     /// MAXIMUM COMPARE AND WRITE LENGTH: it brings its data twice.
     pub(crate) fn compare_and_write(self, unit: &UnitConfig) -> u8 {
-        u8::try_from(self.transfer(unit) / 2).unwrap_or(u8::MAX)
+        u8::try_from(self.step(unit) / 2).unwrap_or(u8::MAX)
     }
 
     /// MAXIMUM ATOMIC TRANSFER LENGTH, in blocks; 0 where there is no WRITE ATOMIC.
     pub(crate) fn atomic(self, unit: &UnitConfig) -> u32 {
-        unit.atomic_blocks.min(self.transfer(unit))
+        unit.atomic_blocks.min(self.step(unit))
     }
 
     pub(crate) fn write_same(self, unit: &UnitConfig) -> u64 {
@@ -159,6 +167,8 @@ pub(crate) fn vital(
             b.resize(64, 0);
             // MEDIUM ROTATION RATE: does not rotate.
             b[5] = 1;
+            // WABEREQ: what was erased reads as zeros, and need not be written first.
+            b[7] = 0x40;
         }
         PROVISIONING => {
             // LBPU, LBPWS, LBPWS10; LBPRZ: what is not mapped reads as zeros; thin.
@@ -306,7 +316,7 @@ fn block_limits(b: &mut Vec<u8>, unit: &UnitConfig, limits: Limits) {
     b[5] = limits.compare_and_write(unit);
     put(b, 6, &granularity.to_be_bytes()[2..]);
     put(b, 8, &limits.transfer(unit).to_be_bytes());
-    put(b, 12, &limits.transfer(unit).to_be_bytes());
+    put(b, 12, &limits.step(unit).to_be_bytes());
     put(b, 20, &limits.unmap(unit).to_be_bytes());
     put(b, 24, &MAX_UNMAP_RANGES.to_be_bytes());
     // A block by itself needs no saying. Said, it makes QEMU ask for the state of ranges that are no multiple of 4096
@@ -390,7 +400,7 @@ mod tests {
 
     const PORT: PortView<'_> =
         PortView { iqn: "iqn.2025-01.io.cairn:v", portal_group: 1, port_group: 7 };
-    const LIMITS: Limits = Limits { max_data_len: 1 << 20 };
+    const LIMITS: Limits = Limits { max_data_len: 1 << 20, max_transfer_len: 16 << 20 };
 
     #[test]
     fn every_page_of_the_list_is_there_and_says_its_length() {

@@ -30,6 +30,14 @@ pub(crate) struct Opcode {
     pub(crate) access: Access,
 }
 
+impl Opcode {
+    /// Whether it is carried out while the unit is being sanitized, too (SBC-4, section 4.11.2).
+    pub(crate) fn passes_sanitize(&self) -> bool {
+        let reports = self.code == op::MAINTENANCE_IN;
+        reports || matches!(self.code, op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE)
+    }
+}
+
 /// DPO and FUA, and nothing else of byte 1.
 const RW_FLAGS: u8 = 0x18;
 /// The bits of GROUP NUMBER, which is taken and not used.
@@ -81,6 +89,10 @@ pub(crate) static OPCODES: &[Opcode] = &[
     row(op::READ_DEFECT_DATA_10, Reads, Active, &[0, 0x1f, 0, 0, 0, 0, F, F]),
     row(op::WRITE_SAME_10, Writes, Active, &[0x08, F, F, F, F, GROUP, F, F]),
     row(op::UNMAP, Writes, Active, &[0, 0, 0, 0, 0, GROUP, F, F]),
+    // OVERWRITE, BLOCK ERASE, EXIT FAILURE MODE.
+    sa(op::SANITIZE, 0x01, Writes, Active, &[0xa0, 0, 0, 0, 0, 0, F, F]),
+    sa(op::SANITIZE, 0x02, Writes, Active, &[0xa0, 0, 0, 0, 0, 0, F, F]),
+    sa(op::SANITIZE, 0x1f, Writes, Active, &[0xa0, 0, 0, 0, 0, 0, F, F]),
     row(op::MODE_SELECT_10, Writes, Standby, &[0x11, 0, 0, 0, 0, 0, F, F]),
     row(op::RESERVE_10, Free, Active, &[0, 0, 0, 0, 0, 0, F, F]),
     row(op::RELEASE_10, Free, Active, &[0, 0, 0, 0, 0, 0, F, F]),
@@ -283,7 +295,9 @@ mod tests {
         assert_eq!(err(&[0x28, 0x20]), Sense::invalid_cdb(1, 5), "RDPROTECT");
         assert_eq!(err(&[0x00, 0, 0, 0, 0, 0x04]), Sense::invalid_cdb(5, 2), "NACA");
         assert_eq!(err(&[0x5e, 0x04]), Sense::invalid_cdb(1, 4), "a service action");
-        assert_eq!(err(&[0x48, 0x01]), Sense::INVALID_OPCODE, "SANITIZE");
+        assert_eq!(err(&[0x48, 0x03]), Sense::invalid_cdb(1, 4), "CRYPTOGRAPHIC ERASE");
+        assert_eq!(err(&[0x48, 0x41]), Sense::invalid_cdb(1, 6), "ZNR");
+        assert_eq!(err(&[0x04]), Sense::INVALID_OPCODE, "FORMAT UNIT");
         assert_eq!(err(&[0xff]), Sense::INVALID_OPCODE);
     }
 
@@ -294,7 +308,7 @@ mod tests {
         assert_eq!(one[..6], [0, 0x83, 0, 10, 0x28, 0x18]);
         assert_eq!(one.len(), 4 + 10 + 12);
         assert_eq!(one[14..16], [0, 10]);
-        let none = report(&[0xa3, 0x0c, 0x01, 0x48]).unwrap();
+        let none = report(&[0xa3, 0x0c, 0x01, 0x04]).unwrap();
         assert_eq!(none, [0, 1, 0, 0]);
         let wrong = report(&[0xa3, 0x0c, 0x01, 0x5e]);
         assert_eq!(wrong, Err(Sense::invalid_cdb(2, 2)), "it has service actions");

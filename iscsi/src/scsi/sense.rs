@@ -46,6 +46,8 @@ pub struct Sense {
     pub information: Option<u64>,
     /// Where the fault lies.
     pub field: Option<FieldPointer>,
+    /// PROGRESS INDICATION: how much is done, in 65536ths.
+    pub progress: Option<u16>,
 }
 
 impl Sense {
@@ -66,6 +68,10 @@ impl Sense {
     pub const INVALID_RELEASE: Self = Self::new(key::ILLEGAL_REQUEST, 0x26, 0x04);
     /// INSUFFICIENT REGISTRATION RESOURCES.
     pub const INSUFFICIENT_REGISTRATIONS: Self = Self::new(key::ILLEGAL_REQUEST, 0x55, 0x04);
+    /// COMMAND SEQUENCE ERROR: something else has to be done first.
+    pub const COMMAND_SEQUENCE: Self = Self::new(key::ILLEGAL_REQUEST, 0x2c, 0);
+    /// SANITIZE COMMAND FAILED.
+    pub const SANITIZE_FAILED: Self = Self::new(key::MEDIUM_ERROR, 0x31, 0x03);
     /// SAVING PARAMETERS NOT SUPPORTED.
     pub const SAVING_NOT_SUPPORTED: Self = Self::new(key::ILLEGAL_REQUEST, 0x39, 0);
     /// WRITE PROTECTED.
@@ -90,7 +96,7 @@ impl Sense {
     /// Sense data of a key and a code.
     #[must_use]
     pub const fn new(key: u8, asc: u8, ascq: u8) -> Self {
-        Self { key, asc, ascq, information: None, field: None }
+        Self { key, asc, ascq, information: None, field: None, progress: None }
     }
 
     /// INVALID FIELD IN CDB, with the byte and the field's most significant bit.
@@ -111,6 +117,12 @@ impl Sense {
         Self { information: Some(offset), ..Self::new(key::MISCOMPARE, 0x1d, 0) }
     }
 
+    /// LOGICAL UNIT NOT READY, SANITIZE IN PROGRESS, with how much is done.
+    #[must_use]
+    pub const fn sanitizing(progress: u16) -> Self {
+        Self { progress: Some(progress), ..Self::new(key::NOT_READY, 0x04, 0x1b) }
+    }
+
     /// The same with a field pointer.
     #[must_use]
     pub const fn with_field(self, in_cdb: bool, byte: u16, bit: Option<u8>) -> Self {
@@ -126,6 +138,9 @@ impl Sense {
             let [high, low] = f.byte.to_be_bytes();
             [0x80 | if f.in_cdb { 0x40 } else { 0 } | bit, high, low]
         });
+        // Sense key specific: of ILLEGAL REQUEST the one, of NOT READY the other.
+        let progress = self.progress.map(u16::to_be_bytes).map(|[high, low]| [0x80, high, low]);
+        let specific = field.or(progress);
         if !descriptors {
             b[0] = 0x70;
             // INFORMATION is four bytes here: what does not fit is not told.
@@ -137,8 +152,8 @@ impl Sense {
             b[7] = 10;
             b[12] = self.asc;
             b[13] = self.ascq;
-            if let Some(field) = field {
-                put(&mut b, 15, &field);
+            if let Some(specific) = specific {
+                put(&mut b, 15, &specific);
             }
             return (b, 18);
         }
@@ -152,9 +167,9 @@ impl Sense {
             put(&mut b, at + 4, &info.to_be_bytes());
             at += 12;
         }
-        if let Some(field) = field {
+        if let Some(specific) = specific {
             put(&mut b, at, &[0x02, 0x06]);
-            put(&mut b, at + 4, &field);
+            put(&mut b, at + 4, &specific);
             at += 8;
         }
         b[7] = u8::try_from(at - 8).unwrap_or(0);
@@ -236,6 +251,19 @@ mod tests {
         assert_eq!(bytes[..len], [0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x24, 0, 0, 0xcc, 0, 1]);
         let (bytes, _) = Sense::miscompare(0x1234).encode(false);
         assert_eq!(bytes[..7], [0xf0, 0, 0xe, 0, 0, 0x12, 0x34]);
+    }
+
+    #[test]
+    fn progress_is_told_in_both_formats() {
+        let sense = Sense::sanitizing(0x1234);
+        let (bytes, len) = sense.encode(false);
+        assert_eq!((bytes[2], bytes[12], bytes[13], len), (2, 0x04, 0x1b, 18));
+        assert_eq!(bytes[15..18], [0x80, 0x12, 0x34]);
+        let (bytes, len) = sense.encode(true);
+        assert_eq!(
+            bytes[..len],
+            [0x72, 2, 0x04, 0x1b, 0, 0, 0, 8, 2, 6, 0, 0, 0x80, 0x12, 0x34, 0]
+        );
     }
 
     #[test]

@@ -7,7 +7,6 @@ use super::session::Session;
 use super::{Io, NodeId, Outcome, Target, Volume, release};
 use crate::connection::{Connection, ScsiCommand, SlotId};
 use crate::pdu::{decode_lun, encode_lun};
-use crate::scsi::IoCommand;
 use crate::scsi::block::{self, Step};
 use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
 use crate::scsi::copy;
@@ -16,8 +15,10 @@ use crate::scsi::mode;
 use crate::scsi::opcodes::{self, allocation_len};
 use crate::scsi::ports;
 use crate::scsi::reservation;
+use crate::scsi::sanitize;
 use crate::scsi::sense::{Sense, Status};
 use crate::scsi::unit::{Attention, NexusId, Unit, UnitHandle};
+use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
 use crate::wire::{u32_at, u64_at};
 
 /// The eight bytes of the REPORT LUNS well known logical unit.
@@ -29,7 +30,10 @@ enum Ending {
     /// Data for the initiator; it is cut to the allocation length.
     Data(Vec<u8>),
     Io(IoCommand),
+    /// The next step of a READ of so many bytes.
+    Part(IoCommand, u32),
     Reserve(Change),
+    Sanitize(SanitizeCommand),
     /// What became of the copy with this list identifier.
     CopyStatus(u8),
 }
@@ -62,7 +66,7 @@ impl Target {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
             return Outcome::Done;
         };
-        let limits = Limits { max_data_len: conn.max_data_len() };
+        let limits = conn.limits();
         let lun = decode_lun(scsi.lun);
         let place = Place { session: index, node, nexus, lun: lun.unwrap_or(u16::MAX), limits };
         let unit = lun.and_then(|lun| self.node(node)?.unit(lun));
@@ -76,6 +80,13 @@ impl Target {
         let ending = match self.execute(place, scsi, &mut data, mem) {
             Ok(ending) => ending,
             Err(status) => Ending::Status(status),
+        };
+        let ending = match ending {
+            Ending::Part(command, len) => {
+                conn.set_read_len(slot, len);
+                Ending::Io(command)
+            }
+            ending => ending,
         };
         if let Ending::Io(IoCommand::Copy { segments, .. }) = &ending
             && let Some(list) = &data
@@ -137,7 +148,12 @@ impl Target {
     ) -> Result<Ending, Status> {
         let cdb = &scsi.cdb;
         let passes = matches!(cdb[0], op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE);
-        if !passes && let Some(sense) = self.attention(place) {
+        // What has happened since a command's first step is for the next command.
+        let goes_on = scsi.done > 0;
+        if !passes
+            && !goes_on
+            && let Some(sense) = self.attention(place)
+        {
             return Err(sense.into());
         }
         if scsi.extended {
@@ -157,18 +173,28 @@ impl Target {
             return Err(sense.into());
         }
         let volume = self.volume(unit)?;
+        let sanitize = volume.sanitize;
+        let anew =
+            row.code == op::SANITIZE && matches!(sanitize, Some(SanitizeState::Failed { .. }));
+        if let Some(state) = sanitize
+            && !anew
+            && !row.passes_sanitize()
+        {
+            return Err(state.sense().into());
+        }
         let reserved = volume.reserved_by.is_some_and(|by| by != place.nexus);
         let releases = matches!(cdb[0], op::RELEASE_6 | op::RELEASE_10);
-        if reserved && !passes && !releases && row.access != opcodes::Access::Any
-            || volume.reservations.conflicts(Some(&session.registrant), row.guard)
-        {
+        let kept_out = reserved && !passes && !releases && row.access != opcodes::Access::Any
+            || volume.reservations.conflicts(Some(&session.registrant), row.guard);
+        if kept_out && !goes_on {
             return Err(Status::ReservationConflict);
         }
         match cdb[0] {
             op::TEST_UNIT_READY | op::PREVENT_ALLOW => Ok(Ending::Status(Status::Good)),
             op::START_STOP_UNIT => Ok(start_stop(cdb)),
             op::REQUEST_SENSE => {
-                let sense = self.attention(place).unwrap_or(Sense::NONE);
+                let state = sanitize.map_or(Sense::NONE, SanitizeState::sense);
+                let sense = self.attention(place).unwrap_or(state);
                 let (bytes, len) = sense.encode(cdb[1] & 1 != 0);
                 Ok(Ending::Data(bytes[..len].to_vec()))
             }
@@ -189,6 +215,13 @@ impl Target {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 Ok(Ending::Reserve(reservation::change(&session.registrant, cdb, list)?))
             }
+            op::SANITIZE => {
+                let list = parameter_list(scsi, unit, data, mem)?;
+                Ok(match sanitize::command(unit, sanitize, cdb, list)? {
+                    Some(command) => Ending::Sanitize(command),
+                    None => Ending::Status(Status::Good),
+                })
+            }
             op::THIRD_PARTY_COPY_OUT => {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 let segments = copy::segments(list, &node.units, &self.config.product)?;
@@ -196,6 +229,11 @@ impl Target {
                     // What is reserved is so for copies by others too.
                     let reads = (segment.from, Guard::Reads);
                     let writes = (segment.to, Guard::Writes);
+                    let protected =
+                        |u: &Unit| u.config.handle == segment.to && u.is_write_protected();
+                    if node.units.iter().any(protected) {
+                        return Err(Sense::WRITE_PROTECTED.into());
+                    }
                     for (handle, guard) in [reads, writes] {
                         let volume = self.volumes.get(&handle);
                         if volume
@@ -381,8 +419,9 @@ fn on_blocks<M: Memory>(
     if scsi.cdb[0] == op::UNMAP {
         parameter_list(scsi, unit, data, mem)?;
     }
-    match block::decode(unit, &scsi.cdb, scsi.edtl, data.take(), limits, mem) {
+    match block::decode(unit, &scsi.cdb, (scsi.edtl, scsi.done), data.take(), limits, mem) {
         Ok(Step::Io(command)) => Ok(Ending::Io(command)),
+        Ok(Step::Part(command, len)) => Ok(Ending::Part(command, len)),
         Ok(Step::Zeroes { command, block }) => {
             *data = Some(block);
             Ok(Ending::Io(command))
@@ -406,7 +445,8 @@ fn finish<M: Memory>(
     mem: &mut M,
 ) -> Outcome {
     release(data, mem);
-    if let (Ending::Io(_) | Ending::Reserve(_), Some(unit)) = (&ending, unit) {
+    if let (Ending::Io(_) | Ending::Reserve(_) | Ending::Sanitize(_), Some(unit)) = (&ending, unit)
+    {
         conn.set_unit(slot, unit);
     }
     let ending = match ending {
@@ -419,12 +459,22 @@ fn finish<M: Memory>(
     match (ending, unit) {
         (Ending::Io(command), Some(unit)) => return Outcome::Io(Io { slot, unit, command }),
         (Ending::Reserve(change), Some(unit)) => return Outcome::Reserve { slot, unit, change },
+        (Ending::Sanitize(command), Some(unit)) => {
+            return Outcome::Sanitize { slot, unit, command };
+        }
         (Ending::Status(status), _) => conn.respond(slot, status, mem),
         (Ending::Data(mut bytes), _) => {
             bytes.truncate(allocation_len(&scsi.cdb));
             conn.respond_with(slot, bytes, mem);
         }
-        (Ending::Io(_) | Ending::Reserve(_) | Ending::CopyStatus(_), _) => {
+        (
+            Ending::Io(_)
+            | Ending::Part(..)
+            | Ending::Reserve(_)
+            | Ending::Sanitize(_)
+            | Ending::CopyStatus(_),
+            _,
+        ) => {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
         }
     }

@@ -5,9 +5,11 @@ use crate::loopback::{
     BLOCK, BLOCKS, IQN, NOBODY, Reply, World, node_config, read10, ten, unit, write10,
 };
 use crate::pdu::{Body, Header, NO_TAG, Residual};
-use crate::wire::{put, u16_at, u32_at, u64_at};
+use crate::wire::{len32, put, u16_at, u32_at, u64_at};
 
 mod blocks;
+mod long;
+mod sanitize;
 mod sharing;
 
 const GOOD: u8 = 0;
@@ -329,7 +331,8 @@ fn inquiry_and_its_like() {
     let reply = world.scsi(h, 0, &[0x12, 0, 0, 0, 36, 0], &[], 36);
     assert_eq!((reply.data.len(), reply.residual), (36, Residual::None));
     let reply = world.scsi(h, 0, &[0x12, 1, 0xb0, 1, 0, 0], &[], 256);
-    assert_eq!((u32_at(&reply.data, 8), u32_at(&reply.data, 28)), (2048, 8));
+    assert_eq!((u32_at(&reply.data, 8), u32_at(&reply.data, 12)), (32768, 2048), "in steps");
+    assert_eq!(u32_at(&reply.data, 28), 8);
     assert_eq!(world.scsi(h, 0, &[0x12, 1, 0xc0, 1, 0, 0], &[], 256).key(), INVALID_CDB);
     assert_eq!(world.scsi(h, 0, &[0x12, 0, 0x80, 1, 0, 0], &[], 256).key(), INVALID_CDB);
     // There is no LUN 7, and it says so.
@@ -359,7 +362,7 @@ fn inquiry_and_its_like() {
 #[test]
 fn what_is_not_there_is_refused() {
     let (mut world, h) = World::ready();
-    for cdb in [[0x48, 1], [0xff, 0], [0x04, 0], [0x1d, 0]] {
+    for cdb in [[0x4c, 0], [0xff, 0], [0x04, 0], [0x1d, 0]] {
         assert_eq!(world.scsi(h, 0, &cdb, &[], 0).key(), INVALID_OPCODE, "{cdb:02x?}");
     }
     let reply = world.scsi(h, 0, &[0, 0, 0, 0, 0, 0x04], &[], 0);

@@ -1,4 +1,7 @@
-//! Changes of a volume's size and key.
+//! Changes of a volume's size and key, and its sanitize.
+
+use cairn_block::SnapshotId;
+use cairn_block::sanitize::{Method, Sanitize};
 
 use super::*;
 use crate::ChangeError;
@@ -409,4 +412,36 @@ fn a_replica_that_comes_back_is_asked_to_grow_twice() {
     b.hold_registers = false;
     assert_eq!(b.nexus.blocks(), 2000);
     assert!(b.nexus.children[2].bound, "it is rebuilt");
+}
+
+#[test]
+fn a_sanitize_is_stored_and_nothing_else_changes_meanwhile() {
+    let mut b = sized(3);
+    let begun = Sanitize::new(Method::Erase, false);
+    let half = Sanitize { next: 500, ..begun.clone() };
+    b.nexus.set_sanitize(begun.encode(), b.now).unwrap();
+    assert_eq!(b.nexus.set_sanitize(half.encode(), b.now), Err(ChangeError::Busy));
+    assert!(b.nexus.sanitize().is_empty(), "a majority has not stored it yet");
+    b.pump();
+    assert!(b.events.contains(&Event::Sanitize));
+    assert_eq!(b.nexus.sanitize(), begun.encode());
+    let refused = Err(ChangeError::Sanitizing);
+    assert_eq!(resize(&mut b, 2000), refused);
+    assert_eq!(b.nexus.set_restoring(Some(SnapshotId(1)), b.now), refused);
+    assert_eq!(b.nexus.set_deleted(vec![SnapshotId(1)], b.now), refused);
+    // What others store meanwhile, and a replica that goes, leave it as it is.
+    b.nexus.set_reservations(vec![1, 0, 0, 0xff, 1, 0, 0, 0], b.now).unwrap();
+    b.pump();
+    b.nexus.set_sanitize(half.encode(), b.now).unwrap();
+    b.pump();
+    assert!((0..3).all(|i| stored(&b, i).sanitize == half.encode()));
+
+    let mut b = b.restarted();
+    (0..3).for_each(|i| b.connect(i));
+    assert_eq!(b.nexus.sanitize(), half.encode(), "the next nexus goes on");
+    assert!(b.nexus.is_whole());
+    b.nexus.set_sanitize(Vec::new(), b.now).unwrap();
+    b.pump();
+    assert!((0..3).all(|i| stored(&b, i).sanitize.is_empty()));
+    resize(&mut b, 2000).unwrap();
 }

@@ -38,6 +38,7 @@ impl Cluster {
             volume_requests: self.config.volume_requests,
             assembly_wait_ms: 300,
             overcommit: 0,
+            sanitize_mib_s: 0,
             pace: self.config.tuning.pace,
             shard: 0,
             shards: 1,

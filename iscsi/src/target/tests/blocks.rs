@@ -53,9 +53,15 @@ fn ranges_end_with_the_unit() {
     assert_eq!(world.scsi(h, 0, &read10(last, 0), &[], 0).status, GOOD);
     assert_eq!(world.scsi(h, 0, &write10(last, 2), &[1; 1024], 0).key(), OUT_OF_RANGE);
     assert_eq!(world.scsi(h, 0, &sixteen(0x88, 0, u64::MAX, 2), &[], 512).key(), OUT_OF_RANGE);
-    assert_eq!(world.scsi(h, 0, &sixteen(0x88, 0, 0, 2049), &[], 512).key(), INVALID_CDB, "MTL");
-    let long = world.scsi_edtl(h, 0, &write10(0, 2049), &[1; 512], 2049 * 512, 0);
+    let mut large = unit(4);
+    (large.blocks, large.handle) = (1 << 20, UnitHandle(0));
+    world.target.add_unit(world.node, large).unwrap();
+    assert_eq!(world.scsi(h, 4, &[0; 6], &[], 0).key(), (6, 0x3f, 0x0e));
+    assert_eq!(world.scsi(h, 4, &read10(0, 32769), &[], 512).key(), INVALID_CDB, "MTL");
+    let long = world.scsi_edtl(h, 4, &write10(0, 32769), &[1; 512], 32769 * 512, 0);
     assert_eq!((long.key(), long.r2ts), (INVALID_CDB, 0), "its data is not even asked for");
+    let long = world.scsi(h, 4, &sixteen(0x8b, 0, 0, 2049), &[1; 512], 0);
+    assert_eq!(long.key(), INVALID_CDB, "ORWRITE is one step");
     world.close();
 }
 
