@@ -25,6 +25,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         deleted: vec![cairn_block::SnapshotId(6), cairn_block::SnapshotId(7)],
         block_size: 512,
         reservations: Vec::new(),
+        undo: true,
         lineage: 1,
         generation: 7,
         encryption,

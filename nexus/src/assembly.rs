@@ -505,7 +505,9 @@ impl Nexus {
         self.reservations.clone_from(&config.reservations);
         let (restoring, deleted) = (config.restoring, config.deleted.clone());
         let reservations = config.reservations.clone();
-        self.wanted = Wanted { blocks, encryption, voters, restoring, deleted, reservations };
+        let undo = config.undo;
+        self.undo = undo;
+        self.wanted = Wanted { blocks, encryption, voters, restoring, deleted, reservations, undo };
         self.in_sync = ChildSet::EMPTY;
         let old = self.of_older_lineage(config.lineage);
         for at in 0..self.children.len() {

@@ -81,6 +81,7 @@ impl Nexus {
             deleted: self.wanted.deleted.clone(),
             block_size: self.config.block_size,
             reservations: self.wanted.reservations.clone(),
+            undo: self.wanted.undo,
             members: members.clone(),
         };
         let register = Register {

@@ -32,6 +32,8 @@ const SECTION_BLOCK_SIZE: u16 = 5;
 const SECTION_DELETED: u16 = 6;
 /// A section: the hosts' reservations.
 const SECTION_RESERVATIONS: u16 = 7;
+/// A section: members may have something in their undo logs.
+const SECTION_UNDO: u16 = 8;
 /// Deleted snapshots that a configuration names at most: so many fit in a register beside the rest.
 pub const MAX_DELETED: usize = 32;
 /// Bytes of an encoded configuration at most, whatever it says: a register holds so many.
@@ -106,6 +108,8 @@ pub struct Config {
     pub block_size: u32,
     /// The hosts' reservations, as [`Reservations::encode`] has them; empty where there never were any.
     pub reservations: Vec<u8>,
+    /// Hosts have written atomically: members may have something in their undo logs.
+    pub undo: bool,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -156,7 +160,8 @@ impl Config {
     /// the volume is being taken back to (16 bytes), where it is. Section 4: the place of each member, in their
     /// order, where one is told. Section 5: bytes of the blocks that hosts see, u32, where they are told.
     /// Section 6: the deleted snapshots that a replica may still have (16 bytes each), where there are any. Section 7:
-    /// the hosts' reservations, where there were any; `engine/block/src/reservation/encoding.rs` draws them.
+    /// the hosts' reservations, where there were any; `engine/block/src/reservation/encoding.rs` draws them. Section 8,
+    /// empty: hosts have written atomically, and members may have something in their undo logs.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -200,6 +205,9 @@ impl Config {
         if !self.reservations.is_empty() {
             push_section(&mut out, SECTION_RESERVATIONS, &self.reservations);
         }
+        if self.undo {
+            push_section(&mut out, SECTION_UNDO, &[]);
+        }
         out
     }
 
@@ -224,8 +232,16 @@ impl Config {
         let expected = HEADER + count * MEMBER;
         let short = ConfigError::Length { found: bytes.len(), expected };
         let (head, sections) = bytes.split_at_checked(expected).ok_or(short)?;
-        let Sections { encryption, holder, restoring, places, block_size, deleted, reservations } =
-            decode_sections(sections, expected, count)?;
+        let Sections {
+            encryption,
+            holder,
+            restoring,
+            places,
+            block_size,
+            deleted,
+            reservations,
+            undo,
+        } = decode_sections(sections, expected, count)?;
         let mut places = places.chunks_exact(PLACE);
         let mut members = Vec::with_capacity(count);
         for m in head[HEADER..].chunks_exact(MEMBER) {
@@ -254,6 +270,7 @@ impl Config {
             deleted,
             block_size,
             reservations,
+            undo,
             members,
         })
     }
@@ -289,6 +306,7 @@ struct Sections {
     places: Vec<u8>,
     block_size: u32,
     reservations: Vec<u8>,
+    undo: bool,
 }
 
 /// Whether these are some ids, and not too many.
@@ -338,6 +356,8 @@ fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Section
             {
                 found.reservations = bytes.to_vec();
             }
+            // Whoever does not know of it would leave a write half done that is to be undone.
+            (SECTION_UNDO, _) if bytes.is_empty() && !found.undo => found.undo = true,
             _ => return Err(ConfigError::Section(kind)),
         }
         rest = &rest[end..];
@@ -363,6 +383,7 @@ mod tests {
             deleted: Vec::new(),
             block_size: 0,
             reservations: Vec::new(),
+            undo: false,
             generation: 41,
             members: vec![
                 Member {
@@ -411,6 +432,10 @@ mod tests {
         }
         let held = Config { holder: 5, ..Config::decode(&bytes).unwrap() };
         assert_eq!(Config::decode(&held.encode()), Ok(held.clone()));
+        let undo = Config { undo: true, ..held.clone() };
+        assert_eq!(Config::decode(&undo.encode()), Ok(undo.clone()));
+        let twice = [undo.encode(), vec![8, 0, 0, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(Config::decode(&twice), Err(ConfigError::Section(SECTION_UNDO)));
         let restoring = Config { restoring: Some(SnapshotId(6)), ..held };
         assert_eq!(Config::decode(&restoring.encode()), Ok(restoring.clone()));
         let mut deleted =
@@ -470,6 +495,7 @@ mod tests {
             deleted: vec![SnapshotId(8); MAX_DELETED],
             block_size: 512,
             reservations,
+            undo: true,
             generation: 41,
             members: vec![member; MAX_CHILDREN],
         };

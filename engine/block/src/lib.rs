@@ -12,6 +12,7 @@ mod mem;
 pub mod mutants;
 pub mod reservation;
 mod tx;
+pub mod undo;
 
 pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};
 pub use buddy::Buddy;
