@@ -42,6 +42,7 @@ impl Rig {
             next_tag: 0,
         };
         rig.bench.mem = HeapMemory::new(16 << 20);
+        rig.bench.nexus.config.pace.rebuild = true;
         rig.connect();
         rig
     }
@@ -153,12 +154,58 @@ impl Rig {
                 self.bench.nexus.handle_timeout(self.bench.now);
                 self.collect();
                 let settling = self.bench.nexus.in_flight() > 0 || !self.pending.is_empty();
-                if !settling && self.bench.nexus.state().is_serving() {
+                if !settling && *self.bench.nexus.state() == VolumeState::Online {
                     return;
                 }
             }
         }
         panic!("it never ends: {:?}", self.bench.nexus.state());
+    }
+
+    /// What a child was asked and has not done comes to nothing, or is done in part.
+    fn cut_off(&mut self, io: &ChildIo) {
+        let reads = matches!(io.op, ChildOp::Io(IoRequest { op: IoOp::Read, .. }));
+        let mut bits = (self.below(1 << 16), self.below(1 << 16));
+        if reads || matches!(io.op, ChildOp::Register(_)) || self.below(3) == 0 {
+            return;
+        }
+        self.perform(io, |_| {
+            bits = (bits.0.rotate_right(1), bits.1.wrapping_mul(31).wrapping_add(bits.0));
+            bits.1 >> 4 & 1 != 0
+        });
+    }
+
+    /// A child goes away, or comes back.
+    fn flap(&mut self, child: u8) {
+        let (id, now) = (ChildId(child), self.bench.now);
+        let up = !std::mem::take(&mut self.bench.up[usize::from(child)]);
+        if up {
+            self.bench.up[usize::from(child)] = true;
+            self.bench.nexus.handle_child_up(id, now);
+            return self.collect();
+        }
+        for io in self.pending.extract_if(.., |io| io.child == id).collect::<Vec<_>>() {
+            if let ChildOp::Register(_) = io.op {
+                let reply = Err(IoStatus::PathError);
+                self.bench.nexus.handle_register(id, io.ticket, reply, now);
+                continue;
+            }
+            self.cut_off(&io);
+            self.bench.nexus.handle_io(id, io.ticket, IoStatus::PathError, now);
+        }
+        self.bench.nexus.handle_child_down(id, now);
+        self.collect();
+        // What came of it was for a child that is gone.
+        for io in self.pending.extract_if(.., |io| io.child == id).collect::<Vec<_>>() {
+            match io.op {
+                ChildOp::Register(_) => {
+                    let reply = Err(IoStatus::PathError);
+                    self.bench.nexus.handle_register(id, io.ticket, reply, now);
+                }
+                _ => self.bench.nexus.handle_io(id, io.ticket, IoStatus::PathError, now),
+            }
+        }
+        self.collect();
     }
 
     /// Writes a range with a byte that was never used for it.
@@ -185,21 +232,14 @@ impl Rig {
     /// The nexus dies, and so do the children: of what was on its way to them any block may be there.
     fn crash(&mut self) {
         for io in std::mem::take(&mut self.pending) {
-            let reads = matches!(io.op, ChildOp::Io(IoRequest { op: IoOp::Read, .. }));
-            let mut bits = (self.below(1 << 16), self.below(1 << 16));
-            if reads || matches!(io.op, ChildOp::Register(_)) || self.below(3) == 0 {
-                continue;
-            }
-            self.perform(&io, |_| {
-                bits = (bits.0.rotate_right(1), bits.1.wrapping_mul(31).wrapping_add(bits.0));
-                bits.1 >> 4 & 1 != 0
-            });
+            self.cut_off(&io);
         }
         let (registers, now) = (std::mem::take(&mut self.bench.registers), self.bench.now);
         let children = u8::try_from(self.disks.len()).unwrap();
         self.bench = Bench::new(children, Purpose::Assemble, registers);
         self.bench.mem = HeapMemory::new(16 << 20);
         self.bench.now = now + 10_000;
+        self.bench.nexus.config.pace.rebuild = true;
         self.bufs.clear();
     }
 
@@ -237,6 +277,9 @@ fn run(seed: u64, atomic: bool) -> Result<(), String> {
             rig.write(range, atomic);
             for _ in 0..rig.below(most) {
                 rig.step();
+                if children == 3 && rig.below(15) == 0 {
+                    rig.flap(2);
+                }
             }
         }
         for _ in 0..rig.below(most) {
