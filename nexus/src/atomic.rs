@@ -36,7 +36,7 @@ const RECOVERY: u16 = u16::MAX;
 enum Stage {
     /// Waits for its range.
     Lock,
-    /// The configuration is to say that there are undo logs.
+    /// Where there were none before: the logs are emptied, and the configuration is to say that there are some.
     Configure,
     /// A piece of what is to be written over is being read.
     Fetch,
@@ -52,6 +52,8 @@ enum Stage {
     Restore,
     /// The entry is being forgotten.
     Clear,
+    /// It was refused before there was an entry; what members still do of it is waited for.
+    Drop,
     /// Nobody waits for it any more.
     Over,
 }

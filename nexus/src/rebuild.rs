@@ -532,7 +532,7 @@ impl Nexus {
             return false;
         }
         self.set_stage(Stage::Forget);
-        if self.wanted.undo || self.undo {
+        if self.wanted.undo || self.undo || self.atomics.in_use() > 0 {
             let op = IoOp::WriteZeroes { fua: true, unmap: true };
             let request = IoRequest { op, range: undo::whole(), buf: BufSlice::EMPTY };
             self.ask_upkeep(child, Asked::Forget, ChildOp::Io(request), now_ms);

@@ -11,6 +11,7 @@
 mod anew;
 mod back;
 mod forget;
+mod whole;
 
 use crate::checks::{Check, check};
 use crate::disk::PAGE;
@@ -85,6 +86,8 @@ pub struct History {
     pub alone: bool,
     /// What each block is once the volume is back at a snapshot, while it goes there.
     coming: Vec<u64>,
+    /// Writes that are to be done whole or not at all.
+    wholes: Vec<whole::Whole>,
     /// Reads that were judged.
     pub judged: u64,
     /// Writes that were acked.
@@ -120,6 +123,7 @@ impl History {
             tears: false,
             alone: false,
             coming: Vec::new(),
+            wholes: Vec::new(),
             judged: 0,
             acked: 0,
         }
@@ -241,6 +245,7 @@ impl History {
         }
         let now = self.tick();
         self.epochs.push((epoch, now));
+        self.close_wholes(epoch, now);
         // As from any disk that is away for a while.
         self.forgive(|w| w.epoch < epoch);
         if std::mem::take(&mut self.power_lost) {
@@ -418,6 +423,16 @@ impl History {
         unknown: impl Fn(u64) -> bool,
     ) {
         let now = self.tick();
+        if !self.wholes.is_empty() && self.coming.is_empty() {
+            let torn = |lba: u64| {
+                let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
+                block.torn || self.tears && invoked < block.since || unknown(lba)
+            };
+            let known = (lba..).zip(bytes.chunks(PAGE));
+            let values: Vec<Option<u64>> =
+                known.map(|(lba, b)| (!torn(lba)).then(|| self.decode(lba, b))).collect();
+            self.judge_wholes(lba, &values, (invoked, now));
+        }
         for (lba, bytes) in (lba..).zip(bytes.chunks(PAGE)) {
             let at = usize::try_from(lba).expect("a small volume");
             // A read that was asked for while it was torn may have seen that.

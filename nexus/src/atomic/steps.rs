@@ -43,6 +43,12 @@ impl Atomic {
         self.blocks = left.min(PIECE_BLOCKS);
     }
 
+    /// It cannot be kept, so it is not done. A head may be somewhere where that was begun.
+    fn refuse(&mut self) {
+        let headed = self.stage == Stage::Head;
+        self.go_to(if headed { Stage::Clear } else { Stage::Drop });
+    }
+
     /// Where the piece in hand is in the volume.
     fn piece(&self) -> LbaRange {
         let first = cairn_block::Lba(self.range.start().0 + self.at);
@@ -109,25 +115,42 @@ impl Nexus {
     pub(super) fn step_atomic<M: Memory>(&mut self, at: usize, mem: &mut M, now_ms: u64) -> bool {
         match self.atomics.table[at].stage {
             Stage::Lock | Stage::Place | Stage::Over => false,
-            Stage::Configure => self.configure(at),
+            Stage::Configure => self.configure(at, now_ms),
             Stage::Fetch | Stage::Recall => self.read_old(at, mem, now_ms),
             Stage::Keep => self.keep(at, mem, now_ms),
             Stage::Head => self.write_heads(at, mem, now_ms),
             Stage::Restore => self.restore_old(at, mem, now_ms),
             Stage::Clear => self.clear(at, now_ms),
+            Stage::Drop => {
+                let key = self.atomics.table[at].key;
+                let busy = |child| self.upkeep.waits_for_atomic(Some(key), child);
+                if !self.counted().iter().any(busy) {
+                    self.atomics.table[at].stage = Stage::Over;
+                }
+                false
+            }
         }
     }
 
     /// The configuration says that there are undo logs, before there is one: whoever does not know of them does not
-    /// serve the volume.
-    fn configure(&mut self, at: usize) -> bool {
+    /// serve the volume. What is in them from before that is of another time, and is forgotten first.
+    fn configure(&mut self, at: usize, now_ms: u64) -> bool {
         if self.undo {
             self.atomics.table[at].go_to(Stage::Fetch);
             return true;
         }
-        if !self.wanted.undo {
+        // One does it for all: it must not come after what another keeps.
+        if at > 0 || self.wanted.undo {
+            return false;
+        }
+        if self.is_done_by_all(at) {
             self.wanted.undo = true;
             self.commit_wanted();
+            return false;
+        }
+        for child in self.askable(at, now_ms).iter() {
+            let op = IoOp::WriteZeroes { fua: true, unmap: true };
+            self.ask_atomic(at, child, op, undo::whole(), None, now_ms);
         }
         false
     }
@@ -186,7 +209,8 @@ impl Nexus {
         if a.status.is_ok() {
             a.status = IoStatus::MediaError;
         }
-        a.go_to(Stage::Clear);
+        let begun = a.stage == Stage::Recall || a.slot.is_none();
+        a.go_to(if begun { Stage::Clear } else { Stage::Drop });
         true
     }
 
@@ -387,7 +411,7 @@ impl Nexus {
                 }
             }
             _ if status.is_ok() => a.done = a.done.with(child),
-            Stage::Clear if is_unknown(status) => a.done = a.done.with(child),
+            Stage::Configure | Stage::Clear if is_unknown(status) => a.done = a.done.with(child),
             _ => {
                 a.bufs.extend(answer.buf.take());
                 return self.atomic_failed(key, child, status);
@@ -407,7 +431,7 @@ impl Nexus {
             // Nothing is in place yet: the host is told, and no member is the worse for it.
             let unknown = status != IoStatus::NoSpace;
             a.status = if unknown { IoStatus::Unsupported } else { status };
-            return a.go_to(Stage::Clear);
+            return a.refuse();
         }
         self.fail_child(child, FaultReason::Failed(status));
         let stays = self.staying().has(child);
@@ -417,9 +441,9 @@ impl Nexus {
         }
         // It is the only one left.
         match (a.stage, a.slot) {
-            (Stage::Keep | Stage::Head, Some(_)) => {
+            (Stage::Configure | Stage::Keep | Stage::Head, Some(_)) => {
                 a.status = status;
-                a.go_to(Stage::Clear);
+                a.refuse();
             }
             // What cannot be put back there stays as it is: the host hears of an error, or its disk has failed
             // besides.

@@ -387,5 +387,5 @@ fn a_child_that_knows_of_no_log_is_told_nothing_and_the_host_hears_of_it() {
         b.now += 20;
     }
     b.pump();
-    assert_eq!((asked, b.status_of(7)), (3, Some(IoStatus::Unsupported)));
+    assert_eq!((asked, b.status_of(7)), (2, Some(IoStatus::Unsupported)));
 }
