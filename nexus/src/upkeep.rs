@@ -76,7 +76,8 @@ impl Upkeep {
 
     /// Whether a child still owes an answer of an atomic write: of this one, or of any.
     pub(crate) fn waits_for_atomic(&self, key: Option<u16>, child: ChildId) -> bool {
-        let of = |q: &&Question| matches!(q.what, Asked::Atomic(k, _) if key.is_none_or(|key| key == k));
+        let of =
+            |q: &&Question| matches!(q.what, Asked::Atomic(k, _) if key.is_none_or(|key| key == k));
         self.open.iter().filter(of).any(|q| q.child == child)
     }
 }

@@ -3,8 +3,8 @@
 
 use std::net::SocketAddr;
 
-use cairn_block::{BlockSize, undo};
 use cairn_block::reservation::Effects;
+use cairn_block::{BlockSize, undo};
 use cairn_iscsi::scsi::ports::{AccessState, PortGroup};
 use cairn_iscsi::scsi::{UnitConfig, UnitHandle};
 use cairn_iscsi::target::{ConnId, Initiators as Allowed, NodeConfig, NodeId, Portal};

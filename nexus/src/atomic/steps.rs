@@ -176,7 +176,8 @@ impl Nexus {
         // Of one that was given up nothing is expected.
         a.outstanding = ChildSet::EMPTY;
         let logged = recalls || a.slot.is_none();
-        let from = if a.slot.is_none() && !recalls { self.in_sync.and(a.holders) } else { self.in_sync };
+        let from =
+            if a.slot.is_none() && !recalls { self.in_sync.and(a.holders) } else { self.in_sync };
         let (failed, again_ms) = (a.failed, a.again_ms);
         let left = from.without(failed);
         if left.is_empty() {

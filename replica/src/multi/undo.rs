@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 
 use cairn_block::{IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, undo};
 
-use super::MultiPool;
 use super::control::{Change, Kind, Then};
+use super::{Member, MultiPool};
 use crate::pool::{PoolState, ReplicaSlot};
 use crate::undo::{is_undo_log, spec};
 
@@ -68,12 +68,18 @@ impl MultiPool {
             let spec = spec(self.slots);
             self.push_job(None, Kind::Create { spec, slot: 0 });
         } else if let (false, Some(at)) = (changing, self.log_slot())
-            && self.lost.is_lost(at.0)
+            && self.has_lost_log(at.0)
         {
             let kind = Kind::members(Change::Lost(at.0, false), Then::GivenUp(at.0));
             self.push_job(None, kind);
         }
         self.settle(mem);
+    }
+
+    /// Whether a device that is durably left behind had something of the logs.
+    fn has_lost_log(&self, slot: u16) -> bool {
+        let had = |m: &Member| m.excluded && !m.has_given_up(slot) && m.pool.mapped_end(slot) > 0;
+        self.lost.is_lost(slot) || self.present().any(had)
     }
 
     fn log_slot(&self) -> Option<ReplicaSlot> {
@@ -82,7 +88,8 @@ impl MultiPool {
 
     /// Passes on what waited, once nothing changes any more that it waits for.
     pub(super) fn pump_undo<M: Memory>(&mut self, mem: &mut M) {
-        let changing = |pool: &Self| pool.jobs.iter().chain(&pool.active).any(|j| j.kind.is_of_log());
+        let changing =
+            |pool: &Self| pool.jobs.iter().chain(&pool.active).any(|j| j.kind.is_of_log());
         while !self.undo.waiting.is_empty() && !changing(self) {
             let at = self.log_slot();
             let Some((tag, slot, request)) = self.undo.waiting.pop_front() else { return };

@@ -23,13 +23,7 @@ pub(super) struct Whole {
 
 impl History {
     /// The write of `value` that was submitted at `invoked` is to be whole.
-    pub fn whole_began(
-        &mut self,
-        (lba, blocks): (u64, u64),
-        value: u64,
-        epoch: u64,
-        invoked: u64,
-    ) {
+    pub fn whole_began(&mut self, (lba, blocks): (u64, u64), value: u64, epoch: u64, invoked: u64) {
         if self.wholes.len() >= MAX_REMEMBERED {
             self.wholes.remove(0);
         }
