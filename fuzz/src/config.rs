@@ -26,6 +26,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         block_size: 512,
         reservations: Vec::new(),
         sanitize: Vec::new(),
+        undo: true,
         lineage: 1,
         generation: 7,
         encryption,

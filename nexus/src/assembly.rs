@@ -506,8 +506,10 @@ impl Nexus {
         self.sanitize.clone_from(&config.sanitize);
         let (restoring, deleted) = (config.restoring, config.deleted.clone());
         let (reservations, sanitize) = (config.reservations.clone(), config.sanitize.clone());
+        let undo = config.undo;
+        self.undo = undo;
         self.wanted =
-            Wanted { blocks, encryption, voters, restoring, deleted, reservations, sanitize };
+            Wanted { blocks, encryption, voters, restoring, deleted, reservations, sanitize, undo };
         self.in_sync = ChildSet::EMPTY;
         let old = self.of_older_lineage(config.lineage);
         for at in 0..self.children.len() {
@@ -566,7 +568,9 @@ impl Nexus {
         let generation = found.iter().map(|f| f.config.generation).max().unwrap_or_default();
         // Whether it went back to a snapshot is for the source to say.
         let restoring = own.config.restoring;
-        self.take_config(&Config { restoring, ..highest.config.clone() }, ChildSet::of(source));
+        // What is in its undo log may be of a time when it was in sync: it is not put back over what it holds.
+        let config = Config { restoring, undo: false, ..highest.config.clone() };
+        self.take_config(&config, ChildSet::of(source));
         self.child(source).witness = false;
         self.generation = generation;
         self.lineage = ((highest.config.lineage >> 32) + 1) << 32 | u64::from(random);

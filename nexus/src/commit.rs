@@ -82,6 +82,7 @@ impl Nexus {
             block_size: self.config.block_size,
             reservations: self.wanted.reservations.clone(),
             sanitize: self.wanted.sanitize.clone(),
+            undo: self.wanted.undo,
             members: members.clone(),
         };
         let register = Register {

@@ -35,6 +35,8 @@ const SECTION_DELETED: u16 = 6;
 const SECTION_RESERVATIONS: u16 = 7;
 /// A section: the sanitize that is under way, or failed.
 const SECTION_SANITIZE: u16 = 8;
+/// A section: members may have something in their undo logs.
+const SECTION_UNDO: u16 = 9;
 /// Deleted snapshots that a configuration names at most: so many fit in a register beside the rest.
 pub const MAX_DELETED: usize = 32;
 /// Bytes of an encoded configuration at most, whatever it says: a register holds so many.
@@ -112,6 +114,8 @@ pub struct Config {
     /// The sanitize that is under way or failed, as [`Sanitize::encode`] has it; empty where there is none. Hosts use
     /// nothing of the volume meanwhile, nothing is being restored, and no deleted snapshots are named.
     pub sanitize: Vec<u8>,
+    /// Hosts have written atomically: members may have something in their undo logs.
+    pub undo: bool,
     /// All its voters.
     pub members: Vec<Member>,
 }
@@ -164,6 +168,7 @@ impl Config {
     /// Section 6: the deleted snapshots that a replica may still have (16 bytes each), where there are any. Section 7:
     /// the hosts' reservations, where there were any; `engine/block/src/reservation/encoding.rs` draws them. Section 8: the
     /// sanitize that is under way or failed, where there is one; `engine/block/src/sanitize.rs` draws it.
+    /// Section 9, empty: hosts have written atomically, and members may have something in their undo logs.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.members.len() * MEMBER);
@@ -209,6 +214,9 @@ impl Config {
         }
         if !self.sanitize.is_empty() {
             push_section(&mut out, SECTION_SANITIZE, &self.sanitize);
+        }
+        if self.undo {
+            push_section(&mut out, SECTION_UNDO, &[]);
         }
         out
     }
@@ -264,6 +272,7 @@ impl Config {
             block_size: found.block_size,
             reservations: found.reservations,
             sanitize: found.sanitize,
+            undo: found.undo,
             members,
         })
     }
@@ -300,6 +309,7 @@ struct Sections {
     block_size: u32,
     reservations: Vec<u8>,
     sanitize: Vec<u8>,
+    undo: bool,
 }
 
 /// Whether these are some ids, and not too many.
@@ -355,6 +365,8 @@ fn decode_sections(mut rest: &[u8], at: usize, members: usize) -> Result<Section
             {
                 found.sanitize = bytes.to_vec();
             }
+            // Whoever does not know of it would leave a write half done that is to be undone.
+            (SECTION_UNDO, _) if bytes.is_empty() && !found.undo => found.undo = true,
             _ => return Err(ConfigError::Section(kind)),
         }
         rest = &rest[end..];
@@ -382,6 +394,7 @@ mod tests {
             block_size: 0,
             reservations: Vec::new(),
             sanitize: Vec::new(),
+            undo: false,
             generation: 41,
             members: vec![
                 Member {
@@ -430,6 +443,10 @@ mod tests {
         }
         let held = Config { holder: 5, ..Config::decode(&bytes).unwrap() };
         assert_eq!(Config::decode(&held.encode()), Ok(held.clone()));
+        let undo = Config { undo: true, ..held.clone() };
+        assert_eq!(Config::decode(&undo.encode()), Ok(undo.clone()));
+        let twice = [undo.encode(), vec![8, 0, 0, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(Config::decode(&twice), Err(ConfigError::Section(SECTION_UNDO)));
         let restoring = Config { restoring: Some(SnapshotId(6)), ..held };
         assert_eq!(Config::decode(&restoring.encode()), Ok(restoring.clone()));
         let mut deleted =
@@ -490,6 +507,7 @@ mod tests {
             block_size: 512,
             reservations,
             sanitize: Vec::new(),
+            undo: true,
             generation: 41,
             members: vec![member; MAX_CHILDREN],
         };

@@ -14,12 +14,15 @@
 //!   flight waits for it, so that no later read goes back;
 //! - a block that a member cannot read is read from another and written anew; a write that met a full
 //!   pool is answered once the members are alike again;
+//! - an atomic write is in place on all members, or on none, before anything that overlaps it is read: what it
+//!   writes over is in the undo log of each until then;
 //! - a read is answered under a lease that a majority of the voters has granted, and whoever takes the volume
 //!   over serves nothing before that is over;
 //! - a volume starts only from the highest configuration that a majority of the voters knows, and
 //!   with at least one member of its in-sync set.
 
 mod assembly;
+mod atomic;
 mod bits;
 mod children;
 mod commit;

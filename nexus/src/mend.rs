@@ -326,14 +326,16 @@ impl Nexus {
     fn run_upkeep<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {
         self.mends.short = false;
         let mut moved = false;
-        while let Some(answer) = self.next_answer() {
+        while let Some(mut answer) = self.next_answer() {
             moved = true;
             match answer.what {
                 Asked::Settle => self.settle_answered(answer.child, answer.status),
                 Asked::Learn => self.learn_answered(&answer, mem),
                 Asked::List => self.list_answered(&answer, mem),
                 Asked::GiveUp => self.given_up(answer.child, answer.status),
+                Asked::Forget => self.forgotten(answer.child, answer.status),
                 Asked::Join => self.join_answered(answer.child, answer.status),
+                Asked::Atomic(key, turn) => self.atomic_answered((key, turn), &mut answer, mem),
             }
             if let Some(buf) = answer.buf {
                 mem.release(buf);
@@ -343,6 +345,7 @@ impl Nexus {
             moved |= self.pump_copies(mem, now_ms);
             self.settle(now_ms);
         }
+        moved |= self.pump_atomics(mem, now_ms);
         if !self.state.is_serving() && !self.learns() {
             return moved;
         }

@@ -6,6 +6,7 @@ use cairn_block::mutants::{Mutant, on};
 use cairn_block::{Epoch, IoOp, IoRequest, IoStatus, ReplicaId, VolumeId};
 
 use crate::assembly::{Assembly, Watch};
+use crate::atomic::Atomics;
 use crate::children::{Child, ChildState, FaultReason};
 use crate::commit::Commit;
 use crate::copy::{COPY_KEY, Copies};
@@ -65,6 +66,9 @@ pub struct Nexus {
     pub(crate) reservations: Vec<u8>,
     /// By the configuration committed last: see [`Config::sanitize`](crate::Config::sanitize).
     pub(crate) sanitize: Vec<u8>,
+    /// By the configuration committed last: see [`Config::undo`](crate::Config::undo).
+    pub(crate) undo: bool,
+    pub(crate) atomics: Atomics,
     pub(crate) round: u32,
     pub(crate) commit: Option<Commit>,
     pub(crate) assembly: Option<Assembly>,
@@ -142,6 +146,7 @@ impl Nexus {
                 deleted: Vec::new(),
                 reservations: Vec::new(),
                 sanitize: Vec::new(),
+                undo: false,
             },
             changing: None,
             encryption,
@@ -149,6 +154,8 @@ impl Nexus {
             deleted: Vec::new(),
             reservations: Vec::new(),
             sanitize: Vec::new(),
+            undo: false,
+            atomics: Atomics::default(),
             growing: None,
             round: 0,
             commit: None,
@@ -272,7 +279,8 @@ impl Nexus {
     /// Requests and mends that still use a buffer or await an answer.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slots.in_use() + self.mends.in_use() + self.upkeep.in_use() + self.copies.len()
+        let own = self.mends.in_use() + self.upkeep.in_use() + self.copies.len();
+        self.slots.in_use() + self.atomics.in_use() + own
     }
 
     /// Takes a host request. Its buffer belongs to the nexus until [`Nexus::poll_release`] names it.
@@ -280,6 +288,10 @@ impl Nexus {
     /// # Panics
     /// Where [`Nexus::has_room`] is false.
     pub fn submit(&mut self, tag: u64, request: IoRequest, now_ms: u64) {
+        self.submit_as(tag, request, false, now_ms);
+    }
+
+    pub(crate) fn submit_as(&mut self, tag: u64, request: IoRequest, atomic: bool, now_ms: u64) {
         let elsewhere = matches!(self.state, VolumeState::Fenced | VolumeState::StandBy(_));
         let refused = if elsewhere {
             Some(IoStatus::PathError)
@@ -313,6 +325,7 @@ impl Nexus {
             declined: false,
             unsure: false,
             alone: false,
+            atomic,
             started_ms: now_ms,
             order: u64::MAX,
         };
@@ -325,6 +338,10 @@ impl Nexus {
 
     /// Lets a request take its turn.
     pub(crate) fn admit(&mut self, at: u16, now_ms: u64) {
+        if self.slots.slot(at).atomic && !self.atomics.has(at) {
+            // It gets what it needs before it has its range.
+            return self.queue_atomic(at);
+        }
         let request = self.slots.slot(at).request;
         let through =
             on(Mutant::SnapshotLetsWriteThrough) && matches!(request.op, IoOp::Snapshot(_));

@@ -11,7 +11,9 @@
 //! flushes, and then the configuration with it is stored. From that moment it is read.
 
 use cairn_block::mutants::{Mutant, on};
-use cairn_block::{IoOp, IoStatus, LbaRange, Memory, ReplicaId};
+use cairn_block::{BufSlice, IoOp, IoRequest, IoStatus, LbaRange, Memory, ReplicaId, undo};
+
+use crate::atomic::is_unknown;
 
 use crate::bits::Bits;
 use crate::children::{ChildState, FaultReason};
@@ -94,6 +96,8 @@ enum Stage {
     /// The target gives up what its pool has lost with a device.
     GiveUp,
     Copy,
+    /// The target forgets what an earlier nexus left in its undo log.
+    Forget,
     /// The target counts for acks; changes from before that are waited for.
     JoinDrain(u64),
     JoinFlush,
@@ -145,7 +149,9 @@ impl Nexus {
         let stage = match r.stage {
             Stage::Drain(_) | Stage::List | Stage::GiveUp => RebuildStage::Listing,
             Stage::Copy => RebuildStage::Copying,
-            Stage::JoinDrain(_) | Stage::JoinFlush | Stage::JoinCommit => RebuildStage::Joining,
+            Stage::Forget | Stage::JoinDrain(_) | Stage::JoinFlush | Stage::JoinCommit => {
+                RebuildStage::Joining
+            }
         };
         Some(RebuildReport {
             child: r.child,
@@ -218,14 +224,16 @@ impl Nexus {
         let child = r.child;
         match r.stage {
             Stage::Drain(before) => {
-                let drained = self.drained(before, self.in_sync.with(child));
+                // What hangs there of an atomic write would come after what is copied.
+                let drained = self.drained(before, self.in_sync.with(child))
+                    && !self.upkeep.waits_for_atomic(None, child);
                 if drained {
                     self.set_stage(Stage::List);
                 }
                 drained
             }
             Stage::List => self.list(mem, now_ms),
-            Stage::GiveUp => false,
+            Stage::GiveUp | Stage::Forget => false,
             Stage::Copy => self.copy_more(mem, now_ms),
             Stage::JoinDrain(before) => {
                 // The answer to a flush of an earlier rebuild, at a disk that hung, is not to be taken for this
@@ -424,8 +432,7 @@ impl Nexus {
             });
             let Some((extent, block)) = next else {
                 if running == 0 {
-                    self.begin_join();
-                    return true;
+                    return self.forget_log(now_ms) || moved;
                 }
                 return moved;
             };
@@ -517,6 +524,36 @@ impl Nexus {
 
     // ---- the end
 
+    /// What is in the target's undo log is of a time when it was in sync.
+    fn forget_log(&mut self, now_ms: u64) -> bool {
+        let Some(child) = self.mirror() else { return false };
+        if self.upkeep.waits_for(Asked::Forget, child) {
+            // One of an earlier rebuild must not come after what is yet to be in the log.
+            return false;
+        }
+        self.set_stage(Stage::Forget);
+        if self.wanted.undo || self.undo || self.atomics.in_use() > 0 {
+            let op = IoOp::WriteZeroes { fua: true, unmap: true };
+            let request = IoRequest { op, range: undo::whole(), buf: BufSlice::EMPTY };
+            self.ask_upkeep(child, Asked::Forget, ChildOp::Io(request), now_ms);
+        } else {
+            self.begin_join();
+        }
+        true
+    }
+
+    /// The target has forgotten it, or knows of no log; or it has not.
+    pub(crate) fn forgotten(&mut self, child: ChildId, status: IoStatus) {
+        if self.rebuild.as_ref().is_none_or(|r| r.child != child || r.stage != Stage::Forget) {
+            return;
+        }
+        if status.is_ok() || is_unknown(status) {
+            self.begin_join();
+        } else {
+            self.abort_rebuild(FaultReason::Failed(status));
+        }
+    }
+
     fn begin_join(&mut self) {
         let before = self.take_order();
         let Some(r) = self.rebuild.as_mut() else { return };
@@ -557,7 +594,11 @@ impl Nexus {
         let Some(r) = self.rebuild.as_mut().filter(|r| r.child == child) else { return false };
         if matches!(
             r.stage,
-            Stage::Copy | Stage::JoinDrain(_) | Stage::JoinFlush | Stage::JoinCommit
+            Stage::Copy
+                | Stage::Forget
+                | Stage::JoinDrain(_)
+                | Stage::JoinFlush
+                | Stage::JoinCommit
         ) {
             return false;
         }

@@ -84,6 +84,7 @@ impl Nexus {
         });
         // What the marks say is settled once all is alike.
         self.note_change(now_ms);
+        self.begin_recovery();
     }
 
     /// Whether a request has to wait until what it touches is alike; then it is remembered here.
@@ -116,6 +117,9 @@ impl Nexus {
     pub(crate) fn pump_reconcile<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {
         if self.reconcile.is_none() || self.assembly.is_some() {
             return false;
+        }
+        if let Some(moved) = self.pump_recovery(mem, now_ms) {
+            return moved;
         }
         if self.learns() { self.learn(mem, now_ms) } else { self.make_alike(now_ms) }
     }

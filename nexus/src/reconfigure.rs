@@ -25,6 +25,7 @@ pub(crate) struct Wanted {
     pub(crate) deleted: Vec<SnapshotId>,
     pub(crate) reservations: Vec<u8>,
     pub(crate) sanitize: Vec<u8>,
+    pub(crate) undo: bool,
 }
 
 /// A size that replicas are growing to.
@@ -192,6 +193,7 @@ impl Nexus {
             && self.wanted.deleted == self.deleted
             && self.wanted.reservations == self.reservations
             && self.wanted.sanitize == self.sanitize
+            && self.wanted.undo == self.undo
             && self.changing.is_none()
             && self.growing.is_none();
         if current { Ok(()) } else { Err(ChangeError::Busy) }
@@ -460,6 +462,7 @@ impl Nexus {
             self.push_event(Event::Restoring(stored.restoring));
         }
         self.deleted = stored.deleted;
+        self.undo = stored.undo;
         if stored.reservations != self.reservations {
             self.reservations = stored.reservations;
             self.push_event(Event::Reserved);

@@ -16,6 +16,9 @@ const READ_RUN: u32 = 8;
 impl Nexus {
     /// The slot's turn has come: hand it to the children.
     pub(crate) fn start(&mut self, at: u16, now_ms: u64) {
+        if self.slots.slot(at).atomic && !self.atomics.is_placing(at) {
+            return self.begin_atomic(at, now_ms);
+        }
         let slot = self.slots.slot(at);
         slot.phase = Phase::Running;
         slot.started_ms = now_ms;
@@ -298,6 +301,12 @@ impl Nexus {
 
     /// Makes the members alike that may differ in what a request was to change.
     fn converge(&mut self, at: u16) {
+        let slot = self.slots.slot(at);
+        if slot.atomic {
+            // It is taken back on all of them, which makes them alike.
+            let fault = if slot.full.is_empty() { slot.fault } else { IoStatus::NoSpace };
+            return self.answer(at, fault);
+        }
         // The target of a rebuild has it perhaps, and is not to be taken back in the middle of this.
         let range = self.slots.slot(at).request.range;
         self.mirror_is_behind(range);
@@ -305,6 +314,9 @@ impl Nexus {
     }
 
     pub(crate) fn answer(&mut self, at: u16, status: IoStatus) {
+        if self.slots.slot(at).atomic && self.atomics.is_placing(at) {
+            return self.placed(at, status);
+        }
         let slot = self.slots.slot(at);
         slot.phase = Phase::Answered;
         let (tag, op, range) = (slot.tag, slot.request.op, slot.request.range);

@@ -68,6 +68,8 @@ pub(crate) enum Phase {
     Running,
     /// Its range is mended first.
     Mending,
+    /// It is to be done whole, and what it writes over is being kept, or taken back.
+    Keeping,
     /// A read that is done and waits for a lease.
     Held,
     /// Answered; a child that was given up still uses the buffer.
@@ -101,6 +103,8 @@ pub(crate) struct Slot {
     pub(crate) unsure: bool,
     /// A read that nothing may overtake: it has its range for itself.
     pub(crate) alone: bool,
+    /// It is done whole or not at all, whatever happens.
+    pub(crate) atomic: bool,
     pub(crate) started_ms: u64,
     /// Its place among all changes, from the time when children were asked.
     pub(crate) order: u64,

@@ -229,6 +229,7 @@ impl Nexus {
         self.rebuild = None;
         self.joining = ChildSet::EMPTY;
         self.changing = None;
+        self.abandon_atomics();
         let open: Vec<u16> = self
             .slots
             .iter()

@@ -11,6 +11,7 @@ use super::*;
 use crate::slots::ChildSet;
 
 mod assembly;
+mod atomic;
 mod force;
 mod lease;
 mod mend;

@@ -24,8 +24,12 @@ pub(crate) enum Asked {
     List,
     /// A rebuild's target is to give up what its pool has lost.
     GiveUp,
+    /// A rebuild's target is to forget what is in its undo log.
+    Forget,
     /// A rebuild's last step.
     Join,
+    /// The undo log, for the write of this number; an answer to an earlier turn counts no more.
+    Atomic(u16, u32),
 }
 
 #[derive(Debug)]
@@ -69,6 +73,13 @@ impl Upkeep {
     pub(crate) fn waits_for(&self, what: Asked, child: ChildId) -> bool {
         self.open.iter().any(|q| q.what == what && q.child == child)
     }
+
+    /// Whether a child still owes an answer of an atomic write: of this one, or of any.
+    pub(crate) fn waits_for_atomic(&self, key: Option<u16>, child: ChildId) -> bool {
+        let of =
+            |q: &&Question| matches!(q.what, Asked::Atomic(k, _) if key.is_none_or(|key| key == k));
+        self.open.iter().filter(of).any(|q| q.child == child)
+    }
 }
 
 impl Nexus {
@@ -107,7 +118,7 @@ impl Nexus {
         true
     }
 
-    fn ask_with(
+    pub(crate) fn ask_with(
         &mut self,
         child: ChildId,
         what: Asked,

@@ -167,6 +167,8 @@ pub enum VendorData {
 pub enum Submit {
     /// Block I/O, on an I/O queue. A discard is of one range.
     Io(IoRequest),
+    /// A write that is done whole or not at all, on an I/O queue: of a volume, which says so or refuses.
+    Atomic(IoRequest),
     /// A vendor specific command, on the admin queue. Bits 1:0 of its opcode say where its data goes.
     Vendor {
         /// C0h to FFh.
@@ -420,6 +422,11 @@ impl Session {
                 } else {
                     self.encode_io(&request)?
                 }
+            }
+            Submit::Atomic(request) if q.0 > 0 && matches!(request.op, IoOp::Write { .. }) => {
+                let (mut sqe, data) = self.encode_io(&request)?;
+                sqe.0[0] = opcode::WRITE_ATOMIC;
+                (sqe, data)
             }
             Submit::Vendor { opcode: code, cdw10, cdw11, data } if q.0 == 0 => {
                 let sqe = Sqe::new(code)

@@ -38,6 +38,8 @@ pub mod opcode {
     pub const DATASET_MANAGEMENT: u8 = 0x09;
     /// NVM: Verify.
     pub const VERIFY: u8 = 0x0c;
+    /// Vendor specific: a Write that is done whole or not at all, whatever happens.
+    pub const WRITE_ATOMIC: u8 = 0x81;
 
     /// FCTYPE: Property Set.
     pub const PROPERTY_SET: u8 = 0x00;

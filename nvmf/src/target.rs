@@ -243,6 +243,8 @@ pub enum IoCommand {
         fua: bool,
         /// The range's bytes.
         data: Buf,
+        /// Whether it is to be done whole or not at all.
+        atomic: bool,
     },
     /// Flush.
     Flush,

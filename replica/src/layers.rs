@@ -159,7 +159,7 @@ impl Pool {
     /// Counts the reserve and what is promised anew, after a command that changes which replicas there are,
     /// how large, or which are thick.
     pub(crate) fn count_reserve(&mut self) {
-        self.provisioned = self.slots.iter().filter(|s| s.is_live()).map(Slot::extents).sum();
+        self.provisioned = self.slots.iter().filter(|s| s.is_promised()).map(Slot::extents).sum();
         if !self.shared {
             self.reserved = self.wanted_reserve();
             self.bound = 0;

@@ -41,6 +41,7 @@ mod slab;
 mod snapshot;
 mod sums;
 mod survey;
+mod undo;
 
 pub use device::{Device, MemDevice, SparseDevice};
 pub use error::{ControlError, DiskError, PoolError};

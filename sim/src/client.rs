@@ -17,7 +17,7 @@ use crate::disk::PAGE;
 use crate::driver::SimDriver;
 use crate::history::History;
 use crate::initiator::{Reserved, check_reserved};
-use crate::rng::Rng;
+use crate::rng::{Rng, mix};
 use crate::world::{MS, NodeId};
 
 const IO: QueueIndex = QueueIndex(1);
@@ -43,6 +43,8 @@ pub struct Workload {
     pub requests: u64,
     /// Of a thousand requests so many are reads.
     pub reads_per_mille: u64,
+    /// Of a thousand writes of several blocks so many are to be done whole or not at all.
+    pub atomic_per_mille: u64,
     /// Keep-alive timeout in milliseconds.
     pub kato_ms: u32,
     /// Header and data digests.
@@ -58,6 +60,7 @@ impl Default for Workload {
             hot_blocks: 64,
             requests: 100,
             reads_per_mille: 300,
+            atomic_per_mille: 0,
             kato_ms: 5_000,
             digests: false,
         }
@@ -123,6 +126,8 @@ enum Goal {
 #[derive(Debug)]
 struct Request {
     op: IoOp,
+    /// It is to be done whole or not at all.
+    atomic: bool,
     lba: u64,
     blocks: u64,
     invoked: u64,
@@ -611,14 +616,26 @@ impl Client {
         let Some(tag) = self.requests.iter().position(Option::is_none) else { return false };
         let window = buf.as_ref().map_or(BufSlice::EMPTY, Buf::slice);
         let mut history = self.history.borrow_mut();
+        let (mut op, mut atomic) = (op, false);
         let invoked = match op {
             IoOp::Write { .. } => {
                 let value = history.fresh_value();
+                // Not drawn: nothing else changes with it.
+                atomic = blocks > 1 && mix(value) % 1000 < self.work.atomic_per_mille;
+                if atomic {
+                    // It is durable once it is acked.
+                    op = IoOp::Write { fua: true };
+                }
                 let bytes = self.driver.memory().bytes_mut(window);
                 for (lba, block) in (lba..).zip(bytes.chunks_mut(PAGE)) {
                     history.encode(lba, value, block);
                 }
-                history.write_began((lba, blocks), value, (self.number, self.epoch), is_durable(op))
+                let whose = (self.number, self.epoch);
+                let invoked = history.write_began((lba, blocks), value, whose, is_durable(op));
+                if atomic {
+                    history.whole_began((lba, blocks), value, self.epoch, invoked);
+                }
+                invoked
             }
             IoOp::WriteZeroes { .. } | IoOp::Discard => {
                 history.write_began((lba, blocks), 0, (self.number, self.epoch), is_durable(op))
@@ -631,12 +648,14 @@ impl Client {
         let sent_ns = self.driver.now_ns();
         let session = self.session.as_mut().expect("the session is ready");
         let tag32 = u32::try_from(tag).expect("a small depth");
-        let taken = session.submit(IO, tag32, Submit::Io(request), self.driver.memory());
-        self.requests[tag] = Some(Request { op, lba, blocks, invoked, buf, sent_ns });
+        let submit = if atomic { Submit::Atomic(request) } else { Submit::Io(request) };
+        let taken = session.submit(IO, tag32, submit, self.driver.memory());
+        self.requests[tag] = Some(Request { op, atomic, lba, blocks, invoked, buf, sent_ns });
         if taken.is_err() {
             // Nothing was sent: as good as an error that changed nothing.
             if op.is_mutation() {
                 self.history.borrow_mut().write_failed(lba, blocks, invoked);
+                self.history.borrow_mut().whole_ended(invoked, None);
             }
             self.drop_request(tag32);
             return false;
@@ -688,6 +707,10 @@ impl Client {
             history.answered(self.epoch, invoked);
         }
         let unsaid = matches!(done.io_status, IoStatus::NotReady | IoStatus::PathError);
+        if request.atomic && !unsaid {
+            let known = ok || done.io_status == IoStatus::NoSpace;
+            history.whole_ended(invoked, known.then_some(ok));
+        }
         match (request.op.is_mutation(), ok) {
             // It may have been done, until the next nexus serves.
             (true, false) if unsaid => {}

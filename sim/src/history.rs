@@ -11,6 +11,7 @@
 mod anew;
 mod back;
 mod forget;
+mod whole;
 
 use crate::checks::{Check, check};
 use crate::disk::PAGE;
@@ -87,6 +88,8 @@ pub struct History {
     pub others: u64,
     /// What each block is once the volume is back at a snapshot, while it goes there.
     coming: Vec<u64>,
+    /// Writes that are to be done whole or not at all.
+    wholes: Vec<whole::Whole>,
     /// Reads that were judged.
     pub judged: u64,
     /// Writes that were acked.
@@ -123,6 +126,7 @@ impl History {
             alone: false,
             others: 0,
             coming: Vec::new(),
+            wholes: Vec::new(),
             judged: 0,
             acked: 0,
         }
@@ -250,6 +254,7 @@ impl History {
         }
         let now = self.tick();
         self.epochs.push((epoch, now));
+        self.close_wholes(epoch, now);
         // As from any disk that is away for a while.
         self.forgive(|w| w.epoch < epoch);
         if std::mem::take(&mut self.power_lost) {
@@ -427,6 +432,16 @@ impl History {
         unknown: impl Fn(u64) -> bool,
     ) {
         let now = self.tick();
+        if !self.wholes.is_empty() && self.coming.is_empty() {
+            let torn = |lba: u64| {
+                let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
+                block.torn || self.tears && invoked < block.since || unknown(lba)
+            };
+            let known = (lba..).zip(bytes.chunks(PAGE));
+            let values: Vec<Option<u64>> =
+                known.map(|(lba, b)| (!torn(lba)).then(|| self.decode(lba, b))).collect();
+            self.judge_wholes(lba, &values, (invoked, now));
+        }
         for (lba, bytes) in (lba..).zip(bytes.chunks(PAGE)) {
             let at = usize::try_from(lba).expect("a small volume");
             // A read that was asked for while it was torn may have seen that.

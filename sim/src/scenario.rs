@@ -274,7 +274,8 @@ fn run_in(
     let mut cluster = Cluster::new(world, config);
     for volume in 0..volumes {
         for _ in 0..focus.hosts(1 + rng.index(2)) {
-            cluster.add_client(volume, focus.work(workload(&mut rng)));
+            let work = focus.work(workload(&mut rng));
+            cluster.add_client(volume, Workload { atomic_per_mille: atomic(seed), ..work });
         }
         if focus == Focus::Initiators {
             let steps = 20 + rng.below(60);
@@ -366,6 +367,11 @@ fn run_in(
     outcome
 }
 
+/// Of a thousand writes of several blocks so many are to be whole. Drawn apart: nothing else changes with it.
+fn atomic(seed: u64) -> u64 {
+    [0, 0, 300, 900][Rng::new(seed ^ 0xa701).index(4)]
+}
+
 fn workload(rng: &mut Rng) -> Workload {
     Workload {
         depth: [1, 2, 8, 32][rng.index(4)],
@@ -373,6 +379,7 @@ fn workload(rng: &mut Rng) -> Workload {
         hot_blocks: [8, 32, 64, 200][rng.index(4)],
         requests: 100 + rng.below(250),
         reads_per_mille: 200 + rng.below(500),
+        atomic_per_mille: 0,
         kato_ms: u32::try_from(500 + rng.below(5000)).expect("a short time"),
         digests: rng.chance(200),
     }

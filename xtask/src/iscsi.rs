@@ -58,14 +58,12 @@ const WRITABLE: &[Run] = &[
 const READ_ONLY: &[Run] =
     &[Run { tests: "ALL.ReadOnly", flags: &[], addresses: 1, elsewhere: &[] }];
 
-const ATOMIC: &str = "it writes up to 256 blocks, whatever MAXIMUM ATOMIC TRANSFER LENGTH says";
 const ABORT: &str = "it fails before anything is sent, with every target";
 const SMALL: &str = "before libiscsi 1.20 it sends 512 bytes, whatever a block has";
 
 /// Tests that fail for a reason of theirs, on blocks of 512 bytes.
 const FAILURES_512: &[(&str, &str)] = &[
     ("GetLBAStatus.UnmapSingle", "it asks for one block, and compares with one 4 KiB further on"),
-    ("WriteAtomic16.Simple", ATOMIC),
     ("iSCSITMF.AbortTaskSimpleAsync", ABORT),
 ];
 
@@ -77,7 +75,6 @@ const FAILURES_4096: &[(&str, &str)] = &[
     ("ProutReserve.AccessWE", SMALL),
     ("ProutReserve.AccessWEAR", SMALL),
     ("ProutReserve.AccessWERO", SMALL),
-    ("WriteAtomic16.Simple", ATOMIC),
     ("iSCSITMF.AbortTaskSimpleAsync", ABORT),
 ];
 

@@ -13,6 +13,7 @@ pub mod mutants;
 pub mod reservation;
 pub mod sanitize;
 mod tx;
+pub mod undo;
 
 pub use addr::{BlockSize, ByteOffset, Lba, LbaRange, RangeError};
 pub use buddy::Buddy;

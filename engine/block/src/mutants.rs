@@ -49,6 +49,10 @@ mutants! {
     PowerLossForgotten,
     /// A write that met a full pool is answered without the replicas being made alike.
     NoConvergence,
+    /// A write that is to be done whole or not at all is done as any other.
+    AtomicInPlace,
+    /// What was being written whole when a nexus died is left as it is.
+    UndoForgotten,
     /// A nexus goes on when it learns that it is fenced.
     GoOnWhenFenced,
     /// One vote is a majority.

@@ -63,6 +63,8 @@ pub(super) struct HostIo {
     verified: u32,
     /// What a discard is followed by: its ranges are to be durable.
     flushes: bool,
+    /// A write that is to be done whole or not at all.
+    atomic: bool,
     /// When it came, among those that met a hold; 0: it met none.
     pub(super) order: u64,
     answered: bool,
@@ -82,6 +84,7 @@ impl HostIo {
             sealed: None,
             verified: 0,
             flushes: false,
+            atomic: false,
             order: 0,
             answered: false,
         }
@@ -100,6 +103,11 @@ impl HostIo {
     /// Of so many ranges, told in its payload.
     pub(super) fn with_ranges(self, count: u16, flushes: bool) -> Self {
         Self { discards: (count, 0), flushes, ..self }
+    }
+
+    /// Done whole or not at all, where it is a write and that is asked.
+    pub(super) fn as_atomic(self, atomic: bool) -> Self {
+        Self { atomic, ..self }
     }
 
     /// Into a buffer that is yet to be had.
@@ -156,7 +164,9 @@ impl<D: Driver> Shard<D> {
         let new = |op, range| HostIo::new(asker, io.namespace, op, range);
         let entry = match io.command {
             IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
-            IoCommand::Write { range, fua, data } => new(IoOp::Write { fua }, range).with_buf(data),
+            IoCommand::Write { range, fua, data, atomic } => {
+                new(IoOp::Write { fua }, range).with_buf(data).as_atomic(atomic)
+            }
             IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
             IoCommand::Verify { range } => new(IoOp::Verify, range),
             IoCommand::WriteZeroes { range, fua, unmap } => {
@@ -235,7 +245,7 @@ impl<D: Driver> Shard<D> {
             _ => BufSlice::EMPTY,
         };
         let request = IoRequest { op: io.op, range: io.range, buf };
-        let (namespace, asker) = (io.namespace, io.asker);
+        let (namespace, asker, atomic) = (io.namespace, io.asker, io.atomic);
         match self.exports.get(namespace.0 as usize).and_then(Option::as_ref) {
             Some(&Export::Volume(volume)) => {
                 let held = self.initiators.target.any_held();
@@ -249,7 +259,7 @@ impl<D: Driver> Shard<D> {
                     }
                 }
                 if self.volumes.get(volume).is_some_and(|v| v.block_size == BlockSize::B512) {
-                    return self.submit_sectors(volume, at, request, now);
+                    return self.submit_sectors(volume, at, (request, atomic), now);
                 }
                 // Once, here: from here on the nexus may hold the request and send it again, and its
                 // children only ever see what is encrypted. (A discard comes by once for each range.)
@@ -258,7 +268,7 @@ impl<D: Driver> Shard<D> {
                 if fresh && self.seal(volume, request.op, request.range, request.buf) {
                     self.ios[at].sealed = Some(volume);
                 }
-                self.submit_to_volume(volume, u64::from(at), request, now);
+                self.submit_to_volume(volume, u64::from(at), (request, atomic), now);
             }
             Some(&Export::Replica { pool, slot, .. }) => {
                 if self.asker_is_fenced(asker, pool, slot) {

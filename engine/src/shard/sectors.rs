@@ -12,7 +12,7 @@ use cairn_block::{BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaR
 use cairn_reactor::Driver;
 
 use super::Shard;
-use super::volumes::Volume;
+use super::volumes::{Asked, Volume};
 
 /// Set in the tags of pieces.
 pub(super) const PIECE: u64 = 1 << 41;
@@ -41,6 +41,8 @@ pub(super) struct SectorIo {
     /// The host's command.
     io: u32,
     request: IoRequest,
+    /// It is a write that is to be done whole or not at all: one piece, whatever it begins and ends with.
+    atomic: bool,
     /// The first host block that is not done, and how many the piece in hand has.
     at: u64,
     piece: u64,
@@ -80,8 +82,12 @@ impl SectorIo {
 
     /// The blocks of the piece in hand.
     fn range(&self) -> LbaRange {
-        let (first, blocks) = (self.at / SECTORS, self.piece.div_ceil(SECTORS));
-        LbaRange::new(Lba(first), blocks).expect("inside the volume")
+        LbaRange::new(Lba(self.at / SECTORS), self.held()).expect("inside the volume")
+    }
+
+    /// How many blocks the piece in hand touches.
+    fn held(&self) -> u64 {
+        (self.at + self.piece).div_ceil(SECTORS) - self.at / SECTORS
     }
 
     /// The payload of the piece in hand.
@@ -97,7 +103,7 @@ impl SectorIo {
 
     /// The buffer of our own, where there is one, as long as the blocks of the piece in hand.
     fn bounce(&self) -> Option<BufSlice> {
-        let len = self.piece.div_ceil(SECTORS) * u64::from(BLOCK);
+        let len = self.held() * u64::from(BLOCK);
         let len = u32::try_from(len).expect("a request's payload is counted in 32 bits");
         self.bounce.as_ref().map(|buf| buf.slice().sub(0, len))
     }
@@ -110,6 +116,10 @@ impl SectorIo {
     /// Settles how far the next piece reaches. Returns whether it needs a buffer of our own.
     fn cut(&mut self) -> bool {
         let left = self.request.range.end().0 - self.at;
+        if self.atomic {
+            self.piece = left;
+            return self.is_partial() || !self.window().offset().is_multiple_of(BLOCK);
+        }
         let inside = self.at % SECTORS;
         if inside != 0 || left < SECTORS {
             self.piece = (SECTORS - inside).min(left);
@@ -129,11 +139,17 @@ impl SectorIo {
 pub(super) type Waiting = VecDeque<u32>;
 
 impl<D: Driver> Shard<D> {
-    pub(super) fn submit_sectors(&mut self, volume: u32, io: u32, request: IoRequest, now: u64) {
+    pub(super) fn submit_sectors(
+        &mut self,
+        volume: u32,
+        io: u32,
+        (request, atomic): Asked,
+        now: u64,
+    ) {
         let range = request.range;
         if request.op == IoOp::Flush || range.is_empty() {
             let request = IoRequest { range: LbaRange::default(), ..request };
-            self.submit_to_volume(volume, u64::from(io), request, now);
+            self.submit_to_volume(volume, u64::from(io), (request, false), now);
             return;
         }
         let one = SectorIo {
@@ -142,6 +158,7 @@ impl<D: Driver> Shard<D> {
             at: range.start().0,
             piece: 0,
             request,
+            atomic,
             step: Step::Waiting,
             bounce: None,
             reserve: false,
@@ -219,12 +236,15 @@ impl<D: Driver> Shard<D> {
         let bounces = one.cut();
         let partial = one.is_partial();
         if bounces {
-            let len = one.piece.div_ceil(SECTORS) * u64::from(BLOCK);
-            let len = u32::try_from(len).expect("at most 32 blocks");
+            let len = one.held() * u64::from(BLOCK);
+            let len = u32::try_from(len).expect("a request's payload is counted in 32 bits");
             let memory = self.driver.memory();
             let spare = memory.alloc(len);
             one.reserve = spare.is_none();
-            let Some(buf) = spare.or_else(|| self.sector_reserve.take()) else { return false };
+            let fits = |buf: &mut Buf| buf.slice().len() >= len;
+            let Some(buf) = spare.or_else(|| self.sector_reserve.take_if(fits)) else {
+                return false;
+            };
             one.bounce = Some(buf);
             if !partial && one.request.op != IoOp::Read {
                 memory.copy(one.window(), one.bounce().unwrap_or_default());
@@ -256,9 +276,10 @@ impl<D: Driver> Shard<D> {
             op => op,
         };
         let (volume, range) = (one.volume, one.range());
+        let atomic = one.atomic && one.step == Step::Piece;
         self.seal(volume, op, range, buf);
         let request = IoRequest { op, range, buf };
-        self.submit_to_volume(volume, PIECE | u64::from(id), request, now);
+        self.submit_to_volume(volume, PIECE | u64::from(id), (request, atomic), now);
     }
 
     /// The nexus has answered a piece; its buffer may still be in use.
@@ -291,7 +312,7 @@ impl<D: Driver> Shard<D> {
         let volume = one.volume;
         let ok = one.status.is_some_and(IoStatus::is_ok);
         if ok && one.step == Step::Rest {
-            let len = u32::try_from(one.piece * SECTOR_BYTES).expect("within a block");
+            let len = u32::try_from(one.piece * SECTOR_BYTES).expect("within its blocks");
             let (inside, window, op) = (one.inside(), one.window(), one.request.op);
             let block = one.bounce().unwrap_or_default();
             let memory = self.driver.memory();

@@ -3,8 +3,8 @@
 
 use std::net::SocketAddr;
 
-use cairn_block::BlockSize;
 use cairn_block::reservation::Effects;
+use cairn_block::{BlockSize, undo};
 use cairn_iscsi::scsi::ports::{AccessState, PortGroup};
 use cairn_iscsi::scsi::{UnitConfig, UnitHandle};
 use cairn_iscsi::target::{ConnId, Initiators as Allowed, NodeConfig, NodeId, Portal};
@@ -229,8 +229,7 @@ impl<D: Driver> Shard<D> {
             id: volume.spec.id.0,
             volatile_write_cache: true,
             read_only: export.read_only,
-            // Of several blocks some may be written and others not, where a nexus dies.
-            atomic_blocks: 1,
+            atomic_blocks: u32::try_from(undo::MAX_BLOCKS).unwrap_or(1),
         };
         let target = &mut self.initiators.target;
         if let Err(error) = added.and_then(|node| target.add_unit(node, unit)) {

@@ -61,9 +61,8 @@ impl<D: Driver> Shard<D> {
         let new = |op, range| HostIo::new(asker, namespace, op, range);
         let one = match io.command {
             IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
-            // A unit says that one block is written whole or not at all, which every write is.
-            IoCommand::Write { range, data, fua, verify: false, atomic: _ } => {
-                new(IoOp::Write { fua }, range).with_buf(data)
+            IoCommand::Write { range, data, fua, verify: false, atomic } => {
+                new(IoOp::Write { fua }, range).with_buf(data).as_atomic(atomic)
             }
             IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
             IoCommand::Verify { range } => new(IoOp::Verify, range),

@@ -30,6 +30,9 @@ use crate::snapshot;
 /// Hosts of a volume that are told, each, when what they wrote may be lost.
 const MAX_WRITERS: usize = 64;
 
+/// A request for a nexus, and whether it is a write that is to be done whole or not at all.
+pub(super) type Asked = (IoRequest, bool);
+
 /// How a child is reached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Route {
@@ -83,7 +86,7 @@ pub(super) struct Volume {
     owed: Vec<String>,
     pub(super) losses: u64,
     /// Host requests that the nexus has no room for.
-    pub(super) waiting: VecDeque<(u64, IoRequest)>,
+    pub(super) waiting: VecDeque<(u64, Asked)>,
     /// Ranges that commands of several requests have for themselves.
     pub(super) holds: Holds,
     /// What hosts have reserved.
@@ -334,17 +337,17 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    pub(super) fn submit_to_volume(&mut self, at: u32, tag: u64, request: IoRequest, now: u64) {
+    pub(super) fn submit_to_volume(&mut self, at: u32, tag: u64, asked: Asked, now: u64) {
         let Some(volume) = self.volumes.get_mut(at) else { return };
         if volume.nexus.has_room() && volume.waiting.is_empty() && volume.admits() {
-            self.submit_now(at, tag, request, now);
+            self.submit_now(at, tag, asked, now);
         } else {
-            volume.waiting.push_back((tag, request));
+            volume.waiting.push_back((tag, asked));
         }
         self.touch_volume(at);
     }
 
-    fn submit_now(&mut self, at: u32, tag: u64, request: IoRequest, now: u64) {
+    fn submit_now(&mut self, at: u32, tag: u64, (request, atomic): Asked, now: u64) {
         if request.op == IoOp::Flush
             && let Ok(io) = u32::try_from(tag)
             && self.owes_an_error(at, io)
@@ -353,7 +356,11 @@ impl<D: Driver> Shard<D> {
             self.host_io_released(io, now);
             return;
         }
-        self.volumes[at].nexus.submit(tag, request, now);
+        if atomic {
+            self.volumes[at].nexus.submit_atomic(tag, request, now);
+        } else {
+            self.volumes[at].nexus.submit(tag, request, now);
+        }
     }
 
     /// Whether the host of a flush is to hear that what it wrote before may be lost; once.
@@ -477,9 +484,9 @@ impl<D: Driver> Shard<D> {
             }
             while self.volumes[at].admits()
                 && self.volumes[at].nexus.has_room()
-                && let Some((tag, request)) = self.volumes[at].waiting.pop_front()
+                && let Some((tag, asked)) = self.volumes[at].waiting.pop_front()
             {
-                self.submit_now(at, tag, request, now);
+                self.submit_now(at, tag, asked, now);
                 moved = true;
             }
             if !moved {

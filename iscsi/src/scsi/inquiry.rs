@@ -327,7 +327,12 @@ fn block_limits(b: &mut Vec<u8>, unit: &UnitConfig, limits: Limits) {
         put(b, 32, &0x8000_0000_u32.to_be_bytes());
     }
     put(b, 36, &limits.write_same(unit).to_be_bytes());
-    put(b, 44, &limits.atomic(unit).to_be_bytes());
+    if limits.atomic(unit) > 0 {
+        // Wherever it begins, of however many blocks; what is asked to be whole in parts is not taken.
+        put(b, 44, &limits.atomic(unit).to_be_bytes());
+        put(b, 48, &1_u32.to_be_bytes());
+        put(b, 52, &1_u32.to_be_bytes());
+    }
 }
 
 /// The parameter data of READ CAPACITY (10).

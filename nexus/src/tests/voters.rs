@@ -227,6 +227,7 @@ fn a_replica_of_another_volume_is_not_added() {
         deleted: Vec::new(),
         reservations: Vec::new(),
         sanitize: Vec::new(),
+        undo: false,
         block_size: 0,
         members: vec![Member { replica: id(1), in_sync: true, ..Member::default() }],
     };

@@ -1,6 +1,6 @@
 //! The NVM command set: from entries to block requests.
 
-use cairn_block::{BlockSize, Lba, LbaRange, Memory};
+use cairn_block::{BlockSize, Lba, LbaRange, Memory, undo};
 
 use super::{Command, Io, IoCommand, NamespaceConfig, Outcome, Queue, Status, Target, refuse};
 use crate::ana::AnaState;
@@ -9,16 +9,17 @@ use crate::sqe::{Sqe, opcode};
 use crate::wire::{u32_at, u64_at};
 
 /// I/O commands, and those of them that change data.
-pub(super) const IO_OPCODES: [u8; 6] = [
+pub(super) const IO_OPCODES: [u8; 7] = [
     opcode::FLUSH,
     opcode::WRITE,
     opcode::READ,
     opcode::WRITE_ZEROES,
     opcode::DATASET_MANAGEMENT,
     opcode::VERIFY,
+    opcode::WRITE_ATOMIC,
 ];
-pub(super) const MUTATING_OPCODES: [u8; 3] =
-    [opcode::WRITE, opcode::WRITE_ZEROES, opcode::DATASET_MANAGEMENT];
+pub(super) const MUTATING_OPCODES: [u8; 4] =
+    [opcode::WRITE, opcode::WRITE_ZEROES, opcode::DATASET_MANAGEMENT, opcode::WRITE_ATOMIC];
 
 /// CDW12: Force Unit Access.
 const FUA: u32 = 1 << 30;
@@ -61,15 +62,21 @@ impl Target {
             return refuse(queue, cmd, Status::INVALID_OPCODE.with_dnr(), mem);
         }
         let found = self.subsystem_of(index).and_then(|(_, s)| {
-            Some((*s.namespace(cmd.sqe.nsid())?, s.config.ana.and_then(AnaState::refusal)))
+            let replica = s.config.vendor_commands;
+            let refusal = s.config.ana.and_then(AnaState::refusal);
+            Some((*s.namespace(cmd.sqe.nsid())?, replica, refusal))
         });
-        let namespace = match found {
+        let (namespace, replica) = match found {
             None => return refuse(queue, cmd, Status::INVALID_NAMESPACE.with_dnr(), mem),
-            Some((_, Some(status))) => return refuse(queue, cmd, status, mem),
-            Some((namespace, None)) => namespace,
+            Some((_, _, Some(status))) => return refuse(queue, cmd, status, mem),
+            Some((namespace, replica, None)) => (namespace, replica),
         };
+        if replica && cmd.sqe.opcode() == opcode::WRITE_ATOMIC {
+            // What makes it whole is the nexus.
+            return refuse(queue, cmd, Status::INVALID_OPCODE.with_dnr(), mem);
+        }
         let slot = cmd.slot;
-        match decode_io(&namespace, queue, cmd, mem) {
+        match decode_io(&namespace, replica, queue, cmd, mem) {
             Ok(command) => Outcome::Io(Io { slot, namespace: namespace.handle, command }),
             Err((cmd, status)) => refuse(queue, cmd, status, mem),
         }
@@ -79,6 +86,7 @@ impl Target {
 /// The block request of a command, or the command and how it ends at once.
 fn decode_io<M: Memory>(
     namespace: &NamespaceConfig,
+    replica: bool,
     queue: &Queue,
     cmd: Command,
     mem: &M,
@@ -90,7 +98,10 @@ fn decode_io<M: Memory>(
         _ => {
             let range = match range_of(namespace, &sqe) {
                 Ok(range) => range,
-                Err(status) => return Err((cmd, status)),
+                Err(status) => match log_range_of(&sqe).filter(|_| replica) {
+                    Some(range) => range,
+                    None => return Err((cmd, status)),
+                },
             };
             let fua = sqe.cdw(12) & FUA != 0;
             if sqe.opcode() == opcode::WRITE_ZEROES {
@@ -109,7 +120,12 @@ fn decode_io<M: Memory>(
             }
             match (sqe.opcode(), len, cmd.data) {
                 (opcode::READ, Some(len), None) => Ok(IoCommand::Read { range, len }),
-                (opcode::WRITE, Some(_), Some(data)) => Ok(IoCommand::Write { range, fua, data }),
+                (opcode::WRITE, Some(_), Some(data)) => {
+                    Ok(IoCommand::Write { range, fua, data, atomic: false })
+                }
+                (opcode::WRITE_ATOMIC, Some(_), Some(data)) => {
+                    Ok(IoCommand::Write { range, fua, data, atomic: true })
+                }
                 (_, _, data) => {
                     Err((Command { data, ..cmd }, Status::SGL_DATA_LENGTH_INVALID.with_dnr()))
                 }
@@ -123,6 +139,12 @@ fn range_of(namespace: &NamespaceConfig, sqe: &Sqe) -> Result<LbaRange, Status> 
     let blocks = u64::from(sqe.cdw(12) & 0xffff) + 1;
     LbaRange::within(Lba(sqe.slba()), blocks, namespace.blocks)
         .map_err(|_| Status::LBA_OUT_OF_RANGE.with_dnr())
+}
+
+/// The same within a replica's undo log.
+fn log_range_of(sqe: &Sqe) -> Option<LbaRange> {
+    let range = LbaRange::new(Lba(sqe.slba()), u64::from(sqe.cdw(12) & 0xffff) + 1).ok()?;
+    (undo::is_of_log(range) && range.end() <= undo::whole().end()).then_some(range)
 }
 
 fn byte_len(range: LbaRange, block_size: BlockSize) -> Option<u32> {

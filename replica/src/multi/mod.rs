@@ -16,6 +16,7 @@ mod reserve;
 mod route;
 mod settle;
 mod snapshot;
+mod undo;
 
 use std::collections::VecDeque;
 
@@ -24,6 +25,7 @@ use cairn_block::{IoRequest, IoStatus, Memory, PoolDeviceId, PoolId, ReplicaId, 
 use crate::disk::{EXTENT, MAX_MEMBERS, MemberState, Membership};
 use crate::pool::{DiskId, DiskIo, Done, Pool, PoolState, Register, ReplicaInfo, ReplicaSlot};
 use crate::slab::Slab;
+use crate::undo::is_undo_log;
 use crate::{DiskError, ReplicaState, SnapshotInfo, Usage};
 
 pub use members::{DrainInfo, MemberInfo};
@@ -33,6 +35,7 @@ use control::Job;
 use drain::{Copy, Drain};
 use route::{Part, Request};
 use settle::Settling;
+use undo::UndoLog;
 
 /// Devices that a pool can have.
 pub const MAX_DEVICES: usize = MAX_MEMBERS;
@@ -149,6 +152,7 @@ pub struct MultiPool {
     /// Answers that wait until the membership without a device that failed is durable.
     held: Vec<Done>,
     done: VecDeque<Done>,
+    undo: UndoLog,
     /// Devices that left, to be detached.
     gone: VecDeque<u8>,
     limits: Option<(usize, usize)>,
@@ -197,6 +201,7 @@ impl MultiPool {
             verified: Vec::new(),
             held: Vec::new(),
             done: VecDeque::with_capacity(WARM),
+            undo: UndoLog::default(),
             gone: VecDeque::new(),
             limits: None,
             reserve_is_old: false,
@@ -327,7 +332,8 @@ impl MultiPool {
     /// The replicas, those on their way in and out among them.
     pub fn replicas(&self) -> impl Iterator<Item = ReplicaInfo> {
         let lead = self.lead().or_else(|| self.present().next().map(|m| &m.pool));
-        lead.into_iter().flat_map(Pool::replicas).map(|mut info| {
+        let shown = lead.into_iter().flat_map(Pool::replicas).filter(|info| !is_undo_log(info.id));
+        shown.map(|mut info| {
             let slot = info.slot.0;
             let holds = self.present().filter(|m| !m.has_given_up(slot));
             info.allocated_extents = holds.map(|m| m.pool.extents_in(slot)).sum();
@@ -475,6 +481,7 @@ impl MultiPool {
             + self.held.len()
             + self.waiting.len()
             + self.settlings.len()
+            + self.undo.len()
     }
 
     /// Whether nothing is under way: no request, no command, no device operation, no deletion, no copy.
@@ -497,6 +504,9 @@ impl MultiPool {
         mem: &mut M,
     ) {
         assert!(tag & INTERNAL == 0, "a caller's tag is below 2^63");
+        if cairn_block::undo::is_of_log(request.range) {
+            return self.submit_to_log(tag, slot, request, mem);
+        }
         if self.is_held(slot.0) {
             self.waiting.push_back((tag, slot, request));
             return;
@@ -567,6 +577,7 @@ impl MultiPool {
             && self.copies.is_empty()
             && self.waiting.is_empty()
             && self.settlings.is_empty()
+            && self.undo.is_empty()
     }
 
     /// Tries again whatever waited for memory, and takes up what a crash cut off.
@@ -611,6 +622,7 @@ impl MultiPool {
             self.notice_failures(mem);
             self.pump_jobs(mem);
             self.go_on(mem);
+            self.pump_undo(mem);
             self.pump_copies(mem);
             self.pump_leaving(mem);
             self.pump_reserve();

@@ -9,4 +9,5 @@ mod crash;
 mod layers;
 mod lost;
 mod set;
+mod undo;
 mod world;

@@ -12,6 +12,7 @@ impl History {
         let now = self.tick();
         // What that took is not there any more.
         self.power_lost = false;
+        self.forget_wholes();
         for (at, bytes) in bytes.chunks(PAGE).enumerate() {
             self.judge(at);
             let lba = at as u64;

@@ -22,6 +22,7 @@ impl History {
     /// Where the reads of a block went back before.
     pub fn goes_back(&mut self, bytes: &[u8]) {
         self.coming.clear();
+        self.forget_wholes();
         let now = self.tick();
         let last = self.epochs.last().map_or(0, |(epoch, _)| *epoch);
         for (at, bytes) in bytes.chunks(PAGE).enumerate() {

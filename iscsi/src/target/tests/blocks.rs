@@ -165,7 +165,9 @@ fn the_rest_of_the_block_commands() {
     (whole.atomic_blocks, whole.handle) = (u32::MAX, UnitHandle(1));
     world.target.add_unit(world.node, whole).unwrap();
     world.clear_attentions(h);
-    assert_eq!(u32_at(&world.scsi(h, 6, &[0x12, 1, 0xb0, 1, 0, 0], &[], 256).data, 44), 2048);
+    let told = world.scsi(h, 6, &[0x12, 1, 0xb0, 1, 0, 0], &[], 256).data;
+    let told = [44, 48, 52, 56, 60].map(|at| u32_at(&told, at));
+    assert_eq!(told, [2048, 1, 1, 0, 0], "length, alignment, granularity, and no boundary");
     let mut none = unit(7);
     (none.atomic_blocks, none.handle) = (0, UnitHandle(1));
     world.target.add_unit(world.node, none).unwrap();
