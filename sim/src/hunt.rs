@@ -77,7 +77,9 @@ fn haunt(mutant: Mutant) -> Option<Focus> {
         Mutant::NoDrain
         | Mutant::ReadOvertakes
         | Mutant::ReadOvertaken
-        | Mutant::ReadBeforeReconcile => Some(Focus::Reconcile),
+        | Mutant::ReadBeforeReconcile
+        | Mutant::AtomicInPlace
+        | Mutant::UndoForgotten => Some(Focus::Reconcile),
         Mutant::SettleWithoutDrain
         | Mutant::SettleWithoutFlush
         | Mutant::CandidateStays

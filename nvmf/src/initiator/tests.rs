@@ -161,6 +161,19 @@ fn a_full_queue_says_so_and_recovers() {
 }
 
 #[test]
+fn a_replica_does_no_write_as_a_whole() {
+    let mut world = World::connected(session_config());
+    let buf = world.mem.alloc(8192).unwrap();
+    let range = cairn_block::LbaRange::new(cairn_block::Lba(0), 2).unwrap();
+    let op = IoOp::Write { fua: true };
+    let write = Submit::Atomic(IoRequest { op, range, buf: buf.slice() });
+    let done = world.request(QueueIndex(1), write);
+    assert_eq!(done.status, Status::INVALID_OPCODE.with_dnr(), "what makes it whole is a nexus");
+    world.mem.release(buf);
+    world.close();
+}
+
+#[test]
 fn what_never_completed_is_abandoned() {
     let mut world = World::connected(session_config());
     world.cut_off = true;

@@ -181,3 +181,19 @@ fn decode_dsm<M: Memory>(
         None => Err((cmd, Status::SGL_DATA_LENGTH_INVALID.with_dnr())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replica_takes_addresses_of_its_undo_log_and_none_past_it() {
+        let of = |slba: u64, nlb: u32| {
+            log_range_of(&Sqe::new(opcode::WRITE).with_slba(slba).with_cdw(12, nlb | FUA))
+        };
+        assert_eq!(of(undo::FIRST, 0), Some(undo::head_of(0)));
+        let last = undo::whole().end().0 - 1;
+        assert_eq!(of(last, 0).map(LbaRange::end), Some(undo::whole().end()));
+        assert_eq!((of(last, 1), of(undo::FIRST - 1, 1), of(u64::MAX, 0)), (None, None, None));
+    }
+}
