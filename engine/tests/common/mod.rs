@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, dead_code, reason = "tests, of which each uses a part")]
 
+pub(crate) mod host;
 pub(crate) mod initiator;
 
 use std::io::{Read as _, Write as _};

@@ -2,6 +2,7 @@
 
 use cairn_block::{BlockSize, Lba, LbaRange, Memory};
 
+use super::reservations::RESERVATION_OPCODES;
 use super::{Command, Io, IoCommand, NamespaceConfig, Outcome, Queue, Status, Target, refuse};
 use crate::ana::AnaState;
 use crate::identify::{PAGE_LEN, VSL};
@@ -57,7 +58,8 @@ impl Target {
         cmd: Command,
         mem: &mut M,
     ) -> Outcome {
-        if !IO_OPCODES.contains(&cmd.sqe.opcode()) {
+        let reserves = RESERVATION_OPCODES.contains(&cmd.sqe.opcode());
+        if !reserves && !IO_OPCODES.contains(&cmd.sqe.opcode()) {
             return refuse(queue, cmd, Status::INVALID_OPCODE.with_dnr(), mem);
         }
         let found = self.subsystem_of(index).and_then(|(_, s)| {
@@ -68,6 +70,9 @@ impl Target {
             Some((_, Some(status))) => return refuse(queue, cmd, status, mem),
             Some((namespace, None)) => namespace,
         };
+        if reserves {
+            return self.handle_reservation(index, queue, cmd, &namespace, mem);
+        }
         let slot = cmd.slot;
         match decode_io(&namespace, queue, cmd, mem) {
             Ok(command) => Outcome::Io(Io { slot, namespace: namespace.handle, command }),
