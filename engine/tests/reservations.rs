@@ -5,6 +5,8 @@
 mod common;
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use cairn_engine::block::ReplicaId;
 use cairn_engine::control::Command;
@@ -12,10 +14,11 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::sqe::{Sqe, opcode};
 use cairn_engine::nvmf::status::Status;
 use cairn_engine::shard::IscsiConfig;
-use cairn_engine::{ChildAddress, IscsiExport, IscsiPortal, ShardConfig, VolumeSpec};
-use common::Engine;
+use cairn_engine::{ChildAddress, IscsiExport, IscsiPortal, ShardConfig, Sharing, VolumeSpec};
 use common::host::NvmeHost;
 use common::initiator::Initiator;
+use common::wire::Wire;
+use common::{Engine, PATIENCE, replica_nqn};
 
 const ALICE: &str = "iqn.2026-11.io.example:alice";
 const IQN: &str = "iqn.2026-11.io.cairn:v";
@@ -28,6 +31,10 @@ const WRITE_EXCLUSIVE_REGISTRANTS: u32 = 3 << 8;
 const PREEMPT: u32 = 1;
 const PREEMPT_AND_ABORT: u32 = 2;
 
+fn export() -> IscsiExport {
+    IscsiExport { iqn: IQN.to_owned(), lun: 0, initiators: vec!["*".to_owned()], chap: None }
+}
+
 fn spec(engine: &Engine, purpose: Purpose) -> VolumeSpec {
     let child = match purpose {
         Purpose::Create => engine.add_replica("p", 1, 1),
@@ -38,19 +45,61 @@ fn spec(engine: &Engine, purpose: Purpose) -> VolumeSpec {
     VolumeSpec { iscsi: Some(Box::new(export)), purpose, ..Engine::spec("v", 1, vec![child]) }
 }
 
-/// A process with a volume, and where initiators reach it.
-fn start() -> (Engine, SocketAddr) {
-    let iscsi = IscsiConfig { portal_groups: vec![7], ..IscsiConfig::default() };
-    let config = ShardConfig { iscsi, lease_ms: 500, ..ShardConfig::default() };
+/// A process, and where initiators reach it.
+fn process(group: u16) -> (Engine, SocketAddr) {
+    let iscsi = IscsiConfig { portal_groups: vec![group], ..IscsiConfig::default() };
+    let config = ShardConfig {
+        iscsi,
+        cntlid_min: group * 100,
+        cntlid_max: group * 100 + 99,
+        holder: u128::from(group),
+        lease_ms: 500,
+        ..ShardConfig::default()
+    };
     let engine = Engine::start_with(1, config);
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let (listener, address) = cairn_engine::thread::listen(any).unwrap();
-    let portal = IscsiPortal { address, group: 7 };
+    let portal = IscsiPortal { address, group };
     engine.call(|reply| Command::AddIscsiListener { listener, portal, reply }).unwrap();
+    (engine, address)
+}
+
+/// A process with a volume, and where initiators reach it.
+fn start() -> (Engine, SocketAddr) {
+    let (engine, address) = process(7);
     engine.add_pool("p");
     let volume = spec(&engine, Purpose::Create);
     engine.add_volume(volume);
     (engine, address)
+}
+
+/// Two processes for one volume whose only replica is in a third: one that serves it, over a wire, and one that stands
+/// by. Each with where initiators reach it.
+fn cluster() -> (Engine, Wire, [(Engine, SocketAddr); 2]) {
+    let replicas = Engine::start(1);
+    replicas.add_pool("p");
+    let (id, _) = replicas.add_replica("p", 1, 1);
+    let wire = Wire::to(replicas.address);
+    let nodes = [(7, wire.address), (8, replicas.address)].map(|(group, peer)| {
+        let (engine, at) = process(group);
+        let serves = group == 7;
+        let sharing = (!serves).then(Sharing::default);
+        let child = ChildAddress::Remote { peer, nqn: replica_nqn(1) };
+        let purpose = match serves {
+            true => Purpose::Create,
+            false => Purpose::StandBy { auto_after_ms: None },
+        };
+        let spec = VolumeSpec {
+            iscsi: Some(Box::new(export())),
+            purpose,
+            sharing,
+            ..Engine::spec("v", 1, vec![(id, child)])
+        };
+        engine.call(|reply| Command::AddVolume { spec, reply }).unwrap();
+        engine.wait("v", |v| v.serving == serves && !v.iscsi.as_ref().unwrap().state.is_empty());
+        (engine, at)
+    });
+    (replicas, wire, nodes)
 }
 
 fn host(engine: &Engine, id: u128) -> NvmeHost {
@@ -179,4 +228,42 @@ fn what_a_preempted_host_has_begun_is_over_before_it_is_said() {
         assert!(b.reserve(RELEASE, 1, &[9]).is_good());
         while alice.command(&[0; 6], &[], 0).sense.0 == 6 {}
     }
+}
+
+/// A process that is cut off does not know what is reserved, and what is not: whoever took the volume over may.
+#[test]
+fn a_process_that_is_cut_off_tells_nothing_of_reservations() {
+    let (replicas, wire, [(first, a), (second, b)]) = cluster();
+    let mut old = Initiator::ready(a, ALICE, IQN);
+    let mut asks = Initiator::ready(a, "iqn.2026-11.io.example:bob", IQN);
+    let mut host = host(&first, 0xa);
+    assert!(old.reserve_out(0, 0, 0, 1).is_good());
+    assert_eq!((old.keys(), host.report()), (vec![1], (0, vec![(0, 1, false)])));
+
+    wire.pause();
+    second.call(|reply| Command::TakeOver { name: "v".to_owned(), reply }).unwrap();
+    second.wait("v", |v| v.serving);
+    let mut new = Initiator::ready(b, ALICE, IQN);
+    let begun = Instant::now();
+    while !new.reserve_out(0, 0, 0, 2).is_good() {
+        assert!(begun.elapsed() < PATIENCE, "it is served there");
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(new.keys(), [1, 2]);
+    // PERSISTENT RESERVE IN; RELEASE of nothing, which changes nothing; Reservation Report.
+    asks.begin(&[0x5e, 0, 0, 0, 0, 0, 0, 1, 0, 0], &[], 256);
+    let mut list = [0; 24];
+    list[7] = 1;
+    old.begin(&[0x5f, 2, 1, 0, 0, 0, 0, 0, 24, 0], &list, 0);
+    host.begin_report();
+    let wait = Duration::from_millis(200);
+    assert!(asks.is_silent(wait) && old.is_silent(wait) && host.is_silent(wait));
+    wire.resume();
+    assert!(!asks.finish().is_good() && !old.finish().is_good() && !host.finish().is_good());
+    assert_eq!(new.keys(), [1, 2]);
+    drop((asks, old, new, host));
+    for engine in [&first, &second] {
+        engine.remove_volume("v");
+    }
+    drop((first, second, wire, replicas));
 }

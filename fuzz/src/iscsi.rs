@@ -144,6 +144,10 @@ impl World {
                 }
                 return conn.complete_reserve(slot, result.map(|_| ()), mem);
             }
+            Outcome::ReserveIn { slot, unit, query } => {
+                let table = target.reservations(unit).ok_or(IoStatus::NotReady);
+                return conn.complete_reserve_in(slot, query, table, mem);
+            }
             Outcome::Io(io) => io,
         };
         match command {

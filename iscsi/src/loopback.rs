@@ -504,6 +504,10 @@ impl World {
             match outcome {
                 Outcome::Done => {}
                 Outcome::Reserve { slot, unit, change } => self.reserve(h, slot, unit, &change),
+                Outcome::ReserveIn { slot, unit, query } if !self.hold => {
+                    let table = self.target.reservations(unit).ok_or(IoStatus::NotReady);
+                    conn.complete_reserve_in(slot, query, table, &mut self.mem);
+                }
                 outcome if self.hold => self.held.push((h, outcome)),
                 outcome => self.carry_out(h, outcome),
             }
@@ -569,6 +573,10 @@ impl World {
             Outcome::Done => return,
             Outcome::Drain { slot, .. } => return conn.complete(slot, IoStatus::Ok, mem),
             Outcome::Reserve { slot, .. } => return conn.complete_reserve(slot, Ok(()), mem),
+            Outcome::ReserveIn { slot, unit, query } => {
+                let table = self.target.reservations(unit).ok_or(IoStatus::NotReady);
+                return conn.complete_reserve_in(slot, query, table, mem);
+            }
             Outcome::Io(io) => io,
         };
         let slot = io.slot;

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use cairn_block::reservation::{Change, Effects, Guard, Registrant, Reservations};
 use cairn_block::{Buf, IoOp, IoStatus, Memory};
 use cairn_iscsi::connection::{NotReserved, SlotId};
-use cairn_iscsi::scsi::UnitHandle;
+use cairn_iscsi::scsi::{ReserveIn, UnitHandle};
 use cairn_nexus::ChangeError;
 use cairn_nvmf::reservation::{Request, encode_report, refused};
 use cairn_nvmf::status::{Status, status_of};
@@ -21,8 +21,10 @@ use super::tasks::{Waiter, namespace_of};
 
 /// What is asked of a volume's reservations.
 #[derive(Debug)]
-enum Ask {
+pub(super) enum Ask {
     Change(Change),
+    /// PERSISTENT RESERVE IN.
+    In(ReserveIn),
     /// Reservation Report, into this buffer.
     Report(Buf),
     /// Get Features, Reservation Persistence.
@@ -80,15 +82,14 @@ impl Reserving {
 impl<D: Driver> Shard<D> {
     pub(super) fn reserve_for_initiator(
         &mut self,
-        conn: u32,
-        slot: SlotId,
+        (conn, slot): (u32, SlotId),
         unit: UnitHandle,
-        change: Change,
+        ask: Ask,
         now: u64,
     ) {
         let generation = self.initiators.hosts[conn].generation;
         let by = Waiter::Iscsi { conn, generation, slot };
-        self.ask_reservations(namespace_of(unit), Asked { by, ask: Ask::Change(change) }, now);
+        self.ask_reservations(namespace_of(unit), Asked { by, ask }, now);
     }
 
     pub(super) fn reserve_for_host(
@@ -125,25 +126,40 @@ impl<D: Driver> Shard<D> {
 
     /// Ends a request that nothing was done for.
     fn refuse_asked(&mut self, Asked { by, ask }: Asked, status: IoStatus) {
-        if let Ask::Report(data) = ask {
-            self.release(data);
+        match ask {
+            Ask::In(query) => return self.tell_initiator(by, query, Err(status)),
+            Ask::Report(data) => self.release(data),
+            Ask::Change(_) | Ask::Persistence => {}
         }
         self.end_change(by, Err(NotReserved::NotStored(status)));
     }
 
     /// Goes on with what is asked, where that can be now.
+    ///
+    /// All of it is under the nexus' lease, as reads are: a nexus that took the volume over meanwhile may have another
+    /// table, by which a change would not be refused, or be one.
     pub(super) fn advance_reservations(&mut self, at: u32, now: u64) {
+        self.drop_aborted(at);
         while self.volumes[at].reserving.is_waiting() {
+            let nexus = &mut self.volumes[at].nexus;
+            let serves = nexus.state().is_serving();
+            if serves && !nexus.has_lease(now) {
+                nexus.want_lease(now);
+                return self.send_children(at, now);
+            }
             let Some(asked) = self.volumes[at].reserving.queue.pop_front() else { return };
-            // Whoever it was that asked was aborted, perhaps by the change before, or is gone.
-            if !self.waits(asked.by) {
-                self.refuse_asked(asked, IoStatus::Aborted);
+            if !serves {
+                self.refuse_asked(asked, IoStatus::NotReady);
                 continue;
             }
             let Asked { by, ask } = asked;
             let volume = &mut self.volumes[at];
             let change = match ask {
                 Ask::Change(change) => change,
+                Ask::In(query) => {
+                    self.tell_initiator(by, query, Ok(at));
+                    continue;
+                }
                 Ask::Report(data) => {
                     let table = &volume.reserving.table;
                     encode_report(table, self.driver.memory().bytes_mut(data.slice()));
@@ -270,6 +286,18 @@ impl<D: Driver> Shard<D> {
         }
     }
 
+    /// Whoever asked was aborted, perhaps by a change, or is gone: nothing is done for it.
+    fn drop_aborted(&mut self, at: u32) {
+        for _ in 0..self.volumes[at].reserving.queue.len() {
+            let Some(asked) = self.volumes[at].reserving.queue.pop_front() else { return };
+            if self.waits(asked.by) {
+                self.volumes[at].reserving.queue.push_back(asked);
+            } else {
+                self.refuse_asked(asked, IoStatus::Aborted);
+            }
+        }
+    }
+
     /// The volume is served here no more: what is not stored is not done.
     pub(super) fn forget_reservations(&mut self, at: u32, status: IoStatus) {
         let reserving = &mut self.volumes[at].reserving;
@@ -314,6 +342,22 @@ impl<D: Driver> Shard<D> {
                     self.touch_initiator(conn);
                 }
             }
+        }
+        self.change_drained(by);
+    }
+
+    /// Tells an initiator what is reserved of a volume, or why it is not told.
+    fn tell_initiator(&mut self, by: Waiter, query: ReserveIn, volume: Result<u32, IoStatus>) {
+        if let Waiter::Iscsi { conn, generation, slot } = by {
+            let table = match volume {
+                Ok(at) => Ok(&self.volumes[at].reserving.table),
+                Err(status) => Err(status),
+            };
+            let host = self.initiators.hosts.get_mut(conn);
+            if let Some(host) = host.filter(|host| host.generation == generation) {
+                host.conn.complete_reserve_in(slot, query, table, self.driver.memory());
+            }
+            self.touch_initiator(conn);
         }
         self.change_drained(by);
     }

@@ -121,6 +121,8 @@ impl<D: Driver> Shard<D> {
                 changes.extend(
                     self.volumes.get(volume).into_iter().flat_map(|v| v.reserving.askers()),
                 );
+                // Those that wait for something else are dropped there.
+                self.touch_volume(volume);
             }
         }
         self.drain(by, &namespaces, changes);

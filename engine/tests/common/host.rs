@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
 use cairn_engine::nvmf::pdu::{Body, Common, Digests, Header};
 use cairn_engine::nvmf::sqe::{SGL_IN_CAPSULE, SGL_TRANSPORT, Sgl, Sqe, opcode};
@@ -200,10 +201,23 @@ impl NvmeHost {
         self.io.begin(sqe, &data, 0)
     }
 
+    pub(crate) fn begin_report(&mut self) {
+        let sqe = Sqe::new(opcode::RESERVATION_REPORT).with_nsid(1);
+        self.io.begin(sqe.with_cdw(10, 1023).with_cdw(11, 1), &[], 4096);
+    }
+
+    /// Whether nothing comes for so long on the I/O queue.
+    pub(crate) fn is_silent(&self, wait: Duration) -> bool {
+        self.io.stream.set_read_timeout(Some(wait)).unwrap();
+        let silent = self.io.stream.peek(&mut [0]).is_err();
+        self.io.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        silent
+    }
+
     /// Reservation Report: the type, and each registrant's identifier, key, and whether it holds the reservation.
     pub(crate) fn report(&mut self) -> (u8, Vec<(u128, u64, bool)>) {
-        let sqe = Sqe::new(opcode::RESERVATION_REPORT).with_nsid(1);
-        let ended = self.io.command(sqe.with_cdw(10, 1023).with_cdw(11, 1), &[], 4096);
+        self.begin_report();
+        let ended = self.finish();
         assert!(ended.is_good(), "{ended:?}");
         let page = ended.data;
         let count = usize::from(u16::from_le_bytes([page[5], page[6]]));

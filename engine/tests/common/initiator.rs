@@ -178,6 +178,14 @@ impl Initiator {
         self.send(Header::new(itt, 0, body).with_lun(encode_lun(0)), out);
     }
 
+    /// Whether nothing comes for so long.
+    pub(crate) fn is_silent(&self, wait: Duration) -> bool {
+        self.stream.set_read_timeout(Some(wait)).unwrap();
+        let silent = self.stream.peek(&mut [0]).is_err();
+        self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        silent
+    }
+
     pub(crate) fn finish(&mut self) -> Answer {
         let mut answer = Answer::default();
         loop {

@@ -4,6 +4,7 @@
 
 pub(crate) mod host;
 pub(crate) mod initiator;
+pub(crate) mod wire;
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};

@@ -15,7 +15,7 @@ use crate::scsi::inquiry::{self, Limits, PortView, Subject};
 use crate::scsi::mode;
 use crate::scsi::opcodes::{self, allocation_len};
 use crate::scsi::ports;
-use crate::scsi::reservation;
+use crate::scsi::reservation::{self, ReserveIn};
 use crate::scsi::sense::{Sense, Status};
 use crate::scsi::unit::{Attention, NexusId, Unit, UnitHandle};
 use crate::wire::{u32_at, u64_at};
@@ -30,6 +30,7 @@ enum Ending {
     Data(Vec<u8>),
     Io(IoCommand),
     Reserve(Change),
+    ReserveIn(ReserveIn),
     /// What became of the copy with this list identifier.
     CopyStatus(u8),
 }
@@ -185,6 +186,7 @@ impl Target {
                 self.reserve(place, releases)
             }
             op::MODE_SELECT_6 | op::MODE_SELECT_10 => self.mode_select(place, scsi, data, mem),
+            op::PERSISTENT_RESERVE_IN => Ok(Ending::ReserveIn(ReserveIn::of(cdb))),
             op::PERSISTENT_RESERVE_OUT => {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 Ok(Ending::Reserve(reservation::change(&session.registrant, cdb, list)?))
@@ -218,7 +220,6 @@ impl Target {
             | op::READ_DEFECT_DATA_10
             | op::READ_DEFECT_DATA_12
             | op::SERVICE_ACTION_IN_16
-            | op::PERSISTENT_RESERVE_IN
             | op::MAINTENANCE_IN
             | op::THIRD_PARTY_COPY_IN => self.report(place, cdb, unit),
             _ => on_blocks(unit, scsi, data, place.limits, mem),
@@ -266,9 +267,6 @@ impl Target {
                 inquiry::capacity_16(&unit.config)
             }
             (op::SERVICE_ACTION_IN_16, _) => return lba_status(cdb, unit),
-            (op::PERSISTENT_RESERVE_IN, _) => {
-                reservation::report(&self.volume(unit)?.reservations, action)
-            }
             (op::MAINTENANCE_IN, 0x0a) => ports::report(cdb, &node.port_groups())?,
             (op::MAINTENANCE_IN, 0x0c) => {
                 opcodes::report(cdb, place.limits.atomic(&unit.config) > 0)?
@@ -406,7 +404,8 @@ fn finish<M: Memory>(
     mem: &mut M,
 ) -> Outcome {
     release(data, mem);
-    if let (Ending::Io(_) | Ending::Reserve(_), Some(unit)) = (&ending, unit) {
+    if let (Ending::Io(_) | Ending::Reserve(_) | Ending::ReserveIn(_), Some(unit)) = (&ending, unit)
+    {
         conn.set_unit(slot, unit);
     }
     let ending = match ending {
@@ -419,12 +418,13 @@ fn finish<M: Memory>(
     match (ending, unit) {
         (Ending::Io(command), Some(unit)) => return Outcome::Io(Io { slot, unit, command }),
         (Ending::Reserve(change), Some(unit)) => return Outcome::Reserve { slot, unit, change },
+        (Ending::ReserveIn(query), Some(unit)) => return Outcome::ReserveIn { slot, unit, query },
         (Ending::Status(status), _) => conn.respond(slot, status, mem),
         (Ending::Data(mut bytes), _) => {
             bytes.truncate(allocation_len(&scsi.cdb));
             conn.respond_with(slot, bytes, mem);
         }
-        (Ending::Io(_) | Ending::Reserve(_) | Ending::CopyStatus(_), _) => {
+        (Ending::Io(_) | Ending::Reserve(_) | Ending::ReserveIn(_) | Ending::CopyStatus(_), _) => {
             conn.respond(slot, Sense::LUN_NOT_SUPPORTED.into(), mem);
         }
     }
