@@ -15,6 +15,7 @@ use cairn_engine::shard::IscsiConfig;
 use cairn_engine::{
     ChildAddress, EngineError, IscsiExport, IscsiPortal, ShardConfig, Sharing, VolumeSpec,
 };
+use common::cable::Cable;
 use common::initiator::{Answer, Initiator};
 use common::{Client, Engine, HOST, PATIENCE, replica_nqn, volume_nqn};
 
@@ -34,23 +35,31 @@ fn export(volume: &str, initiators: &[&str]) -> IscsiExport {
     }
 }
 
-/// A process that listens for initiators, in a portal group of this tag; and where.
-fn start(shards: u16, group: u16) -> (Engine, SocketAddr) {
+fn config(group: u16) -> ShardConfig {
     let iscsi = IscsiConfig { portal_groups: vec![group], ..IscsiConfig::default() };
-    let config = ShardConfig {
+    ShardConfig {
         iscsi,
         cntlid_min: group * 100,
         cntlid_max: group * 100 + 99,
         holder: u128::from(group),
         lease_ms: 500,
         ..ShardConfig::default()
-    };
-    let engine = Engine::start_with(shards, config);
+    }
+}
+
+/// A process that listens for initiators, in a portal group of this tag; and where.
+fn start(shards: u16, group: u16) -> (Engine, SocketAddr) {
+    let engine = Engine::start_with(shards, config(group));
+    let address = listen(&engine, group);
+    (engine, address)
+}
+
+fn listen(engine: &Engine, group: u16) -> SocketAddr {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let (listener, address) = cairn_engine::thread::listen(any).unwrap();
     let portal = IscsiPortal { address, group };
     engine.call(|reply| Command::AddIscsiListener { listener, portal, reply }).unwrap();
-    (engine, address)
+    address
 }
 
 /// A volume of one replica, which both may log in to.
@@ -461,4 +470,136 @@ fn ranges_of_a_request_and_what_holds_one_do_not_wait_for_each_other() {
         assert!(answers.iter().all(Answer::is_good), "{answers:?}");
         assert!(alice.write(7, &[0; 4096], 4096).is_good());
     }
+}
+
+/// Writers are known for each unit of a session, by name: what is lost is told in the next session, too.
+#[test]
+fn what_may_be_lost_of_a_second_unit_is_told_there() {
+    let folder = std::env::temp_dir().join(format!("cairn-engine-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    // The machine of the replicas, in one life after another.
+    let machine = |incarnation| {
+        let engine = Engine::start_with(1, ShardConfig { incarnation, ..ShardConfig::default() });
+        engine.add_pool_in("p", &folder.join("pool"));
+        engine
+    };
+    let replicas = machine(1);
+    let cable = Cable::to(replicas.address);
+    let (engine, at) = start(1, 7);
+    for (lun, name, id) in [(0, "v", 1), (1, "w", 2)] {
+        replicas.add_replica("p", id, id);
+        let child = ChildAddress::Remote { peer: cable.address, nqn: replica_nqn(id) };
+        engine.add_volume(VolumeSpec {
+            iscsi: Some(Box::new(IscsiExport { lun, ..export("v", &[ALICE, BOB]) })),
+            ..Engine::spec(name, id, vec![(ReplicaId(id), child)])
+        });
+    }
+    let ready = |name, lun| {
+        let mut session = Initiator::ready(at, name, &iqn("v"));
+        session.lun = lun;
+        while session.command(&[0; 6], &[], 0).sense.0 == 6 {}
+        session
+    };
+    let flush =
+        |session: &mut Initiator| session.command(&[0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 0);
+    let mut alice = ready(ALICE, 0);
+    let mut bob = ready(BOB, 1);
+    assert!(alice.write(0, &[1; 4096], 4096).is_good());
+    alice.lun = 1;
+    while alice.command(&[0; 6], &[], 0).sense.0 == 6 {}
+    assert!(alice.write(0, &[2; 4096], 4096).is_good());
+    assert!(bob.write(1, &[3; 4096], 4096).is_good());
+
+    cable.plug(false);
+    drop(replicas);
+    let replicas = machine(2);
+    cable.lead_to(replicas.address);
+    cable.plug(true);
+    for name in ["v", "w"] {
+        engine.wait(name, |v| v.serving && v.children[0].state == "online");
+    }
+    assert!(!flush(&mut alice).is_good(), "what it wrote may be lost");
+    assert!(flush(&mut alice).is_good(), "that was told");
+    alice.lun = 0;
+    assert!(!flush(&mut alice).is_good());
+    // Another session of the same initiator.
+    drop(bob);
+    let mut bob = ready(BOB, 1);
+    assert!(!flush(&mut bob).is_good());
+    assert!(flush(&mut bob).is_good());
+    drop((alice, bob));
+    for name in ["v", "w"] {
+        engine.remove_volume(name);
+    }
+    drop((engine, replicas));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// EXTENDED COPY of 32 blocks of a volume, to its beginning: the parameter list.
+fn copy_list(volume: u128) -> Vec<u8> {
+    let mut list = vec![0; 16 + 32 + 28];
+    (list[3], list[11]) = (32, 28);
+    let target = &mut list[16..48];
+    // An identification descriptor with a UUID; blocks of 4096.
+    (target[0], target[5], target[7], target[30]) = (0xe4, 0x0a, 18, 0x10);
+    target[10..26].copy_from_slice(&volume.to_be_bytes());
+    let segment = &mut list[48..];
+    (segment[0], segment[3], segment[11], segment[18]) = (2, 24, 32, 1);
+    list
+}
+
+/// Jobs wait for buffers, and for ranges that others hold, with less memory than they want together.
+#[test]
+fn jobs_end_with_little_memory() {
+    const SESSIONS: usize = 6;
+    const ROUNDS: usize = 20;
+    const AT_ONCE: usize = 12;
+    let engine = Engine::start_in(8 << 20, 1, config(7));
+    let at = listen(&engine, 7);
+    engine.add_pool("p");
+    let spec = volume("v", 1, "p", &engine);
+    engine.add_volume(VolumeSpec { iscsi: Some(Box::new(export("v", &["*"]))), ..spec });
+    let clients = (0..SESSIONS).map(|n| {
+        thread::spawn(move || {
+            let name = format!("iqn.2026-11.io.example:{n}");
+            let mut session = Initiator::ready(at, &name, &iqn("v"));
+            let mut done = 0;
+            for _ in 0..ROUNDS {
+                for i in 0..AT_ONCE {
+                    match (n + i) % 3 {
+                        // COMPARE AND WRITE of a block with itself.
+                        0 => {
+                            let mut cdb = [0; 16];
+                            (cdb[0], cdb[9], cdb[13]) = (0x89, 3, 1);
+                            session.begin(&cdb, &[0; 8192], 0)
+                        }
+                        1 => {
+                            let mut cdb = [0; 16];
+                            (cdb[0], cdb[13]) = (0x83, 76);
+                            session.begin(&cdb, &copy_list(1), 0)
+                        }
+                        // ORWRITE (16) of 8 blocks.
+                        _ => {
+                            let mut cdb = [0; 16];
+                            (cdb[0], cdb[13]) = (0x8b, 8);
+                            session.begin(&cdb, &[0; 32768], 0)
+                        }
+                    };
+                }
+                for _ in 0..AT_ONCE {
+                    let answer = session.finish();
+                    // BUSY and TASK SET FULL: to be sent again.
+                    let later = [0x08, 0x28].contains(&answer.status);
+                    assert!(answer.is_good() || later, "{answer:?}");
+                    done += usize::from(answer.is_good());
+                }
+            }
+            done
+        })
+    });
+    let clients: Vec<_> = clients.collect();
+    let done: usize = clients.into_iter().map(|client| client.join().unwrap()).sum();
+    assert!(done > SESSIONS * ROUNDS, "only {done} were carried out");
+    let mut session = Initiator::ready(at, ALICE, &iqn("v"));
+    assert_eq!(session.read(0, 16, 4096).data, vec![0; 65536]);
 }

@@ -15,9 +15,9 @@ use cairn_engine::nvmf::sqe::{Sqe, opcode};
 use cairn_engine::nvmf::status::Status;
 use cairn_engine::shard::IscsiConfig;
 use cairn_engine::{ChildAddress, IscsiExport, IscsiPortal, ShardConfig, Sharing, VolumeSpec};
+use common::cable::Cable;
 use common::host::NvmeHost;
 use common::initiator::Initiator;
-use common::wire::Wire;
 use common::{Engine, PATIENCE, replica_nqn};
 
 const ALICE: &str = "iqn.2026-11.io.example:alice";
@@ -73,14 +73,14 @@ fn start() -> (Engine, SocketAddr) {
     (engine, address)
 }
 
-/// Two processes for one volume whose only replica is in a third: one that serves it, over a wire, and one that stands
+/// Two processes for one volume whose only replica is in a third: one that serves it, over a cable, and one that stands
 /// by. Each with where initiators reach it.
-fn cluster() -> (Engine, Wire, [(Engine, SocketAddr); 2]) {
+fn cluster() -> (Engine, Cable, [(Engine, SocketAddr); 2]) {
     let replicas = Engine::start(1);
     replicas.add_pool("p");
     let (id, _) = replicas.add_replica("p", 1, 1);
-    let wire = Wire::to(replicas.address);
-    let nodes = [(7, wire.address), (8, replicas.address)].map(|(group, peer)| {
+    let cable = Cable::to(replicas.address);
+    let nodes = [(7, cable.address), (8, replicas.address)].map(|(group, peer)| {
         let (engine, at) = process(group);
         let serves = group == 7;
         let sharing = (!serves).then(Sharing::default);
@@ -99,7 +99,7 @@ fn cluster() -> (Engine, Wire, [(Engine, SocketAddr); 2]) {
         engine.wait("v", |v| v.serving == serves && !v.iscsi.as_ref().unwrap().state.is_empty());
         (engine, at)
     });
-    (replicas, wire, nodes)
+    (replicas, cable, nodes)
 }
 
 fn host(engine: &Engine, id: u128) -> NvmeHost {
@@ -233,14 +233,14 @@ fn what_a_preempted_host_has_begun_is_over_before_it_is_said() {
 /// A process that is cut off does not know what is reserved, and what is not: whoever took the volume over may.
 #[test]
 fn a_process_that_is_cut_off_tells_nothing_of_reservations() {
-    let (replicas, wire, [(first, a), (second, b)]) = cluster();
+    let (replicas, cable, [(first, a), (second, b)]) = cluster();
     let mut old = Initiator::ready(a, ALICE, IQN);
     let mut asks = Initiator::ready(a, "iqn.2026-11.io.example:bob", IQN);
     let mut host = host(&first, 0xa);
     assert!(old.reserve_out(0, 0, 0, 1).is_good());
     assert_eq!((old.keys(), host.report()), (vec![1], (0, vec![(0, 1, false)])));
 
-    wire.pause();
+    cable.hold(true);
     second.call(|reply| Command::TakeOver { name: "v".to_owned(), reply }).unwrap();
     second.wait("v", |v| v.serving);
     let mut new = Initiator::ready(b, ALICE, IQN);
@@ -252,18 +252,72 @@ fn a_process_that_is_cut_off_tells_nothing_of_reservations() {
     assert_eq!(new.keys(), [1, 2]);
     // PERSISTENT RESERVE IN; RELEASE of nothing, which changes nothing; Reservation Report.
     asks.begin(&[0x5e, 0, 0, 0, 0, 0, 0, 1, 0, 0], &[], 256);
-    let mut list = [0; 24];
-    list[7] = 1;
-    old.begin(&[0x5f, 2, 1, 0, 0, 0, 0, 0, 24, 0], &list, 0);
+    old.begin_reserve_out(2, 1, 1, 0);
     host.begin_report();
     let wait = Duration::from_millis(200);
     assert!(asks.is_silent(wait) && old.is_silent(wait) && host.is_silent(wait));
-    wire.resume();
+    cable.hold(false);
     assert!(!asks.finish().is_good() && !old.finish().is_good() && !host.finish().is_good());
     assert_eq!(new.keys(), [1, 2]);
     drop((asks, old, new, host));
     for engine in [&first, &second] {
         engine.remove_volume("v");
     }
-    drop((first, second, wire, replicas));
+    drop((first, second, cable, replicas));
+}
+
+/// What was aborted while an earlier change was being stored is not done after it.
+#[test]
+fn aborted_changes_are_never_made() {
+    let (replicas, cable, [(first, at), (second, _)]) = cluster();
+    let session = |name: &str| Initiator::ready(at, &format!("iqn.2026-11.io.example:{name}"), IQN);
+    let (mut alice, mut bob, mut carol) = (session("alice"), session("bob"), session("carol"));
+    let (mut host, mut other) = (host(&first, 0xa), host(&first, 0xb));
+    for (session, key) in [(&mut alice, 1), (&mut bob, 2)] {
+        assert!(session.reserve_out(0, 0, 0, key).is_good());
+    }
+    assert!(host.reserve(REGISTER, 0, &[0, 7]).is_good());
+    let settle = || thread::sleep(Duration::from_millis(50));
+
+    // Behind a change that is being stored: one that its initiator aborts, one whose session goes.
+    cable.hold(true);
+    alice.begin_reserve_out(0, 0, 1, 11);
+    settle();
+    let task = bob.begin_reserve_out(0, 0, 2, 22);
+    carol.begin_reserve_out(0, 0, 0, 3);
+    settle();
+    bob.begin_abort(task);
+    drop(carol);
+    settle();
+    cable.hold(false);
+    assert!(alice.finish().is_good());
+    assert_eq!(bob.finish_abort(), 0, "function complete");
+    assert_eq!(alice.keys(), [11, 2, 7]);
+
+    // Behind a preemption that aborts: those of who is preempted, of both transports.
+    cable.hold(true);
+    alice.begin_reserve_out(5, 1, 11, 2);
+    settle();
+    bob.begin_reserve_out(6, 0, 0, 22);
+    other.begin_reserve(REGISTER, 0, &[0, 9]);
+    settle();
+    cable.hold(false);
+    assert!(alice.finish().is_good());
+    assert_eq!(bob.finish().status, 0x40, "task aborted");
+    assert!(other.finish().is_good(), "it was not preempted");
+    assert_eq!(alice.keys(), [11, 7, 9]);
+    cable.hold(true);
+    alice.begin_reserve_out(5, 1, 11, 7);
+    settle();
+    host.begin_reserve(REGISTER, 0, &[0, 77]);
+    settle();
+    cable.hold(false);
+    assert!(alice.finish().is_good());
+    assert_eq!(host.finish().status, Status::PREEMPTED_AND_ABORTED);
+    assert_eq!(alice.keys(), [11, 9]);
+    drop((alice, bob, host, other));
+    for engine in [&first, &second] {
+        engine.remove_volume("v");
+    }
+    drop((first, second, cable, replicas));
 }

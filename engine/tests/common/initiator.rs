@@ -39,6 +39,8 @@ pub(crate) struct Initiator {
     cmd_sn: u32,
     exp_stat_sn: u32,
     itt: u32,
+    /// Where its commands go.
+    pub(crate) lun: u16,
 }
 
 impl Initiator {
@@ -87,7 +89,7 @@ impl Initiator {
         let stream = TcpStream::connect(at).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut session = Self { stream, cmd_sn: 1, exp_stat_sn: 0, itt: 0 };
+        let mut session = Self { stream, cmd_sn: 1, exp_stat_sn: 0, itt: 0, lun: 0 };
         let mut out = Vec::new();
         for (key, value) in keys {
             text::push(&mut out, key, value);
@@ -155,6 +157,7 @@ impl Initiator {
         if let Body::ScsiResponse { sn, .. }
         | Body::LoginResponse(LoginResponse { sn, .. })
         | Body::TextResponse { sn, .. }
+        | Body::TaskManagementResponse { sn, .. }
         | Body::DataIn { sn, status: Some(_), .. } = header.body
         {
             self.exp_stat_sn = sn.stat.wrapping_add(1);
@@ -162,20 +165,38 @@ impl Initiator {
         Some((header, data))
     }
 
-    /// A command of LUN 0, and its end. At most 64 KiB go along with it.
+    /// A command, and its end. At most 64 KiB go along with it.
     pub(crate) fn command(&mut self, cdb: &[u8], out: &[u8], room: usize) -> Answer {
         self.begin(cdb, out, room);
         self.finish()
     }
 
-    pub(crate) fn begin(&mut self, cdb: &[u8], out: &[u8], room: usize) {
+    /// Sends a command: its tag.
+    pub(crate) fn begin(&mut self, cdb: &[u8], out: &[u8], room: usize) -> u32 {
         let (itt, sn) = self.next_sn();
         let mut full = [0; 16];
         full[..cdb.len()].copy_from_slice(cdb);
         let edtl = u32::try_from(out.len().max(room)).unwrap();
         let (write, read) = (!out.is_empty(), room > 0);
         let body = Body::ScsiCommand { last: true, read, write, attr: 1, edtl, sn, cdb: full };
-        self.send(Header::new(itt, 0, body).with_lun(encode_lun(0)), out);
+        self.send(Header::new(itt, 0, body).with_lun(encode_lun(self.lun)), out);
+        itt
+    }
+
+    /// Sends ABORT TASK.
+    pub(crate) fn begin_abort(&mut self, rtt: u32) {
+        let (itt, sn) = self.next_sn();
+        let ref_cmd_sn = sn.cmd - 1;
+        let body = Body::TaskManagement { function: 1, rtt, sn, ref_cmd_sn };
+        self.send(Header::new(itt, 0, body).with_lun(encode_lun(self.lun)), &[]);
+    }
+
+    /// The response to a task management function.
+    pub(crate) fn finish_abort(&mut self) -> u8 {
+        match self.receive().expect("the session goes on").0.body {
+            Body::TaskManagementResponse { response, .. } => response,
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Whether nothing comes for so long.
@@ -232,10 +253,15 @@ impl Initiator {
 
     /// PERSISTENT RESERVE OUT.
     pub(crate) fn reserve_out(&mut self, action: u8, kind: u8, key: u64, service: u64) -> Answer {
+        self.begin_reserve_out(action, kind, key, service);
+        self.finish()
+    }
+
+    pub(crate) fn begin_reserve_out(&mut self, action: u8, kind: u8, key: u64, to: u64) -> u32 {
         let mut list = [0; 24];
         list[..8].copy_from_slice(&key.to_be_bytes());
-        list[8..16].copy_from_slice(&service.to_be_bytes());
-        self.command(&[0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0], &list, 0)
+        list[8..16].copy_from_slice(&to.to_be_bytes());
+        self.begin(&[0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0], &list, 0)
     }
 
     /// The keys that are registered.
