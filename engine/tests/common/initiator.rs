@@ -39,6 +39,8 @@ pub(crate) struct Initiator {
     cmd_sn: u32,
     exp_stat_sn: u32,
     itt: u32,
+    /// What is to be sent at once.
+    corked: Option<Vec<u8>>,
     /// Where its commands go.
     pub(crate) lun: u16,
 }
@@ -89,7 +91,7 @@ impl Initiator {
         let stream = TcpStream::connect(at).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut session = Self { stream, cmd_sn: 1, exp_stat_sn: 0, itt: 0, lun: 0 };
+        let mut session = Self { stream, cmd_sn: 1, exp_stat_sn: 0, itt: 0, corked: None, lun: 0 };
         let mut out = Vec::new();
         for (key, value) in keys {
             text::push(&mut out, key, value);
@@ -141,7 +143,21 @@ impl Initiator {
     }
 
     fn send(&mut self, header: Header, data: &[u8]) {
-        self.stream.write_all(&encode(header, data)).unwrap();
+        let bytes = encode(header, data);
+        match &mut self.corked {
+            Some(corked) => corked.extend(bytes),
+            None => self.stream.write_all(&bytes).unwrap(),
+        }
+    }
+
+    /// What is sent from now on goes out at once, with [`Initiator::uncork`].
+    pub(crate) fn cork(&mut self) {
+        self.corked = Some(Vec::new());
+    }
+
+    pub(crate) fn uncork(&mut self) {
+        let corked = self.corked.take().unwrap_or_default();
+        self.stream.write_all(&corked).unwrap();
     }
 
     /// The next PDU; nothing where the connection has ended.
@@ -181,6 +197,26 @@ impl Initiator {
         let body = Body::ScsiCommand { last: true, read, write, attr: 1, edtl, sn, cdb: full };
         self.send(Header::new(itt, 0, body).with_lun(encode_lun(self.lun)), out);
         itt
+    }
+
+    /// Sends a write without its data, of so many blocks of 4096 bytes. Whether it is asked for: there is a buffer.
+    /// One that would wait for that is aborted.
+    pub(crate) fn announce_write(&mut self, blocks: u16) -> bool {
+        let (itt, sn) = self.next_sn();
+        let mut cdb = [0; 16];
+        cdb[..10].copy_from_slice(&ten(0x2a, 0, blocks));
+        let edtl = u32::from(blocks) * 4096;
+        let body =
+            Body::ScsiCommand { last: true, read: false, write: true, attr: 1, edtl, sn, cdb };
+        self.send(Header::new(itt, 0, body).with_lun(encode_lun(self.lun)), &[]);
+        if self.is_silent(Duration::from_millis(100)) {
+            self.begin_abort(itt);
+            assert_eq!(self.finish_abort(), 0, "function complete");
+            return false;
+        }
+        let (header, _) = self.receive().expect("the session goes on");
+        assert!(matches!(header.body, Body::R2t { .. }), "{header:?}");
+        true
     }
 
     /// Sends ABORT TASK.
