@@ -112,9 +112,8 @@ impl<D: Driver> Shard<D> {
 
     /// Somebody wants to change what is reserved of a volume, or to know it.
     fn ask_reservations(&mut self, namespace: NamespaceHandle, asked: Asked, now: u64) {
-        let at = match self.export(namespace) {
-            Some(&mut Export::Volume(at)) => at,
-            _ => return self.refuse_asked(asked, IoStatus::NotReady),
+        let Some(&mut Export::Volume(at)) = self.export(namespace) else {
+            return self.refuse_asked(asked, IoStatus::NotReady);
         };
         let Some(volume) = self.volumes.get_mut(at) else {
             return self.refuse_asked(asked, IoStatus::NotReady);

@@ -447,7 +447,8 @@ fn an_initiator_is_served_without_allocating() {
         while let Ok((code, count)) = asked.recv() {
             for batch in 0..count / DEPTH {
                 for at in 0..DEPTH {
-                    let [low, high] = (((batch * DEPTH + at) * 37) as u16 % 1024).to_le_bytes();
+                    let lba = (batch * DEPTH + at) as u64 * 37 % BLOCKS;
+                    let [low, high, ..] = lba.to_le_bytes();
                     let cdb = [code, 0, 0, 0, high, low, 0, 0, 1, 0];
                     match code {
                         WRITE => session.begin(&cdb, &[1; 4096], 0),
