@@ -277,7 +277,7 @@ fn aborted_changes_are_never_made() {
         assert!(session.reserve_out(0, 0, 0, key).is_good());
     }
     assert!(host.reserve(REGISTER, 0, &[0, 7]).is_good());
-    let settle = || thread::sleep(Duration::from_millis(50));
+    let settle = || thread::sleep(Duration::from_millis(100));
 
     // Behind a change that is being stored: one that its initiator aborts, one whose session goes.
     cable.hold(true);

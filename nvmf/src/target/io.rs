@@ -58,8 +58,9 @@ impl Target {
         cmd: Command,
         mem: &mut M,
     ) -> Outcome {
-        let reserves = RESERVATION_OPCODES.contains(&cmd.sqe.opcode());
-        if !reserves && !IO_OPCODES.contains(&cmd.sqe.opcode()) {
+        let opcode = cmd.sqe.opcode();
+        let reserves = !IO_OPCODES.contains(&opcode);
+        if reserves && !RESERVATION_OPCODES.contains(&opcode) {
             return refuse(queue, cmd, Status::INVALID_OPCODE.with_dnr(), mem);
         }
         let found = self.subsystem_of(index).and_then(|(_, s)| {
