@@ -15,6 +15,7 @@ use cairn_engine::shard::IscsiConfig;
 use cairn_engine::{
     ChildAddress, EngineError, IscsiExport, IscsiPortal, ShardConfig, Sharing, VolumeSpec,
 };
+use common::cable::Cable;
 use common::initiator::{Answer, Initiator};
 use common::{Client, Engine, HOST, PATIENCE, replica_nqn, volume_nqn};
 
@@ -35,23 +36,31 @@ fn export(volume: &str, initiators: &[&str]) -> IscsiExport {
     }
 }
 
-/// A process that listens for initiators, in a portal group of this tag; and where.
-fn start(shards: u16, group: u16) -> (Engine, SocketAddr) {
+fn config(group: u16) -> ShardConfig {
     let iscsi = IscsiConfig { portal_groups: vec![group], ..IscsiConfig::default() };
-    let config = ShardConfig {
+    ShardConfig {
         iscsi,
         cntlid_min: group * 100,
         cntlid_max: group * 100 + 99,
         holder: u128::from(group),
         lease_ms: 500,
         ..ShardConfig::default()
-    };
-    let engine = Engine::start_with(shards, config);
+    }
+}
+
+/// A process that listens for initiators, in a portal group of this tag; and where.
+fn start(shards: u16, group: u16) -> (Engine, SocketAddr) {
+    let engine = Engine::start_with(shards, config(group));
+    let address = listen(&engine, group);
+    (engine, address)
+}
+
+fn listen(engine: &Engine, group: u16) -> SocketAddr {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let (listener, address) = cairn_engine::thread::listen(any).unwrap();
     let portal = IscsiPortal { address, group };
     engine.call(|reply| Command::AddIscsiListener { listener, portal, reply }).unwrap();
-    (engine, address)
+    address
 }
 
 /// A volume of one replica, which both may log in to.
@@ -504,4 +513,119 @@ fn initiators_of_a_read_only_export_read_and_hosts_write() {
     change_export(&engine, "v", Some(export("v", &[ALICE]))).unwrap();
     assert_eq!(alice.command(&[0; 6], &[], 0).sense, (6, 0x2a, 1));
     assert!(alice.write(1, &[4; 4096], 4096).is_good());
+}
+
+/// Writers are known for each unit of a session, by name: what is lost is told in the next session, too.
+#[test]
+fn what_may_be_lost_of_a_second_unit_is_told_there() {
+    let folder = std::env::temp_dir().join(format!("cairn-engine-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    // The machine of the replicas, in one life after another.
+    let machine = |incarnation| {
+        let engine = Engine::start_with(1, ShardConfig { incarnation, ..ShardConfig::default() });
+        engine.add_pool_in("p", &folder.join("pool"));
+        engine
+    };
+    let replicas = machine(1);
+    let cable = Cable::to(replicas.address);
+    let (engine, at) = start(1, 7);
+    for (lun, name, id) in [(0, "v", 1), (1, "w", 2)] {
+        replicas.add_replica("p", id, id);
+        let child = ChildAddress::Remote { peer: cable.address, nqn: replica_nqn(id) };
+        engine.add_volume(VolumeSpec {
+            iscsi: Some(Box::new(IscsiExport { lun, ..export("v", &[ALICE, BOB]) })),
+            ..Engine::spec(name, id, vec![(ReplicaId(id), child)])
+        });
+    }
+    let ready = |name, lun| {
+        let mut session = Initiator::ready(at, name, &iqn("v"));
+        session.lun = lun;
+        while session.command(&[0; 6], &[], 0).sense.0 == 6 {}
+        session
+    };
+    let flush =
+        |session: &mut Initiator| session.command(&[0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 0);
+    let mut alice = ready(ALICE, 0);
+    let mut bob = ready(BOB, 1);
+    assert!(alice.write(0, &[1; 4096], 4096).is_good());
+    alice.lun = 1;
+    while alice.command(&[0; 6], &[], 0).sense.0 == 6 {}
+    assert!(alice.write(0, &[2; 4096], 4096).is_good());
+    assert!(bob.write(1, &[3; 4096], 4096).is_good());
+
+    cable.plug(false);
+    drop(replicas);
+    let replicas = machine(2);
+    cable.lead_to(replicas.address);
+    cable.plug(true);
+    for name in ["v", "w"] {
+        engine.wait(name, |v| v.serving && v.children[0].state == "online");
+    }
+    assert!(!flush(&mut alice).is_good(), "what it wrote may be lost");
+    assert!(flush(&mut alice).is_good(), "that was told");
+    alice.lun = 0;
+    assert!(!flush(&mut alice).is_good());
+    // Another session of the same initiator.
+    drop(bob);
+    let mut bob = ready(BOB, 1);
+    assert!(!flush(&mut bob).is_good());
+    assert!(flush(&mut bob).is_good());
+    drop((alice, bob));
+    for name in ["v", "w"] {
+        engine.remove_volume(name);
+    }
+    drop((engine, replicas));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// EXTENDED COPY of 32 blocks of a volume, to its beginning: the parameter list.
+fn copy_list(volume: u128) -> Vec<u8> {
+    let mut list = vec![0; 16 + 32 + 28];
+    (list[3], list[11]) = (32, 28);
+    let target = &mut list[16..48];
+    // An identification descriptor with a UUID; blocks of 4096.
+    (target[0], target[5], target[7], target[30]) = (0xe4, 0x0a, 18, 0x10);
+    target[10..26].copy_from_slice(&volume.to_be_bytes());
+    let segment = &mut list[48..];
+    (segment[0], segment[3], segment[11], segment[18]) = (2, 24, 32, 1);
+    list
+}
+
+/// Writes whose data does not come have most of the memory. What held a range waited for a buffer, and whoever had one waited
+/// for the range.
+#[test]
+fn jobs_end_with_little_memory() {
+    const ROUNDS: usize = 20;
+    let engine = Engine::start_in(8 << 20, 1, config(7));
+    let at = listen(&engine, 7);
+    engine.add_pool("p");
+    let spec = volume("v", 1, "p", &engine);
+    engine.add_volume(VolumeSpec { iscsi: Some(Box::new(export("v", &["*"]))), ..spec });
+    let ready = |n| Initiator::ready(at, &format!("iqn.2026-11.io.example:{n}"), &iqn("v"));
+    // Room for the data of what follows and for three buffers; all else goes to others.
+    let (mut session, mut room, mut hog) = (ready(0), ready(1), ready(2));
+    assert!(room.announce_write(64));
+    for blocks in [256, 128, 64, 32, 16] {
+        while hog.announce_write(blocks) {}
+    }
+    drop(room);
+    let mut copy = [0; 16];
+    (copy[0], copy[13]) = (0x83, 76);
+    let mut compare = [0; 16];
+    (compare[0], compare[9], compare[13]) = (0x89, 3, 1);
+    for _ in 0..ROUNDS {
+        session.cork();
+        for _ in 0..2 {
+            // EXTENDED COPY over the block that COMPARE AND WRITE holds.
+            for _ in 0..4 {
+                session.begin(&copy, &copy_list(1), 0);
+            }
+            session.begin(&compare, &[0; 8192], 0);
+        }
+        session.uncork();
+        let answers = [0; 10].map(|_| session.finish());
+        assert!(answers.iter().all(Answer::is_good), "{answers:?}");
+    }
+    drop(hog);
+    assert_eq!(session.read(0, 16, 4096).data, vec![0; 65536]);
 }

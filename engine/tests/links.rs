@@ -5,10 +5,7 @@
 
 mod common;
 
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +16,7 @@ use cairn_engine::nvmf::initiator::{Submit, VendorData};
 use cairn_engine::register;
 use cairn_engine::upkeep::{self, SettleCall};
 use cairn_engine::{ChildAddress, EngineError, VolumeReplica, VolumeReport, VolumeSpec};
+use common::cable::Cable;
 use common::{BLOCKS, Client, Engine, HOST, replica_nqn};
 
 /// A process in miniature, with a pool `p` in most tests and one volume `v` at most.
@@ -77,58 +75,6 @@ impl Node {
     }
 }
 
-/// A cable between two engines that can be unplugged.
-struct Cable {
-    address: SocketAddr,
-    plugged: Arc<AtomicBool>,
-}
-
-impl Cable {
-    fn to(peer: SocketAddr) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        let plugged = Arc::new(AtomicBool::new(true));
-        let seen = Arc::clone(&plugged);
-        thread::spawn(move || {
-            for near in listener.incoming() {
-                let near = near.unwrap();
-                if !seen.load(Ordering::Acquire) {
-                    continue;
-                }
-                let Ok(far) = TcpStream::connect(peer) else { continue };
-                for (mut from, mut to) in [
-                    (near.try_clone().unwrap(), far.try_clone().unwrap()),
-                    (far.try_clone().unwrap(), near.try_clone().unwrap()),
-                ] {
-                    let plugged = Arc::clone(&seen);
-                    thread::spawn(move || {
-                        let mut bytes = [0; 64 << 10];
-                        from.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
-                        while plugged.load(Ordering::Acquire) {
-                            match from.read(&mut bytes) {
-                                Ok(0) => break,
-                                Ok(n) if to.write_all(&bytes[..n]).is_ok() => {}
-                                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-                                _ => break,
-                            }
-                        }
-                        let _gone = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
-                    });
-                }
-            }
-        });
-        Self { address, plugged }
-    }
-
-    fn plug(&self, plugged: bool) {
-        self.plugged.store(plugged, Ordering::Release);
-    }
-
-    fn child(&self, id: u128) -> (ReplicaId, ChildAddress) {
-        remote(id, self.address)
-    }
-}
-
 fn remote(id: u128, peer: SocketAddr) -> (ReplicaId, ChildAddress) {
     (ReplicaId(id), ChildAddress::Remote { peer, nqn: replica_nqn(id) })
 }
@@ -140,7 +86,8 @@ fn remote(id: u128, peer: SocketAddr) -> (ReplicaId, ChildAddress) {
 fn a_replica_that_missed_the_promise_does_not_fence_the_volume() {
     let replicas: Vec<Node> = (1..=3).map(Node::with_replica).collect();
     let cables: Vec<Cable> = replicas.iter().map(|r| Cable::to(r.listens())).collect();
-    let children: Vec<_> = (1..=3).zip(&cables).map(|(id, cable)| cable.child(id)).collect();
+    let children: Vec<_> =
+        (1..=3).zip(&cables).map(|(id, cable)| remote(id, cable.address)).collect();
     let nexus = Node::start();
     nexus.add_volume(Purpose::Create, children.clone());
     nexus.wait(|v| v.serving);

@@ -160,6 +160,10 @@ impl World {
                 target.set_sanitize(unit, state);
                 return conn.complete_sanitize(slot, SanitizeEnd::Good, mem);
             }
+            Outcome::ReserveIn { slot, unit, query } => {
+                let table = target.reservations(unit).ok_or(IoStatus::NotReady);
+                return conn.complete_reserve_in(slot, query, table, mem);
+            }
             Outcome::Io(io) => io,
         };
         match command {

@@ -1,5 +1,6 @@
 //! Entry points for the bytes that an NVMe/TCP peer sends. None may panic, whatever it is given.
 
+use cairn_block::reservation::Reservations;
 use cairn_block::{Buf, BufSlice, HeapMemory, Memory};
 use cairn_nvmf::identify::{
     IDENTIFY_LEN, IdentifyController, IdentifyNamespace, active_namespaces, descriptor_id,
@@ -7,6 +8,7 @@ use cairn_nvmf::identify::{
 use cairn_nvmf::initiator::{QueueIndex, Session, SessionConfig, SessionEvent};
 use cairn_nvmf::log::{DiscoveryEntry, DiscoveryHeader, Subtype, TRTYPE_TCP};
 use cairn_nvmf::pdu::{Body, Digests, Header, Transfer};
+use cairn_nvmf::reservation::{Request, encode_report, refused};
 use cairn_nvmf::sqe::{Cqe, SGL_IN_CAPSULE, SGL_TRANSPORT, Sgl, Sqe, opcode};
 use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{
@@ -56,6 +58,7 @@ fn target() -> Target {
             block_size: cairn_block::BlockSize::B4096,
             id: 1,
             volatile_write_cache: true,
+            reservations: true,
         };
         // Both are fixed and valid.
         let _ = target.add_namespace(id, namespace);
@@ -70,6 +73,7 @@ fn target() -> Target {
 pub fn target_stream(data: &[u8]) {
     let mut mem = HeapMemory::new(4 << 20);
     let mut target = target();
+    let mut reservations = Reservations::default();
     let conn = ConnId(0);
     let (Some(chunk), Some(mut queue)) =
         (mem.alloc(CHUNK_LEN), Queue::new(&QueueConfig::default(), &mut mem))
@@ -101,6 +105,21 @@ pub fn target_stream(data: &[u8]) {
                     IoCommand::Flush | IoCommand::Verify { .. } | IoCommand::WriteZeroes { .. } => {
                     }
                 },
+                Outcome::Reserve { request: Request::Report(data), .. } => {
+                    encode_report(&reservations, mem.bytes_mut(data.slice()));
+                    queue.complete_with_data(slot, data, &mut mem);
+                    continue;
+                }
+                Outcome::Reserve { request: Request::Persistence, .. } => {}
+                Outcome::Reserve { namespace, request: Request::Change(change), .. } => {
+                    match reservations.apply(&change) {
+                        Ok(effects) => target.tell_reservations(namespace, &effects),
+                        Err(refusal) => {
+                            queue.complete(slot, refused(refusal), 0, &mut mem);
+                            continue;
+                        }
+                    }
+                }
                 // No other target was told of.
                 Outcome::Elsewhere(_) => return,
                 Outcome::Vendor { data, .. } => {
@@ -261,6 +280,7 @@ fn host_stream(bits: u8) -> Vec<u8> {
     let icreq = Body::IcReq { pfv: 0, hpda: 0, dgst: digests.to_wire(), maxr2t: 0 };
     push(&mut out, icreq, &[], 0, digests);
     let mut data = vec![0; 1024];
+    data[0] = 1;
     data[16..18].fill(0xff);
     data[256..256 + NQN.len()].copy_from_slice(NQN.as_bytes());
     data[512..512 + HOST.len()].copy_from_slice(HOST.as_bytes());
@@ -277,7 +297,12 @@ fn host_stream(bits: u8) -> Vec<u8> {
         let sqe = Sqe::new(opcode::IDENTIFY).with_nsid(1).with_cdw(10, cns).with_sgl(page);
         push(&mut out, Body::CapsuleCmd(sqe), &[], 0, digests);
     }
-    for lid in 0..6 {
+    let (set, get) = (opcode::SET_FEATURES, opcode::GET_FEATURES);
+    for (code, fid, value) in [(set, 0x82, 2), (set, 0x83, 1), (get, 0x82, 0), (get, 0x83, 0)] {
+        let sqe = Sqe::new(code).with_nsid(1).with_cdw(10, fid).with_cdw(11, value);
+        push(&mut out, Body::CapsuleCmd(sqe), &[], 0, digests);
+    }
+    for lid in (0..6).chain([0x80]) {
         let sqe = Sqe::new(opcode::GET_LOG_PAGE).with_cdw(10, lid | 127 << 16).with_sgl(page);
         push(&mut out, Body::CapsuleCmd(sqe), &[], 0, digests);
     }
@@ -331,6 +356,7 @@ fn identify_namespace_page() -> Vec<u8> {
         block_size: Some(cairn_block::BlockSize::B4096),
         metadata_len: 0,
         ana_group: 1,
+        rescap: 0xff,
         nguid: 1,
     };
     let mut page = vec![0; IDENTIFY_LEN];

@@ -11,7 +11,7 @@ mod time;
 use std::collections::VecDeque;
 use std::fmt;
 
-use cairn_block::reservation::Refusal;
+use cairn_block::reservation::{Refusal, Reservations};
 use cairn_block::{Buf, BufSlice, IoStatus, Memory, TxQueue};
 
 use self::receive::Stage;
@@ -24,7 +24,7 @@ use crate::rx::HeaderReader;
 use crate::scsi::inquiry::Limits;
 use crate::scsi::opcodes::allocation_len;
 use crate::scsi::sense::{Sense, Status};
-use crate::scsi::{SanitizeEnd, UnitHandle};
+use crate::scsi::{ReserveIn, SanitizeEnd, UnitHandle};
 use crate::wire::{len32, put, u64_at};
 
 /// Tasks that immediate commands may take beside those of the command window.
@@ -408,6 +408,23 @@ impl Connection {
     /// As [`Connection::complete`].
     pub fn complete_sanitize<M: Memory>(&mut self, slot: SlotId, end: SanitizeEnd, mem: &mut M) {
         self.respond(slot, end.into(), mem);
+    }
+
+    /// Tells what is reserved ([`crate::target::Outcome::ReserveIn`]), or why that is not known.
+    ///
+    /// # Panics
+    /// As [`Connection::complete`].
+    pub fn complete_reserve_in<M: Memory>(
+        &mut self,
+        slot: SlotId,
+        query: ReserveIn,
+        table: Result<&Reservations, IoStatus>,
+        mem: &mut M,
+    ) {
+        match table {
+            Ok(table) => self.respond_with(slot, query.answer(table), mem),
+            Err(status) => self.respond(slot, Status::of(status), mem),
+        }
     }
 
     /// Whether there is something to send and nothing is being sent.

@@ -505,6 +505,10 @@ impl World {
             match outcome {
                 Outcome::Done => {}
                 Outcome::Reserve { slot, unit, change } => self.reserve(h, slot, unit, &change),
+                Outcome::ReserveIn { slot, unit, query } if !self.hold => {
+                    let table = self.target.reservations(unit).ok_or(IoStatus::NotReady);
+                    conn.complete_reserve_in(slot, query, table, &mut self.mem);
+                }
                 outcome if self.hold => self.held.push((h, outcome)),
                 Outcome::Sanitize { slot, unit, command } => self.sanitize(h, slot, unit, &command),
                 outcome => self.carry_out(h, outcome),
@@ -590,6 +594,10 @@ impl World {
             Outcome::Reserve { slot, .. } => return conn.complete_reserve(slot, Ok(()), mem),
             Outcome::Sanitize { slot, unit, command } => {
                 return self.sanitize(h, slot, unit, &command);
+            }
+            Outcome::ReserveIn { slot, unit, query } => {
+                let table = self.target.reservations(unit).ok_or(IoStatus::NotReady);
+                return conn.complete_reserve_in(slot, query, table, mem);
             }
             Outcome::Io(io) => io,
         };

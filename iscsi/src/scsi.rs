@@ -17,5 +17,6 @@ pub(crate) mod unit;
 pub use self::block::{IoCommand, unmap_range};
 pub use self::copy::CopySegment;
 pub use self::inquiry::Product;
+pub use self::reservation::ReserveIn;
 pub use self::sanitize::{SanitizeCommand, SanitizeEnd, SanitizeState};
 pub use self::unit::{MAX_LUN, UnitConfig, UnitHandle};

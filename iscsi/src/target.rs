@@ -21,7 +21,7 @@ use crate::scsi::inquiry::Product;
 use crate::scsi::ports::{AccessState, PortGroup};
 use crate::scsi::sense::Status;
 use crate::scsi::unit::{Attention, MAX_LUN, NexusId, Unit, UnitConfig, UnitHandle};
-use crate::scsi::{IoCommand, SanitizeCommand, SanitizeState};
+use crate::scsi::{IoCommand, ReserveIn, SanitizeCommand, SanitizeState};
 use crate::wire::len32;
 
 /// Names a connection; whoever owns the sockets chooses it.
@@ -198,6 +198,17 @@ pub enum Outcome {
         unit: UnitHandle,
         /// What is asked.
         command: SanitizeCommand,
+    },
+    /// The reservations of a unit are asked for: [`Connection::complete_reserve_in`] `slot` with them, once those that
+    /// were to be changed before are, and once it is sure that nobody else has changed them. It is a request of its
+    /// unit until then.
+    ReserveIn {
+        /// Where the completion goes.
+        slot: SlotId,
+        /// The unit.
+        unit: UnitHandle,
+        /// What of them.
+        query: ReserveIn,
     },
 }
 

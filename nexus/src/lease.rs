@@ -52,6 +52,8 @@ pub(crate) struct Lease {
     refused: ChildSet,
     /// Reads that are done and wait to be answered.
     held: Vec<u16>,
+    /// Somebody waits for it who is to be told something else.
+    wanted: bool,
     /// It was given back.
     released: bool,
 }
@@ -80,8 +82,14 @@ impl Lease {
         !self.held.is_empty()
     }
 
+    /// Whether anybody waits for it.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.wanted || self.holds_reads()
+    }
+
     pub(crate) fn drop_held(&mut self) {
         self.held.clear();
+        self.wanted = false;
     }
 }
 
@@ -118,9 +126,22 @@ impl Nexus {
         }
     }
 
-    /// Asks again where reads wait: a voter may be back.
+    /// Whether what is stored of the volume may be told: nobody has stored anything else since. Where it may not,
+    /// [`Nexus::want_lease`], and ask again after the next [`Nexus::handle_register`].
+    #[must_use]
+    pub fn has_lease(&self, now_ms: u64) -> bool {
+        self.state.is_serving() && (now_ms < self.lease.until_ms || on(Mutant::NoLease))
+    }
+
+    /// Has the voters be asked for a lease until there is one.
+    pub fn want_lease(&mut self, now_ms: u64) {
+        self.lease.wanted = true;
+        self.renew_if_due(now_ms);
+    }
+
+    /// Asks again where somebody waits: a voter may be back.
     pub(crate) fn renew_for_held(&mut self, now_ms: u64) {
-        if self.lease.holds_reads() {
+        if self.lease.is_waited_for() {
             self.renew_if_due(now_ms);
         }
     }
@@ -194,6 +215,7 @@ impl Nexus {
         if now_ms < until_ms {
             let half = until_ms - self.config.lease_ms / 2;
             self.lease.renew_at_ms = self.lease.renew_at_ms.max(half);
+            self.lease.wanted = false;
             let waited = self.lease.holds_reads();
             while let Some(at) = self.lease.held.pop() {
                 self.answer(at, IoStatus::Ok);

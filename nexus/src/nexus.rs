@@ -564,7 +564,7 @@ impl Nexus {
     pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
         let tick = (self.least_deadline_ms() / 8).max(10);
         let busy = self.in_flight() > 0 || self.has_to_ask_again() || self.growing.is_some();
-        let busy = busy || self.changing.is_some();
+        let busy = busy || self.changing.is_some() || self.lease.is_waited_for();
         let scrub = self.scrub_timeout(now_ms);
         let assembly = self.assembly.as_ref().and_then(Assembly::poll_timeout);
         let upkeep = [self.settle_timeout(now_ms), self.rebuild_timeout(now_ms)];

@@ -20,11 +20,18 @@ pub const KEEP_ALIVE_TIMER: u8 = 0x0f;
 pub const HOST_BEHAVIOR: u8 = 0x16;
 /// Host Identifier.
 pub const HOST_IDENTIFIER: u8 = 0x81;
+/// Reservation Notification Mask.
+pub const RESERVATION_NOTIFICATION_MASK: u8 = 0x82;
+/// Reservation Persistence.
+pub const RESERVATION_PERSISTENCE: u8 = 0x83;
 
 /// Asynchronous Event Configuration, and OAES: Namespace Attribute Notices.
 pub const AEN_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
 /// Asynchronous Event Configuration, and OAES: Asymmetric Namespace Access Change Notices.
 pub const AEN_ANA_CHANGE: u32 = 1 << 11;
+/// No bit of Asynchronous Event Configuration, where it is reserved: reservation notifications have none, and are
+/// always told.
+pub(crate) const AEN_RESERVATION: u32 = 1 << 26;
 /// Asynchronous Event Configuration, and OAES: Discovery Log Page Change Notices.
 pub const AEN_DISCOVERY_CHANGE: u32 = 1 << 31;
 
@@ -32,6 +39,8 @@ pub const AEN_DISCOVERY_CHANGE: u32 = 1 << 31;
 pub const EVENT_NAMESPACE_CHANGED: u32 = 0x0004_0002;
 /// DW0 of an Asynchronous Event Request: Asymmetric Namespace Access Change, log page 0Ch.
 pub const EVENT_ANA_CHANGED: u32 = 0x000c_0302;
+/// DW0 of an Asynchronous Event Request: Reservation Log Page Available, log page 80h.
+pub const EVENT_RESERVATION: u32 = 0x0080_0006;
 /// DW0 of an Asynchronous Event Request: Discovery Log Page Change, log page 70h.
 pub const EVENT_DISCOVERY_CHANGED: u32 = 0x0070_f002;
 

@@ -219,6 +219,8 @@ pub struct IdentifyNamespace {
     pub metadata_len: u16,
     /// ANAGRPID; 0 where ANA is not reported.
     pub ana_group: u32,
+    /// RESCAP.
+    pub rescap: u8,
     /// NGUID, its first byte the most significant.
     pub nguid: u128,
 }
@@ -248,6 +250,7 @@ impl IdentifyNamespace {
         out[24] = 1 << 1 | 1 << 4;
         // NMIC: other controllers may attach.
         out[30] = 1;
+        out[31] = self.rescap;
         // DLFEAT: deallocated blocks read as zeros; Write Zeroes may deallocate.
         out[33] = 1 | 1 << 3;
         // NAWUN, NAWUPF, NACWU.
@@ -279,6 +282,7 @@ impl IdentifyNamespace {
                 .and_then(BlockSize::from_bytes),
             metadata_len: u16_at(bytes, lbaf),
             ana_group: u32_at(bytes, 92),
+            rescap: bytes[31],
             nguid: u128_be_at(bytes, 104),
         })
     }
@@ -333,12 +337,13 @@ pub fn descriptor_id(bytes: &[u8]) -> Option<u128> {
 }
 
 /// Writes the I/O Command Set Independent Identify Namespace structure.
-pub fn encode_independent(volatile_write_cache: bool, ana_group: u32, out: &mut [u8]) {
+pub fn encode_independent(volatile_write_cache: bool, ana_group: u32, rescap: u8, out: &mut [u8]) {
     let out = &mut out[..IDENTIFY_LEN];
     out.fill(0);
     // NSFEAT b5: no volatile write cache here, whatever the controller's VWC says.
     out[0] = if volatile_write_cache { 0 } else { 1 << 5 };
     out[1] = 1;
+    out[2] = rescap;
     put(out, 4, &ana_group.to_le_bytes());
     // NSTAT: ready.
     out[14] = 1;
@@ -394,9 +399,10 @@ mod tests {
             nguid in any::<u128>(),
             big in any::<bool>(),
             ana_group in any::<u32>(),
+            rescap in any::<u8>(),
         ) {
             let block_size = Some(if big { BlockSize::B4096 } else { BlockSize::B512 });
-            let made = IdentifyNamespace { blocks, block_size, metadata_len: 0, nguid, ana_group };
+            let made = IdentifyNamespace { blocks, block_size, metadata_len: 0, nguid, ana_group, rescap };
             let mut bytes = [0xff; IDENTIFY_LEN];
             made.encode(&mut bytes);
             prop_assert_eq!(IdentifyNamespace::decode(&bytes), Some(made));

@@ -15,6 +15,7 @@ pub mod log;
 #[cfg(test)]
 mod loopback;
 pub mod pdu;
+pub mod reservation;
 mod rx;
 pub mod sqe;
 pub mod status;

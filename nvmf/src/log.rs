@@ -16,6 +16,8 @@ pub const CHANGED_NAMESPACES: u8 = 0x04;
 pub const COMMAND_EFFECTS: u8 = 0x05;
 /// Discovery.
 pub const DISCOVERY: u8 = 0x70;
+/// Reservation Notification.
+pub const RESERVATION_NOTIFICATION: u8 = 0x80;
 
 /// The NQN of every discovery subsystem.
 pub const DISCOVERY_NQN: &str = "nqn.2014-08.org.nvmexpress.discovery";

@@ -1,5 +1,6 @@
 //! A session and a target in one memory, with wires between them that a test can cut and bend.
 
+use cairn_block::reservation::Reservations;
 use cairn_block::{BlockSize, Buf, BufSlice, HeapMemory, IoOp, IoRequest, Lba, LbaRange, Memory};
 
 use crate::initiator::{
@@ -7,6 +8,7 @@ use crate::initiator::{
     Submit,
 };
 use crate::log::DISCOVERY_NQN;
+use crate::reservation::{Request, encode_report, refused};
 use crate::status::Status;
 use crate::target::{
     ConnId, IoCommand, NamespaceConfig, NamespaceHandle, Outcome, Port, Queue, QueueConfig, SlotId,
@@ -35,6 +37,7 @@ pub(crate) struct World {
     pub(crate) conns: Vec<Conn>,
     pub(crate) disk: Vec<u8>,
     pub(crate) flushes: usize,
+    pub(crate) reservations: Reservations,
     pub(crate) now_ms: u64,
     pub(crate) ready: Option<NamespaceInfo>,
     pub(crate) error: Option<SessionError>,
@@ -70,6 +73,7 @@ pub(crate) fn namespace() -> NamespaceConfig {
         block_size: BlockSize::B4096,
         id: ID,
         volatile_write_cache: true,
+        reservations: true,
     }
 }
 
@@ -108,6 +112,7 @@ impl World {
             conns: Vec::new(),
             disk: vec![0; usize::try_from(BLOCKS).unwrap() * 4096],
             flushes: 0,
+            reservations: Reservations::default(),
             now_ms: 1000,
             ready: None,
             error: None,
@@ -256,6 +261,25 @@ impl World {
                         &mut self.flushes,
                         &mut self.mem,
                     );
+                }
+                Outcome::Reserve { slot, namespace, request } => {
+                    let table = &mut self.reservations;
+                    let (status, result) = match request {
+                        Request::Report(data) => {
+                            encode_report(table, self.mem.bytes_mut(data.slice()));
+                            queue.complete_with_data(slot, data, &mut self.mem);
+                            continue;
+                        }
+                        Request::Persistence => (Status::SUCCESS, u64::from(table.aptpl())),
+                        Request::Change(change) => match table.apply(&change) {
+                            Ok(effects) => {
+                                self.target.tell_reservations(namespace, &effects);
+                                (Status::SUCCESS, 0)
+                            }
+                            Err(refusal) => (refused(refusal), 0),
+                        },
+                    };
+                    queue.complete(slot, status, result, &mut self.mem);
                 }
                 Outcome::Vendor { slot, sqe, data, .. } => match data {
                     // The answer tells what came.

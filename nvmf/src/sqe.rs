@@ -40,6 +40,14 @@ pub mod opcode {
     pub const VERIFY: u8 = 0x0c;
     /// Vendor specific: a Write that is done whole or not at all, whatever happens.
     pub const WRITE_ATOMIC: u8 = 0x81;
+    /// I/O: Reservation Register.
+    pub const RESERVATION_REGISTER: u8 = 0x0d;
+    /// I/O: Reservation Report.
+    pub const RESERVATION_REPORT: u8 = 0x0e;
+    /// I/O: Reservation Acquire.
+    pub const RESERVATION_ACQUIRE: u8 = 0x11;
+    /// I/O: Reservation Release.
+    pub const RESERVATION_RELEASE: u8 = 0x15;
 
     /// FCTYPE: Property Set.
     pub const PROPERTY_SET: u8 = 0x00;

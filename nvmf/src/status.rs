@@ -56,6 +56,10 @@ statuses! {
     SANITIZE_FAILED = 0x01c, "Sanitize Failed";
     /// 00/1D.
     SANITIZE_IN_PROGRESS = 0x01d, "Sanitize In Progress";
+    /// 00/18.
+    HOST_ID_INCONSISTENT = 0x018, "Host Identifier Inconsistent Format";
+    /// 00/1B.
+    PREEMPTED_AND_ABORTED = 0x01b, "Command Aborted due to Preempt and Abort";
     /// 00/21.
     COMMAND_INTERRUPTED = 0x021, "Command Interrupted";
     /// 00/22.
@@ -167,7 +171,9 @@ impl Status {
             Self::COMMAND_INTERRUPTED => IoStatus::TimedOut,
             Self::NAMESPACE_NOT_READY | Self::INVALID_NAMESPACE => IoStatus::NotReady,
             Self::TRANSIENT_TRANSPORT_ERROR | Self::DATA_TRANSFER_ERROR => IoStatus::TransferError,
-            Self::ABORT_REQUESTED | Self::ABORTED_SQ_DELETION => IoStatus::Aborted,
+            Self::ABORT_REQUESTED | Self::ABORTED_SQ_DELETION | Self::PREEMPTED_AND_ABORTED => {
+                IoStatus::Aborted
+            }
             other => match other.sct() {
                 2 => IoStatus::MediaError,
                 3 => IoStatus::PathError,

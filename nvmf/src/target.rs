@@ -11,6 +11,7 @@ mod fabrics;
 mod io;
 mod mark;
 mod queue;
+mod reservations;
 
 use std::collections::VecDeque;
 
@@ -27,6 +28,7 @@ pub(crate) use self::io::encode_dsm_range;
 pub use self::queue::{ADMIN_IN_CAPSULE_LEN, CloseReason, Command, Queue, QueueConfig, SlotId};
 use crate::ana::AnaState;
 use crate::features;
+use crate::reservation::Request;
 use crate::sqe::{Sqe, opcode};
 pub use crate::status::{Status, status_of};
 
@@ -128,6 +130,8 @@ pub struct NamespaceConfig {
     pub id: u128,
     /// Whether writes need a Flush to be durable.
     pub volatile_write_cache: bool,
+    /// Whether hosts can reserve it.
+    pub reservations: bool,
 }
 
 /// Why the configuration was not changed.
@@ -208,6 +212,16 @@ pub enum Outcome {
         sqe: Sqe,
         /// The host's data.
         data: Option<Buf>,
+    },
+    /// Something about the reservations of a namespace to carry out and complete, each after those before it. The
+    /// target keeps none: I/O that is handed out is the caller's to check against them.
+    Reserve {
+        /// Where its completion goes.
+        slot: SlotId,
+        /// The namespace's backing.
+        namespace: NamespaceHandle,
+        /// What is asked.
+        request: Request,
     },
     /// The connection's first command is a Connect to a subsystem that another target of the process has: it gets
     /// the connection as it was received, and answers. The queue hands out nothing that is to be carried out here.
@@ -299,6 +313,10 @@ struct Subsystem {
 impl Subsystem {
     fn namespace(&self, nsid: u32) -> Option<&NamespaceConfig> {
         self.namespaces.binary_search_by_key(&nsid, |ns| ns.nsid).ok().map(|i| &self.namespaces[i])
+    }
+
+    fn has_reservations(&self) -> bool {
+        self.namespaces.iter().any(|ns| ns.reservations)
     }
 
     fn allows(&self, hostnqn: &str) -> bool {

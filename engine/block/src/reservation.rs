@@ -187,6 +187,24 @@ pub enum Action {
         /// As of `Register`.
         aptpl: Option<bool>,
     },
+    /// Register the host, as NVMe has it: its key is not looked at, and one that it has already stays.
+    Join {
+        /// NRKEY; never 0.
+        new_key: u64,
+        /// As of `Register`.
+        aptpl: Option<bool>,
+    },
+    /// Give a registered host another key, or end its registration, as NVMe has it.
+    Replace {
+        /// NRKEY; 0 ends the registration.
+        new_key: u64,
+        /// As of `Register`.
+        aptpl: Option<bool>,
+        /// IEKEY: whatever its key is now; one that is not registered gets the new key.
+        ignore: bool,
+    },
+    /// Keep the reservations after a loss of power, or not. Nobody has to be registered.
+    Persist(bool),
     /// Reserve the volume.
     Reserve(ReservationType),
     /// End the host's reservation of this type.
@@ -325,8 +343,20 @@ impl Reservations {
         let known = registered == Some(*key);
         match *action {
             Action::Register { .. } if registered.unwrap_or(0) != *key => Err(Refusal::Conflict),
-            Action::Register { new_key, aptpl } | Action::RegisterAndIgnore { new_key, aptpl } => {
+            Action::Join { new_key, .. } if registered.unwrap_or(new_key) != new_key => {
+                Err(Refusal::Conflict)
+            }
+            Action::Replace { ignore: false, .. } if !known => Err(Refusal::Conflict),
+            Action::Replace { new_key: 0, .. } if registered.is_none() => Err(Refusal::Conflict),
+            Action::Register { new_key, aptpl }
+            | Action::RegisterAndIgnore { new_key, aptpl }
+            | Action::Join { new_key, aptpl }
+            | Action::Replace { new_key, aptpl, .. } => {
                 self.register(who, registered.is_some(), new_key, aptpl)
+            }
+            Action::Persist(aptpl) => {
+                self.aptpl = aptpl;
+                Ok(Effects::default())
             }
             _ if !known => Err(Refusal::Conflict),
             Action::Reserve(kind) => self.reserve(who, kind),

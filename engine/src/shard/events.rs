@@ -182,6 +182,7 @@ impl<D: Driver> Shard<D> {
             block_size: self.volumes[at].block_size,
             id: id.0,
             volatile_write_cache: true,
+            reservations: true,
         };
         if let Err(error) = self.target.add_namespace(subsystem, namespace) {
             tracing::error!(volume = %name, %error, "the volume cannot be exported");

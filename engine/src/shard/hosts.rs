@@ -160,6 +160,9 @@ impl<D: Driver> Shard<D> {
                     self.wants_timeout(next);
                 }
                 Outcome::Io(io) => self.start_host_io(at, io, now),
+                Outcome::Reserve { slot, namespace, request } => {
+                    self.reserve_for_host(at, slot, namespace, request, now);
+                }
                 Outcome::Elsewhere(owner) => return self.begin_move(at, owner),
                 Outcome::Vendor { slot, namespace, sqe, data } => {
                     let opcode = sqe.opcode();

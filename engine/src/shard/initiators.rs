@@ -11,6 +11,7 @@ use cairn_reactor::{Chunk, Driver, EndReason, ListenerId, Op, SocketFault, Socke
 
 use self::moves::Early;
 pub(super) use self::moves::MovedInitiator;
+use super::reservations::Ask;
 use super::stream::Stream;
 use super::table::Table;
 use super::targets::{Foreign, Place};
@@ -289,7 +290,10 @@ impl<D: Driver> Shard<D> {
                 }
                 Outcome::Drain { slot, units } => self.drain_tasks(at, slot, &units),
                 Outcome::Reserve { slot, unit, change } => {
-                    self.reserve_for_initiator(at, slot, unit, change, now);
+                    self.reserve_for_initiator((at, slot), unit, Ask::Change(change), now);
+                }
+                Outcome::ReserveIn { slot, unit, query } => {
+                    self.reserve_for_initiator((at, slot), unit, Ask::In(query), now);
                 }
             }
             self.settle_target();

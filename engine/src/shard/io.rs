@@ -4,6 +4,7 @@ use cairn_block::{
     BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, ReplicaId,
 };
 use cairn_iscsi::scsi::unmap_range;
+use cairn_nvmf::status::Status;
 use cairn_nvmf::target::{Io, IoCommand, NamespaceHandle, SlotId, dsm_range, status_of};
 use cairn_reactor::Driver;
 use cairn_replica::ReplicaSlot;
@@ -68,6 +69,8 @@ pub(super) struct HostIo {
     /// When it came, among those that met a hold; 0: it met none.
     pub(super) order: u64,
     answered: bool,
+    /// Its host was preempted, and its commands aborted: it hears that, however this one ended.
+    preempted: bool,
 }
 
 impl HostIo {
@@ -87,6 +90,7 @@ impl HostIo {
             atomic: false,
             order: 0,
             answered: false,
+            preempted: false,
         }
     }
 
@@ -106,7 +110,7 @@ impl HostIo {
     }
 
     /// Done whole or not at all, where it is a write and that is asked.
-    pub(super) fn as_atomic(self, atomic: bool) -> Self {
+    pub(super) fn with_atomicity(self, atomic: bool) -> Self {
         Self { atomic, ..self }
     }
 
@@ -126,6 +130,14 @@ impl HostIo {
 
     pub(super) fn asker(&self) -> Asker {
         self.asker
+    }
+
+    /// The host of this connection was preempted.
+    pub(super) fn preempt(&mut self, of: u32, its_generation: u32) {
+        self.preempted |= matches!(
+            self.asker,
+            Asker::Nvme { conn, generation, .. } if (conn, generation) == (of, its_generation)
+        );
     }
 
     /// Whether it changes a range of what this stands for, and is not done.
@@ -165,7 +177,7 @@ impl<D: Driver> Shard<D> {
         let entry = match io.command {
             IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
             IoCommand::Write { range, fua, data, atomic } => {
-                new(IoOp::Write { fua }, range).with_buf(data).as_atomic(atomic)
+                new(IoOp::Write { fua }, range).with_buf(data).with_atomicity(atomic)
             }
             IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
             IoCommand::Verify { range } => new(IoOp::Verify, range),
@@ -363,9 +375,9 @@ impl<D: Driver> Shard<D> {
         io.answered = true;
         let (asker, namespace) = (io.asker, io.namespace);
         let (op, len) = (io.op, io.window.len());
-        let verified = u64::from(io.verified);
+        let (verified, preempted) = (u64::from(io.verified), io.preempted);
         let own = matches!(asker, Asker::Sanitize { .. });
-        let gives = op == IoOp::Read && status.is_ok();
+        let gives = op == IoOp::Read && status.is_ok() && !preempted;
         let data = if gives { io.buf.take() } else { None };
         if let Some(counters) = self.counters(namespace).filter(|_| !own) {
             count(counters, op, len, status);
@@ -379,6 +391,9 @@ impl<D: Driver> Shard<D> {
                 let host = self.hosts.get_mut(conn).filter(|host| host.generation == generation);
                 match (host.map(|host| &mut host.queue), data) {
                     (Some(queue), Some(data)) => queue.complete_with_data(slot, data, memory),
+                    (Some(queue), None) if preempted => {
+                        queue.complete(slot, Status::PREEMPTED_AND_ABORTED, 0, memory);
+                    }
                     (Some(queue), None) => {
                         queue.complete(slot, status_of(status), verified, memory);
                     }

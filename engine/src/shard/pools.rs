@@ -340,6 +340,7 @@ impl<D: Driver> Shard<D> {
             block_size: info.block_size,
             id: info.id.0,
             volatile_write_cache: true,
+            reservations: false,
         };
         self.target
             .add_namespace(subsystem, namespace)

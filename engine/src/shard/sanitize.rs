@@ -16,8 +16,16 @@ use cairn_reactor::Driver;
 
 use super::Shard;
 use super::io::{Asker, Export, HostIo};
-use super::tasks::{Waiter, namespace_of};
+use super::tasks::namespace_of;
 use super::volumes::Volume;
+
+/// The command that asked for one.
+#[derive(Debug, Clone, Copy)]
+struct Asking {
+    conn: u32,
+    generation: u32,
+    slot: SlotId,
+}
 
 /// Bytes that are written at a time.
 const PIECE: u32 = 256 << 10;
@@ -34,7 +42,7 @@ const MEMORY_MS: u64 = 20;
 pub(super) struct Sanitizing {
     asked: Option<Asked>,
     /// Who hears of the end.
-    waiter: Option<Waiter>,
+    waiter: Option<Asking>,
     run: Option<Run>,
 }
 
@@ -43,7 +51,7 @@ pub(super) struct Sanitizing {
 struct Asked {
     /// Tells it from others.
     number: u64,
-    by: Waiter,
+    by: Asking,
     /// What is to be done, and whether whoever asked waits for no more than its beginning. Nothing: EXIT FAILURE MODE.
     wants: Option<(Sanitize, bool)>,
     stage: Stage,
@@ -179,7 +187,7 @@ impl<D: Driver> Shard<D> {
         command: SanitizeCommand,
         now: u64,
     ) {
-        let by = Waiter { conn, generation: self.initiators.hosts[conn].generation, slot };
+        let by = Asking { conn, generation: self.initiators.hosts[conn].generation, slot };
         let not_ready = SanitizeEnd::NotStored(IoStatus::NotReady);
         let Some(&mut Export::Volume(at)) = self.export(namespace_of(unit)) else {
             return self.end_sanitize(by, not_ready);
@@ -250,7 +258,7 @@ impl<D: Driver> Shard<D> {
         }
     }
 
-    fn end_sanitize(&mut self, by: Waiter, end: SanitizeEnd) {
+    fn end_sanitize(&mut self, by: Asking, end: SanitizeEnd) {
         let host = self.initiators.hosts.get_mut(by.conn);
         if let Some(host) = host.filter(|host| host.generation == by.generation) {
             host.conn.complete_sanitize(by.slot, end, self.driver.memory());
@@ -282,7 +290,7 @@ impl<D: Driver> Shard<D> {
     }
 
     /// Whether nobody waits for a command any more.
-    fn is_over(&self, by: Waiter) -> bool {
+    fn is_over(&self, by: Asking) -> bool {
         let host = self.initiators.hosts.get(by.conn);
         let host = host.filter(|host| host.generation == by.generation);
         host.is_none_or(|host| host.conn.is_aborted(by.slot))

@@ -174,10 +174,10 @@ impl<D: Driver> Shard<D> {
         if volume.removing() {
             return Err(EngineError::Busy(format!("volume `{name}` is being removed")));
         }
-        if export.is_none() && volume.reserving.is_reserved() {
+        if export.is_none() && volume.reserving.is_held_by_initiators() {
             return Err(EngineError::Busy(format!(
-                "volume `{name}` is reserved by an initiator, and that would go on without one that could end it: have \
-                 it released or preempted first (`sg_persist --out --release` or `--preempt`)"
+                "volume `{name}` is reserved by an initiator, which could not end that any more: have it released or \
+                 preempted first (`sg_persist --out --release` or `--preempt`, `nvme resv-acquire --racqa=1`)"
             )));
         }
         if let Some(export) = &export {

@@ -4,7 +4,7 @@ use cairn_block::{IoOp, IoStatus, LbaRange};
 use cairn_iscsi::connection::SlotId;
 use cairn_iscsi::scsi::{IoCommand, UnitHandle};
 use cairn_iscsi::target::Io;
-use cairn_nvmf::target::NamespaceHandle;
+use cairn_nvmf::target::{self, NamespaceHandle};
 use cairn_reactor::Driver;
 
 use super::Shard;
@@ -24,8 +24,8 @@ pub(super) struct TaskDrain {
 /// Who had tasks aborted.
 #[derive(Debug, Clone, Copy)]
 enum Aborter {
-    /// A task management function.
-    Function(Waiter),
+    /// A task management function, or whatever else the target has wait for tasks.
+    Function { conn: u32, generation: u32, slot: SlotId },
     /// A preemption.
     Reserver(Waiter),
     /// A sanitize, by the volume's number and its own.
@@ -34,10 +34,11 @@ enum Aborter {
 
 /// A connection's request that waits for others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Waiter {
-    pub(super) conn: u32,
-    pub(super) generation: u32,
-    pub(super) slot: SlotId,
+pub(super) enum Waiter {
+    /// A host's.
+    Nvme { conn: u32, generation: u32, slot: target::SlotId },
+    /// An initiator's.
+    Iscsi { conn: u32, generation: u32, slot: SlotId },
 }
 
 /// What a unit stands for.
@@ -62,7 +63,7 @@ impl<D: Driver> Shard<D> {
         let one = match io.command {
             IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
             IoCommand::Write { range, data, fua, verify: false, atomic } => {
-                new(IoOp::Write { fua }, range).with_buf(data).as_atomic(atomic)
+                new(IoOp::Write { fua }, range).with_buf(data).with_atomicity(atomic)
             }
             IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
             IoCommand::Verify { range } => new(IoOp::Verify, range),
@@ -113,7 +114,7 @@ impl<D: Driver> Shard<D> {
     /// Tasks were aborted: `slot` is answered once all that was handed out for these units is over.
     pub(super) fn drain_tasks(&mut self, conn: u32, slot: SlotId, units: &[UnitHandle]) {
         let generation = self.initiators.hosts[conn].generation;
-        let by = Aborter::Function(Waiter { conn, generation, slot });
+        let by = Aborter::Function { conn, generation, slot };
         let namespaces: Vec<_> = units.iter().map(|&unit| namespace_of(unit)).collect();
         let mut changes = Vec::new();
         for &namespace in &namespaces {
@@ -121,6 +122,8 @@ impl<D: Driver> Shard<D> {
                 changes.extend(
                     self.volumes.get(volume).into_iter().flat_map(|v| v.reserving.askers()),
                 );
+                // Those that wait for something else are dropped there.
+                self.touch_volume(volume);
             }
         }
         self.end_aborted_sanitizes();
@@ -182,8 +185,8 @@ impl<D: Driver> Shard<D> {
         let over = |d: &TaskDrain| d.ios.is_empty() && d.jobs.is_empty() && d.changes.is_empty();
         while let Some(at) = self.initiators.drains.iter().position(over) {
             let TaskDrain { by, .. } = self.initiators.drains.swap_remove(at);
-            let Waiter { conn, generation, slot } = match by {
-                Aborter::Function(waiter) => waiter,
+            let (conn, generation, slot) = match by {
+                Aborter::Function { conn, generation, slot } => (conn, generation, slot),
                 Aborter::Reserver(by) => {
                     self.end_change(by, Ok(()));
                     continue;

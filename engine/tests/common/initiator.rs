@@ -39,6 +39,10 @@ pub(crate) struct Initiator {
     cmd_sn: u32,
     exp_stat_sn: u32,
     itt: u32,
+    /// What is to be sent at once.
+    corked: Option<Vec<u8>>,
+    /// Where its commands go.
+    pub(crate) lun: u16,
 }
 
 impl Initiator {
@@ -87,7 +91,7 @@ impl Initiator {
         let stream = TcpStream::connect(at).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut session = Self { stream, cmd_sn: 1, exp_stat_sn: 0, itt: 0 };
+        let mut session = Self { stream, cmd_sn: 1, exp_stat_sn: 0, itt: 0, corked: None, lun: 0 };
         let mut out = Vec::new();
         for (key, value) in keys {
             text::push(&mut out, key, value);
@@ -139,7 +143,21 @@ impl Initiator {
     }
 
     fn send(&mut self, header: Header, data: &[u8]) {
-        self.stream.write_all(&encode(header, data)).unwrap();
+        let bytes = encode(header, data);
+        match &mut self.corked {
+            Some(corked) => corked.extend(bytes),
+            None => self.stream.write_all(&bytes).unwrap(),
+        }
+    }
+
+    /// What is sent from now on goes out at once, with [`Initiator::uncork`].
+    pub(crate) fn cork(&mut self) {
+        self.corked = Some(Vec::new());
+    }
+
+    pub(crate) fn uncork(&mut self) {
+        let corked = self.corked.take().unwrap_or_default();
+        self.stream.write_all(&corked).unwrap();
     }
 
     /// The next PDU; nothing where the connection has ended.
@@ -163,20 +181,66 @@ impl Initiator {
         Some((header, data))
     }
 
-    /// A command of LUN 0, and its end. At most 64 KiB go along with it.
+    /// A command, and its end. At most 64 KiB go along with it.
     pub(crate) fn command(&mut self, cdb: &[u8], out: &[u8], room: usize) -> Answer {
         self.begin(cdb, out, room);
         self.finish()
     }
 
-    pub(crate) fn begin(&mut self, cdb: &[u8], out: &[u8], room: usize) {
+    /// Sends a command: its tag.
+    pub(crate) fn begin(&mut self, cdb: &[u8], out: &[u8], room: usize) -> u32 {
         let (itt, sn) = self.next_sn();
         let mut full = [0; 16];
         full[..cdb.len()].copy_from_slice(cdb);
         let edtl = u32::try_from(out.len().max(room)).unwrap();
         let (write, read) = (!out.is_empty(), room > 0);
         let body = Body::ScsiCommand { last: true, read, write, attr: 1, edtl, sn, cdb: full };
-        self.send(Header::new(itt, 0, body).with_lun(encode_lun(0)), out);
+        self.send(Header::new(itt, 0, body).with_lun(encode_lun(self.lun)), out);
+        itt
+    }
+
+    /// Sends a write without its data, of so many blocks of 4096 bytes. Whether it is asked for: there is a buffer.
+    /// One that would wait for that is aborted.
+    pub(crate) fn announce_write(&mut self, blocks: u16) -> bool {
+        let (itt, sn) = self.next_sn();
+        let mut cdb = [0; 16];
+        cdb[..10].copy_from_slice(&ten(0x2a, 0, blocks));
+        let edtl = u32::from(blocks) * 4096;
+        let body =
+            Body::ScsiCommand { last: true, read: false, write: true, attr: 1, edtl, sn, cdb };
+        self.send(Header::new(itt, 0, body).with_lun(encode_lun(self.lun)), &[]);
+        if self.is_silent(Duration::from_millis(100)) {
+            self.begin_abort(itt);
+            assert_eq!(self.finish_abort(), 0, "function complete");
+            return false;
+        }
+        let (header, _) = self.receive().expect("the session goes on");
+        assert!(matches!(header.body, Body::R2t { .. }), "{header:?}");
+        true
+    }
+
+    /// Sends ABORT TASK.
+    pub(crate) fn begin_abort(&mut self, rtt: u32) {
+        let (itt, sn) = self.next_sn();
+        let ref_cmd_sn = sn.cmd - 1;
+        let body = Body::TaskManagement { function: 1, rtt, sn, ref_cmd_sn };
+        self.send(Header::new(itt, 0, body).with_lun(encode_lun(self.lun)), &[]);
+    }
+
+    /// The response to a task management function.
+    pub(crate) fn finish_abort(&mut self) -> u8 {
+        match self.receive().expect("the session goes on").0.body {
+            Body::TaskManagementResponse { response, .. } => response,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Whether nothing comes for so long.
+    pub(crate) fn is_silent(&self, wait: Duration) -> bool {
+        self.stream.set_read_timeout(Some(wait)).unwrap();
+        let silent = self.stream.peek(&mut [0]).is_err();
+        self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        silent
     }
 
     pub(crate) fn finish(&mut self) -> Answer {
@@ -225,10 +289,15 @@ impl Initiator {
 
     /// PERSISTENT RESERVE OUT.
     pub(crate) fn reserve_out(&mut self, action: u8, kind: u8, key: u64, service: u64) -> Answer {
+        self.begin_reserve_out(action, kind, key, service);
+        self.finish()
+    }
+
+    pub(crate) fn begin_reserve_out(&mut self, action: u8, kind: u8, key: u64, to: u64) -> u32 {
         let mut list = [0; 24];
         list[..8].copy_from_slice(&key.to_be_bytes());
-        list[8..16].copy_from_slice(&service.to_be_bytes());
-        self.command(&[0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0], &list, 0)
+        list[8..16].copy_from_slice(&to.to_be_bytes());
+        self.begin(&[0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0], &list, 0)
     }
 
     /// LOGICAL UNIT RESET of LUN 0: the response.

@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, dead_code, reason = "tests, of which each uses a part")]
 
+pub(crate) mod cable;
+pub(crate) mod host;
 pub(crate) mod initiator;
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -17,7 +20,7 @@ use cairn_engine::control::{Command, Reply};
 use cairn_engine::device::PoolDevice;
 use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::initiator::{QueueIndex, Session, SessionConfig, SessionEvent, Submit};
-use cairn_engine::reactor::{Attach, DriverConfig, MemRegion};
+use cairn_engine::reactor::{Attach, BlockFile, DriverConfig, IoMode, MemRegion};
 use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec};
 use cairn_engine::{
     ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReport, VolumeSpec,
@@ -48,7 +51,12 @@ impl Engine {
     }
 
     pub(crate) fn start_with(shards: u16, config: ShardConfig) -> Self {
-        let driver = DriverConfig { arena_len: 16 << 20, ..DriverConfig::default() };
+        Self::start_in(16 << 20, shards, config)
+    }
+
+    /// With so many bytes of buffers.
+    pub(crate) fn start_in(arena_len: u32, shards: u16, config: ShardConfig) -> Self {
+        let driver = DriverConfig { arena_len, ..DriverConfig::default() };
         let config = ShardConfig { assembly_wait_ms: 200, ..config };
         let (handle, thread) = cairn_engine::start_shards(&driver, &config, shards).unwrap();
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -68,13 +76,43 @@ impl Engine {
     /// A pool in memory.
     pub(crate) fn add_pool(&self, name: &str) {
         let mut device = PoolDevice(Attach::Memory(MemRegion::new(64 << 20).unwrap()));
+        Self::format(&mut device, name);
+        self.open_pool(name, device);
+    }
+
+    fn format(device: &mut PoolDevice, name: &str) {
         let options = FormatOptions {
             pool_id: PoolId(u128::from(name.as_bytes()[0])),
             device_is_zeroed: true,
             sector_size: 4096,
             force: false,
         };
-        Pool::format(&mut device, &options).unwrap();
+        Pool::format(device, &options).unwrap();
+    }
+
+    /// A pool in a file, which is made anew where it is not there.
+    pub(crate) fn add_pool_in(&self, name: &str, path: &Path) {
+        let fresh = !path.exists();
+        if fresh {
+            BlockFile::create(path, 64 << 20).unwrap();
+        }
+        let begun = Instant::now();
+        let file = loop {
+            match BlockFile::open(path, IoMode::Buffered) {
+                Ok(file) => break file,
+                // The kernel lets go of what a ring has used a moment after that is gone.
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "{error}"),
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        let mut device = PoolDevice(Attach::File(file));
+        if fresh {
+            Self::format(&mut device, name);
+        }
+        self.open_pool(name, device);
+    }
+
+    fn open_pool(&self, name: &str, mut device: PoolDevice) {
         let pool = Box::new(MultiPool::from(Pool::open(&mut device).unwrap()));
         let len = device.len();
         let devices = vec![PoolMember { device: device.0, len, path: String::new() }];

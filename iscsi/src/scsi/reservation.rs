@@ -4,6 +4,7 @@ use cairn_block::reservation::{
     Action, Change, Notice, Refusal, Registrant, ReservationType, Reservations,
 };
 
+use super::opcodes::allocation_len;
 use super::sense::{Sense, Status};
 use super::unit::Attention;
 use crate::wire::{len32, put, u64_at};
@@ -30,8 +31,29 @@ fn transport_id(registrant: &Registrant) -> (Vec<u8>, u16) {
     (out, port)
 }
 
+/// PERSISTENT RESERVE IN: what an initiator wants to know of the reservations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReserveIn {
+    action: u8,
+    allocation_len: usize,
+}
+
+impl ReserveIn {
+    /// Of a CDB that the table of operation codes lets through.
+    pub(crate) fn of(cdb: &[u8; 16]) -> Self {
+        Self { action: cdb[1] & 0x1f, allocation_len: allocation_len(cdb) }
+    }
+
+    /// The parameter data, cut to the allocation length.
+    pub(crate) fn answer(self, table: &Reservations) -> Vec<u8> {
+        let mut data = report(table, self.action);
+        data.truncate(self.allocation_len);
+        data
+    }
+}
+
 /// The parameter data of PERSISTENT RESERVE IN.
-pub(crate) fn report(table: &Reservations, action: u8) -> Vec<u8> {
+fn report(table: &Reservations, action: u8) -> Vec<u8> {
     const READ_KEYS: u8 = 0;
     const READ_RESERVATION: u8 = 1;
     const REPORT_CAPABILITIES: u8 = 2;

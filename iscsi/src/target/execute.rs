@@ -14,7 +14,7 @@ use crate::scsi::inquiry::{self, Limits, PortView, Subject};
 use crate::scsi::mode;
 use crate::scsi::opcodes::{self, allocation_len};
 use crate::scsi::ports;
-use crate::scsi::reservation;
+use crate::scsi::reservation::{self, ReserveIn};
 use crate::scsi::sanitize;
 use crate::scsi::sense::{Sense, Status};
 use crate::scsi::unit::{Attention, NexusId, Unit, UnitHandle};
@@ -34,6 +34,7 @@ enum Ending {
     Part(IoCommand, u32),
     Reserve(Change),
     Sanitize(SanitizeCommand),
+    ReserveIn(ReserveIn),
     /// What became of the copy with this list identifier.
     CopyStatus(u8),
 }
@@ -211,6 +212,7 @@ impl Target {
                 self.reserve(place, releases)
             }
             op::MODE_SELECT_6 | op::MODE_SELECT_10 => self.mode_select(place, scsi, data, mem),
+            op::PERSISTENT_RESERVE_IN => Ok(Ending::ReserveIn(ReserveIn::of(cdb))),
             op::PERSISTENT_RESERVE_OUT => {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 Ok(Ending::Reserve(reservation::change(&session.registrant, cdb, list)?))
@@ -256,7 +258,6 @@ impl Target {
             | op::READ_DEFECT_DATA_10
             | op::READ_DEFECT_DATA_12
             | op::SERVICE_ACTION_IN_16
-            | op::PERSISTENT_RESERVE_IN
             | op::MAINTENANCE_IN
             | op::THIRD_PARTY_COPY_IN => self.report(place, cdb, unit),
             _ => on_blocks(unit, scsi, data, place.limits, mem),
@@ -304,9 +305,6 @@ impl Target {
                 inquiry::capacity_16(&unit.config)
             }
             (op::SERVICE_ACTION_IN_16, _) => return lba_status(cdb, unit),
-            (op::PERSISTENT_RESERVE_IN, _) => {
-                reservation::report(&self.volume(unit)?.reservations, action)
-            }
             (op::MAINTENANCE_IN, 0x0a) => ports::report(cdb, &node.port_groups())?,
             (op::MAINTENANCE_IN, 0x0c) => {
                 opcodes::report(cdb, place.limits.atomic(&unit.config) > 0)?
@@ -445,7 +443,10 @@ fn finish<M: Memory>(
     mem: &mut M,
 ) -> Outcome {
     release(data, mem);
-    if let (Ending::Io(_) | Ending::Reserve(_) | Ending::Sanitize(_), Some(unit)) = (&ending, unit)
+    if let (
+        Ending::Io(_) | Ending::Reserve(_) | Ending::ReserveIn(_) | Ending::Sanitize(_),
+        Some(unit),
+    ) = (&ending, unit)
     {
         conn.set_unit(slot, unit);
     }
@@ -462,6 +463,7 @@ fn finish<M: Memory>(
         (Ending::Sanitize(command), Some(unit)) => {
             return Outcome::Sanitize { slot, unit, command };
         }
+        (Ending::ReserveIn(query), Some(unit)) => return Outcome::ReserveIn { slot, unit, query },
         (Ending::Status(status), _) => conn.respond(slot, status, mem),
         (Ending::Data(mut bytes), _) => {
             bytes.truncate(allocation_len(&scsi.cdb));
@@ -471,6 +473,7 @@ fn finish<M: Memory>(
             Ending::Io(_)
             | Ending::Part(..)
             | Ending::Reserve(_)
+            | Ending::ReserveIn(_)
             | Ending::Sanitize(_)
             | Ending::CopyStatus(_),
             _,

@@ -66,6 +66,38 @@ fn a_read_is_answered_once_a_majority_has_granted_a_lease() {
     assert_eq!((b.status_of(5), b.held.len()), (Some(IoStatus::Ok), asked));
 }
 
+/// What is told of the configuration is as old as what is read, at most.
+#[test]
+fn whoever_wants_a_lease_gets_one_when_a_majority_is_there() {
+    let mut b = Bench::online(3);
+    b.hold_registers = true;
+    assert!(!b.nexus.has_lease(b.now));
+    b.nexus.want_lease(b.now);
+    b.pump();
+    assert_eq!(renewals(&b), [0, 1, 2]);
+    renew(&mut b, 1, ok());
+    assert!(!b.nexus.has_lease(b.now));
+    renew(&mut b, 2, ok());
+    assert!(b.nexus.has_lease(b.now + LEASE - 1) && !b.nexus.has_lease(b.now + LEASE));
+    renew(&mut b, 0, ok());
+    // Nobody asks again who has it.
+    b.pass(LEASE * 2);
+    assert_eq!(renewals(&b), []);
+
+    // While too few are there, those that are are asked again and again.
+    b.disconnect(0);
+    b.disconnect(1);
+    b.nexus.want_lease(b.now);
+    b.pump();
+    assert_eq!(renewals(&b), [2]);
+    renew(&mut b, 2, ok());
+    b.pass(LEASE);
+    assert_eq!(renewals(&b), [2]);
+    assert!(!b.nexus.has_lease(b.now));
+    b.nexus.close();
+    assert!(!b.nexus.has_lease(b.now));
+}
+
 #[test]
 fn a_nexus_that_is_cut_off_with_a_stale_replica_answers_no_reads() {
     let mut b = Bench::online(3);

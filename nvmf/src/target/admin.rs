@@ -5,7 +5,10 @@ use cairn_block::Memory;
 use super::controller::{Held, KEEP_ALIVE_GRANULARITY_MS, Kind};
 use super::fabrics::VERSION;
 use super::io::{IO_OPCODES, MUTATING_OPCODES};
-use super::{Command, MAX_AERS, MAX_NSID, Outcome, Queue, Status, Target, answer, refuse};
+use super::reservations::RESERVATION_OPCODES;
+use super::{
+    Command, MAX_AERS, MAX_NSID, NamespaceConfig, Outcome, Queue, Status, Target, answer, refuse,
+};
 use crate::ana::{self, AnaLog};
 use crate::features;
 use crate::identify::{
@@ -13,6 +16,7 @@ use crate::identify::{
     cns,
 };
 use crate::log::{self, DISCOVERY_NQN};
+use crate::reservation;
 use crate::sqe::{Sqe, opcode};
 use crate::wire::put;
 
@@ -39,10 +43,12 @@ const CTRATT: u32 = 1 | 1 << 6;
 const LPA: u8 = 1 << 1 | 1 << 2;
 /// ONCS: Dataset Management, Write Zeroes, Verify.
 const ONCS: u16 = 1 << 2 | 1 << 3 | 1 << 7;
+/// ONCS: reservations.
+const ONCS_RESERVATIONS: u16 = 1 << 5;
 /// SGLS: supported; offsets for in-capsule data.
 const SGLS: u32 = 1 | 1 << 20;
 /// Broadcast NSID.
-const NSID_ALL: u32 = u32::MAX;
+pub(super) const NSID_ALL: u32 = u32::MAX;
 
 /// How an admin command without data ends.
 type Answer = Result<u64, Status>;
@@ -62,6 +68,11 @@ impl Target {
             opcode::IDENTIFY => return self.identify(index, queue, cmd, mem),
             opcode::GET_LOG_PAGE => return self.get_log_page(index, queue, cmd, mem),
             opcode::ASYNC_EVENT_REQUEST => return self.async_event_request(index, queue, cmd, mem),
+            opcode::GET_FEATURES | opcode::SET_FEATURES
+                if sqe.cdw(10).to_le_bytes()[0] == features::RESERVATION_PERSISTENCE =>
+            {
+                return self.persistence(index, queue, cmd, mem);
+            }
             opcode::GET_FEATURES => match self.get_features(index, &sqe) {
                 Ok(Feature::Value(dw0)) => Ok(u64::from(dw0)),
                 Ok(Feature::Data(bytes)) => return send(queue, cmd, &bytes, mem),
@@ -177,6 +188,7 @@ impl Target {
                         metadata_len: 0,
                         nguid: ns.id,
                         ana_group,
+                        rescap: rescap(ns),
                     }
                     .encode(page);
                 }
@@ -191,7 +203,7 @@ impl Target {
             cns::NAMESPACE_INDEPENDENT => {
                 if let Some(ns) = subsystem.namespace(nsid) {
                     let group = if subsystem.config.ana.is_some() { ana::GROUP } else { 0 };
-                    identify::encode_independent(ns.volatile_write_cache, group, page);
+                    identify::encode_independent(ns.volatile_write_cache, group, rescap(ns), page);
                 }
             }
             _ => return Err(invalid_field),
@@ -245,6 +257,9 @@ impl Target {
                 identity.nn = MAX_NSID;
                 identity.mnan = MAX_NSID;
                 identity.oncs = ONCS;
+                if subsystem.has_reservations() {
+                    identity.oncs |= ONCS_RESERVATIONS;
+                }
                 // VWC b2:1: Flush does not take the broadcast NSID.
                 let volatile = subsystem.namespaces.iter().any(|ns| ns.volatile_write_cache);
                 identity.vwc = 2 << 1 | u8::from(volatile);
@@ -295,6 +310,7 @@ impl Target {
                 log::CHANGED_NAMESPACES => controller.forget_changed_namespaces(),
                 log::DISCOVERY => controller.unmask(features::AEN_DISCOVERY_CHANGE),
                 ana::LOG => controller.unmask(features::AEN_ANA_CHANGE),
+                log::RESERVATION_NOTIFICATION => controller.forget_notification(),
                 _ => {}
             }
         }
@@ -312,10 +328,12 @@ impl Target {
             };
         }
         let (_, subsystem) = self.subsystem_of(index).ok_or(invalid)?;
+        let reserves = subsystem.has_reservations();
         match (lid, subsystem.config.ana) {
-            (log::SUPPORTED, Some(_)) => {
+            (log::SUPPORTED, ana) => {
                 let mut pages = LOG_PAGES.to_vec();
-                pages.push(ana::LOG);
+                pages.extend(ana.map(|_| ana::LOG));
+                pages.extend(reserves.then_some(log::RESERVATION_NOTIFICATION));
                 return Ok(log::supported(&pages));
             }
             (ana::LOG, Some(state)) => {
@@ -326,14 +344,18 @@ impl Target {
             _ => {}
         }
         match lid {
-            log::SUPPORTED => Ok(log::supported(&LOG_PAGES)),
+            log::RESERVATION_NOTIFICATION if reserves => Ok(controller.notification_log()),
             // ELPE is 0's based; no error was ever logged.
             log::ERROR_INFORMATION => Ok(vec![0; 64 * 128]),
             log::HEALTH => Ok(log::health()),
             log::FIRMWARE_SLOT => Ok(log::firmware_slot(&self.config.firmware)),
             log::CHANGED_NAMESPACES => Ok(log::changed_namespaces(controller.changed_namespaces())),
             log::COMMAND_EFFECTS => {
-                Ok(log::command_effects(&ADMIN_OPCODES, &IO_OPCODES, &MUTATING_OPCODES))
+                let mut io = IO_OPCODES.to_vec();
+                if reserves {
+                    io.extend(RESERVATION_OPCODES);
+                }
+                Ok(log::command_effects(&ADMIN_OPCODES, &io, &MUTATING_OPCODES))
             }
             _ => Err(invalid),
         }
@@ -366,6 +388,9 @@ impl Target {
                 Ok(Feature::Value(features::number_of_queues(self.config.max_io_queues)))
             }
             features::HOST_BEHAVIOR => Ok(Feature::Data(vec![0; 512])),
+            features::RESERVATION_NOTIFICATION_MASK => {
+                self.notification_mask(index, sqe.nsid()).map(Feature::Value)
+            }
             // EXHID: fabrics has 128-bit host identifiers only.
             features::HOST_IDENTIFIER if sqe.cdw(11) & 1 != 0 => {
                 Ok(Feature::Data(controller.hostid.to_be_bytes().to_vec()))
@@ -385,6 +410,9 @@ impl Target {
         let discovery = controller.kind == Kind::Discovery;
         let value = sqe.cdw(11);
         match fid {
+            features::RESERVATION_NOTIFICATION_MASK if !discovery => {
+                self.set_notification_mask(index, sqe.nsid(), value)
+            }
             features::ASYNC_EVENT_CONFIG => {
                 let supported = if discovery {
                     features::AEN_DISCOVERY_CHANGE
@@ -430,6 +458,11 @@ impl Target {
             _ => Err(invalid),
         }
     }
+}
+
+/// What a namespace can do of reservations.
+fn rescap(namespace: &NamespaceConfig) -> u8 {
+    if namespace.reservations { reservation::CAPABILITIES } else { 0 }
 }
 
 enum Feature {

@@ -1,8 +1,13 @@
 //! One controller: an association of a host with a subsystem.
 
+use std::collections::VecDeque;
+
+use cairn_block::reservation::Notice;
+
 use super::queue::Binding;
 use super::{ConnId, ControllerInfo, Deferred, MAX_AERS, SlotId, Status, SubsystemId};
 use crate::features;
+use crate::reservation::{Notification, encode_log, notice_code};
 
 /// CC.EN.
 const CC_EN: u32 = 1;
@@ -16,6 +21,8 @@ const CSTS_SHST_COMPLETE: u32 = 2 << 2;
 pub(super) const KEEP_ALIVE_GRANULARITY_MS: u32 = 1000;
 /// Changed namespaces that are told one by one.
 const MAX_CHANGED: usize = 1025;
+/// Reservation notifications that are kept; that older ones are lost the log pages' count tells.
+const MAX_NOTIFICATIONS: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -48,6 +55,11 @@ pub(super) struct Controller {
     pending: Vec<(u32, u32)>,
     /// Ascending.
     changed_namespaces: Vec<u32>,
+    /// What of reservations was not told yet, and how much there ever was.
+    notifications: VecDeque<Notification>,
+    notified: u64,
+    /// Reservation Notification Mask of each namespace that has one.
+    notification_masks: Vec<(u32, u32)>,
 }
 
 /// What a write to CC began.
@@ -84,6 +96,9 @@ impl Controller {
             masked: 0,
             pending: Vec::new(),
             changed_namespaces: Vec::new(),
+            notifications: VecDeque::new(),
+            notified: 0,
+            notification_masks: Vec::new(),
         }
     }
 
@@ -151,6 +166,9 @@ impl Controller {
             self.masked = 0;
             self.pending.clear();
             self.changed_namespaces.clear();
+            self.notifications.clear();
+            self.notified = 0;
+            self.notification_masks.clear();
         }
         if shuts_down {
             self.csts |= CSTS_SHST_COMPLETE;
@@ -181,7 +199,7 @@ impl Controller {
 
     /// Something happened that `bit` of the configuration asks for.
     pub(super) fn raise(&mut self, bit: u32, event: u32) -> Option<Deferred> {
-        if self.event_config & bit == 0
+        if (self.event_config | features::AEN_RESERVATION) & bit == 0
             || self.masked & bit != 0
             || self.pending.iter().any(|&(b, _)| b == bit)
         {
@@ -215,6 +233,41 @@ impl Controller {
     pub(super) fn forget_changed_namespaces(&mut self) {
         self.changed_namespaces.clear();
         self.unmask(features::AEN_NAMESPACE_ATTRIBUTE);
+    }
+
+    pub(super) fn set_notification_mask(&mut self, nsid: u32, mask: u32) {
+        self.notification_masks.retain(|&(of, _)| of != nsid);
+        self.notification_masks.push((nsid, mask));
+    }
+
+    pub(super) fn notification_mask(&self, nsid: u32) -> u32 {
+        self.notification_masks.iter().find(|&&(of, _)| of == nsid).map_or(0, |&(_, mask)| mask)
+    }
+
+    /// The host is to hear of a change of a namespace's reservations, unless it does not want to.
+    pub(super) fn notify(&mut self, nsid: u32, notice: Notice) -> Option<Deferred> {
+        if self.notification_mask(nsid) & 1 << notice_code(notice) != 0 {
+            return None;
+        }
+        self.notified += 1;
+        if self.notifications.len() == MAX_NOTIFICATIONS {
+            self.notifications.pop_front();
+        }
+        self.notifications.push_back(Notification { count: self.notified, notice, nsid });
+        self.raise(features::AEN_RESERVATION, features::EVENT_RESERVATION)
+    }
+
+    /// The Reservation Notification log page.
+    pub(super) fn notification_log(&self) -> Vec<u8> {
+        encode_log(self.notifications.front(), self.notifications.len().saturating_sub(1))
+    }
+
+    /// The host has read it. Once it has read them all it is told when there are more.
+    pub(super) fn forget_notification(&mut self) {
+        self.notifications.pop_front();
+        if self.notifications.is_empty() {
+            self.unmask(features::AEN_RESERVATION);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use cairn_block::{BlockSize, Lba, LbaRange, Memory, undo};
 
+use super::reservations::RESERVATION_OPCODES;
 use super::{Command, Io, IoCommand, NamespaceConfig, Outcome, Queue, Status, Target, refuse};
 use crate::ana::AnaState;
 use crate::identify::{PAGE_LEN, VSL};
@@ -58,7 +59,9 @@ impl Target {
         cmd: Command,
         mem: &mut M,
     ) -> Outcome {
-        if !IO_OPCODES.contains(&cmd.sqe.opcode()) {
+        let opcode = cmd.sqe.opcode();
+        let reserves = !IO_OPCODES.contains(&opcode);
+        if reserves && !RESERVATION_OPCODES.contains(&opcode) {
             return refuse(queue, cmd, Status::INVALID_OPCODE.with_dnr(), mem);
         }
         let found = self.subsystem_of(index).and_then(|(_, s)| {
@@ -74,6 +77,9 @@ impl Target {
         if replica && cmd.sqe.opcode() == opcode::WRITE_ATOMIC {
             // What makes it whole is the nexus.
             return refuse(queue, cmd, Status::INVALID_OPCODE.with_dnr(), mem);
+        }
+        if reserves {
+            return self.handle_reservation(index, queue, cmd, &namespace, mem);
         }
         let slot = cmd.slot;
         match decode_io(&namespace, replica, queue, cmd, mem) {

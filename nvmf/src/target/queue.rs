@@ -444,6 +444,20 @@ impl Queue {
         self.parked.push_back(slot.0);
     }
 
+    /// I/O commands for a namespace that wait for their data end so once it is here.
+    pub(crate) fn abort_incoming(&mut self, nsid: u32, status: Status) {
+        if self.is_admin() {
+            return;
+        }
+        for slot in &mut self.slots {
+            let waits =
+                matches!(slot.state, SlotState::WaitingForMemory | SlotState::Receiving { .. });
+            if waits && slot.sqe.nsid() == nsid {
+                slot.failure.get_or_insert(status);
+            }
+        }
+    }
+
     /// The host is done with the connection.
     pub(crate) fn disconnect(&mut self) {
         self.close_reason.get_or_insert(CloseReason::Disconnected);

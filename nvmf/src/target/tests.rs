@@ -1,3 +1,5 @@
+mod reservations;
+
 use cairn_block::Memory;
 use proptest::prelude::*;
 

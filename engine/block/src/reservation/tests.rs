@@ -82,6 +82,34 @@ fn a_key_has_to_be_known_to_be_changed() {
 }
 
 #[test]
+fn hosts_of_nvme_register_once_and_replace_what_they_have() {
+    let mut r = three();
+    let join = |new_key| Action::Join { new_key, aptpl: None };
+    let replace = |new_key, ignore| Action::Replace { new_key, aptpl: None, ignore };
+    // A second time with the same key is no error, with another one it is, whatever CRKEY says.
+    ask(&mut r, 2, 99, join(20)).unwrap();
+    assert_eq!(ask(&mut r, 2, 20, join(21)), Err(Refusal::Conflict));
+    ask(&mut r, 4, 99, join(40)).unwrap();
+    assert_eq!(r.find(&host(4)).map(|r| r.key), Some(40));
+    // Who is not registered has nothing to replace, with key 0 neither.
+    assert_eq!(ask(&mut r, 6, 0, replace(60, false)), Err(Refusal::Conflict));
+    assert_eq!(ask(&mut r, 6, 0, replace(0, false)), Err(Refusal::Conflict));
+    assert_eq!(ask(&mut r, 6, 0, replace(0, true)), Err(Refusal::Conflict));
+    assert_eq!(ask(&mut r, 2, 21, replace(22, false)), Err(Refusal::Conflict));
+    ask(&mut r, 2, 20, replace(22, false)).unwrap();
+    ask(&mut r, 4, 0, replace(44, true)).unwrap();
+    ask(&mut r, 6, 0, replace(60, true)).unwrap();
+    assert_eq!([2, 4, 6].map(|n| r.find(&host(n)).unwrap().key), [22, 44, 60]);
+    ask(&mut r, 4, 0, replace(0, true)).unwrap();
+    ask(&mut r, 2, 22, replace(0, false)).unwrap();
+    assert!(r.find(&host(2)).is_none() && r.find(&host(4)).is_none());
+    // Whether it is kept anybody may say.
+    let before = r.generation();
+    ask(&mut r, 9, 0, Action::Persist(true)).unwrap();
+    assert!(r.aptpl() && r.generation() == before);
+}
+
+#[test]
 fn who_is_nobody_does_not_turn_aptpl_off() {
     let mut r = Reservations::default();
     ask(&mut r, 1, 0, Action::Register { new_key: 1, aptpl: Some(true) }).unwrap();
@@ -234,7 +262,14 @@ fn actions() -> impl Strategy<Value = Action> {
     prop_oneof![
         (0..4_u64, aptpl.clone())
             .prop_map(|(new_key, aptpl)| Action::RegisterAndIgnore { new_key, aptpl }),
-        (0..4_u64, aptpl).prop_map(|(new_key, aptpl)| Action::Register { new_key, aptpl }),
+        (0..4_u64, aptpl.clone()).prop_map(|(new_key, aptpl)| Action::Register { new_key, aptpl }),
+        (1..4_u64, aptpl.clone()).prop_map(|(new_key, aptpl)| Action::Join { new_key, aptpl }),
+        (0..4_u64, aptpl, any::<bool>()).prop_map(|(new_key, aptpl, ignore)| Action::Replace {
+            new_key,
+            aptpl,
+            ignore
+        }),
+        any::<bool>().prop_map(Action::Persist),
         kind().prop_map(Action::Reserve),
         kind().prop_map(Action::Release),
         Just(Action::Clear),

@@ -3,8 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
+#[path = "../../../engine/tests/common/initiator.rs"]
+#[allow(dead_code, reason = "the tests of the engine use more of it")]
+mod initiator;
+
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use cairn_block::{
     BlockSize, Buf, BufSlice, IoOp, IoRequest, Lba, LbaRange, Memory, PoolDeviceId, PoolId,
@@ -22,15 +28,18 @@ use cairn_engine::replica::{
     Device, DeviceOptions, FormatOptions, MultiPool, OpenOptions, ReplicaSpec,
 };
 use cairn_engine::{
-    ChildAddress, Command, EncryptionSpec, EngineError, PoolMember, Reply, Shard, ShardConfig,
-    VolumeSpec,
+    ChildAddress, Command, EncryptionSpec, EngineError, IscsiConfig, IscsiExport, IscsiPortal,
+    PoolMember, Reply, Shard, ShardConfig, VolumeSpec,
 };
+use initiator::Initiator;
 
 const BLOCKS: u64 = 1024;
 const DEPTH: usize = 8;
 const WARM: usize = 4000;
 const MEASURED: usize = 2000;
 const IO: QueueIndex = QueueIndex(1);
+const PATIENCE: Duration = Duration::from_secs(20);
+const PORTAL_GROUP: u16 = 1;
 
 /// A driver whose poll does not wait, so that several take turns on one thread.
 struct Quick(UringDriver);
@@ -117,6 +126,7 @@ impl Shards {
             cntlid_max: 100 + number * 100,
             // Renewed within the measure, too.
             lease_ms: 100,
+            iscsi: IscsiConfig { portal_groups: vec![PORTAL_GROUP], ..IscsiConfig::default() },
             ..ShardConfig::default()
         };
         self.shards.push(Shard::new(Quick::new(), config));
@@ -376,6 +386,17 @@ fn an_encrypted_volume_serves_without_allocating() {
 
 fn measure_volume(encryption: Option<EncryptionSpec>) {
     let mut shards = Shards { shards: Vec::new(), allocations: 0 };
+    let (_, address, nqn) = add_volume(&mut shards, encryption, None);
+    let mut host = Host::new(address, &nqn);
+    measure(&mut shards, &mut host);
+}
+
+/// A volume of three replicas: the shard that serves it, where it listens, and its name.
+fn add_volume(
+    shards: &mut Shards,
+    encryption: Option<EncryptionSpec>,
+    iscsi: Option<Box<IscsiExport>>,
+) -> (usize, SocketAddr, String) {
     let replicas: Vec<(ReplicaId, SocketAddr)> = (0..3).map(|_| shards.add_replica()).collect();
     let (nexus, address) = shards.add();
     let nqn = "nqn.2026-11.io.cairn:volume".to_owned();
@@ -386,7 +407,7 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
         blocks: BLOCKS,
         block_size: Some(BlockSize::B4096),
         sharing: None,
-        iscsi: None,
+        iscsi,
         children: replicas
             .into_iter()
             .map(|(id, peer)| (id, ChildAddress::Remote { peer, nqn: replica_nqn(id) }).into())
@@ -400,6 +421,72 @@ fn measure_volume(encryption: Option<EncryptionSpec>) {
     while !shards.command(nexus, |reply| Command::ListVolumes { reply })[0].serving {
         shards.turn();
     }
-    let mut host = Host::new(address, &nqn);
-    measure(&mut shards, &mut host);
+    (nexus, address, nqn)
+}
+
+/// An initiator on a thread of its own, which is not counted. It is registered, so that what is reserved is looked at.
+#[test]
+fn an_initiator_is_served_without_allocating() {
+    const IQN: &str = "iqn.2026-11.io.cairn:volume";
+    const READ: u8 = 0x28;
+    const WRITE: u8 = 0x2a;
+    let mut shards = Shards { shards: Vec::new(), allocations: 0 };
+    let export = IscsiExport {
+        iqn: IQN.to_owned(),
+        lun: 0,
+        initiators: vec!["*".to_owned()],
+        chap: None,
+        read_only: false,
+    };
+    let (nexus, ..) = add_volume(&mut shards, None, Some(Box::new(export)));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let portal = IscsiPortal { address, group: PORTAL_GROUP };
+    shards.command(nexus, |reply| Command::AddIscsiListener { listener, portal, reply });
+    let (asks, asked) = mpsc::channel::<(u8, usize)>();
+    let (says, said) = mpsc::channel();
+    let client = thread::spawn(move || {
+        let mut session = Initiator::ready(address, "iqn.2026-11.io.example:host", IQN);
+        assert!(session.reserve_out(0, 0, 0, 1).is_good());
+        says.send(()).unwrap();
+        while let Ok((code, count)) = asked.recv() {
+            for batch in 0..count / DEPTH {
+                for at in 0..DEPTH {
+                    let lba = (batch * DEPTH + at) as u64 * 37 % BLOCKS;
+                    let [low, high, ..] = lba.to_le_bytes();
+                    let cdb = [code, 0, 0, 0, high, low, 0, 0, 1, 0];
+                    match code {
+                        WRITE => session.begin(&cdb, &[1; 4096], 0),
+                        _ => session.begin(&cdb, &[], 4096),
+                    };
+                }
+                for _ in 0..DEPTH {
+                    let answer = session.finish();
+                    assert!(answer.is_good(), "{answer:?}");
+                }
+            }
+            says.send(()).unwrap();
+        }
+    });
+    let wait = |shards: &mut Shards| {
+        while said.try_recv().is_err() {
+            assert!(!client.is_finished(), "the initiator has failed");
+            shards.turn();
+        }
+    };
+    wait(&mut shards);
+    assert!(shards.allocations > 0, "a login allocates, or the count does not work");
+    for code in [WRITE, READ] {
+        asks.send((code, WARM)).unwrap();
+        wait(&mut shards);
+    }
+    for (what, code) in [("read", READ), ("write", WRITE)] {
+        shards.allocations = 0;
+        asks.send((code, MEASURED)).unwrap();
+        wait(&mut shards);
+        let count = shards.allocations;
+        assert_eq!(count, 0, "{count} allocations in {MEASURED} warm {what}s of 4 KiB");
+    }
+    drop(asks);
+    client.join().unwrap();
 }
