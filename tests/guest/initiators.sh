@@ -185,6 +185,63 @@ reservation() {
     host_do export "$INITIATOR"
 }
 
+# report DEVICE: what a controller is told of reservations.
+report() { nvme resv-report "$1" --namespace-id=1 --eds --numd=255 >/tmp/report; }
+says() { grep -q "^ *$1 *: $2\$" /tmp/report || fail "$1 is not $2: $(tr '\n' ' ' </tmp/report)"; }
+
+# Hosts of NVMe and initiators of iSCSI, and two hosts, each with a controller: what is sent to that is its host's.
+both_transports() {
+    host_do export "$INITIATOR"
+    attach
+    step "hosts of NVMe"
+    modprobe nvme-tcp
+    await 5 "the driver" test -c /dev/nvme-fabrics
+    first=11111111-1111-1111-1111-111111111111
+    other=22222222-2222-2222-2222-222222222222
+    for host in $first $other; do
+        # nvme-cli takes the second for the first.
+        printf 'transport=tcp,traddr=%s,trsvcid=%s,nqn=%s,hostid=%s,hostnqn=%s,nr_io_queues=1' "$ADDR" "$PORT" "$NQN" \
+            $host nqn.2014-08.org.nvmexpress:uuid:$host >/dev/nvme-fabrics
+    done
+    await 20 "a disk" device
+    N=$(device)
+    step "register, and reserve"
+    nvme resv-register /dev/nvme0 --namespace-id=1 --nrkey=0xa1 --rrega=0
+    nvme resv-register /dev/nvme1 --namespace-id=1 --nrkey=0xb2 --rrega=0
+    ! nvme resv-register /dev/nvme1 --namespace-id=1 --nrkey=0xb3 --rrega=0 2>/dev/null || fail "it registered twice"
+    sg_persist -n --out --register --param-sark=$KEY "$D"
+    nvme resv-acquire /dev/nvme0 --namespace-id=1 --crkey=0xa1 --rtype=1 --racqa=0
+    ! nvme resv-acquire /dev/nvme1 --namespace-id=1 --crkey=0xb2 --rtype=1 --racqa=0 2>/dev/null || fail "it reserved"
+    report /dev/nvme1
+    says rtype 1
+    says regctl 3
+    says rkey a1
+    says rkey b2
+    says rkey ${KEY#0x}
+    sg_persist -n --in --read-keys "$D" >/tmp/keys
+    grep -qi 0xa1 /tmp/keys || fail "the initiator is told $(cat /tmp/keys)"
+    ! can_write "$D" || fail "the initiator wrote"
+    step "the initiator preempts a host"
+    sg_persist -n --out --preempt --param-rk=$KEY --param-sark=0xa1 --prout-type=1 "$D"
+    can_write "$D" || fail "a write of the holder: $(cat /tmp/write)"
+    ! can_write "$N" || fail "a host wrote"
+    dd if="$N" of=/dev/null bs=4k count=1 iflag=direct 2>/tmp/read || fail "a host may not read: $(cat /tmp/read)"
+    nvme get-log /dev/nvme0 --log-id=0x80 --log-len=64 --raw-binary >/tmp/notice
+    [ "$(od -An -tu1 -j8 -N1 /tmp/notice | tr -d ' ')" = 1 ] || fail "the host is told $(od -An -tu1 /tmp/notice)"
+    step "the other host preempts the initiator, and aborts"
+    nvme resv-acquire /dev/nvme1 --namespace-id=1 --crkey=0xb2 --prkey=$KEY --rtype=3 --racqa=2
+    report /dev/nvme0
+    says rtype 3
+    says regctl 1
+    ! can_write "$D" || fail "who was preempted wrote"
+    step "cleared"
+    nvme resv-release /dev/nvme1 --namespace-id=1 --crkey=0xb2 --rrela=1
+    can_write "$D" || fail "a write after it all was cleared: $(cat /tmp/write)"
+    can_write "$N" || fail "a host's: $(cat /tmp/write)"
+    nvme disconnect -n "$NQN" >/dev/null
+    detach
+}
+
 replica_kill() {
     host_do export "$INITIATOR"
     attach
@@ -206,5 +263,6 @@ run_case iscsi-digests digests
 run_case iscsi-ext4 ext4
 run_case iscsi-reinstatement reinstatement
 run_case iscsi-reservation reservation
+run_case iscsi-nvme-reservation both_transports
 run_case iscsi-replica-kill replica_kill
 finish

@@ -217,6 +217,7 @@ pub(crate) const JOBS: [Job; 13] = [
             "iscsi-ext4",
             "iscsi-reinstatement",
             "iscsi-reservation",
+            "iscsi-nvme-reservation",
             "iscsi-replica-kill",
         ],
         reconnects: true,
@@ -225,7 +226,12 @@ pub(crate) const JOBS: [Job; 13] = [
         layout: Layout::Apart,
         on_demand: false,
         // What a reservation keeps out; any other failure of a request is told in another line too.
-        excused: &["FAILED Result: hostbyte=DID_OK driverbyte=DRIVER_OK"],
+        excused: &[
+            "FAILED Result: hostbyte=DID_OK driverbyte=DRIVER_OK",
+            "reservation conflict error, dev nvme",
+            "I/O Error (sct 0x0 / sc 0x83)",
+            "using deprecated NVME_IOCTL",
+        ],
         limit: Duration::from_secs(420),
     },
     Job {
