@@ -110,7 +110,7 @@ impl HostIo {
     }
 
     /// Done whole or not at all, where it is a write and that is asked.
-    pub(super) fn with_atomicity(self, atomic: bool) -> Self {
+    pub(super) fn with_atomic(self, atomic: bool) -> Self {
         Self { atomic, ..self }
     }
 
@@ -177,7 +177,7 @@ impl<D: Driver> Shard<D> {
         let entry = match io.command {
             IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
             IoCommand::Write { range, fua, data, atomic } => {
-                new(IoOp::Write { fua }, range).with_buf(data).with_atomicity(atomic)
+                new(IoOp::Write { fua }, range).with_buf(data).with_atomic(atomic)
             }
             IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
             IoCommand::Verify { range } => new(IoOp::Verify, range),

@@ -63,7 +63,7 @@ impl<D: Driver> Shard<D> {
         let one = match io.command {
             IoCommand::Read { range, len } => new(IoOp::Read, range).with_room(len),
             IoCommand::Write { range, data, fua, verify: false, atomic } => {
-                new(IoOp::Write { fua }, range).with_buf(data).with_atomicity(atomic)
+                new(IoOp::Write { fua }, range).with_buf(data).with_atomic(atomic)
             }
             IoCommand::Flush => new(IoOp::Flush, LbaRange::default()),
             IoCommand::Verify { range } => new(IoOp::Verify, range),
