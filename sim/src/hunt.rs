@@ -77,9 +77,8 @@ fn haunt(mutant: Mutant) -> Option<Focus> {
         Mutant::NoDrain
         | Mutant::ReadOvertakes
         | Mutant::ReadOvertaken
-        | Mutant::ReadBeforeReconcile
-        | Mutant::AtomicInPlace
-        | Mutant::UndoForgotten => Some(Focus::Reconcile),
+        | Mutant::ReadBeforeReconcile => Some(Focus::Reconcile),
+        Mutant::AtomicInPlace | Mutant::UndoForgotten => Some(Focus::Whole),
         Mutant::SettleWithoutDrain
         | Mutant::SettleWithoutFlush
         | Mutant::CandidateStays

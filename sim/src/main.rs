@@ -23,7 +23,7 @@ const USAGE: &str = "usage: cairn-sim [--seeds N] [--seed S] [--seconds T] [--jo
   --jobs J     run so many at once (default 2)
   --trace      print a line for each event that matters (with --seed alone)
   --focus F    all seeds about this: everything, rebuild, takeover, power, reconcile, churn, standby, lone,
-               restore, disks, shards or initiators
+               restore, disks, shards, initiators or whole
   --plain      no seed about anything, and members as volumes are made with
   --mutants    with each deliberate bug, or the one of this name, run seeds until it is caught: at most N
                (default 2000), at most T seconds for each (default 120)";

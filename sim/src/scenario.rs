@@ -10,6 +10,7 @@ mod members;
 mod overtaken;
 mod restore;
 mod standby;
+mod whole;
 
 use cairn_engine::ChildReport;
 use cairn_engine::nexus::{Finding, Found};
@@ -275,7 +276,7 @@ fn run_in(
     for volume in 0..volumes {
         for _ in 0..focus.hosts(1 + rng.index(2)) {
             let work = focus.work(workload(&mut rng));
-            cluster.add_client(volume, Workload { atomic_per_mille: atomic(seed), ..work });
+            cluster.add_client(volume, Workload { atomic_per_mille: atomic(seed, focus), ..work });
         }
         if focus == Focus::Initiators {
             let steps = 20 + rng.below(60);
@@ -368,7 +369,10 @@ fn run_in(
 }
 
 /// Of a thousand writes of several blocks so many are to be whole. Drawn apart: nothing else changes with it.
-fn atomic(seed: u64) -> u64 {
+fn atomic(seed: u64, focus: Focus) -> u64 {
+    if focus == Focus::Whole {
+        return 900;
+    }
     [0, 0, 300, 900][Rng::new(seed ^ 0xa701).index(4)]
 }
 

@@ -295,7 +295,7 @@ fn sim(bench: &Bench) -> Result<Counts> {
     let ended = bench.cargo(&[&args[..], &["--seeds", &seeds]].concat())?;
     let mut counts = last_line(&bench.output()).checked(ended);
     let seconds = SIM_FOCUS_SECONDS.to_string();
-    for focus in ["standby", "initiators"] {
+    for focus in ["standby", "initiators", "whole"] {
         let args = ["run", "-q", "--release", "-p", "cairn-sim", "--", "--focus", focus];
         let ended =
             bench.cargo(&[&args[..], &["--seconds", &seconds, "--seeds", &seeds]].concat())?;

@@ -39,11 +39,13 @@ pub enum Focus {
     /// Whatever the faults are, and hosts over iSCSI beside the others, which count in a block and reserve the volume;
     /// only where it is asked for.
     Initiators,
+    /// Writes that are done whole or not at all; only where it is asked for.
+    Whole,
 }
 
 impl Focus {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Everything,
         Self::Rebuild,
         Self::Takeover,
@@ -56,6 +58,7 @@ impl Focus {
         Self::Disks,
         Self::Shards,
         Self::Initiators,
+        Self::Whole,
     ];
     /// Those that seeds draw.
     const DRAWN: &[Self] = Self::ALL.split_at(6).0;
@@ -204,6 +207,7 @@ impl Run {
                 Focus::Standby => self.standby_round(),
                 Focus::Lone => self.lone_round(),
                 Focus::Restore => self.restore_round(),
+                Focus::Whole => self.whole_round(),
             }
             if self.rng.chance(150) {
                 self.hurt();
