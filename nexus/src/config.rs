@@ -445,7 +445,7 @@ mod tests {
         assert_eq!(Config::decode(&held.encode()), Ok(held.clone()));
         let undo = Config { undo: true, ..held.clone() };
         assert_eq!(Config::decode(&undo.encode()), Ok(undo.clone()));
-        let twice = [undo.encode(), vec![8, 0, 0, 0, 0, 0, 0, 0]].concat();
+        let twice = [undo.encode(), vec![9, 0, 0, 0, 0, 0, 0, 0]].concat();
         assert_eq!(Config::decode(&twice), Err(ConfigError::Section(SECTION_UNDO)));
         let restoring = Config { restoring: Some(SnapshotId(6)), ..held };
         assert_eq!(Config::decode(&restoring.encode()), Ok(restoring.clone()));

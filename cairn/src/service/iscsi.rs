@@ -85,6 +85,7 @@ impl Service {
         request: v1::ExportVolumeRequest,
     ) -> Result<v1::Volume, Status> {
         let name = request.name;
+        let before = self.known_export(&name);
         self.known(&name).await?;
         let export = request.iscsi.ok_or_else(|| Status::invalid_argument("say how: iscsi"))?;
         let mut saved = saved_of(&name, export)?;
@@ -101,7 +102,7 @@ impl Service {
         let of = name.clone();
         let engine = export.clone();
         self.ask(|reply| Command::ExportIscsi { name: of, export: Some(engine), reply }).await?;
-        self.change(|volumes| {
+        let kept = self.change(|volumes| {
             for volume in volumes.iter_mut() {
                 if volume.name == name {
                     volume.iscsi = Some(saved.clone());
@@ -111,7 +112,8 @@ impl Service {
                     held.allow_open_file = saved.allow_open_file;
                 }
             }
-        })?;
+        });
+        self.undo_unless(kept, &name, before).await?;
         for other in others {
             let Some(held) = other.iscsi else { continue };
             let (lun, read_only) = (held.lun, held.read_only);
@@ -123,10 +125,32 @@ impl Service {
     }
 
     pub(super) async fn unexport(&self, name: String) -> Result<v1::Volume, Status> {
+        let before = self.known_export(&name);
         let of = name.clone();
         self.ask(|reply| Command::ExportIscsi { name: of, export: None, reply }).await?;
-        self.change_one(&name, |volume| volume.iscsi = None)?;
+        let kept = self.change_one(&name, |volume| volume.iscsi = None);
+        self.undo_unless(kept, &name, before).await?;
         Ok(self.volume_message(self.known(&name).await?))
+    }
+
+    /// How a volume is exported by the state file.
+    fn known_export(&self, name: &str) -> Option<SavedIscsi> {
+        let state = self.state.lock();
+        state.volumes.iter().find(|v| v.name == name).and_then(|v| v.iscsi.clone())
+    }
+
+    /// Where a change could not be kept for the next start, it is not made: the engine goes back to what was before.
+    async fn undo_unless(
+        &self,
+        kept: Result<(), Status>,
+        name: &str,
+        before: Option<SavedIscsi>,
+    ) -> Result<(), Status> {
+        let Err(error) = kept else { return Ok(()) };
+        let export = before.map(|saved| saved.export_now(name));
+        let name = name.to_owned();
+        self.ask(|reply| Command::ExportIscsi { name, export, reply }).await?;
+        Err(error)
     }
 
     /// The other volumes of a target.
