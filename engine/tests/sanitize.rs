@@ -14,6 +14,7 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::shard::IscsiConfig;
 use cairn_engine::{ChildAddress, EngineError, IscsiExport, IscsiPortal, ShardConfig, VolumeSpec};
 use cairn_engine::{replica::SnapshotSpec, snapshot::SnapshotCall};
+use common::cable::Cable;
 use common::initiator::{Answer, Initiator};
 use common::{BLOCKS, Client, Engine, PATIENCE, replica_nqn};
 
@@ -270,4 +271,51 @@ fn a_sanitize_is_not_over_before_every_replica_has_it() {
     engine.call(|reply| Command::RemoveReplica { name, replica, reply }).unwrap();
     until_ready(&mut alice);
     each_block(&mut alice, 4096, |bytes| assert!(bytes.iter().all(|byte| *byte == 0xaa)));
+}
+
+/// The only replica's machine lost power, and what was overwritten there was not flushed: the sanitize went on after it, and
+/// what had been there before could be read.
+#[test]
+fn what_may_be_lost_is_sanitized_again() {
+    let folder = std::env::temp_dir().join(format!("cairn-sanitize-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let machine = |incarnation| {
+        let engine = Engine::start_with(1, ShardConfig { incarnation, ..ShardConfig::default() });
+        engine.add_pool_in("p", &folder.join("pool"));
+        engine
+    };
+    let replicas = machine(1);
+    replicas.add_replica("p", 1, 1);
+    let cable = Cable::to(replicas.address);
+    let (engine, at) = start(1);
+    let peer = ChildAddress::Remote { peer: cable.address, nqn: replica_nqn(1) };
+    engine.add_volume(spec("v", 1, &[(ReplicaId(1), peer)]));
+    let mut alice = Initiator::ready(at, ALICE, &iqn("v"));
+    let percent = || -> u64 {
+        let detail = engine.wait("v", |_| true).detail;
+        let told = detail.split_once("overwritten").and_then(|(_, rest)| rest.split_once(" %"));
+        let told = told.and_then(|(before, _)| before.rsplit(' ').next()?.parse().ok());
+        told.unwrap_or(100)
+    };
+    let list = [1, 0, 0, 1, 0xaa];
+    assert!(sanitize(&mut alice, OVERWRITE | IMMED, &list).is_good(), "it has begun");
+    let until = Instant::now() + PATIENCE;
+    while percent() < 60 {
+        assert!(Instant::now() < until, "it goes on");
+        thread::sleep(Duration::from_millis(5));
+    }
+    cable.plug(false);
+    drop(replicas);
+    let replicas = machine(2);
+    cable.lead_to(replicas.address);
+    cable.plug(true);
+    while percent() >= 60 {
+        assert!(Instant::now() < until, "it begins again");
+        thread::sleep(Duration::from_millis(5));
+    }
+    until_ready(&mut alice);
+    each_block(&mut alice, 4096, |bytes| assert!(bytes.iter().all(|byte| *byte == 0xaa)));
+    engine.remove_volume("v");
+    drop((engine, replicas));
+    std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -132,6 +132,11 @@ impl HostIo {
         self.asker
     }
 
+    /// Whether its host was preempted, and its commands aborted.
+    pub(super) fn is_preempted(&self) -> bool {
+        self.preempted
+    }
+
     /// The host of this connection was preempted.
     pub(super) fn preempt(&mut self, of: u32, its_generation: u32) {
         self.preempted |= matches!(

@@ -421,6 +421,8 @@ impl<D: Driver> Shard<D> {
         status: Status,
     ) {
         let namespace = self.ios[io].namespace();
+        let preempted = self.ios[io].is_preempted();
+        let status = if preempted { Status::PREEMPTED_AND_ABORTED } else { status };
         let memory = self.driver.memory();
         let host = self.hosts.get_mut(conn).filter(|host| host.generation == generation);
         if let Some(host) = host {

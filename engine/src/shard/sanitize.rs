@@ -82,6 +82,9 @@ enum Step {
 #[derive(Debug)]
 struct Run {
     state: Sanitize,
+    /// How far it is for sure, whatever loses power; and how often what was not flushed had been lost then.
+    durable: Sanitize,
+    losses: u64,
     step: Step,
     /// How the request in hand ended.
     status: IoStatus,
@@ -97,9 +100,11 @@ struct Run {
 }
 
 impl Run {
-    fn new(state: Sanitize, now: u64) -> Self {
+    fn new(state: Sanitize, losses: u64, now: u64) -> Self {
         Self {
             stored: state.next,
+            durable: state.clone(),
+            losses,
             state,
             step: Step::Next,
             status: IoStatus::Ok,
@@ -109,6 +114,19 @@ impl Run {
             began_ms: now,
             written: 0,
         }
+    }
+}
+
+impl Run {
+    /// What was acked and not flushed may have been lost: that is done again, whatever came of the last request.
+    fn goes_back(&mut self, losses: u64) -> bool {
+        let lost = self.losses != losses;
+        if lost {
+            self.losses = losses;
+            self.state.clone_from(&self.durable);
+            self.flushed = true;
+        }
+        lost
     }
 }
 
@@ -338,6 +356,8 @@ impl<D: Driver> Shard<D> {
         if let Some(asked) = sanitizing.asked.take_if(|asked| asked.stage == Stage::Storing) {
             match asked.wants {
                 Some((sanitize, immediate)) => {
+                    // An earlier one that failed, which could not be stored.
+                    sanitizing.run = None;
                     tracing::info!(volume = %name, passes = sanitize.passes(), "sanitize begins");
                     sanitizing.waiter = Some(asked.by);
                     if immediate {
@@ -370,7 +390,8 @@ impl<D: Driver> Shard<D> {
             None => Some(SanitizeEnd::Good),
             Some(Sanitize { failed: true, .. }) => Some(SanitizeEnd::Failed),
             Some(state) => {
-                volume.sanitizing.run.get_or_insert_with(|| Run::new(state, now));
+                let losses = volume.nexus.losses();
+                volume.sanitizing.run.get_or_insert_with(|| Run::new(state, losses, now));
                 None
             }
         };
@@ -485,6 +506,10 @@ impl<D: Driver> Shard<D> {
         let (name, shift) = (&volume.spec.name, volume.block_size.shift());
         let Some(run) = &mut volume.sanitizing.run else { return };
         let step = std::mem::replace(&mut run.step, Step::Next);
+        if run.goes_back(volume.nexus.losses()) {
+            tracing::warn!(volume = %name, block = run.state.next, "what is not flushed may be lost; it is sanitized again");
+            return self.touch_volume(at);
+        }
         match (run.status, step) {
             (IoStatus::Ok, Step::Piece(blocks)) => {
                 run.state.next += blocks;
@@ -493,7 +518,7 @@ impl<D: Driver> Shard<D> {
                     run.due_ms = run.began_ms + run.written * 1_000 / (mib_s << 20);
                 }
             }
-            (IoStatus::Ok, _) => run.flushed = true,
+            (IoStatus::Ok, _) => (run.flushed, run.durable) = (true, run.state.clone()),
             (
                 status @ (IoStatus::MediaError
                 | IoStatus::NoSpace
@@ -521,6 +546,9 @@ impl<D: Driver> Shard<D> {
         let blocks = volume.sanitize_blocks();
         let whole = volume.nexus.is_whole();
         let Some(run) = &mut volume.sanitizing.run else { return };
+        if run.goes_back(volume.nexus.losses()) {
+            return self.touch_volume(at);
+        }
         let done = run.state.next >= blocks && !run.state.failed;
         let mut next = run.state.clone();
         let bytes = if !done {
@@ -538,6 +566,7 @@ impl<D: Driver> Shard<D> {
             volume.nexus.set_sanitize(bytes, now).ok()
         };
         if stored.is_some() {
+            run.durable.clone_from(&next);
             (run.state, run.step) = (next, Step::Storing);
             return self.touch_volume(at);
         }

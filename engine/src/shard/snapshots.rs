@@ -622,7 +622,8 @@ impl<D: Driver> Shard<D> {
         let reply = match work.told.take() {
             Some(Listed::Caller(reply)) => reply,
             Some(Listed::Sanitize(number)) => {
-                let all = work.found.len() == work.asked;
+                // Nobody to ask is nobody who says no.
+                let all = work.asked > 0 && work.found.len() == work.asked;
                 let shares = (work.shares || all).then_some(work.shares);
                 return self.looked_for_shared(work.volume, number, shares);
             }

@@ -187,7 +187,8 @@ impl Target {
         let releases = matches!(cdb[0], op::RELEASE_6 | op::RELEASE_10);
         let kept_out = reserved && !passes && !releases && row.access != opcodes::Access::Any
             || volume.reservations.conflicts(Some(&session.registrant), row.guard);
-        if kept_out && !goes_on {
+        // The steps of a long transfer, too: what was reserved since is whoever reserved it's.
+        if kept_out {
             return Err(Status::ReservationConflict);
         }
         match cdb[0] {
@@ -228,6 +229,12 @@ impl Target {
                 let list = parameter_list(scsi, unit, data, mem)?;
                 let segments = copy::segments(list, &node.units, &self.config.product)?;
                 for segment in &segments {
+                    for handle in [segment.from, segment.to] {
+                        let state = self.volumes.get(&handle).and_then(|v| v.sanitize);
+                        if let Some(state) = state {
+                            return Err(state.sense().into());
+                        }
+                    }
                     // What is reserved is so for copies by others too.
                     let reads = (segment.from, Guard::Reads);
                     let writes = (segment.to, Guard::Writes);
