@@ -496,6 +496,29 @@ impl Target {
         Ok(())
     }
 
+    /// Changes whether the medium of a logical unit can be taken out, and tells the initiators. Where it cannot any more,
+    /// it is there.
+    ///
+    /// # Errors
+    /// An unknown node or unit.
+    pub fn set_removable(
+        &mut self,
+        id: NodeId,
+        lun: u16,
+        removable: bool,
+    ) -> Result<(), TargetError> {
+        let node = self.node_mut(id)?;
+        let unit = node.unit_mut(lun).ok_or(TargetError::UnknownLun { lun })?;
+        if std::mem::replace(&mut unit.config.removable, removable) != removable {
+            let before = std::mem::take(&mut unit.medium);
+            self.attend(id, Some(lun), None, Attention::InquiryChanged);
+            if before.is_ejected() {
+                self.attend(id, Some(lun), None, Attention::MediumChanged);
+            }
+        }
+        Ok(())
+    }
+
     /// Changes the target port groups of a node, and tells the initiators. Requests that were handed
     /// out are the caller's to end.
     ///
@@ -544,6 +567,7 @@ impl Target {
     ) -> Result<(), TargetError> {
         let volume = self.volumes.get_mut(&unit).ok_or(TargetError::UnknownUnit)?;
         volume.reservations = reservations;
+        let mut preempted = Vec::new();
         for session in self.sessions.iter_mut().flatten() {
             let node = session.node.and_then(|id| self.nodes.get(id.0 as usize)?.as_ref());
             let units = node.map(|node| node.units.as_slice()).unwrap_or_default();
@@ -556,8 +580,14 @@ impl Target {
                 if effects.abort.iter().any(|registrant| session.registrant.is(registrant)) {
                     let lun = Some(encode_lun(lun));
                     self.aborts.push_back(Abort { conn: session.conn, lun });
+                    preempted.push(session.nexus());
                 }
             }
+        }
+        // PREEMPT AND ABORT: nor do they keep the medium in (SBC-3, section 5.15).
+        let units = self.nodes.iter_mut().flatten().flat_map(|node| &mut node.units);
+        for of_handle in units.filter(|u| u.config.handle == unit) {
+            preempted.iter().for_each(|nexus| of_handle.medium.allow(*nexus));
         }
         Ok(())
     }

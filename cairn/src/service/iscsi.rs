@@ -40,6 +40,7 @@ pub(super) fn saved_of(volume: &str, export: v1::IscsiExport) -> Result<SavedIsc
         chap_file: Some(export.chap_file).filter(|path| !path.is_empty()),
         allow_open_file: export.allow_open_file,
         read_only: export.read_only,
+        removable: export.removable,
     })
 }
 
@@ -49,8 +50,8 @@ impl SavedIscsi {
     }
 
     fn export(&self, chap: Option<Chap>) -> IscsiExport {
-        let Self { iqn, lun, initiators, read_only, .. } = self.clone();
-        IscsiExport { iqn, lun, initiators, chap, read_only }
+        let Self { iqn, lun, initiators, read_only, removable, .. } = self.clone();
+        IscsiExport { iqn, lun, initiators, chap, read_only, removable }
     }
 
     /// What the engine is told.
@@ -114,8 +115,8 @@ impl Service {
         })?;
         for other in others {
             let Some(held) = other.iscsi else { continue };
-            let (lun, read_only) = (held.lun, held.read_only);
-            let export = IscsiExport { lun, read_only, ..export.clone() };
+            let SavedIscsi { lun, read_only, removable, .. } = held;
+            let export = IscsiExport { lun, read_only, removable, ..export.clone() };
             let name = other.name;
             self.ask(|reply| Command::ExportIscsi { name, export: Some(export), reply }).await?;
         }
@@ -156,6 +157,7 @@ impl Service {
                 chap_file: saved.chap_file.unwrap_or_default(),
                 allow_open_file: saved.allow_open_file,
                 read_only: report.read_only,
+                removable: report.removable,
             }),
             access_state: report.state.to_owned(),
             port_group: u32::from(report.port_group),

@@ -37,8 +37,14 @@ impl Cluster {
     /// How a volume is exported.
     pub(super) fn export(&self, volume: usize) -> Option<Box<IscsiExport>> {
         let initiators = vec!["*".to_owned()];
-        let export =
-            || IscsiExport { iqn: iqn(volume), lun: 0, initiators, chap: None, read_only: false };
+        let export = || IscsiExport {
+            iqn: iqn(volume),
+            lun: 0,
+            initiators,
+            chap: None,
+            read_only: false,
+            removable: false,
+        };
         self.config.initiators.then(export).map(Box::new)
     }
 
