@@ -510,9 +510,10 @@ impl Target {
         let node = self.node_mut(id)?;
         let unit = node.unit_mut(lun).ok_or(TargetError::UnknownLun { lun })?;
         if std::mem::replace(&mut unit.config.removable, removable) != removable {
-            let before = std::mem::take(&mut unit.medium);
+            unit.medium.allow_all();
+            let was_out = unit.medium.restart();
             self.attend(id, Some(lun), None, Attention::InquiryChanged);
-            if before.is_ejected() {
+            if was_out {
                 self.attend(id, Some(lun), None, Attention::MediumChanged);
             }
         }
@@ -520,7 +521,7 @@ impl Target {
     }
 
     /// Changes the target port groups of a node, and tells the initiators. Requests that were handed
-    /// out are the caller's to end.
+    /// out are the caller's to end. Where its units stand by here from then on, media that were taken out are there again.
     ///
     /// # Errors
     /// An unknown node.
@@ -533,6 +534,28 @@ impl Target {
         if config.port_groups != groups {
             config.port_groups = groups;
             self.attend(id, None, None, Attention::AccessStateChanged);
+            self.restart_idle_media(id)?;
+        }
+        Ok(())
+    }
+
+    /// Another serves the units of a node, and its media are there: so they are here, where that comes back.
+    fn restart_idle_media(&mut self, id: NodeId) -> Result<(), TargetError> {
+        let node = self.node_mut(id)?;
+        let idle = |port: &u16| {
+            matches!(node.access(*port).1, AccessState::Standby | AccessState::Unavailable)
+        };
+        if !node.config.portal_groups.iter().all(idle) {
+            return Ok(());
+        }
+        let mut loaded = Vec::new();
+        for unit in &mut node.units {
+            if unit.medium.restart() {
+                loaded.push(unit.config.lun);
+            }
+        }
+        for lun in loaded {
+            self.attend(id, Some(lun), None, Attention::MediumChanged);
         }
         Ok(())
     }

@@ -65,6 +65,11 @@ pub(crate) struct Medium {
 }
 
 impl Medium {
+    /// It is there and started, whatever it was before: whether it was out.
+    pub(crate) fn restart(&mut self) -> bool {
+        std::mem::take(&mut self.place) == Place::Ejected
+    }
+
     /// Why commands that need the medium are not carried out.
     pub(crate) fn refusal(&self) -> Option<Sense> {
         match self.place {

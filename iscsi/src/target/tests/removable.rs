@@ -235,6 +235,26 @@ fn others_are_told_that_the_medium_may_have_changed() {
     world.close();
 }
 
+/// What another process did to the medium meanwhile is not known here: it is there.
+#[test]
+fn a_unit_that_has_stood_by_has_its_medium() {
+    let (mut world, h) = removable();
+    let turn = |world: &mut World, state| {
+        let groups = vec![PortGroup { id: 1, state, ports: vec![1] }];
+        world.target.set_port_groups(world.node, groups).unwrap();
+    };
+    good(&mut world, h, &EJECT);
+    turn(&mut world, AccessState::NonOptimized);
+    refused(&mut world, h, &READY, (6, 0x2a, 6));
+    refused(&mut world, h, &READY, NO_MEDIUM);
+    turn(&mut world, AccessState::Standby);
+    turn(&mut world, AccessState::Optimized);
+    refused(&mut world, h, &READY, MAY_HAVE_CHANGED);
+    refused(&mut world, h, &READY, (6, 0x2a, 6));
+    good(&mut world, h, &READY);
+    world.close();
+}
+
 #[test]
 fn a_session_that_ends_prevents_nothing() {
     for logs_out in [false, true] {
