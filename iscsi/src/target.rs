@@ -4,6 +4,7 @@
 //! meaning: it answers what it can itself and hands out the rest as [`Outcome`]s.
 
 mod execute;
+mod medium;
 pub(crate) mod session;
 mod tasks;
 
@@ -496,30 +497,6 @@ impl Target {
         Ok(())
     }
 
-    /// Changes whether the medium of a logical unit can be taken out, and tells the initiators. Where it cannot any more,
-    /// it is there.
-    ///
-    /// # Errors
-    /// An unknown node or unit.
-    pub fn set_removable(
-        &mut self,
-        id: NodeId,
-        lun: u16,
-        removable: bool,
-    ) -> Result<(), TargetError> {
-        let node = self.node_mut(id)?;
-        let unit = node.unit_mut(lun).ok_or(TargetError::UnknownLun { lun })?;
-        if std::mem::replace(&mut unit.config.removable, removable) != removable {
-            unit.medium.allow_all();
-            let was_out = unit.medium.restart();
-            self.attend(id, Some(lun), None, Attention::InquiryChanged);
-            if was_out {
-                self.attend(id, Some(lun), None, Attention::MediumChanged);
-            }
-        }
-        Ok(())
-    }
-
     /// Changes the target port groups of a node, and tells the initiators. Requests that were handed
     /// out are the caller's to end. Where its units stand by here from then on, media that were taken out are there again.
     ///
@@ -535,27 +512,6 @@ impl Target {
             config.port_groups = groups;
             self.attend(id, None, None, Attention::AccessStateChanged);
             self.restart_idle_media(id)?;
-        }
-        Ok(())
-    }
-
-    /// Another serves the units of a node, and its media are there: so they are here, where that comes back.
-    fn restart_idle_media(&mut self, id: NodeId) -> Result<(), TargetError> {
-        let node = self.node_mut(id)?;
-        let idle = |port: &u16| {
-            matches!(node.access(*port).1, AccessState::Standby | AccessState::Unavailable)
-        };
-        if !node.config.portal_groups.iter().all(idle) {
-            return Ok(());
-        }
-        let mut loaded = Vec::new();
-        for unit in &mut node.units {
-            if unit.medium.restart() {
-                loaded.push(unit.config.lun);
-            }
-        }
-        for lun in loaded {
-            self.attend(id, Some(lun), None, Attention::MediumChanged);
         }
         Ok(())
     }
@@ -607,11 +563,7 @@ impl Target {
                 }
             }
         }
-        // PREEMPT AND ABORT: nor do they keep the medium in (SBC-3, section 5.15).
-        let units = self.nodes.iter_mut().flatten().flat_map(|node| &mut node.units);
-        for of_handle in units.filter(|u| u.config.handle == unit) {
-            preempted.iter().for_each(|nexus| of_handle.medium.allow(*nexus));
-        }
+        self.allow_removal(unit, &preempted);
         Ok(())
     }
 

@@ -84,12 +84,6 @@ const FAILURES_512: &[(&str, &str)] = &[
     ("iSCSITMF.AbortTaskSimpleAsync", ABORT),
 ];
 
-/// Where the medium can be taken out.
-const FAILURES_REMOVABLE: &[(&str, &str)] = &[(
-    "StartStopUnit.NoLoej",
-    "a unit that was stopped is to be ready, which SBC-3 has wait for START",
-)];
-
 /// And of 4096.
 const FAILURES_4096: &[(&str, &str)] = &[
     ("ProutReserve.AccessEA", SMALL),
@@ -100,6 +94,12 @@ const FAILURES_4096: &[(&str, &str)] = &[
     ("ProutReserve.AccessWERO", SMALL),
     ("iSCSITMF.AbortTaskSimpleAsync", ABORT),
 ];
+
+/// Where the medium can be taken out.
+const FAILURES_REMOVABLE: &[(&str, &str)] = &[(
+    "StartStopUnit.NoLoej",
+    "a unit that was stopped is to be ready, which SBC-3 has wait for START",
+)];
 
 /// Tests that are skipped; a name that ends with a dot is a suite.
 const SKIPS: &[(&str, &str)] = &[

@@ -168,3 +168,19 @@ impl Service {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_initiators_may_do_is_kept_over_restarts() {
+        for (read_only, removable) in [(false, true), (true, false)] {
+            let asked = v1::IscsiExport { read_only, removable, ..v1::IscsiExport::default() };
+            let stored = serde_json::to_string(&saved_of("db", asked).unwrap()).unwrap();
+            let saved: SavedIscsi = serde_json::from_str(&stored).unwrap();
+            let export = saved.checked().unwrap();
+            assert_eq!((export.read_only, export.removable), (read_only, removable));
+        }
+    }
+}

@@ -28,8 +28,7 @@ pub struct UnitConfig {
     pub volatile_write_cache: bool,
     /// Whether it takes no writes.
     pub read_only: bool,
-    /// RMB: whether initiators may have its medium taken out, and put in again. Nothing but what they are told depends
-    /// on it.
+    /// RMB: whether initiators may have its medium taken out, and put in again. What backs it does not notice.
     pub removable: bool,
     /// Blocks that are written whole or not at all, whatever happens: those of WRITE ATOMIC at most;
     /// 0 for none.
