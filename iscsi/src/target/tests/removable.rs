@@ -49,12 +49,16 @@ fn only_a_removable_unit_says_so_and_ejects() {
     }
     good(&mut world, h, &EJECT);
     refused(&mut world, h, &READY, NO_MEDIUM);
-    // A unit that is so no more has its medium.
+    good(&mut world, h, &PREVENT);
+    // A unit that is so no more has its medium, and nobody keeps it in.
     world.target.set_removable(world.node, 0, false).unwrap();
     refused(&mut world, h, &READY, MAY_HAVE_CHANGED);
     refused(&mut world, h, &READY, (6, 0x3f, 3));
     good(&mut world, h, &READY);
     assert_eq!(rmb(&mut world, 0), 0);
+    world.target.set_removable(world.node, 0, true).unwrap();
+    refused(&mut world, h, &READY, (6, 0x3f, 3));
+    good(&mut world, h, &EJECT);
     world.close();
 }
 
@@ -188,6 +192,17 @@ fn an_eject_may_be_prevented_or_aborted_while_it_waits() {
     good(&mut world, h, &READY);
     good(&mut world, b, &READY);
     assert_eq!(world.hosts[h].conn.as_ref().unwrap().outstanding(), 0);
+    // What else has happened is for the next command.
+    world.hold = true;
+    let itt = world.start(h, 0, &EJECT, &[], 0, 0);
+    world.run();
+    world.target.set_read_only(world.node, 0, true).unwrap();
+    world.hold = false;
+    world.release_held();
+    world.run();
+    assert_eq!(world.finish(h, itt, &[]).status, GOOD);
+    refused(&mut world, h, &READY, (6, 0x2a, 1));
+    refused(&mut world, h, &READY, NO_MEDIUM);
     world.close();
 }
 
