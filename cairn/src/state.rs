@@ -98,6 +98,9 @@ pub(crate) struct SavedIscsi {
     /// Initiators may not write.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) read_only: bool,
+    /// Initiators may have its medium taken out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) removable: bool,
 }
 
 /// A volume to be served.

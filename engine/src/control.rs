@@ -167,6 +167,8 @@ pub struct IscsiExport {
     pub chap: Option<Chap>,
     /// Initiators may read the volume, and not write to it; of this unit alone. Hosts of NVMe are not affected.
     pub read_only: bool,
+    /// Initiators may have the medium taken out of this unit, and put in again: they are told so, and nothing else happens.
+    pub removable: bool,
 }
 
 /// An address that initiators reach a process at.
@@ -198,6 +200,8 @@ pub struct IscsiReport {
     pub initiators: Vec<String>,
     /// Whether initiators may not write to it.
     pub read_only: bool,
+    /// Whether they may have its medium taken out.
+    pub removable: bool,
     /// Whether they have to prove who they are.
     pub chap: bool,
     /// Whether the target proves who it is, to those who ask.

@@ -33,6 +33,7 @@ fn export(volume: &str, initiators: &[&str]) -> IscsiExport {
         initiators: initiators.iter().map(|&name| name.to_owned()).collect(),
         chap: None,
         read_only: false,
+        removable: false,
     }
 }
 

@@ -36,8 +36,7 @@ fn export() -> IscsiExport {
         iqn: IQN.to_owned(),
         lun: 0,
         initiators: vec!["*".to_owned()],
-        chap: None,
-        read_only: false,
+        ..IscsiExport::default()
     }
 }
 
@@ -50,8 +49,7 @@ fn spec(engine: &Engine, purpose: Purpose) -> VolumeSpec {
         iqn: IQN.to_owned(),
         lun: 0,
         initiators: vec!["*".to_owned()],
-        chap: None,
-        read_only: false,
+        ..IscsiExport::default()
     };
     VolumeSpec { iscsi: Some(Box::new(export)), purpose, ..Engine::spec("v", 1, vec![child]) }
 }

@@ -47,6 +47,7 @@ fn target(chap: Option<Chap>) -> Option<Target> {
                 id: u128::from(lun) + 1,
                 volatile_write_cache: true,
                 read_only: false,
+                removable: lun == 1,
                 atomic_blocks: 8,
             };
             // It is fixed and valid.

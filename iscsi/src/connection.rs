@@ -131,6 +131,8 @@ pub struct ScsiCommand {
     pub received: u32,
     /// Bytes of the command's data that are done: of a later step than the first.
     pub done: u32,
+    /// What was written before it has been made durable for it: of a command that was handed out as a flush.
+    pub flushed: bool,
 }
 
 /// Blocks that follow each other and are all mapped, or all not.
@@ -223,7 +225,7 @@ pub struct Connection {
     waiting: VecDeque<u16>,
     /// Tasks whose data waits for room to be sent.
     sending: VecDeque<u16>,
-    /// Commands given back by [`Connection::park`].
+    /// Commands given back by [`Connection::park`], or that have waited for a flush.
     parked: VecDeque<u16>,
     /// Reads of which a step is on its way, and how far that is: the next one begins once it is sent.
     parts: Vec<(u16, u64)>,
@@ -361,6 +363,7 @@ impl Connection {
             Request::TaskManagement { .. } => self.respond_task_management(slot, 0, mem),
             Request::Logout { .. } => self.respond_logout(slot, 0, mem),
             Request::Login(request) => self.let_in(slot, &request, status, mem),
+            _ if status.is_ok() && task.comes_back => self.come_back(slot, mem),
             _ if status.is_ok() && task.need < task.end => self.next_write(slot, mem),
             _ if status.is_ok() => self.respond(slot, task.good, mem),
             _ => self.respond(slot, Status::of(status), mem),
@@ -470,7 +473,7 @@ impl Connection {
         self.serve_waiting(mem);
     }
 
-    /// Whether something waits for memory: a stalled stream, an R2T, or a parked command.
+    /// Whether something waits for memory, or to be offered again: a stalled stream, an R2T, or a parked command.
     #[must_use]
     pub fn is_waiting_for_memory(&self) -> bool {
         self.stalled_for_memory || !self.waiting.is_empty() || !self.parked.is_empty()
@@ -584,6 +587,11 @@ impl Connection {
         let task = &mut self.tasks[usize::from(slot.0)];
         task.descriptors = descriptors;
         task.good = good;
+    }
+
+    /// A command is handed out as a flush, and to be offered again after that.
+    pub(crate) fn come_back_later(&mut self, slot: SlotId) {
+        self.tasks[usize::from(slot.0)].comes_back = true;
     }
 
     /// The tag of the portal group that it came in at.

@@ -41,6 +41,7 @@ pub(crate) fn unit(lun: u16) -> UnitConfig {
         id: 0x3f2c_1a60_5d1c_4b6e_9f0a_2b7f_6f1f_9a10 + u128::from(lun),
         volatile_write_cache: true,
         read_only: false,
+        removable: false,
         atomic_blocks: 8,
     }
 }

@@ -6,6 +6,7 @@ pub(crate) mod block;
 pub mod cdb;
 pub(crate) mod copy;
 pub(crate) mod inquiry;
+pub(crate) mod medium;
 pub(crate) mod mode;
 pub(crate) mod opcodes;
 pub mod ports;

@@ -4,6 +4,7 @@
 //! meaning: it answers what it can itself and hands out the rest as [`Outcome`]s.
 
 mod execute;
+mod medium;
 pub(crate) mod session;
 mod tasks;
 
@@ -508,7 +509,7 @@ impl Target {
     }
 
     /// Changes the target port groups of a node, and tells the initiators. Requests that were handed
-    /// out are the caller's to end.
+    /// out are the caller's to end. Where its units stand by here from then on, media that were taken out are there again.
     ///
     /// # Errors
     /// An unknown node.
@@ -521,6 +522,7 @@ impl Target {
         if config.port_groups != groups {
             config.port_groups = groups;
             self.attend(id, None, None, Attention::AccessStateChanged);
+            self.restart_idle_media(id)?;
         }
         Ok(())
     }
@@ -555,6 +557,7 @@ impl Target {
     ) -> Result<(), TargetError> {
         let volume = self.volumes.get_mut(&unit).ok_or(TargetError::UnknownUnit)?;
         volume.reservations = reservations;
+        let mut preempted = Vec::new();
         for session in self.sessions.iter_mut().flatten() {
             let node = session.node.and_then(|id| self.nodes.get(id.0 as usize)?.as_ref());
             let units = node.map(|node| node.units.as_slice()).unwrap_or_default();
@@ -567,9 +570,11 @@ impl Target {
                 if effects.abort.iter().any(|registrant| session.registrant.is(registrant)) {
                     let lun = Some(encode_lun(lun));
                     self.aborts.push_back(Abort { conn: session.conn, lun });
+                    preempted.push(session.nexus());
                 }
             }
         }
+        self.allow_removal(unit, &preempted);
         Ok(())
     }
 

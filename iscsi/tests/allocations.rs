@@ -48,6 +48,7 @@ impl World {
             id: 1,
             volatile_write_cache: true,
             read_only: false,
+            removable: false,
             atomic_blocks: 0,
         };
         target.add_unit(node, unit).unwrap();

@@ -36,6 +36,9 @@ pub(crate) struct ExportArgs {
     /// Initiators may read and not write. What else writes to the volume, as hosts of NVMe/TCP, is not affected.
     #[arg(long)]
     read_only: bool,
+    /// The unit says that its medium can be taken out, and initiators may have that done. Hosts of NVMe/TCP are not affected.
+    #[arg(long)]
+    removable: bool,
 }
 
 pub(super) async fn export(
@@ -53,6 +56,7 @@ pub(super) async fn export(
             chap_file: chap_file.unwrap_or_default(),
             allow_open_file: args.allow_open_chap_file,
             read_only: args.read_only,
+            removable: args.removable,
         }),
     };
     let volume = client.export_volume(request).await.map_err(|s| said(&s))?.into_inner();

@@ -15,7 +15,7 @@ pub(super) fn unit_json(unit: &v1::IscsiUnit) -> Value {
     };
     json!({
         "iqn": export.iqn, "lun": export.lun, "initiators": export.initiators, "read_only": export.read_only,
-        "chap": unit.chap,
+        "removable": export.removable, "chap": unit.chap,
         "mutual_chap": unit.mutual_chap, "access_state": unit.access_state, "port_group": unit.port_group,
         "portals": unit.portals, "sessions": unit.sessions.iter().map(session).collect::<Vec<_>>(),
     })
@@ -35,8 +35,9 @@ pub(super) fn unit_text(unit: &v1::IscsiUnit) -> String {
         (true, true) => ", with CHAP both ways",
     };
     let writes = if export.read_only { ", read-only" } else { "" };
+    let medium = if export.removable { ", removable" } else { "" };
     let (iqn, lun) = (&export.iqn, export.lun);
-    let mut text = format!("iscsi     {iqn} LUN {lun}: {state}{writes}, {who}{proof}");
+    let mut text = format!("iscsi     {iqn} LUN {lun}: {state}{writes}{medium}, {who}{proof}");
     if !unit.portals.is_empty() {
         let _infallible = write!(text, "\nportals   {}", unit.portals.join(" "));
     }

@@ -40,6 +40,7 @@ pub(super) fn saved_of(volume: &str, export: v1::IscsiExport) -> Result<SavedIsc
         chap_file: Some(export.chap_file).filter(|path| !path.is_empty()),
         allow_open_file: export.allow_open_file,
         read_only: export.read_only,
+        removable: export.removable,
     })
 }
 
@@ -49,8 +50,8 @@ impl SavedIscsi {
     }
 
     fn export(&self, chap: Option<Chap>) -> IscsiExport {
-        let Self { iqn, lun, initiators, read_only, .. } = self.clone();
-        IscsiExport { iqn, lun, initiators, chap, read_only }
+        let Self { iqn, lun, initiators, read_only, removable, .. } = self.clone();
+        IscsiExport { iqn, lun, initiators, chap, read_only, removable }
     }
 
     /// What the engine is told.
@@ -116,8 +117,8 @@ impl Service {
         self.undo_unless(kept, &name, before).await?;
         for other in others {
             let Some(held) = other.iscsi else { continue };
-            let (lun, read_only) = (held.lun, held.read_only);
-            let export = IscsiExport { lun, read_only, ..export.clone() };
+            let SavedIscsi { lun, read_only, removable, .. } = held;
+            let export = IscsiExport { lun, read_only, removable, ..export.clone() };
             let name = other.name;
             self.ask(|reply| Command::ExportIscsi { name, export: Some(export), reply }).await?;
         }
@@ -180,6 +181,7 @@ impl Service {
                 chap_file: saved.chap_file.unwrap_or_default(),
                 allow_open_file: saved.allow_open_file,
                 read_only: report.read_only,
+                removable: report.removable,
             }),
             access_state: report.state.to_owned(),
             port_group: u32::from(report.port_group),
@@ -187,6 +189,22 @@ impl Service {
             sessions: report.sessions.into_iter().map(session).collect(),
             chap: report.chap,
             mutual_chap: report.mutual_chap,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_initiators_may_do_is_kept_over_restarts() {
+        for (read_only, removable) in [(false, true), (true, false)] {
+            let asked = v1::IscsiExport { read_only, removable, ..v1::IscsiExport::default() };
+            let stored = serde_json::to_string(&saved_of("db", asked).unwrap()).unwrap();
+            let saved: SavedIscsi = serde_json::from_str(&stored).unwrap();
+            let export = saved.checked().unwrap();
+            assert_eq!((export.read_only, export.removable), (read_only, removable));
         }
     }
 }

@@ -229,6 +229,7 @@ impl<D: Driver> Shard<D> {
             id: volume.spec.id.0,
             volatile_write_cache: true,
             read_only: export.read_only,
+            removable: export.removable,
             atomic_blocks: u32::try_from(undo::MAX_BLOCKS).unwrap_or(1),
         };
         let target = &mut self.initiators.target;
@@ -276,17 +277,18 @@ impl<D: Driver> Shard<D> {
         Some((self.initiators.target.node_by_name(&place.iqn)?, place.lun))
     }
 
-    /// Who may log in to a volume's target has changed, for all its volumes, or whether they may write to this one.
+    /// Who may log in to a volume's target has changed, for all its volumes, or what they may do with this one.
     fn set_access(&mut self, at: u32) {
         let (Some(export), Some((node, lun))) = (&self.volumes[at].spec.iscsi, self.unit_of(at))
         else {
             return;
         };
         let (names, chap) = (allowed(export), export.chap.clone());
-        let read_only = export.read_only;
+        let (read_only, removable) = (export.read_only, export.removable);
         let target = &mut self.initiators.target;
         target.set_access(node, names, chap).expect("it was checked");
         target.set_read_only(node, lun, read_only).expect("the unit is there");
+        target.set_removable(node, lun, removable).expect("the unit is there");
         self.announce_target(at);
     }
 
@@ -443,6 +445,7 @@ impl<D: Driver> Shard<D> {
             lun: export.lun,
             initiators: export.initiators.clone(),
             read_only: export.read_only,
+            removable: export.removable,
             chap: export.chap.is_some(),
             mutual_chap: export.chap.as_ref().is_some_and(|chap| chap.target.is_some()),
             state: if node.is_some() { state_word(access_state(ana_state(volume))) } else { "" },

@@ -431,7 +431,8 @@ impl Connection {
             }
         }
         let lun = header.lun;
-        let scsi = ScsiCommand { lun, cdb, extended, edtl, wanted, received: 0, done: 0 };
+        let scsi =
+            ScsiCommand { lun, cdb, extended, edtl, wanted, received: 0, done: 0, flushed: false };
         let Some(slot) = self.start(header.itt, header.immediate, Request::Scsi(scsi)) else {
             return false;
         };

@@ -95,6 +95,8 @@ pub(super) struct Task {
     pub(super) answer: u8,
     /// Sense data goes in descriptor format.
     pub(super) descriptors: bool,
+    /// It is offered again once what it was handed out for is done.
+    pub(super) comes_back: bool,
     /// The status of success.
     pub(super) good: Status,
     pub(super) out_data: Option<OutData>,
@@ -132,6 +134,7 @@ impl Task {
             quiet: 0,
             answer: 0,
             descriptors: false,
+            comes_back: false,
             good: Status::Good,
             out_data: None,
             sent: 0,
@@ -236,6 +239,22 @@ impl Connection {
         task.state = State::Waiting;
         self.waiting.push_back(slot.0);
         self.serve_waiting(mem);
+    }
+
+    /// What a command was to wait for is durable: it is offered again, once the connection is tried again.
+    pub(super) fn come_back<M: Memory>(&mut self, slot: SlotId, mem: &mut M) {
+        if !self.take_back(slot, mem) {
+            return;
+        }
+        if self.close_reason.is_some() {
+            return self.release_slot(slot.0);
+        }
+        let task = &mut self.tasks[usize::from(slot.0)];
+        task.comes_back = false;
+        if let Request::Scsi(scsi) = &mut task.request {
+            scsi.flushed = true;
+        }
+        self.parked.push_back(slot.0);
     }
 
     /// Goes on with reads of which a step has been sent.

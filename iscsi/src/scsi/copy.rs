@@ -155,6 +155,7 @@ mod tests {
             id: 0x1000 + u128::from(n),
             volatile_write_cache: false,
             read_only: n == 9,
+            removable: false,
             atomic_blocks: 0,
         })
     }

@@ -91,7 +91,7 @@ const WELL_KNOWN: u8 = 0x1e;
 /// What INQUIRY is asked of.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Subject {
-    Unit,
+    Unit { removable: bool },
     WellKnown,
     Nothing,
 }
@@ -100,10 +100,14 @@ pub(crate) enum Subject {
 pub(crate) fn standard(subject: Subject, product: &Product) -> Vec<u8> {
     let mut b = vec![0; STANDARD_LEN];
     b[0] = match subject {
-        Subject::Unit => 0,
+        Subject::Unit { .. } => 0,
         Subject::WellKnown => WELL_KNOWN,
         Subject::Nothing => NO_UNIT,
     };
+    // RMB.
+    if matches!(subject, Subject::Unit { removable: true }) {
+        b[1] = 0x80;
+    }
     // SPC-4; HISUP and format 2; TPGS: implicit; 3PC; MULTIP; CMDQUE.
     b[2] = 0x06;
     b[3] = 0x12;
@@ -395,6 +399,7 @@ mod tests {
             id: 0x3f2c_1a60_5d1c_4b6e_9f0a_2b7f_6f1f_9a10,
             volatile_write_cache: true,
             read_only: false,
+            removable: false,
             atomic_blocks: 8,
         }
     }
@@ -416,7 +421,7 @@ mod tests {
             assert_eq!((b[1], usize::from(u16_at(&b, 2))), (*page, b.len() - 4));
         }
         assert!(vital(0x84, &unit(), &product(), PORT, LIMITS).is_err());
-        let b = standard(Subject::Unit, &product());
+        let b = standard(Subject::Unit { removable: false }, &product());
         assert_eq!(usize::from(b[4]), b.len() - 5);
     }
 

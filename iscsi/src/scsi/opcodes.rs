@@ -36,6 +36,30 @@ impl Opcode {
         let reports = self.code == op::MAINTENANCE_IN;
         reports || matches!(self.code, op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE)
     }
+
+    /// Whether it is of no use without the medium, or while that is stopped.
+    pub(crate) fn needs_medium(&self) -> bool {
+        !matches!(
+            self.code,
+            op::REQUEST_SENSE
+                | op::INQUIRY
+                | op::REPORT_LUNS
+                | op::START_STOP_UNIT
+                | op::PREVENT_ALLOW
+                | op::MODE_SENSE_6
+                | op::MODE_SENSE_10
+                | op::MODE_SELECT_6
+                | op::MODE_SELECT_10
+                | op::RESERVE_6
+                | op::RESERVE_10
+                | op::RELEASE_6
+                | op::RELEASE_10
+                | op::PERSISTENT_RESERVE_IN
+                | op::PERSISTENT_RESERVE_OUT
+                | op::MAINTENANCE_IN
+                | op::THIRD_PARTY_COPY_IN
+        )
+    }
 }
 
 /// DPO and FUA, and nothing else of byte 1.

@@ -2,6 +2,7 @@
 
 use cairn_block::BlockSize;
 
+use super::medium::Medium;
 use super::sense::{Sense, key};
 
 /// Names what backs a logical unit; whoever adds it chooses it.
@@ -27,6 +28,8 @@ pub struct UnitConfig {
     pub volatile_write_cache: bool,
     /// Whether it takes no writes.
     pub read_only: bool,
+    /// RMB: whether initiators may have its medium taken out, and put in again. What backs it does not notice.
+    pub removable: bool,
     /// Blocks that are written whole or not at all, whatever happens: those of WRITE ATOMIC at most;
     /// 0 for none.
     pub atomic_blocks: u32,
@@ -45,23 +48,27 @@ pub(crate) enum Attention {
     ReservationsPreempted,
     ReservationsReleased,
     RegistrationsPreempted,
+    MediumChanged,
     ModeChanged,
     CapacityChanged,
     AccessStateChanged,
+    InquiryChanged,
     LunsChanged,
 }
 
 impl Attention {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 12] = [
         Self::PowerOn,
         Self::TargetReset,
         Self::UnitReset,
         Self::ReservationsPreempted,
         Self::ReservationsReleased,
         Self::RegistrationsPreempted,
+        Self::MediumChanged,
         Self::ModeChanged,
         Self::CapacityChanged,
         Self::AccessStateChanged,
+        Self::InquiryChanged,
         Self::LunsChanged,
     ];
 
@@ -73,9 +80,11 @@ impl Attention {
             Self::ReservationsPreempted => (0x2a, 0x03),
             Self::ReservationsReleased => (0x2a, 0x04),
             Self::RegistrationsPreempted => (0x2a, 0x05),
+            Self::MediumChanged => (0x28, 0x00),
             Self::ModeChanged => (0x2a, 0x01),
             Self::CapacityChanged => (0x2a, 0x09),
             Self::AccessStateChanged => (0x2a, 0x06),
+            Self::InquiryChanged => (0x3f, 0x03),
             Self::LunsChanged => (0x3f, 0x0e),
         };
         Sense::new(key::UNIT_ATTENTION, asc, ascq)
@@ -122,12 +131,13 @@ pub(crate) struct NexusId(pub(crate) u64);
 pub(crate) struct Unit {
     pub(crate) config: UnitConfig,
     pub(crate) modes: Modes,
+    pub(crate) medium: Medium,
 }
 
 impl Unit {
     pub(crate) fn new(config: UnitConfig) -> Self {
         let modes = Self::default_modes(&config);
-        Self { config, modes }
+        Self { config, modes, medium: Medium::default() }
     }
 
     pub(crate) fn default_modes(config: &UnitConfig) -> Modes {
@@ -141,6 +151,7 @@ impl Unit {
     /// A reset of the logical unit: what does not survive it.
     pub(crate) fn reset(&mut self) {
         self.modes = Self::default_modes(&self.config);
+        self.medium.allow_all();
     }
 
     pub(crate) fn is_write_protected(&self) -> bool {
@@ -161,6 +172,6 @@ mod tests {
         assert_eq!(a.take(), Some(Sense::new(6, 0x29, 0)));
         assert_eq!(a.take(), Some(Sense::new(6, 0x2a, 9)));
         assert_eq!(a.take(), None);
-        assert_eq!(Attention::ALL.map(|a| a as u8), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        assert_eq!(Attention::ALL.map(|a| a as u8), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
     }
 }

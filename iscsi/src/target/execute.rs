@@ -11,6 +11,7 @@ use crate::scsi::block::{self, Step};
 use crate::scsi::cdb::{data_out_len, lba_and_blocks, op};
 use crate::scsi::copy;
 use crate::scsi::inquiry::{self, Limits, PortView, Subject};
+use crate::scsi::medium::{self, Motion};
 use crate::scsi::mode;
 use crate::scsi::opcodes::{self, allocation_len};
 use crate::scsi::ports;
@@ -32,6 +33,8 @@ enum Ending {
     Io(IoCommand),
     /// The next step of a READ of so many bytes.
     Part(IoCommand, u32),
+    /// What was written is made durable, and then the command comes back.
+    Settle,
     Reserve(Change),
     Sanitize(SanitizeCommand),
     ReserveIn(ReserveIn),
@@ -86,6 +89,10 @@ impl Target {
             Ending::Part(command, len) => {
                 conn.set_read_len(slot, len);
                 Ending::Io(command)
+            }
+            Ending::Settle => {
+                conn.come_back_later(slot);
+                Ending::Io(IoCommand::Flush)
             }
             ending => ending,
         };
@@ -150,7 +157,7 @@ impl Target {
         let cdb = &scsi.cdb;
         let passes = matches!(cdb[0], op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE);
         // What has happened since a command's first step is for the next command.
-        let goes_on = scsi.done > 0;
+        let goes_on = scsi.done > 0 || scsi.flushed;
         if !passes
             && !goes_on
             && let Some(sense) = self.attention(place)
@@ -187,15 +194,28 @@ impl Target {
         let releases = matches!(cdb[0], op::RELEASE_6 | op::RELEASE_10);
         let kept_out = reserved && !passes && !releases && row.access != opcodes::Access::Any
             || volume.reservations.conflicts(Some(&session.registrant), row.guard);
+        let removable = unit.config.removable;
+        let let_in = removable && medium::is_let_in(cdb);
         // The steps of a long transfer, too: what was reserved since is whoever reserved it's.
-        if kept_out {
+        if kept_out && !let_in {
             return Err(Status::ReservationConflict);
         }
+        let absent = unit.medium.refusal();
+        if let Some(sense) = absent
+            && row.needs_medium()
+        {
+            return Err(sense.into());
+        }
         match cdb[0] {
+            op::PREVENT_ALLOW if removable => {
+                self.unit_mut(place)?.medium.set_prevented(place.nexus, cdb);
+                Ok(Ending::Status(Status::Good))
+            }
+            op::START_STOP_UNIT if removable => self.move_medium(place, scsi),
             op::TEST_UNIT_READY | op::PREVENT_ALLOW => Ok(Ending::Status(Status::Good)),
             op::START_STOP_UNIT => Ok(start_stop(cdb)),
             op::REQUEST_SENSE => {
-                let state = sanitize.map_or(Sense::NONE, SanitizeState::sense);
+                let state = sanitize.map(SanitizeState::sense).or(absent).unwrap_or(Sense::NONE);
                 let sense = self.attention(place).unwrap_or(state);
                 let (bytes, len) = sense.encode(cdb[1] & 1 != 0);
                 Ok(Ending::Data(bytes[..len].to_vec()))
@@ -242,6 +262,12 @@ impl Target {
                         |u: &Unit| u.config.handle == segment.to && u.is_write_protected();
                     if node.units.iter().any(protected) {
                         return Err(Sense::WRITE_PROTECTED.into());
+                    }
+                    let reached = [segment.from, segment.to];
+                    let gone =
+                        |u: &Unit| reached.contains(&u.config.handle).then(|| u.medium.refusal());
+                    if let Some(sense) = node.units.iter().filter_map(gone).flatten().next() {
+                        return Err(sense.into());
                     }
                     for (handle, guard) in [reads, writes] {
                         let volume = self.volumes.get(&handle);
@@ -293,7 +319,10 @@ impl Target {
                 inquiry::vital(cdb[2], &unit.config, &self.config.product, port, place.limits)?
             }
             (op::INQUIRY, _) if cdb[2] != 0 => return Err(Sense::invalid_cdb(2, 7).into()),
-            (op::INQUIRY, _) => inquiry::standard(Subject::Unit, &self.config.product),
+            (op::INQUIRY, _) => {
+                let removable = unit.config.removable;
+                inquiry::standard(Subject::Unit { removable }, &self.config.product)
+            }
             (op::MODE_SENSE_6 | op::MODE_SENSE_10, _) => mode::sense(cdb, unit)?,
             (op::READ_CAPACITY_10, _) => {
                 // PMI off: there is nothing to begin at.
@@ -367,6 +396,21 @@ impl Target {
         }
         Ok(Ending::Status(Status::Good))
     }
+
+    /// START STOP UNIT of a unit whose medium can be taken out.
+    fn move_medium(&mut self, place: Place, scsi: &ScsiCommand) -> Result<Ending, Status> {
+        let motion = Motion::of(&scsi.cdb);
+        let medium = &mut self.unit_mut(place)?.medium;
+        medium.check(motion)?;
+        if medium.flushes(motion) && !scsi.flushed {
+            return Ok(Ending::Settle);
+        }
+        if medium.apply(motion) {
+            let (lun, asker) = (Some(place.lun), Some(place.session));
+            self.attend(place.node, lun, asker, Attention::MediumChanged);
+        }
+        Ok(Ending::Status(Status::Good))
+    }
 }
 
 impl Volume {
@@ -391,7 +435,7 @@ fn parameter_list<'a, M: Memory>(
     Ok(data.as_ref().map(|data| mem.bytes(data.slice())).unwrap_or_default())
 }
 
-/// START STOP UNIT: a volume that others use does not stop, but what was written is made durable.
+/// START STOP UNIT of any other unit: a volume that others use does not stop, but what was written is made durable.
 fn start_stop(cdb: &[u8; 16]) -> Ending {
     let (power_condition, start) = (cdb[4] >> 4, cdb[4] & 1 != 0);
     if power_condition == 0 && !start {
@@ -479,6 +523,7 @@ fn finish<M: Memory>(
         (
             Ending::Io(_)
             | Ending::Part(..)
+            | Ending::Settle
             | Ending::Reserve(_)
             | Ending::ReserveIn(_)
             | Ending::Sanitize(_)

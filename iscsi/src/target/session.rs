@@ -241,6 +241,10 @@ impl Target {
         for volume in self.volumes.values_mut() {
             volume.reserved_by.take_if(|by| *by == session.nexus());
         }
+        let node = session.node.and_then(|id| self.node_mut(id).ok());
+        for unit in node.into_iter().flat_map(|node| &mut node.units) {
+            unit.medium.allow(session.nexus());
+        }
         self.count_held();
         Some(session.conn)
     }

@@ -9,6 +9,7 @@ use crate::wire::{len32, put, u16_at, u32_at, u64_at};
 
 mod blocks;
 mod long;
+mod removable;
 mod sanitize;
 mod sharing;
 

@@ -38,7 +38,7 @@ impl Cluster {
     pub(super) fn export(&self, volume: usize) -> Option<Box<IscsiExport>> {
         let initiators = vec!["*".to_owned()];
         let export =
-            || IscsiExport { iqn: iqn(volume), lun: 0, initiators, chap: None, read_only: false };
+            || IscsiExport { iqn: iqn(volume), lun: 0, initiators, ..IscsiExport::default() };
         self.config.initiators.then(export).map(Box::new)
     }
 

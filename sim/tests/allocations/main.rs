@@ -435,8 +435,7 @@ fn an_initiator_is_served_without_allocating() {
         iqn: IQN.to_owned(),
         lun: 0,
         initiators: vec!["*".to_owned()],
-        chap: None,
-        read_only: false,
+        ..IscsiExport::default()
     };
     let (nexus, ..) = add_volume(&mut shards, None, Some(Box::new(export)));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
