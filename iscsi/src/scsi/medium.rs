@@ -18,9 +18,7 @@ pub(crate) enum Motion {
     Stop,
     Load,
     Eject,
-    /// ACTIVE, IDLE and STANDBY: conditions that are one here, and all of them none of a stopped unit.
-    Wake,
-    /// Other power conditions, and those that nobody knows.
+    /// Power conditions, which are all one here.
     Stay,
 }
 
@@ -33,7 +31,6 @@ impl Motion {
             (0, false, true) => Self::Start,
             (0, true, false) => Self::Eject,
             (0, true, true) => Self::Load,
-            (1..=3, ..) => Self::Wake,
             _ => Self::Stay,
         }
     }
@@ -48,39 +45,27 @@ pub(crate) fn is_let_in(cdb: &[u8; 16]) -> bool {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Place {
-    #[default]
-    Running,
-    Stopped,
-    Ejected,
-}
-
-/// Where a unit's medium is, and who keeps it there.
+/// Where a unit's medium is, and who keeps it there. STOP without LOEJ stops nothing: others use the unit.
 #[derive(Debug, Default)]
 pub(crate) struct Medium {
-    place: Place,
+    ejected: bool,
     /// Each once.
     preventing: Vec<NexusId>,
 }
 
 impl Medium {
-    /// It is there and started, whatever it was before: whether it was out.
+    /// It is there, whatever it was before: whether it was out.
     pub(crate) fn restart(&mut self) -> bool {
-        std::mem::take(&mut self.place) == Place::Ejected
+        std::mem::take(&mut self.ejected)
     }
 
     /// Why commands that need the medium are not carried out.
     pub(crate) fn refusal(&self) -> Option<Sense> {
-        match self.place {
-            Place::Running => None,
-            Place::Stopped => Some(Sense::STOPPED),
-            Place::Ejected => Some(Sense::MEDIUM_NOT_PRESENT),
-        }
+        self.ejected.then_some(Sense::MEDIUM_NOT_PRESENT)
     }
 
     pub(crate) fn is_ejected(&self) -> bool {
-        self.place == Place::Ejected
+        self.ejected
     }
 
     /// PREVENT ALLOW MEDIUM REMOVAL of one I_T nexus.
@@ -120,13 +105,11 @@ impl Medium {
 
     /// Moves it; whether it may be another now, for all that others know.
     pub(crate) fn apply(&mut self, motion: Motion) -> bool {
-        let from = self.place;
-        self.place = match (motion, from) {
-            (Motion::Eject, _) => Place::Ejected,
-            (Motion::Stop, Place::Running) => Place::Stopped,
-            (Motion::Load, _) | (Motion::Start | Motion::Wake, Place::Stopped) => Place::Running,
-            (_, place) => place,
-        };
-        from == Place::Ejected && self.place == Place::Running
+        match motion {
+            Motion::Eject => self.ejected = true,
+            Motion::Load => return std::mem::take(&mut self.ejected),
+            Motion::Start | Motion::Stop | Motion::Stay => {}
+        }
+        false
     }
 }

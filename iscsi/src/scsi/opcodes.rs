@@ -37,7 +37,7 @@ impl Opcode {
         reports || matches!(self.code, op::INQUIRY | op::REPORT_LUNS | op::REQUEST_SENSE)
     }
 
-    /// Whether it is of no use without the medium, or while that is stopped.
+    /// Whether it is of no use without the medium.
     pub(crate) fn needs_medium(&self) -> bool {
         !matches!(
             self.code,

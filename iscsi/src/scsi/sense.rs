@@ -82,8 +82,6 @@ impl Sense {
     pub const REMOVAL_PREVENTED: Self = Self::new(key::ILLEGAL_REQUEST, 0x53, 0x02);
     /// MEDIUM NOT PRESENT.
     pub const MEDIUM_NOT_PRESENT: Self = Self::new(key::NOT_READY, 0x3a, 0);
-    /// LOGICAL UNIT NOT READY, INITIALIZING COMMAND REQUIRED.
-    pub const STOPPED: Self = Self::new(key::NOT_READY, 0x04, 0x02);
     /// Data came at the wrong place.
     pub const DATA_PHASE_ERROR: Self = Self::new(key::ABORTED_COMMAND, 0x4b, 0);
     /// UNEXPECTED UNSOLICITED DATA.
