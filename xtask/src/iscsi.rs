@@ -9,9 +9,10 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::process;
 
@@ -158,18 +159,14 @@ impl Outcome {
 pub(crate) fn run(cairn: &Path, scratch: &Path, log: &Path) -> Result<Outcome> {
     let mut all = Outcome::default();
     let mut skipped = Vec::new();
-    for case in CASES {
-        let folder = scratch.join(case.name);
-        if folder.exists() {
-            fs::remove_dir_all(&folder)?;
-        }
-        fs::create_dir_all(&folder)?;
-        let told = conform(cairn, case, &folder, log)
-            .with_context(|| format!("iscsi, case {}", case.name))?;
-        let mut of = Outcome::default();
-        for (run, text) in case.runs.iter().zip(&told) {
-            of.add(judge(text, case.failures, run.elsewhere));
-        }
+    // Tests of what takes its time wait for most of it, and each case has a server of its own.
+    let told = thread::scope(|scope| {
+        let run = |case| scope.spawn(move || run_case(cairn, case, scratch, log));
+        let runs: Vec<_> = CASES.iter().map(run).collect();
+        runs.into_iter().map(|run| run.join().map_err(|_| anyhow!("a case panicked"))?).collect()
+    });
+    let told: Result<Vec<Outcome>> = told;
+    for (case, of) in CASES.iter().zip(told?) {
         let (name, tests, parts) = (case.name, of.skipped, of.parts);
         let line = format!("iscsi, case {name}: {tests} tests skipped, {parts} in part\n");
         fs::File::options().append(true).open(log)?.write_all(line.as_bytes())?;
@@ -178,11 +175,27 @@ pub(crate) fn run(cairn: &Path, scratch: &Path, log: &Path) -> Result<Outcome> {
         all.excused += of.excused;
         all.skipped += of.skipped;
         all.parts += of.parts;
-        all.failed.extend(of.failed.into_iter().map(|test| format!("{}: {test}", case.name)));
-        fs::remove_dir_all(&folder)?;
+        all.failed.extend(of.failed.into_iter().map(|test| format!("{name}: {test}")));
     }
     all.failed.extend(too_many_skipped(&skipped));
     Ok(all)
+}
+
+/// Runs one in a folder of its own.
+fn run_case(cairn: &Path, case: &Case, scratch: &Path, log: &Path) -> Result<Outcome> {
+    let folder = scratch.join(case.name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    let told =
+        conform(cairn, case, &folder, log).with_context(|| format!("iscsi, case {}", case.name))?;
+    let mut of = Outcome::default();
+    for (run, text) in case.runs.iter().zip(&told) {
+        of.add(judge(text, case.failures, run.elsewhere));
+    }
+    fs::remove_dir_all(&folder)?;
+    Ok(of)
 }
 
 /// Complaints about cases of 512 bytes that run what can be run of the suite on one kind of unit: of each, with the cases that
@@ -244,7 +257,7 @@ fn conform(cairn: &Path, case: &Case, folder: &Path, log: &Path) -> Result<Vec<S
         if Instant::now() > until {
             return Err(error.context("the server does not answer"));
         }
-        std::thread::sleep(Duration::from_millis(50));
+        thread::sleep(Duration::from_millis(50));
     }
     let size = case.block_size.to_string();
     let pools = ["--pool", "a", "--pool", "b", "--pool", "c", "--block-size", &size];
