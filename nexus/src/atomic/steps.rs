@@ -114,9 +114,12 @@ impl Nexus {
         if waits { ChildSet::EMPTY } else { askable }
     }
 
-    /// One that is not there leaves, unless nobody else is there either.
+    /// One that is not there leaves, or that does not come to take part while nothing is served; unless nobody else
+    /// is there either.
     pub(super) fn fail_if_away(&mut self, child: ChildId, now_ms: u64) {
-        let away = self.child(child).state == ChildState::Disconnected;
+        let waited = now_ms.saturating_sub(self.reconcile_since());
+        let late = self.atomics.recovery.is_some() && waited > self.config.child_deadline_ms;
+        let away = late || self.child(child).state == ChildState::Disconnected;
         let others = self.in_sync.without(ChildSet::of(child));
         if away && self.one_is_there(others, now_ms) {
             self.fail_child(child, FaultReason::Unreachable);
@@ -452,7 +455,6 @@ impl Nexus {
                 }
             }
             _ if status.is_ok() => a.done = a.done.with(child),
-            Stage::Configure | Stage::Clear if is_unknown(status) => a.done = a.done.with(child),
             _ => {
                 a.bufs.extend(answer.buf.take());
                 return self.atomic_failed(key, child, status);
@@ -466,7 +468,7 @@ impl Nexus {
         let now_ms = self.now_ms;
         let Some(a) = self.atomics.table.iter_mut().find(|a| a.key == key) else { return };
         a.again_ms = now_ms + ASK_AGAIN_MS;
-        let keeps = matches!(a.stage, Stage::Keep | Stage::Head);
+        let keeps = matches!(a.stage, Stage::Configure | Stage::Keep | Stage::Head);
         let refused = status == IoStatus::NoSpace || is_unknown(status);
         if keeps && refused && a.slot.is_some() {
             // Nothing is in place yet: the host is told, and no member is the worse for it.

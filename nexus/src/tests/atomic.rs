@@ -23,6 +23,10 @@ struct Rig {
     flaky: Option<usize>,
     /// Children that cannot read the heads of entries.
     rotten: ChildSet,
+    /// The first child knows of no undo log.
+    ignorant: bool,
+    /// Children that answer nothing.
+    hung: ChildSet,
     bufs: BTreeMap<u64, Buf>,
     seed: u64,
     /// Of each range: what was written and acked last, and what was asked for since.
@@ -41,6 +45,8 @@ impl Rig {
             full: ChildSet::EMPTY,
             flaky: None,
             rotten: ChildSet::EMPTY,
+            ignorant: false,
+            hung: ChildSet::EMPTY,
             bufs: BTreeMap::new(),
             seed,
             acked: [0; 3],
@@ -96,10 +102,13 @@ impl Rig {
     /// One of the children does one of the things that it was asked. Returns whether there was one.
     fn step(&mut self) -> bool {
         self.collect();
-        if self.pending.is_empty() {
+        let hung = self.hung;
+        let able = |&at: &usize| !hung.has(self.pending[at].child);
+        let able: Vec<usize> = (0..self.pending.len()).filter(able).collect();
+        if able.is_empty() {
             return false;
         }
-        let at = self.below(self.pending.len());
+        let at = able[self.below(able.len())];
         let io = self.pending.swap_remove(at);
         if let ChildOp::Register(_) = io.op {
             let reply = self.bench.obey(&io);
@@ -119,6 +128,9 @@ impl Rig {
         let head = (0..undo::ENTRIES).any(|entry| request.range == undo::head_of(entry));
         if reads && head && self.rotten.has(io.child) {
             return Some(IoStatus::MediaError);
+        }
+        if self.ignorant && io.child.0 == 0 && undo::is_of_log(request.range) {
+            return Some(IoStatus::OutOfRange);
         }
         let one_in = self.flaky?;
         // A rebuild would begin anew each time.
@@ -407,6 +419,71 @@ fn a_head_that_tells_nothing_is_forgotten_before_hosts_are_served() {
     }
 }
 
+/// The volume stayed down for as long as a disk hung, though the others had all that it takes.
+#[test]
+fn a_member_that_does_not_come_to_take_part_is_not_waited_for() {
+    for undoes in [false, true] {
+        let mut rig = Rig::new(3, 3);
+        rig.write(0, true);
+        rig.settle();
+        rig.write(0, true);
+        rig.step_until_placed(0);
+        rig.crash();
+        for child in 0..3 {
+            rig.bench.up[usize::from(child)] = true;
+            rig.bench.nexus.handle_child_up(ChildId(child), rig.bench.now);
+        }
+        let begun = |rig: &Rig| rig.bench.nexus.learns() && rig.bench.nexus.atomics.in_use() > 0;
+        while if undoes { !begun(&rig) } else { !rig.bench.nexus.learns() } {
+            rig.step();
+        }
+        // A new session, on which nothing is answered.
+        let (child, now) = (ChildId(2), rig.bench.now);
+        for io in rig.pending.extract_if(.., |io| io.child == child).collect::<Vec<_>>() {
+            match io.op {
+                ChildOp::Register(_) => {
+                    let reply = Err(IoStatus::PathError);
+                    rig.bench.nexus.handle_register(child, io.ticket, reply, now);
+                }
+                _ => rig.bench.nexus.handle_io(child, io.ticket, IoStatus::PathError, now),
+            }
+        }
+        rig.bench.nexus.handle_child_down(child, now);
+        rig.bench.nexus.handle_child_up(child, now);
+        rig.hung = ChildSet::of(child);
+        while rig.bench.now < now + 3 * DEADLINE {
+            if !rig.step() {
+                rig.bench.now += 20;
+                rig.bench.nexus.handle_timeout(rig.bench.now);
+            }
+        }
+        assert_eq!(*rig.bench.nexus.state(), VolumeState::Degraded, "undoes: {undoes}");
+    }
+}
+
+/// A nexus that had handed the volume over went on to learn, and told that it served it.
+#[test]
+fn a_volume_that_is_handed_over_before_it_is_served_is_not() {
+    let mut rig = Rig::new(1, 5);
+    rig.write(0, true);
+    rig.settle();
+    rig.crash();
+    rig.bench.up[0] = true;
+    rig.bench.nexus.handle_child_up(ChildId(0), rig.bench.now);
+    while !rig.bench.nexus.learns() {
+        rig.step();
+    }
+    rig.bench.nexus.hand_over();
+    let over = |rig: &Rig| matches!(rig.bench.nexus.state(), VolumeState::StandBy(_));
+    for _ in 0..100 {
+        rig.step();
+        assert!(over(&rig), "{:?}", rig.bench.nexus.state());
+    }
+    rig.flap(0);
+    rig.flap(0);
+    assert!(over(&rig), "{:?}", rig.bench.nexus.state());
+}
+
 #[test]
 fn other_writes_are_not() {
     assert!((0..60).any(|seed| run(seed, false).is_err()), "the test finds nothing");
@@ -461,8 +538,8 @@ fn what_a_log_has_lost_is_not_put_back() {
     }
 }
 
-#[test]
-fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
+/// Members 0 to 2 of a volume with undo logs; 1 was away for a write, and its rebuild asks it to forget its log.
+fn rebuilt(forgets: IoStatus) -> (Bench, Vec<u8>) {
     let mut b = Bench::online(3);
     b.nexus.undo = true;
     b.nexus.wanted.undo = true;
@@ -472,6 +549,7 @@ fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
     b.answer(2, IoStatus::Ok);
     assert_eq!(b.status_of(1), Some(IoStatus::Ok));
     b.nexus.config.pace.rebuild = true;
+    b.forgets = forgets;
     b.connect(1);
     for _ in 0..200 {
         b.pass(200);
@@ -480,9 +558,66 @@ fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
             b.pump();
         }
     }
-    let whole = |io: &ChildIo| matches!(io.op, ChildOp::Io(r) if r.range == undo::whole());
-    assert_eq!(b.asked.iter().filter(|io| whole(io)).map(|io| io.child.0).collect::<Vec<_>>(), [1]);
+    let whole = |io: &&ChildIo| matches!(io.op, ChildOp::Io(r) if r.range == undo::whole());
+    let asked = b.asked.iter().filter(whole).map(|io| io.child.0).collect();
+    (b, asked)
+}
+
+#[test]
+fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
+    let (b, asked) = rebuilt(IoStatus::Ok);
+    assert_eq!(asked, [1]);
     assert_eq!(*b.nexus.state(), VolumeState::Online);
+}
+
+/// It may have an entry that it knows of again one day.
+#[test]
+fn a_member_that_comes_back_and_knows_of_no_log_does_not_join() {
+    let (b, asked) = rebuilt(IoStatus::OutOfRange);
+    assert!(asked.len() > 1 && asked.iter().all(|&child| child == 1), "{asked:?}");
+    assert_eq!(*b.nexus.state(), VolumeState::Degraded);
+}
+
+#[test]
+fn logs_that_a_child_knows_nothing_of_are_not_configured() {
+    let mut b = Bench::online(2);
+    b.forgets = IoStatus::InvalidField;
+    let range = LbaRange::new(Lba(4), 2).unwrap();
+    let op = IoOp::Write { fua: false };
+    b.nexus.submit_atomic(7, IoRequest { op, range, buf: BufSlice::new(0, 8192) }, b.now);
+    for _ in 0..20 {
+        b.pass(20);
+    }
+    assert_eq!(b.status_of(7), Some(IoStatus::Unsupported));
+    assert!(!b.nexus.undo && !b.nexus.wanted.undo);
+    assert_eq!(*b.nexus.state(), VolumeState::Online, "nobody was taken out");
+}
+
+/// Whoever has no log answers for no entry in it: it leaves where others do, and is no reason to serve where it is alone.
+#[test]
+fn a_member_that_knows_nothing_of_its_log_does_not_tell_that_it_is_empty() {
+    for children in [1, 3] {
+        let mut rig = Rig::new(children, 11);
+        rig.write(0, true);
+        rig.settle();
+        rig.crash();
+        rig.ignorant = true;
+        for child in 0..children {
+            rig.bench.up[usize::from(child)] = true;
+            rig.bench.nexus.handle_child_up(ChildId(child), rig.bench.now);
+        }
+        for _ in 0..2_000 {
+            if !rig.step() {
+                rig.bench.now += 20;
+                rig.bench.nexus.handle_timeout(rig.bench.now);
+            }
+        }
+        let state = rig.bench.nexus.state();
+        let serves = matches!(state, VolumeState::Online | VolumeState::Degraded);
+        assert_eq!(serves, children > 1, "{state:?}");
+        rig.ignorant = false;
+        rig.settle();
+    }
 }
 
 #[test]
