@@ -15,7 +15,8 @@ mod steps;
 use std::collections::VecDeque;
 
 use cairn_block::mutants::{Mutant, on};
-use cairn_block::{Buf, IoOp, IoRequest, IoStatus, LbaRange, Memory, undo};
+use cairn_block::undo::{self, Head};
+use cairn_block::{Buf, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
 use crate::nexus::Nexus;
 use crate::slots::{ChildSet, Phase};
@@ -66,6 +67,8 @@ struct Atomic {
     slot: Option<u16>,
     range: LbaRange,
     entry: u64,
+    /// CRC-32C of each block of what the range held: what does not have it is not what was kept.
+    sums: Vec<u32>,
     stage: Stage,
     /// Counts steps: answers to an earlier one come too late.
     turn: u32,
@@ -105,7 +108,7 @@ struct Recovery {
     outstanding: ChildSet,
     again_ms: u64,
     turn: u32,
-    found: Vec<(u64, LbaRange, ChildSet)>,
+    found: Vec<(u64, Head, ChildSet)>,
     /// All was found, and is being undone.
     undoing: bool,
 }
@@ -266,6 +269,7 @@ impl Nexus {
             slot: None,
             range,
             entry,
+            sums: Vec::new(),
             stage: Stage::Lock,
             turn: 0,
             at: 0,
@@ -333,8 +337,9 @@ impl Nexus {
     fn undo_found(&mut self) {
         let Some(recovery) = self.atomics.recovery.as_mut() else { return };
         recovery.undoing = true;
-        for (entry, range, holders) in core::mem::take(&mut recovery.found) {
-            let mut atomic = self.new_atomic(range, entry);
+        for (entry, head, holders) in core::mem::take(&mut recovery.found) {
+            let mut atomic = self.new_atomic(head.range, entry);
+            atomic.sums = head.sums;
             atomic.holders = holders;
             atomic.stage = Stage::Fetch;
             self.atomics.table.push(atomic);
@@ -342,7 +347,7 @@ impl Nexus {
         self.mends.kick();
     }
 
-    fn told_head(&mut self, child: ChildId, status: IoStatus, head: Option<LbaRange>) {
+    fn told_head(&mut self, child: ChildId, status: IoStatus, head: Option<Head>) {
         let (now_ms, blocks) = (self.now_ms, self.config.blocks);
         let Some(recovery) = self.atomics.recovery.as_mut() else { return };
         recovery.outstanding = recovery.outstanding.without(ChildSet::of(child));
@@ -351,11 +356,11 @@ impl Nexus {
             IoStatus::Ok => {
                 let entry = *told;
                 *told += 1;
-                let Some(range) = head.filter(|range| range.end().0 <= blocks) else { return };
-                let same = recovery.found.iter_mut().find(|f| (f.0, f.1) == (entry, range));
+                let Some(head) = head.filter(|head| head.range.end().0 <= blocks) else { return };
+                let same = recovery.found.iter_mut().find(|f| f.0 == entry && f.1 == head);
                 match same {
                     Some((_, _, holders)) => *holders = holders.with(child),
-                    None => recovery.found.push((entry, range, ChildSet::of(child))),
+                    None => recovery.found.push((entry, head, ChildSet::of(child))),
                 }
             }
             IoStatus::PathError => recovery.again_ms = now_ms + ASK_AGAIN_MS,

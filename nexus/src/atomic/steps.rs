@@ -60,6 +60,19 @@ impl Atomic {
         undo::payload_of(self.entry, self.at, self.blocks)
     }
 
+    /// Whether a piece that was read is what was kept: what is in the log may have been lost with a device while
+    /// its head was not. Of what is about to be written over, the sums are taken here.
+    fn is_kept(&mut self, data: &[u8]) -> bool {
+        let sums = data.chunks_exact(BLOCK as usize).map(crc32c::crc32c);
+        let at = usize::try_from(self.at).expect("within the range");
+        if self.stage == Stage::Fetch && self.slot.is_some() {
+            self.sums.truncate(at);
+            self.sums.extend(sums);
+            return true;
+        }
+        sums.eq(self.sums.iter().skip(at).take(data.len() / BLOCK as usize).copied())
+    }
+
     /// A buffer of a piece's length.
     fn take_buf<M: Memory>(&mut self, mem: &mut M) -> Option<Buf> {
         self.bufs.pop().or_else(|| mem.alloc(super::piece_bytes(self.range)))
@@ -276,7 +289,8 @@ impl Nexus {
                 self.mends.short = true;
                 return false;
             };
-            undo::encode_head(volume, range, mem.bytes_mut(buf.slice().sub(0, BLOCK)));
+            let block = mem.bytes_mut(buf.slice().sub(0, BLOCK));
+            undo::encode_head(volume, range, &a.sums, block);
             self.ask_atomic(at, child, IoOp::Write { fua: true }, head, Some(buf), now_ms);
         }
         false
@@ -394,11 +408,15 @@ impl Nexus {
             return;
         }
         match a.stage {
-            Stage::Fetch | Stage::Recall if status.is_ok() => {
-                a.data = answer.buf.take();
-                return;
+            Stage::Fetch | Stage::Recall => {
+                let len = bytes(a.blocks);
+                let data = answer.buf.as_ref().filter(|_| status.is_ok());
+                if data.is_some_and(|buf| a.is_kept(mem.bytes(buf.slice().sub(0, len)))) {
+                    a.data = answer.buf.take();
+                    return;
+                }
+                a.failed = a.failed.with(child);
             }
-            Stage::Fetch | Stage::Recall => a.failed = a.failed.with(child),
             Stage::Restore if !a.differ.has(child) => {
                 let len = bytes(a.blocks);
                 let window = |buf: &Option<Buf>| {
