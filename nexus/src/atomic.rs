@@ -18,6 +18,7 @@ use cairn_block::mutants::{Mutant, on};
 use cairn_block::undo::{self, Head};
 use cairn_block::{Buf, IoOp, IoRequest, IoStatus, LbaRange, Memory};
 
+use crate::children::FaultReason;
 use crate::nexus::Nexus;
 use crate::slots::{ChildSet, Phase};
 use crate::types::{ChildId, MAX_CHILDREN};
@@ -81,6 +82,8 @@ struct Atomic {
     outstanding: ChildSet,
     done: ChildSet,
     failed: ChildSet,
+    /// Children that could not read it this time.
+    passed: ChildSet,
     /// Children that have something else in the piece than what was kept.
     differ: ChildSet,
     data: Option<Buf>,
@@ -108,7 +111,8 @@ struct Recovery {
     outstanding: ChildSet,
     again_ms: u64,
     turn: u32,
-    found: Vec<(u64, Head, ChildSet)>,
+    /// Entries, what their heads tell, where that can be known, and who has them.
+    found: Vec<(u64, Option<Head>, ChildSet)>,
     /// All was found, and is being undone.
     undoing: bool,
 }
@@ -278,6 +282,7 @@ impl Nexus {
             outstanding: ChildSet::EMPTY,
             done: ChildSet::EMPTY,
             failed: ChildSet::EMPTY,
+            passed: ChildSet::EMPTY,
             differ: ChildSet::EMPTY,
             data: None,
             bufs: Vec::new(),
@@ -337,11 +342,20 @@ impl Nexus {
     fn undo_found(&mut self) {
         let Some(recovery) = self.atomics.recovery.as_mut() else { return };
         recovery.undoing = true;
+        // One that can be put back is forgotten after that, and not before.
+        recovery.found.sort_by_key(|(_, head, _)| head.is_none());
         for (entry, head, holders) in core::mem::take(&mut recovery.found) {
-            let mut atomic = self.new_atomic(head.range, entry);
-            atomic.sums = head.sums;
-            atomic.holders = holders;
-            atomic.stage = Stage::Fetch;
+            let range = head.as_ref().map_or(LbaRange::default(), |head| head.range);
+            let mut atomic = self.new_atomic(range, entry);
+            if let Some(head) = head {
+                atomic.sums = head.sums;
+                atomic.holders = holders;
+                atomic.stage = Stage::Fetch;
+            } else if self.atomics.table.iter().any(|other| other.entry == entry) {
+                continue;
+            } else {
+                atomic.stage = Stage::Clear;
+            }
             self.atomics.table.push(atomic);
         }
         self.mends.kick();
@@ -349,28 +363,30 @@ impl Nexus {
 
     fn told_head(&mut self, child: ChildId, status: IoStatus, head: Option<Head>) {
         let (now_ms, blocks) = (self.now_ms, self.config.blocks);
+        if !status.is_ok() && status != IoStatus::PathError && self.atomics.recovery.is_some() {
+            self.fail_child(child, FaultReason::Failed(status));
+        }
+        let alone = self.staying().has(child);
         let Some(recovery) = self.atomics.recovery.as_mut() else { return };
         recovery.outstanding = recovery.outstanding.without(ChildSet::of(child));
         let told = &mut recovery.told[usize::from(child.0)];
-        match status {
-            IoStatus::Ok => {
-                let entry = *told;
-                *told += 1;
-                let Some(head) = head.filter(|head| head.range.end().0 <= blocks) else { return };
-                let same = recovery.found.iter_mut().find(|f| f.0 == entry && f.1 == head);
-                match same {
-                    Some((_, _, holders)) => *holders = holders.with(child),
-                    None => recovery.found.push((entry, head, ChildSet::of(child))),
-                }
+        let found = match status {
+            IoStatus::Ok => head.map(|head| (head.range.end().0 <= blocks).then_some(head)),
+            // It is not known what was being written. It is forgotten: what cannot be read now might be one day, and
+            // later writes be taken back.
+            IoStatus::MediaError if alone => Some(None),
+            // Another time it can tell, or it leaves.
+            _ => {
+                recovery.again_ms = now_ms + ASK_AGAIN_MS;
+                return;
             }
-            IoStatus::PathError => recovery.again_ms = now_ms + ASK_AGAIN_MS,
-            // It has none, or none that can be read. Where nobody else has one either it is not known what was
-            // being written.
-            status if is_unknown(status) => *told = undo::ENTRIES,
-            status => {
-                *told += 1;
-                self.fail_child(child, crate::children::FaultReason::Failed(status));
-            }
+        };
+        let entry = *told;
+        *told += 1;
+        let Some(head) = found else { return };
+        match recovery.found.iter_mut().find(|f| f.0 == entry && f.1 == head) {
+            Some((_, _, holders)) => *holders = holders.with(child),
+            None => recovery.found.push((entry, head, ChildSet::of(child))),
         }
     }
 }
@@ -378,6 +394,11 @@ impl Nexus {
 /// Whether a child that answers so knows of no undo log.
 pub(crate) fn is_unknown(status: IoStatus) -> bool {
     matches!(status, IoStatus::OutOfRange | IoStatus::InvalidField | IoStatus::Unsupported)
+}
+
+/// Whether a child that is asked again will answer the same.
+fn is_final(status: IoStatus) -> bool {
+    matches!(status, IoStatus::MediaError | IoStatus::NoSpace) || is_unknown(status)
 }
 
 fn piece_bytes(range: LbaRange) -> u32 {

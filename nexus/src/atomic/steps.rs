@@ -6,7 +6,9 @@
 
 use cairn_block::{Buf, BufSlice, IoOp, IoRequest, IoStatus, LbaRange, Memory, undo};
 
-use super::{ASK_AGAIN_MS, Atomic, BLOCK, PIECE_BLOCKS, RECOVERY, Stage, bytes, is_unknown};
+use super::{
+    ASK_AGAIN_MS, Atomic, BLOCK, PIECE_BLOCKS, RECOVERY, Stage, bytes, is_final, is_unknown,
+};
 use crate::children::{ChildState, FaultReason};
 use crate::nexus::Nexus;
 use crate::slots::ChildSet;
@@ -25,7 +27,8 @@ impl Atomic {
     fn next_turn(&mut self) {
         self.turn = self.turn.wrapping_add(1);
         (self.outstanding, self.done) = (ChildSet::EMPTY, ChildSet::EMPTY);
-        (self.failed, self.differ) = (ChildSet::EMPTY, ChildSet::EMPTY);
+        (self.failed, self.passed) = (ChildSet::EMPTY, ChildSet::EMPTY);
+        self.differ = ChildSet::EMPTY;
     }
 
     /// The piece in hand is done. Returns whether it was the last one.
@@ -191,7 +194,7 @@ impl Nexus {
         let logged = recalls || a.slot.is_none();
         let from =
             if a.slot.is_none() && !recalls { self.in_sync.and(a.holders) } else { self.in_sync };
-        let (failed, again_ms) = (a.failed, a.again_ms);
+        let (failed, passed, again_ms) = (a.failed, a.passed, a.again_ms);
         let left = from.without(failed);
         if left.is_empty() {
             return self.unreadable(at);
@@ -199,13 +202,18 @@ impl Nexus {
         if now_ms < again_ms {
             return false;
         }
-        let Some(child) = left.iter().find(|&child| self.is_usable(child)) else {
+        let usable = |&child: &ChildId| self.is_usable(child);
+        let fresh = left.without(passed).iter().find(usable);
+        let Some(child) = fresh.or_else(|| left.iter().find(usable)) else {
             for child in left.iter() {
                 self.fail_if_away(child, now_ms);
             }
             return false;
         };
         let a = &mut self.atomics.table[at];
+        if fresh.is_none() {
+            a.passed = ChildSet::EMPTY;
+        }
         a.cut();
         let range = if logged { a.kept() } else { a.piece() };
         let Some(buf) = a.take_buf(mem) else {
@@ -413,11 +421,25 @@ impl Nexus {
                 let data = answer.buf.as_ref().filter(|_| status.is_ok());
                 if data.is_some_and(|buf| a.is_kept(mem.bytes(buf.slice().sub(0, len)))) {
                     a.data = answer.buf.take();
+                    if a.stage == Stage::Fetch {
+                        a.status = IoStatus::Ok;
+                    }
                     return;
                 }
-                a.failed = a.failed.with(child);
+                let begun = a.stage == Stage::Recall || a.slot.is_none();
+                if !begun {
+                    a.status = status;
+                }
+                if status.is_ok() || is_final(status) || !begun {
+                    a.failed = a.failed.with(child);
+                } else {
+                    a.passed = a.passed.with(child);
+                    a.again_ms = now_ms + ASK_AGAIN_MS;
+                }
             }
-            Stage::Restore if !a.differ.has(child) => {
+            Stage::Restore
+                if !a.differ.has(child) && (status.is_ok() || status == IoStatus::MediaError) =>
+            {
                 let len = bytes(a.blocks);
                 let window = |buf: &Option<Buf>| {
                     buf.as_ref().map(|buf| buf.slice().sub(0, len)).unwrap_or_default()
@@ -466,8 +488,10 @@ impl Nexus {
             }
             // What cannot be put back there stays as it is: the host hears of an error, or its disk has failed
             // besides.
-            (Stage::Restore | Stage::Keep | Stage::Head, _) => a.done = a.done.with(child),
-            // Were it not forgotten, later writes would be taken back one day: it is asked again.
+            (Stage::Restore | Stage::Keep | Stage::Head, _) if is_final(status) => {
+                a.done = a.done.with(child);
+            }
+            // It may do it another time. Were it not forgotten, later writes would be taken back one day.
             _ => {}
         }
     }
