@@ -8,7 +8,9 @@
 
 use std::collections::VecDeque;
 
-use cairn_block::{BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory};
+use cairn_block::{
+    BlockSize, Buf, BufSlice, IoOp, IoRequest, IoStatus, Lba, LbaRange, Memory, undo,
+};
 use cairn_reactor::Driver;
 
 use super::Shard;
@@ -21,6 +23,9 @@ const BLOCK: u32 = BlockSize::B4096.bytes();
 const SECTORS: u64 = 8;
 /// Blocks that are copied through a buffer together.
 const MAX_BOUNCE: u64 = 32;
+/// An atomic write whose buffer is not there after so long is refused: it is one piece, and what waits for its blocks
+/// may hold the memory.
+const MEMORY_WAIT_MS: u64 = 2_000;
 const SECTOR_BYTES: u64 = BlockSize::B512.bytes() as u64;
 const _: () = assert!(SECTORS * SECTOR_BYTES == BLOCK as u64);
 
@@ -50,6 +55,8 @@ pub(super) struct SectorIo {
     bounce: Option<Buf>,
     /// That buffer is the shard's last one.
     reserve: bool,
+    /// Since when it waits for memory, where it is atomic.
+    short_ms: Option<u64>,
     /// It holds its blocks against other changes.
     locked: bool,
     /// How the piece in hand ended; its buffer may still be in use.
@@ -66,6 +73,18 @@ impl SectorIo {
     fn overlaps(&self, other: &Self) -> bool {
         let (a, b) = (self.blocks(), other.blocks());
         self.volume == other.volume && a.start < b.end && b.start < a.end
+    }
+
+    /// Whether it touches no more blocks than may be written atomically, which is so of any other request.
+    fn fits_log(&self) -> bool {
+        let blocks = self.blocks();
+        !self.atomic || blocks.end - blocks.start <= undo::MAX_BLOCKS
+    }
+
+    /// Whether it has waited for memory for too long.
+    fn gives_up(&self, now: u64) -> bool {
+        let since = |since: u64| now.saturating_sub(since) >= MEMORY_WAIT_MS;
+        self.short_ms.is_some_and(since)
     }
 
     fn has_data(&self) -> bool {
@@ -162,9 +181,14 @@ impl<D: Driver> Shard<D> {
             step: Step::Waiting,
             bounce: None,
             reserve: false,
+            short_ms: None,
             locked: false,
             status: None,
         };
+        if !one.fits_log() {
+            self.host_io_done(io, IoStatus::InvalidField, now);
+            return self.host_io_released(io, now);
+        }
         let id = self.sectors.insert(one);
         self.volumes[volume].sectors.push_back(id);
         self.start_sectors(volume, now);
@@ -224,6 +248,16 @@ impl<D: Driver> Shard<D> {
                 if self.next_piece(id, now) {
                     self.volumes[volume].sectors.remove(at);
                     continue;
+                }
+                let one = &mut self.sectors[id];
+                if one.atomic {
+                    let since = *one.short_ms.get_or_insert(now);
+                    if one.gives_up(now) {
+                        self.volumes[volume].sectors.remove(at);
+                        self.drop_one(id, IoStatus::NotReady, now);
+                        continue;
+                    }
+                    self.wants_timeout(Some(since + MEMORY_WAIT_MS));
                 }
             }
             at += 1;
@@ -351,13 +385,61 @@ impl<D: Driver> Shard<D> {
     /// The volume is going: what waits and has not begun is answered.
     pub(super) fn drop_sectors(&mut self, volume: u32, status: IoStatus, now: u64) {
         while let Some(id) = self.volumes[volume].sectors.pop_front() {
-            if let Some(one) = self.sectors.remove(id) {
-                if let Some(bounce) = one.bounce {
-                    self.give_back(bounce, one.reserve);
-                }
-                self.host_io_done(one.io, status, now);
-                self.host_io_released(one.io, now);
-            }
+            self.drop_one(id, status, now);
         }
+    }
+
+    /// Answers one that waits.
+    fn drop_one(&mut self, id: u32, status: IoStatus, now: u64) {
+        if let Some(one) = self.sectors.remove(id) {
+            if let Some(bounce) = one.bounce {
+                self.give_back(bounce, one.reserve);
+            }
+            self.host_io_done(one.io, status, now);
+            self.host_io_released(one.io, now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn atomic_write(start: u64, sectors: u64) -> SectorIo {
+        let range = LbaRange::new(Lba(start), sectors).unwrap();
+        let request = IoRequest { op: IoOp::Write { fua: true }, range, buf: BufSlice::EMPTY };
+        SectorIo {
+            volume: 0,
+            io: 0,
+            request,
+            atomic: true,
+            at: start,
+            piece: 0,
+            step: Step::Waiting,
+            bounce: None,
+            reserve: false,
+            short_ms: None,
+            locked: false,
+            status: None,
+        }
+    }
+
+    /// One of 2048 sectors that began within a block waited for ever for a buffer that there is not, with its
+    /// blocks locked.
+    #[test]
+    fn an_atomic_write_that_touches_too_many_blocks_does_not_fit() {
+        assert!(atomic_write(8, 2048).fits_log());
+        assert!(atomic_write(9, 2047).fits_log());
+        assert!(!atomic_write(9, 2048).fits_log());
+        assert!(SectorIo { atomic: false, ..atomic_write(9, 2048) }.fits_log());
+    }
+
+    #[test]
+    fn an_atomic_write_waits_for_memory_for_a_while() {
+        let mut one = atomic_write(1, 8);
+        assert!(!one.gives_up(u64::MAX), "it does not wait for memory");
+        one.short_ms = Some(5);
+        assert!(!one.gives_up(5 + MEMORY_WAIT_MS - 1));
+        assert!(one.gives_up(5 + MEMORY_WAIT_MS));
     }
 }
