@@ -306,6 +306,7 @@ impl Nexus {
         if recovery.undoing {
             if self.atomics.table.is_empty() {
                 self.atomics.recovery = None;
+                self.learn_from(now_ms);
                 return Some(true);
             }
             return Some(false);
@@ -334,6 +335,7 @@ impl Nexus {
         }
         if done && self.commit.is_none() && self.failing().and(self.in_sync).is_empty() {
             self.undo_found();
+            self.learn_from(now_ms);
             moved = true;
         }
         Some(moved)

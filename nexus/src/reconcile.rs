@@ -159,8 +159,16 @@ impl Nexus {
         moved
     }
 
-    fn reconcile_since(&self) -> u64 {
+    /// Since when it is waited for what members are to tell, or to put back.
+    pub(crate) fn reconcile_since(&self) -> u64 {
         self.reconcile.as_ref().map_or(0, |r| r.since_ms)
+    }
+
+    /// A step is over: for the next one members are waited for anew.
+    pub(crate) fn learn_from(&mut self, now_ms: u64) {
+        if let Some(r) = self.reconcile.as_mut() {
+            r.since_ms = now_ms;
+        }
     }
 
     /// A member has told of some extents.
@@ -319,6 +327,10 @@ impl Nexus {
 
     /// Nothing waits any more: every request was answered.
     pub(crate) fn abandon_reconcile(&mut self) {
+        if self.learns() {
+            // Nothing is to be served of what was not looked at.
+            self.reconcile = None;
+        }
         if let Some(r) = self.reconcile.as_mut() {
             r.waiting.clear();
         }

@@ -257,7 +257,10 @@ impl Nexus {
 
     /// Online, degraded or suspended, by the in-sync set and what could not be stored.
     pub(crate) fn update_state(&mut self) {
-        let over = matches!(self.state, VolumeState::Fenced | VolumeState::Refused(_));
+        let over = matches!(
+            self.state,
+            VolumeState::Fenced | VolumeState::Refused(_) | VolumeState::StandBy(_)
+        );
         if self.assembly.is_some() || over {
             return;
         }

@@ -114,9 +114,12 @@ impl Nexus {
         if waits { ChildSet::EMPTY } else { askable }
     }
 
-    /// One that is not there leaves, unless nobody else is there either.
+    /// One that is not there leaves, or that does not come to take part while nothing is served; unless nobody else
+    /// is there either.
     pub(super) fn fail_if_away(&mut self, child: ChildId, now_ms: u64) {
-        let away = self.child(child).state == ChildState::Disconnected;
+        let waited = now_ms.saturating_sub(self.reconcile_since());
+        let late = self.atomics.recovery.is_some() && waited > self.config.child_deadline_ms;
+        let away = late || self.child(child).state == ChildState::Disconnected;
         let others = self.in_sync.without(ChildSet::of(child));
         if away && self.one_is_there(others, now_ms) {
             self.fail_child(child, FaultReason::Unreachable);

@@ -23,6 +23,8 @@ struct Rig {
     flaky: Option<usize>,
     /// Children that cannot read the heads of entries.
     rotten: ChildSet,
+    /// Children that answer nothing.
+    hung: ChildSet,
     bufs: BTreeMap<u64, Buf>,
     seed: u64,
     /// Of each range: what was written and acked last, and what was asked for since.
@@ -41,6 +43,7 @@ impl Rig {
             full: ChildSet::EMPTY,
             flaky: None,
             rotten: ChildSet::EMPTY,
+            hung: ChildSet::EMPTY,
             bufs: BTreeMap::new(),
             seed,
             acked: [0; 3],
@@ -96,10 +99,13 @@ impl Rig {
     /// One of the children does one of the things that it was asked. Returns whether there was one.
     fn step(&mut self) -> bool {
         self.collect();
-        if self.pending.is_empty() {
+        let hung = self.hung;
+        let able = |&at: &usize| !hung.has(self.pending[at].child);
+        let able: Vec<usize> = (0..self.pending.len()).filter(able).collect();
+        if able.is_empty() {
             return false;
         }
-        let at = self.below(self.pending.len());
+        let at = able[self.below(able.len())];
         let io = self.pending.swap_remove(at);
         if let ChildOp::Register(_) = io.op {
             let reply = self.bench.obey(&io);
@@ -405,6 +411,71 @@ fn a_head_that_tells_nothing_is_forgotten_before_hosts_are_served() {
         rig.connect();
         assert!(!rig.has_heads(0), "{rotten:?}");
     }
+}
+
+/// The volume stayed down for as long as a disk hung, though the others had all that it takes.
+#[test]
+fn a_member_that_does_not_come_to_take_part_is_not_waited_for() {
+    for undoes in [false, true] {
+        let mut rig = Rig::new(3, 3);
+        rig.write(0, true);
+        rig.settle();
+        rig.write(0, true);
+        rig.step_until_placed(0);
+        rig.crash();
+        for child in 0..3 {
+            rig.bench.up[usize::from(child)] = true;
+            rig.bench.nexus.handle_child_up(ChildId(child), rig.bench.now);
+        }
+        let begun = |rig: &Rig| rig.bench.nexus.learns() && rig.bench.nexus.atomics.in_use() > 0;
+        while if undoes { !begun(&rig) } else { !rig.bench.nexus.learns() } {
+            rig.step();
+        }
+        // A new session, on which nothing is answered.
+        let (child, now) = (ChildId(2), rig.bench.now);
+        for io in rig.pending.extract_if(.., |io| io.child == child).collect::<Vec<_>>() {
+            match io.op {
+                ChildOp::Register(_) => {
+                    let reply = Err(IoStatus::PathError);
+                    rig.bench.nexus.handle_register(child, io.ticket, reply, now);
+                }
+                _ => rig.bench.nexus.handle_io(child, io.ticket, IoStatus::PathError, now),
+            }
+        }
+        rig.bench.nexus.handle_child_down(child, now);
+        rig.bench.nexus.handle_child_up(child, now);
+        rig.hung = ChildSet::of(child);
+        while rig.bench.now < now + 3 * DEADLINE {
+            if !rig.step() {
+                rig.bench.now += 20;
+                rig.bench.nexus.handle_timeout(rig.bench.now);
+            }
+        }
+        assert_eq!(*rig.bench.nexus.state(), VolumeState::Degraded, "undoes: {undoes}");
+    }
+}
+
+/// A nexus that had handed the volume over went on to learn, and told that it served it.
+#[test]
+fn a_volume_that_is_handed_over_before_it_is_served_is_not() {
+    let mut rig = Rig::new(1, 5);
+    rig.write(0, true);
+    rig.settle();
+    rig.crash();
+    rig.bench.up[0] = true;
+    rig.bench.nexus.handle_child_up(ChildId(0), rig.bench.now);
+    while !rig.bench.nexus.learns() {
+        rig.step();
+    }
+    rig.bench.nexus.hand_over();
+    let over = |rig: &Rig| matches!(rig.bench.nexus.state(), VolumeState::StandBy(_));
+    for _ in 0..100 {
+        rig.step();
+        assert!(over(&rig), "{:?}", rig.bench.nexus.state());
+    }
+    rig.flap(0);
+    rig.flap(0);
+    assert!(over(&rig), "{:?}", rig.bench.nexus.state());
 }
 
 #[test]
