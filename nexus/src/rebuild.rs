@@ -542,12 +542,13 @@ impl Nexus {
         true
     }
 
-    /// The target has forgotten it, or knows of no log; or it has not.
+    /// The target has forgotten it, or knows of no log where there is none yet; or it has not.
     pub(crate) fn forgotten(&mut self, child: ChildId, status: IoStatus) {
         if self.rebuild.as_ref().is_none_or(|r| r.child != child || r.stage != Stage::Forget) {
             return;
         }
-        if status.is_ok() || is_unknown(status) {
+        let none = !self.undo && !self.wanted.undo && is_unknown(status);
+        if status.is_ok() || none {
             self.begin_join();
         } else {
             self.abort_rebuild(FaultReason::Failed(status));

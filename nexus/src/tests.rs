@@ -54,6 +54,8 @@ struct Bench {
     no_list: Option<u8>,
     /// One that fails the flushes of settling rounds.
     no_flush: Option<u8>,
+    /// How replicas answer what empties their undo log.
+    forgets: IoStatus,
 }
 
 fn config(n: u8, purpose: Purpose) -> NexusConfig {
@@ -105,6 +107,7 @@ impl Bench {
             late: Vec::new(),
             no_list: None,
             no_flush: None,
+            forgets: IoStatus::Ok,
         }
     }
 
@@ -152,6 +155,11 @@ impl Bench {
         let fails = lists && self.no_list == Some(io.child.0)
             || matches!(io.op, ChildOp::Io(_)) && self.no_flush == Some(io.child.0);
         let status = if fails { IoStatus::MediaError } else { status };
+        let empties = |request: &IoRequest| request.range == cairn_block::undo::whole();
+        let status = match &io.op {
+            ChildOp::Io(request) if empties(request) => self.forgets,
+            _ => status,
+        };
         let children = self.up.len().max(self.extents.len());
         self.extents.resize(children, Vec::new());
         self.stamps.resize(children, Vec::new());

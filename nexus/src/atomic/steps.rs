@@ -455,7 +455,6 @@ impl Nexus {
                 }
             }
             _ if status.is_ok() => a.done = a.done.with(child),
-            Stage::Configure | Stage::Clear if is_unknown(status) => a.done = a.done.with(child),
             _ => {
                 a.bufs.extend(answer.buf.take());
                 return self.atomic_failed(key, child, status);
@@ -469,7 +468,7 @@ impl Nexus {
         let now_ms = self.now_ms;
         let Some(a) = self.atomics.table.iter_mut().find(|a| a.key == key) else { return };
         a.again_ms = now_ms + ASK_AGAIN_MS;
-        let keeps = matches!(a.stage, Stage::Keep | Stage::Head);
+        let keeps = matches!(a.stage, Stage::Configure | Stage::Keep | Stage::Head);
         let refused = status == IoStatus::NoSpace || is_unknown(status);
         if keeps && refused && a.slot.is_some() {
             // Nothing is in place yet: the host is told, and no member is the worse for it.

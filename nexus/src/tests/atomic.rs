@@ -23,6 +23,8 @@ struct Rig {
     flaky: Option<usize>,
     /// Children that cannot read the heads of entries.
     rotten: ChildSet,
+    /// The first child knows of no undo log.
+    ignorant: bool,
     /// Children that answer nothing.
     hung: ChildSet,
     bufs: BTreeMap<u64, Buf>,
@@ -43,6 +45,7 @@ impl Rig {
             full: ChildSet::EMPTY,
             flaky: None,
             rotten: ChildSet::EMPTY,
+            ignorant: false,
             hung: ChildSet::EMPTY,
             bufs: BTreeMap::new(),
             seed,
@@ -125,6 +128,9 @@ impl Rig {
         let head = (0..undo::ENTRIES).any(|entry| request.range == undo::head_of(entry));
         if reads && head && self.rotten.has(io.child) {
             return Some(IoStatus::MediaError);
+        }
+        if self.ignorant && io.child.0 == 0 && undo::is_of_log(request.range) {
+            return Some(IoStatus::OutOfRange);
         }
         let one_in = self.flaky?;
         // A rebuild would begin anew each time.
@@ -532,8 +538,8 @@ fn what_a_log_has_lost_is_not_put_back() {
     }
 }
 
-#[test]
-fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
+/// Members 0 to 2 of a volume with undo logs; 1 was away for a write, and its rebuild asks it to forget its log.
+fn rebuilt(forgets: IoStatus) -> (Bench, Vec<u8>) {
     let mut b = Bench::online(3);
     b.nexus.undo = true;
     b.nexus.wanted.undo = true;
@@ -543,6 +549,7 @@ fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
     b.answer(2, IoStatus::Ok);
     assert_eq!(b.status_of(1), Some(IoStatus::Ok));
     b.nexus.config.pace.rebuild = true;
+    b.forgets = forgets;
     b.connect(1);
     for _ in 0..200 {
         b.pass(200);
@@ -551,9 +558,66 @@ fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
             b.pump();
         }
     }
-    let whole = |io: &ChildIo| matches!(io.op, ChildOp::Io(r) if r.range == undo::whole());
-    assert_eq!(b.asked.iter().filter(|io| whole(io)).map(|io| io.child.0).collect::<Vec<_>>(), [1]);
+    let whole = |io: &&ChildIo| matches!(io.op, ChildOp::Io(r) if r.range == undo::whole());
+    let asked = b.asked.iter().filter(whole).map(|io| io.child.0).collect();
+    (b, asked)
+}
+
+#[test]
+fn what_is_in_the_log_of_a_member_that_comes_back_is_forgotten() {
+    let (b, asked) = rebuilt(IoStatus::Ok);
+    assert_eq!(asked, [1]);
     assert_eq!(*b.nexus.state(), VolumeState::Online);
+}
+
+/// It may have an entry that it knows of again one day.
+#[test]
+fn a_member_that_comes_back_and_knows_of_no_log_does_not_join() {
+    let (b, asked) = rebuilt(IoStatus::OutOfRange);
+    assert!(asked.len() > 1 && asked.iter().all(|&child| child == 1), "{asked:?}");
+    assert_eq!(*b.nexus.state(), VolumeState::Degraded);
+}
+
+#[test]
+fn logs_that_a_child_knows_nothing_of_are_not_configured() {
+    let mut b = Bench::online(2);
+    b.forgets = IoStatus::InvalidField;
+    let range = LbaRange::new(Lba(4), 2).unwrap();
+    let op = IoOp::Write { fua: false };
+    b.nexus.submit_atomic(7, IoRequest { op, range, buf: BufSlice::new(0, 8192) }, b.now);
+    for _ in 0..20 {
+        b.pass(20);
+    }
+    assert_eq!(b.status_of(7), Some(IoStatus::Unsupported));
+    assert!(!b.nexus.undo && !b.nexus.wanted.undo);
+    assert_eq!(*b.nexus.state(), VolumeState::Online, "nobody was taken out");
+}
+
+/// Whoever has no log answers for no entry in it: it leaves where others do, and is no reason to serve where it is alone.
+#[test]
+fn a_member_that_knows_nothing_of_its_log_does_not_tell_that_it_is_empty() {
+    for children in [1, 3] {
+        let mut rig = Rig::new(children, 11);
+        rig.write(0, true);
+        rig.settle();
+        rig.crash();
+        rig.ignorant = true;
+        for child in 0..children {
+            rig.bench.up[usize::from(child)] = true;
+            rig.bench.nexus.handle_child_up(ChildId(child), rig.bench.now);
+        }
+        for _ in 0..2_000 {
+            if !rig.step() {
+                rig.bench.now += 20;
+                rig.bench.nexus.handle_timeout(rig.bench.now);
+            }
+        }
+        let state = rig.bench.nexus.state();
+        let serves = matches!(state, VolumeState::Online | VolumeState::Degraded);
+        assert_eq!(serves, children > 1, "{state:?}");
+        rig.ignorant = false;
+        rig.settle();
+    }
 }
 
 #[test]
