@@ -33,7 +33,7 @@ pub const MAX_BLOCKS: u64 = 256;
 const MAGIC: [u8; 8] = *b"CRNUNDO\0";
 const SUMS: usize = 40;
 const _: () = assert!(MAX_BLOCKS < ENTRY_BLOCKS);
-const _: () = assert!(SUMS + MAX_BLOCKS as usize * 4 <= 4096);
+const _: () = assert!(SUMS as u64 + MAX_BLOCKS * 4 <= 4096);
 
 /// What a head tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
