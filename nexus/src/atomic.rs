@@ -248,6 +248,8 @@ impl Nexus {
                     self.mends.short = true;
                     return moved;
                 }
+                // The next one waits as long.
+                self.atomics.short_ms = None;
                 self.atomics.waiting.pop_front();
                 self.slots.slot(at).atomic = false;
                 self.answer(at, IoStatus::NotReady);

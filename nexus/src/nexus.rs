@@ -659,7 +659,8 @@ impl Nexus {
         let limit = self.config.child_deadline_ms;
         let mirrors = self.mirrors().without(self.in_sync);
         let late = |s: &crate::slots::Slot| {
-            s.phase == Phase::Answered && now_ms.saturating_sub(s.started_ms) >= limit
+            let apart = matches!(s.phase, Phase::Answered | Phase::Keeping);
+            apart && now_ms.saturating_sub(s.started_ms) >= limit
         };
         let late = self.slots.iter().filter(|(_, s)| late(s));
         late.fold(ChildSet::EMPTY, |set, (_, s)| set.or(s.outstanding.and(mirrors)))

@@ -33,7 +33,7 @@ pub const MAX_BLOCKS: u64 = 256;
 const MAGIC: [u8; 8] = *b"CRNUNDO\0";
 const SUMS: usize = 40;
 const _: () = assert!(MAX_BLOCKS < ENTRY_BLOCKS);
-const _: () = assert!(SUMS + MAX_BLOCKS as usize * 4 <= 4096);
+const _: () = assert!(SUMS as u64 + MAX_BLOCKS * 4 <= 4096);
 
 /// What a head tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +110,7 @@ mod tests {
     fn a_head_is_of_its_volume_and_names_a_range_that_fits() {
         let range = LbaRange::new(Lba(0x1234), 256).unwrap();
         let mut block = [0xff; 4096];
-        let sums: Vec<u32> = (1..=256).map(|n| n * 0x0102_0304).collect();
+        let sums: Vec<u32> = (1..=256u32).map(|n| n.wrapping_mul(0x0102_0304)).collect();
         encode_head(VolumeId(7), range, &sums, &mut block);
         assert_eq!(block[40..48], [4, 3, 2, 1, 8, 6, 4, 2], "the first two sums");
         assert_eq!(block[1064..], [0; 4096 - 1064]);

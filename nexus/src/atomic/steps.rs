@@ -469,7 +469,9 @@ impl Nexus {
         let Some(a) = self.atomics.table.iter_mut().find(|a| a.key == key) else { return };
         a.again_ms = now_ms + ASK_AGAIN_MS;
         let keeps = matches!(a.stage, Stage::Configure | Stage::Keep | Stage::Head);
-        let refused = status == IoStatus::NoSpace || is_unknown(status);
+        // One that joins is given up instead: the members can keep it.
+        let member = self.in_sync.has(child);
+        let refused = member && (status == IoStatus::NoSpace || is_unknown(status));
         if keeps && refused && a.slot.is_some() {
             // Nothing is in place yet: the host is told, and no member is the worse for it.
             let unknown = status != IoStatus::NoSpace;

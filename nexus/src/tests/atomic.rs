@@ -579,6 +579,28 @@ fn a_member_that_comes_back_and_knows_of_no_log_does_not_join() {
 }
 
 #[test]
+fn each_atomic_write_waits_for_memory_for_as_long() {
+    let mut b = Bench::online(1);
+    b.nexus.undo = true;
+    b.mem = HeapMemory::new(4096);
+    let write = |b: &mut Bench, tag| {
+        let range = LbaRange::new(Lba(4), 2).unwrap();
+        let op = IoOp::Write { fua: false };
+        b.nexus.submit_atomic(tag, IoRequest { op, range, buf: BufSlice::new(0, 8192) }, b.now);
+        b.pump();
+    };
+    write(&mut b, 7);
+    b.pass(1_900);
+    write(&mut b, 8);
+    b.pass(100);
+    assert_eq!((b.status_of(7), b.status_of(8)), (Some(IoStatus::NotReady), None));
+    b.pass(1_900);
+    assert_eq!(b.status_of(8), None);
+    b.pass(100);
+    assert_eq!(b.status_of(8), Some(IoStatus::NotReady));
+}
+
+#[test]
 fn logs_that_a_child_knows_nothing_of_are_not_configured() {
     let mut b = Bench::online(2);
     b.forgets = IoStatus::InvalidField;
