@@ -115,6 +115,8 @@ struct Recovery {
     found: Vec<(u64, Option<Head>, ChildSet)>,
     /// All was found, and is being undone.
     undoing: bool,
+    /// Who could not tell, and is asked again.
+    asked_again: Option<(ChildId, IoStatus)>,
 }
 
 impl Atomics {
@@ -382,9 +384,11 @@ impl Nexus {
             // Another time it can tell, or it leaves.
             _ => {
                 recovery.again_ms = now_ms + ASK_AGAIN_MS;
-                return;
+                recovery.asked_again = Some((child, status));
+                return self.update_state();
             }
         };
+        recovery.asked_again.take_if(|(other, _)| *other == child);
         let entry = *told;
         *told += 1;
         let Some(head) = found else { return };
@@ -392,6 +396,21 @@ impl Nexus {
             Some((_, _, holders)) => *holders = holders.with(child),
             None => recovery.found.push((entry, head, ChildSet::of(child))),
         }
+    }
+}
+
+impl Nexus {
+    /// What is told while undo logs are looked at.
+    pub(crate) fn undoing_text(&self) -> Option<String> {
+        let recovery = self.atomics.recovery.as_ref()?;
+        let text = "looking for atomic writes that were cut off, to undo them";
+        Some(match recovery.asked_again {
+            None => text.to_owned(),
+            Some((child, status)) => {
+                let replica = self.children[usize::from(child.0)].replica;
+                format!("{text}; replica {replica} answers {status:?} and is asked again")
+            }
+        })
     }
 }
 

@@ -338,9 +338,8 @@ impl Nexus {
 
     /// What is told while it is being learnt.
     pub(crate) fn learning_state(&self) -> VolumeState {
-        VolumeState::Assembling(
-            "learning what was being written when it was last served".to_owned(),
-        )
+        let learning = || "learning what was being written when it was last served".to_owned();
+        VolumeState::Assembling(self.undoing_text().unwrap_or_else(learning))
     }
 }
 

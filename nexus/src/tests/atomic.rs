@@ -637,6 +637,8 @@ fn a_member_that_knows_nothing_of_its_log_does_not_tell_that_it_is_empty() {
         let state = rig.bench.nexus.state();
         let serves = matches!(state, VolumeState::Online | VolumeState::Degraded);
         assert_eq!(serves, children > 1, "{state:?}");
+        let told = format!("{state:?}");
+        assert!(serves || told.contains("answers OutOfRange and is asked again"), "{told}");
         rig.ignorant = false;
         rig.settle();
     }
