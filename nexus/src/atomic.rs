@@ -237,8 +237,10 @@ impl Nexus {
     /// Gives those that wait an entry and buffers, and lets them take their turn.
     fn admit_atomics<M: Memory>(&mut self, mem: &mut M, now_ms: u64) -> bool {
         let mut moved = false;
-        // What an earlier nexus has left may be in any entry.
+        // What an earlier nexus has left may be in any entry. And while the volume goes back to a snapshot nothing is to be
+        // written that came before: it would be done between that and its end, and be lost where it is done again.
         while self.atomics.recovery.is_none()
+            && self.restoring().is_none()
             && let Some(&at) = self.atomics.waiting.front()
             && let Some(entry) = self.atomics.free_entry()
         {

@@ -459,6 +459,8 @@ impl Nexus {
         self.take_up_voters(stored.voters);
         if stored.restoring != self.restoring {
             self.restoring = stored.restoring;
+            // Atomic writes wait for it to be over.
+            self.mends.kick();
             self.push_event(Event::Restoring(stored.restoring));
         }
         self.deleted = stored.deleted;

@@ -60,6 +60,12 @@ fn seeds_of_losses_of_power() {
     check([554, 4_006_128].into_iter(), |seed| run(seed, None));
 }
 
+/// An atomic write that had waited for its turn was done while the volume went back to a snapshot, between that and its end.
+#[test]
+fn seeds_of_atomic_writes() {
+    check([332].into_iter().chain(0..20), |seed| run_at(seed, Focus::Whole, None));
+}
+
 /// A volume grew twice while a member that had come back grew: it was not taken up again.
 #[test]
 fn a_member_grows_twice() {
