@@ -110,7 +110,10 @@ impl History {
     fn is_older(&self, lba: u64, value: u64, invoked: u64) -> bool {
         let block = &self.blocks[usize::try_from(lba).expect("a small volume")];
         let mut of = block.writes.iter().filter(|w| w.value == value).peekable();
-        of.peek().is_some() && of.all(|w| w.ended < invoked && !w.maybe)
+        // Zeros that met a full pool are remembered in no other way.
+        block.tainted_at.is_none()
+            && of.peek().is_some()
+            && of.all(|w| w.ended < invoked && !w.maybe)
     }
 }
 
