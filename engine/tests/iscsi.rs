@@ -4,20 +4,17 @@
 
 mod common;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cairn_engine::block::{BlockSize, ReplicaId};
 use cairn_engine::control::Command;
 use cairn_engine::nexus::Purpose;
-use cairn_engine::shard::IscsiConfig;
-use cairn_engine::{
-    ChildAddress, EngineError, IscsiExport, IscsiPortal, ShardConfig, Sharing, VolumeSpec,
-};
+use cairn_engine::{ChildAddress, EngineError, IscsiExport, IscsiPortal, Sharing, VolumeSpec};
 use common::cable::Cable;
 use common::initiator::{Answer, Initiator};
-use common::{Client, Engine, HOST, PATIENCE, replica_nqn, volume_nqn};
+use common::{Client, Engine, HOST, PATIENCE, config_for_initiators, replica_nqn, volume_nqn};
 
 const ALICE: &str = "iqn.2026-11.io.example:alice";
 const BOB: &str = "iqn.2026-11.io.example:bob";
@@ -37,31 +34,11 @@ fn export(volume: &str, initiators: &[&str]) -> IscsiExport {
     }
 }
 
-fn config(group: u16) -> ShardConfig {
-    let iscsi = IscsiConfig { portal_groups: vec![group], ..IscsiConfig::default() };
-    ShardConfig {
-        iscsi,
-        cntlid_min: group * 100,
-        cntlid_max: group * 100 + 99,
-        holder: u128::from(group),
-        lease_ms: 500,
-        ..ShardConfig::default()
-    }
-}
-
 /// A process that listens for initiators, in a portal group of this tag; and where.
 fn start(shards: u16, group: u16) -> (Engine, SocketAddr) {
-    let engine = Engine::start_with(shards, config(group));
-    let address = listen(&engine, group);
+    let engine = Engine::start_with(shards, config_for_initiators(group));
+    let address = engine.listen_for_initiators(group);
     (engine, address)
-}
-
-fn listen(engine: &Engine, group: u16) -> SocketAddr {
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let (listener, address) = cairn_engine::thread::listen(any).unwrap();
-    let portal = IscsiPortal { address, group };
-    engine.call(|reply| Command::AddIscsiListener { listener, portal, reply }).unwrap();
-    address
 }
 
 /// A volume of one replica, which both may log in to.
@@ -522,11 +499,7 @@ fn what_may_be_lost_of_a_second_unit_is_told_there() {
     let folder = std::env::temp_dir().join(format!("cairn-engine-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     // The machine of the replicas, in one life after another.
-    let machine = |incarnation| {
-        let engine = Engine::start_with(1, ShardConfig { incarnation, ..ShardConfig::default() });
-        engine.add_pool_in("p", &folder.join("pool"));
-        engine
-    };
+    let machine = |incarnation| Engine::machine(&folder, incarnation);
     let replicas = machine(1);
     let cable = Cable::to(replicas.address);
     let (engine, at) = start(1, 7);
@@ -597,8 +570,8 @@ fn copy_list(volume: u128) -> Vec<u8> {
 #[test]
 fn jobs_end_with_little_memory() {
     const ROUNDS: usize = 20;
-    let engine = Engine::start_in(8 << 20, 1, config(7));
-    let at = listen(&engine, 7);
+    let engine = Engine::start_in(8 << 20, 1, config_for_initiators(7));
+    let at = engine.listen_for_initiators(7);
     engine.add_pool("p");
     let spec = volume("v", 1, "p", &engine);
     engine.add_volume(VolumeSpec { iscsi: Some(Box::new(export("v", &["*"]))), ..spec });

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,12 +13,11 @@ use cairn_engine::control::Command;
 use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::sqe::{Sqe, opcode};
 use cairn_engine::nvmf::status::Status;
-use cairn_engine::shard::IscsiConfig;
-use cairn_engine::{ChildAddress, IscsiExport, IscsiPortal, ShardConfig, Sharing, VolumeSpec};
+use cairn_engine::{ChildAddress, IscsiExport, Sharing, VolumeSpec};
 use common::cable::Cable;
 use common::host::NvmeHost;
 use common::initiator::Initiator;
-use common::{Engine, PATIENCE, replica_nqn};
+use common::{Engine, PATIENCE, config_for_initiators, replica_nqn};
 
 const ALICE: &str = "iqn.2026-11.io.example:alice";
 const IQN: &str = "iqn.2026-11.io.cairn:v";
@@ -45,31 +44,13 @@ fn spec(engine: &Engine, purpose: Purpose) -> VolumeSpec {
         Purpose::Create => engine.add_replica("p", 1, 1),
         _ => (ReplicaId(1), ChildAddress::Local { pool: "p".to_owned() }),
     };
-    let export = IscsiExport {
-        iqn: IQN.to_owned(),
-        lun: 0,
-        initiators: vec!["*".to_owned()],
-        ..IscsiExport::default()
-    };
-    VolumeSpec { iscsi: Some(Box::new(export)), purpose, ..Engine::spec("v", 1, vec![child]) }
+    VolumeSpec { iscsi: Some(Box::new(export())), purpose, ..Engine::spec("v", 1, vec![child]) }
 }
 
 /// A process, and where initiators reach it.
 fn process(group: u16) -> (Engine, SocketAddr) {
-    let iscsi = IscsiConfig { portal_groups: vec![group], ..IscsiConfig::default() };
-    let config = ShardConfig {
-        iscsi,
-        cntlid_min: group * 100,
-        cntlid_max: group * 100 + 99,
-        holder: u128::from(group),
-        lease_ms: 500,
-        ..ShardConfig::default()
-    };
-    let engine = Engine::start_with(1, config);
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let (listener, address) = cairn_engine::thread::listen(any).unwrap();
-    let portal = IscsiPortal { address, group };
-    engine.call(|reply| Command::AddIscsiListener { listener, portal, reply }).unwrap();
+    let engine = Engine::start_with(1, config_for_initiators(group));
+    let address = engine.listen_for_initiators(group);
     (engine, address)
 }
 

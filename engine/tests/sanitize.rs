@@ -4,19 +4,18 @@
 
 mod common;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cairn_engine::block::{BlockSize, ReplicaId, SnapshotId, SnapshotVerb};
 use cairn_engine::control::Command;
 use cairn_engine::nexus::Purpose;
-use cairn_engine::shard::IscsiConfig;
-use cairn_engine::{ChildAddress, EngineError, IscsiExport, IscsiPortal, ShardConfig, VolumeSpec};
+use cairn_engine::{ChildAddress, EngineError, IscsiExport, ShardConfig, VolumeSpec};
 use cairn_engine::{replica::SnapshotSpec, snapshot::SnapshotCall};
 use common::cable::Cable;
 use common::initiator::{Answer, Initiator};
-use common::{BLOCKS, Client, Engine, PATIENCE, replica_nqn};
+use common::{BLOCKS, Client, Engine, PATIENCE, config_for_initiators, replica_nqn};
 
 const ALICE: &str = "iqn.2026-11.io.example:alice";
 const BOB: &str = "iqn.2026-11.io.example:bob";
@@ -33,13 +32,9 @@ fn iqn(volume: &str) -> String {
 
 /// A process that overwrites so many MiB a second.
 fn start(sanitize_mib_s: u32) -> (Engine, SocketAddr) {
-    let iscsi = IscsiConfig { portal_groups: vec![7], ..IscsiConfig::default() };
-    let config = ShardConfig { iscsi, sanitize_mib_s, lease_ms: 500, ..ShardConfig::default() };
+    let config = ShardConfig { sanitize_mib_s, ..config_for_initiators(7) };
     let engine = Engine::start_with(1, config);
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let (listener, address) = cairn_engine::thread::listen(any).unwrap();
-    let portal = IscsiPortal { address, group: 7 };
-    engine.call(|reply| Command::AddIscsiListener { listener, portal, reply }).unwrap();
+    let address = engine.listen_for_initiators(7);
     (engine, address)
 }
 
@@ -279,11 +274,7 @@ fn a_sanitize_is_not_over_before_every_replica_has_it() {
 fn what_may_be_lost_is_sanitized_again() {
     let folder = std::env::temp_dir().join(format!("cairn-sanitize-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    let machine = |incarnation| {
-        let engine = Engine::start_with(1, ShardConfig { incarnation, ..ShardConfig::default() });
-        engine.add_pool_in("p", &folder.join("pool"));
-        engine
-    };
+    let machine = |incarnation| Engine::machine(&folder, incarnation);
     let replicas = machine(1);
     replicas.add_replica("p", 1, 1);
     let cable = Cable::to(replicas.address);

@@ -22,8 +22,10 @@ use cairn_engine::nexus::Purpose;
 use cairn_engine::nvmf::initiator::{QueueIndex, Session, SessionConfig, SessionEvent, Submit};
 use cairn_engine::reactor::{Attach, BlockFile, DriverConfig, IoMode, MemRegion};
 use cairn_engine::replica::{Device as _, FormatOptions, MultiPool, Pool, ReplicaSpec};
+use cairn_engine::shard::IscsiConfig;
 use cairn_engine::{
-    ChildAddress, EngineError, EngineHandle, PoolMember, ShardConfig, VolumeReport, VolumeSpec,
+    ChildAddress, EngineError, EngineHandle, IscsiPortal, PoolMember, ShardConfig, VolumeReport,
+    VolumeSpec,
 };
 
 pub(crate) const BLOCKS: u64 = 2048;
@@ -32,6 +34,19 @@ pub(crate) const HOST: &str = "nqn.2026-11.io.cairn:host";
 
 pub(crate) fn volume_nqn(name: &str) -> String {
     format!("nqn.2026-11.io.cairn:{name}")
+}
+
+/// Of a process that initiators reach through a portal group of this tag.
+pub(crate) fn config_for_initiators(group: u16) -> ShardConfig {
+    let iscsi = IscsiConfig { portal_groups: vec![group], ..IscsiConfig::default() };
+    ShardConfig {
+        iscsi,
+        cntlid_min: group * 100,
+        cntlid_max: group * 100 + 99,
+        holder: u128::from(group),
+        lease_ms: 500,
+        ..ShardConfig::default()
+    }
 }
 
 pub(crate) fn replica_nqn(id: u128) -> String {
@@ -64,6 +79,22 @@ impl Engine {
         let engine = Self { handle, thread: Some(thread), address };
         engine.call(|reply| Command::AddListener { listener, advertise: address, reply }).unwrap();
         engine
+    }
+
+    /// A machine in one of its lives, with a pool `p` in a folder.
+    pub(crate) fn machine(folder: &Path, incarnation: u128) -> Self {
+        let engine = Self::start_with(1, ShardConfig { incarnation, ..ShardConfig::default() });
+        engine.add_pool_in("p", &folder.join("pool"));
+        engine
+    }
+
+    /// Listens for initiators in a portal group; and where.
+    pub(crate) fn listen_for_initiators(&self, group: u16) -> SocketAddr {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let (listener, address) = cairn_engine::thread::listen(any).unwrap();
+        let portal = IscsiPortal { address, group };
+        self.call(|reply| Command::AddIscsiListener { listener, portal, reply }).unwrap();
+        address
     }
 
     pub(crate) fn call<T: Send + 'static>(
