@@ -118,8 +118,15 @@ impl Payload {
         }
     }
 
+    /// Where all of the data lies in `chunk`, which begins with what follows the header; nothing where some of it is yet
+    /// to come.
+    pub(crate) fn whole_data(&self, chunk: BufSlice) -> Option<BufSlice> {
+        let here = chunk.len() >= self.pad + self.data;
+        here.then(|| chunk.sub(self.pad, self.data))
+    }
+
     /// Takes what of `chunk` belongs to the PDU: how many bytes. The data goes to `destination`,
-    /// which is as long as the PDU's data; without one it is dropped.
+    /// which is as long as the PDU's data, and may be where the data lies; without one it is dropped.
     pub(crate) fn feed<M: Memory>(
         &mut self,
         chunk: BufSlice,
@@ -137,7 +144,10 @@ impl Payload {
                 if self.has_digest {
                     self.crc = crc32c::crc32c_append(self.crc, mem.bytes(source));
                 }
-                mem.copy(source, destination.sub(self.data - self.left, n));
+                let destination = destination.sub(self.data - self.left, n);
+                if destination != source {
+                    mem.copy(source, destination);
+                }
             }
             self.left -= n;
             taken += n;

@@ -1,45 +1,55 @@
 //! Payload as plain values. The memory itself belongs to whoever implements [`Memory`]: the reactor's
 //! arena in production, a `Vec` in tests and in the simulator.
 
-use crate::Buddy;
+use crate::{Buddy, Received};
 
 /// The unit of allocation: one page, which suits every device's direct-I/O alignment.
 const PAGE: usize = 4096;
 
 /// A window into the arena. `Copy`: it names bytes, it does not own them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct BufSlice {
-    offset: u32,
-    len: u32,
+///
+/// One word, the length above the offset: two halves that are stored one by one and loaded as one word make the processor
+/// wait until all that was stored before them has reached the caches.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct BufSlice(u64);
+
+impl std::fmt::Debug for BufSlice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BufSlice")
+            .field("offset", &self.offset())
+            .field("len", &self.len())
+            .finish()
+    }
 }
 
 impl BufSlice {
     /// No bytes.
-    pub const EMPTY: Self = Self { offset: 0, len: 0 };
+    pub const EMPTY: Self = Self(0);
 
     /// The window of `len` bytes that begins `offset` bytes into the arena.
     #[must_use]
     pub const fn new(offset: u32, len: u32) -> Self {
         assert!(offset.checked_add(len).is_some(), "a window past the end of the arena");
-        Self { offset, len }
+        Self(((len as u64) << 32) | offset as u64)
     }
 
     /// Bytes from the start of the arena.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
     pub const fn offset(self) -> u32 {
-        self.offset
+        self.0 as u32
     }
 
     /// Length in bytes.
     #[must_use]
     pub const fn len(self) -> u32 {
-        self.len
+        (self.0 >> 32) as u32
     }
 
     /// Whether it names no bytes.
     #[must_use]
     pub const fn is_empty(self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// `len` bytes of this window from its byte `at`.
@@ -48,14 +58,14 @@ impl BufSlice {
     /// Where that reaches past the end of the window.
     #[must_use]
     pub const fn sub(self, at: u32, len: u32) -> Self {
-        assert!(at <= self.len && len <= self.len - at, "a window past the end of its parent");
-        Self { offset: self.offset + at, len }
+        assert!(at <= self.len() && len <= self.len() - at, "a window past the end of its parent");
+        Self::new(self.offset() + at, len)
     }
 
     /// What is left of this window after its first `at` bytes.
     #[must_use]
     pub const fn from(self, at: u32) -> Self {
-        self.sub(at, self.len - at)
+        self.sub(at, self.len() - at)
     }
 }
 
@@ -77,7 +87,7 @@ impl Buf {
     /// All the bytes that were asked for.
     #[must_use]
     pub const fn slice(&self) -> BufSlice {
-        BufSlice { offset: self.offset, len: self.len }
+        BufSlice::new(self.offset, self.len)
     }
 
     /// Length in bytes, as asked for.
@@ -119,6 +129,13 @@ pub trait Memory {
 
     /// Copies `src` over `dst`; they have one length and do not overlap.
     fn copy(&mut self, src: BufSlice, dst: BufSlice);
+
+    /// A buffer that is these bytes themselves, where they were received into memory that can be kept and lie as every
+    /// device wants it; elsewhere nothing, and they are to be copied. It is released as any other.
+    fn keep(&mut self, slice: BufSlice) -> Option<Buf> {
+        let _ = slice;
+        None
+    }
 }
 
 /// The order of the smallest buddy block that holds `len` bytes.
@@ -154,6 +171,7 @@ impl Buddy {
 pub struct HeapMemory {
     bytes: Vec<u8>,
     buddy: Buddy,
+    received: Option<Received>,
 }
 
 impl HeapMemory {
@@ -163,7 +181,18 @@ impl HeapMemory {
         #[expect(clippy::cast_possible_truncation, reason = "PAGE is 4096")]
         let pages = len / PAGE as u32;
         // Not zeros, so that a reader of memory that nobody wrote is noticed.
-        Self { bytes: vec![0xa5; pages as usize * PAGE], buddy: Buddy::new(pages, 8) }
+        let (bytes, buddy) = (vec![0xa5; pages as usize * PAGE], Buddy::new(pages, 8));
+        Self { bytes, buddy, received: None }
+    }
+
+    /// What is received into these of its buffers can be kept.
+    pub fn set_received(&mut self, received: Received) {
+        self.received = Some(received);
+    }
+
+    /// See [`HeapMemory::set_received`].
+    pub fn received(&mut self) -> Option<&mut Received> {
+        self.received.as_mut()
     }
 
     /// Bytes in use, rounded up to the allocator's blocks: 0 when nothing has leaked.
@@ -181,7 +210,17 @@ impl Memory for HeapMemory {
     }
 
     fn release(&mut self, buf: Buf) {
-        self.buddy.release_buf(buf);
+        let own = match &mut self.received {
+            Some(received) => received.release(buf),
+            None => Some(buf),
+        };
+        if let Some(buf) = own {
+            self.buddy.release_buf(buf);
+        }
+    }
+
+    fn keep(&mut self, slice: BufSlice) -> Option<Buf> {
+        self.received.as_mut()?.keep(slice)
     }
 
     fn max_alloc(&self) -> u32 {
@@ -189,17 +228,17 @@ impl Memory for HeapMemory {
     }
 
     fn bytes(&self, slice: BufSlice) -> &[u8] {
-        &self.bytes[slice.offset as usize..][..slice.len as usize]
+        &self.bytes[slice.offset() as usize..][..slice.len() as usize]
     }
 
     fn bytes_mut(&mut self, slice: BufSlice) -> &mut [u8] {
-        &mut self.bytes[slice.offset as usize..][..slice.len as usize]
+        &mut self.bytes[slice.offset() as usize..][..slice.len() as usize]
     }
 
     fn copy(&mut self, src: BufSlice, dst: BufSlice) {
-        assert_eq!(src.len, dst.len, "a copy between windows of different lengths");
-        let from = src.offset as usize;
-        self.bytes.copy_within(from..from + src.len as usize, dst.offset as usize);
+        assert_eq!(src.len(), dst.len(), "a copy between windows of different lengths");
+        let from = src.offset() as usize;
+        self.bytes.copy_within(from..from + src.len() as usize, dst.offset() as usize);
     }
 }
 

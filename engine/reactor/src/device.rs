@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::arena::{LARGE_PAGE, Mapping};
+use crate::arena::{LARGE_PAGE, Mapping, settle_stores};
 
 /// Metadata and data blocks are this large; a device must take them at this alignment.
 const BLOCK: usize = 4096;
@@ -97,6 +97,7 @@ pub struct BlockFile {
     len: u64,
     is_block: bool,
     sector_size: u32,
+    memory_alignment: u32,
 }
 
 impl BlockFile {
@@ -170,12 +171,17 @@ impl BlockFile {
             }
         }
         let mut sector_size = u32::try_from(meta.blksize()).unwrap_or(4096).clamp(512, 4096);
+        let mut memory_alignment = 1;
         if mode == IoMode::Direct {
             match direct_io_unit(&file).map_err(fail)? {
-                DirectIo::Unit(unit) if unit as usize <= BLOCK => sector_size = unit.max(512),
-                DirectIo::Unit(unit) => return Err(OpenError::Alignment { path: owned(), unit }),
+                DirectIo::Unit { unit, memory } if unit as usize <= BLOCK => {
+                    (sector_size, memory_alignment) = (unit.max(512), memory);
+                }
+                DirectIo::Unit { unit, .. } => {
+                    return Err(OpenError::Alignment { path: owned(), unit });
+                }
                 DirectIo::Refused => return Err(OpenError::NoDirectIo { path: owned() }),
-                DirectIo::Unknown => {}
+                DirectIo::Unknown => memory_alignment = 4096,
             }
         }
         let len = if is_block {
@@ -184,7 +190,7 @@ impl BlockFile {
         } else {
             meta.len()
         };
-        Ok(Self { file, path: owned(), len, is_block, sector_size })
+        Ok(Self { file, path: owned(), len, is_block, sector_size, memory_alignment })
     }
 
     /// Length in bytes.
@@ -209,6 +215,12 @@ impl BlockFile {
     #[must_use]
     pub fn sector_size(&self) -> u32 {
         self.sector_size
+    }
+
+    /// What memory that is read into or written from is to be aligned to, in bytes.
+    #[must_use]
+    pub fn memory_alignment(&self) -> u32 {
+        self.memory_alignment
     }
 
     /// Where it was opened from.
@@ -307,7 +319,11 @@ impl BlockFile {
 }
 
 enum DirectIo {
-    Unit(u32),
+    /// What offsets and memory are to be aligned to, and memory alone.
+    Unit {
+        unit: u32,
+        memory: u32,
+    },
     Refused,
     /// The kernel is too old to tell.
     Unknown,
@@ -337,7 +353,8 @@ fn direct_io_unit(file: &File) -> io::Result<DirectIo> {
     if stx.stx_dio_offset_align == 0 {
         return Ok(DirectIo::Refused);
     }
-    Ok(DirectIo::Unit(stx.stx_dio_offset_align.max(stx.stx_dio_mem_align)))
+    let memory = stx.stx_dio_mem_align.max(1);
+    Ok(DirectIo::Unit { unit: stx.stx_dio_offset_align.max(memory), memory })
 }
 
 /// Memory that behaves as a device: for tests and benchmarks. It keeps nothing across a restart.
@@ -394,11 +411,18 @@ impl MemRegion {
     /// # Errors
     /// A range past the end.
     pub fn write_at(&mut self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.write_past_caches(offset, buf)?;
+        settle_stores();
+        Ok(())
+    }
+
+    /// As [`MemRegion::write_at`]; nobody may look at it before [`settle_stores`].
+    pub(crate) fn write_past_caches(&mut self, offset: u64, buf: &[u8]) -> io::Result<()> {
         let (at, len) = self.range(offset, buf.len() as u64)?;
         if len >= BULK {
             self.ask_for_large_pages(at, len, true);
         }
-        self.map.bytes_mut(at, len).copy_from_slice(buf);
+        self.map.write_past_caches(at, buf);
         Ok(())
     }
 

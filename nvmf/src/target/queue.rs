@@ -19,6 +19,8 @@ use crate::wire::len32;
 pub const ADMIN_IN_CAPSULE_LEN: u32 = 8192;
 /// The highest HPDA that the specification allows: 128 bytes.
 const MAX_PDA: u8 = 31;
+/// In-capsule data of this length is not copied, where memory can keep it as it was received.
+const KEEP_LEN: u32 = 4096;
 /// Ring space for what belongs to no slot: ICResp, then a TermReq.
 const CONNECTION_RESERVE: u32 = 128 + 24 + MAX_TERM_DATA;
 /// Windows that one slot may queue: R2T, C2HData, payload, digest and response.
@@ -229,7 +231,7 @@ impl Queue {
                     at += taken;
                     let step = match result {
                         Ok(None) => continue,
-                        Ok(Some(header)) => self.handle_header(&header, mem),
+                        Ok(Some(header)) => self.handle_header(&header, chunk.from(at), mem),
                         Err(violation) => Err(violation),
                     };
                     match step {
@@ -468,10 +470,11 @@ impl Queue {
         self.binding.is_none_or(|binding| binding.qid == 0)
     }
 
-    /// Acts on a header: true where it was taken, false where it has to wait.
+    /// Acts on a header, which `rest` follows: true where it was taken, false where it has to wait.
     fn handle_header<M: Memory>(
         &mut self,
         header: &Header,
+        rest: BufSlice,
         mem: &mut M,
     ) -> Result<bool, Violation> {
         let kind = header.body.kind();
@@ -485,7 +488,7 @@ impl Queue {
         }
         match header.body {
             Body::IcReq { pfv, hpda, dgst, .. } => self.handle_icreq(pfv, hpda, dgst, mem)?,
-            Body::CapsuleCmd(sqe) => return self.handle_capsule(header, &sqe, mem),
+            Body::CapsuleCmd(sqe) => return self.handle_capsule(header, &sqe, rest, mem),
             Body::H2cData(transfer) => self.handle_h2c_data(header, transfer)?,
             Body::TermReq { from_host: true, fes, fei } => {
                 self.close_reason = Some(CloseReason::Terminated { fes, fei });
@@ -534,6 +537,7 @@ impl Queue {
         &mut self,
         header: &Header,
         sqe: &Sqe,
+        rest: BufSlice,
         mem: &mut M,
     ) -> Result<bool, Violation> {
         let common = header.common();
@@ -551,8 +555,12 @@ impl Queue {
         let in_capsule = present > 0 && brings_data;
         let mut buf = None;
         if in_capsule {
-            // Waiting commands asked first.
-            buf = if self.waiting.is_empty() { mem.alloc(sgl.len) } else { None };
+            let whole = Payload::new(&common).whole_data(rest);
+            buf = whole.filter(|data| data.len() >= KEEP_LEN).and_then(|data| mem.keep(data));
+            if buf.is_none() && self.waiting.is_empty() {
+                // Waiting commands asked first.
+                buf = mem.alloc(sgl.len);
+            }
             buf = buf.or_else(|| self.take_spare(sgl.len));
             if buf.is_none() {
                 self.stalled_for_memory = true;

@@ -6,7 +6,8 @@ use cairn_block::{BufSlice, ByteOffset, Memory};
 use io_uring::{opcode, squeue, types};
 
 use super::{Attach, Core, Kind, Target, with_target};
-use crate::device::MemRegion;
+use crate::arena::settle_stores;
+use crate::device::{BlockFile, MemRegion};
 use crate::seam::{Completion, DeviceId, DiskFault, Token};
 
 /// The registered buffer that is the arena.
@@ -22,7 +23,7 @@ pub(super) enum Request {
 
 #[derive(Debug)]
 enum Device {
-    File { target: Target, file: crate::device::BlockFile },
+    File { target: Target, file: BlockFile },
     Memory(MemRegion),
 }
 
@@ -38,6 +39,8 @@ struct InFlight {
 
 #[derive(Debug)]
 pub(super) struct Disks {
+    /// What is to be done on devices that are memory.
+    copies: Vec<(Token, DeviceId, Request)>,
     devices: Vec<Option<Device>>,
     ops: Vec<Option<InFlight>>,
     free: Vec<u32>,
@@ -45,12 +48,20 @@ pub(super) struct Disks {
 
 impl Disks {
     pub(super) fn new() -> Self {
-        Self { devices: Vec::new(), ops: Vec::with_capacity(1024), free: Vec::with_capacity(1024) }
+        Self {
+            copies: Vec::with_capacity(1024),
+            devices: Vec::new(),
+            ops: Vec::with_capacity(1024),
+            free: Vec::with_capacity(1024),
+        }
     }
 
     pub(super) fn attach(&mut self, core: &mut Core, device: Attach) -> io::Result<DeviceId> {
         let device = match device {
-            Attach::File(file) => Device::File { target: core.register(file.raw_fd()), file },
+            Attach::File(file) => {
+                core.arena.received().demand_alignment(file.memory_alignment());
+                Device::File { target: core.register(file.raw_fd()), file }
+            }
             Attach::Memory(region) => Device::Memory(region),
         };
         let id = u32::try_from(self.devices.len()).map_err(|_| io::ErrorKind::OutOfMemory)?;
@@ -76,6 +87,10 @@ impl Disks {
         request: Request,
     ) {
         match self.devices.get_mut(device.0 as usize) {
+            Some(Some(Device::File { file, .. })) if lies_badly(file, request) => {
+                let result = write_now(core, file, request);
+                core.ready.push_back(Completion::Disk { token, result });
+            }
             Some(Some(Device::File { target, .. })) => {
                 let op = InFlight { token, target: *target, request, retries: 0 };
                 let index = match self.free.pop() {
@@ -90,13 +105,32 @@ impl Disks {
                 };
                 start(core, index, op);
             }
-            Some(Some(Device::Memory(region))) => {
-                let result = on_memory(core, region, request).map_err(|_| DiskFault::Short);
-                core.ready.push_back(Completion::Disk { token, result });
-            }
+            Some(Some(Device::Memory(_))) => self.copies.push((token, device, request)),
             _ => core
                 .ready
                 .push_back(Completion::Disk { token, result: Err(DiskFault::Errno(libc::ENODEV)) }),
+        }
+    }
+
+    /// Does what was submitted to devices that are memory, one after the other: the processor goes on while such memory, which
+    /// no cache has, is being written, but what else there is to do would soon have to wait for it.
+    pub(super) fn copy(&mut self, core: &mut Core) {
+        let mut written = false;
+        for (token, device, request) in self.copies.drain(..) {
+            if written && !matches!(request, Request::Write { .. }) {
+                settle_stores();
+            }
+            written = matches!(request, Request::Write { .. });
+            let result = match self.devices.get_mut(device.0 as usize) {
+                Some(Some(Device::Memory(region))) => {
+                    on_memory(core, region, request).map_err(|_| DiskFault::Short)
+                }
+                _ => Err(DiskFault::Errno(libc::ENODEV)),
+            };
+            core.ready.push_back(Completion::Disk { token, result });
+        }
+        if written {
+            settle_stores();
         }
     }
 
@@ -210,10 +244,30 @@ fn start(core: &mut Core, index: u32, op: InFlight) {
     core.push(&entry.user_data(Kind::Disk.user_data(index)));
 }
 
+/// Whether it is a write of bytes that were kept where they had been received before the device was there, and that do not
+/// lie as it wants it.
+fn lies_badly(file: &BlockFile, request: Request) -> bool {
+    matches!(request, Request::Write { buf, .. } if !buf.offset().is_multiple_of(file.memory_alignment()))
+}
+
+/// Does a write at once, by way of memory that lies well.
+fn write_now(core: &Core, file: &BlockFile, request: Request) -> Result<(), DiskFault> {
+    let Request::Write { offset, buf, fua } = request else { return Ok(()) };
+    let written = file.write_at(offset.0, core.arena.bytes(buf));
+    let written = if fua { written.and_then(|()| file.flush()) } else { written };
+    written.map_err(|e| match e.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => DiskFault::NoSpace,
+        Some(errno) => DiskFault::Errno(errno),
+        None => DiskFault::Short,
+    })
+}
+
 fn on_memory(core: &mut Core, region: &mut MemRegion, request: Request) -> io::Result<()> {
     match request {
         Request::Read { offset, buf } => region.read_at(offset.0, core.arena.bytes_mut(buf)),
-        Request::Write { offset, buf, .. } => region.write_at(offset.0, core.arena.bytes(buf)),
+        Request::Write { offset, buf, .. } => {
+            region.write_past_caches(offset.0, core.arena.bytes(buf))
+        }
         Request::Flush => Ok(()),
         Request::Zero { offset, len, .. } => region.zero(offset.0, len),
     }

@@ -498,6 +498,8 @@ impl Driver for UringDriver {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>, deadline_ns: Option<u64>) {
+        self.disks.copy(&mut self.core);
+        self.recv.take_free(&mut self.core.arena);
         let wait = deadline_ns.map(|at| Duration::from_nanos(at.saturating_sub(self.now_ns())));
         let may_wait = !self.core.has_work() && wait.is_none_or(|w| !w.is_zero());
         if may_wait {
@@ -541,7 +543,7 @@ impl Driver for UringDriver {
     }
 
     fn release_chunk(&mut self, chunk: Chunk) {
-        self.recv.give_back(&self.core.arena, chunk.id);
+        self.recv.give_back(&mut self.core.arena, chunk.id);
         self.sockets.rearm(&mut self.core, &self.recv);
     }
 

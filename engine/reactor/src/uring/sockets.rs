@@ -258,11 +258,11 @@ impl Sockets {
         let token = socket.recv_token;
         let chunk = cqueue::buffer_select(flags).map(|id| {
             let len = u32::try_from(result).unwrap_or(0);
-            Chunk { id, slice: ring.take(id, len) }
+            Chunk { id, slice: ring.take(&mut core.arena, id, len) }
         });
         if let Some(chunk) = chunk {
             if socket.closing.is_some() || chunk.slice.is_empty() {
-                ring.give_back(&core.arena, chunk.id);
+                ring.give_back(&mut core.arena, chunk.id);
             } else {
                 out.push(Completion::Received { token, chunk });
             }
@@ -286,6 +286,7 @@ impl Sockets {
                 EndReason::Paused
             }
             n if -n == libc::ENOBUFS => {
+                ring.ran_out(&core.arena);
                 if socket.receiving != Receiving::Stopping {
                     socket.receiving = Receiving::Starved;
                     self.starved.push_back(index);

@@ -88,6 +88,19 @@ fn a_file_takes_every_disk_operation() {
         let file = BlockFile::open(&path, IoMode::Direct).unwrap();
         let device = d.attach_device(Attach::File(file)).unwrap();
         disk_round_trip(&mut d, device);
+        // Kept as it was received, before the device was there.
+        let buf = fill(&mut d, 12288);
+        let odd = buf.slice().sub(72, 8192);
+        let offset = ByteOffset(4096);
+        for fua in [false, true] {
+            assert_eq!(disk_done(&mut d, Op::Write { device, offset, buf: odd, fua }), Ok(()));
+        }
+        let back = d.memory().alloc(8192).unwrap();
+        assert_eq!(disk_done(&mut d, Op::Read { device, offset, buf: back.slice() }), Ok(()));
+        let want = d.memory().bytes(odd).to_vec();
+        assert!(d.memory().bytes(back.slice()) == want);
+        d.memory().release(buf);
+        d.memory().release(back);
         assert!(d.detach_device(device).is_some());
         std::fs::remove_file(path).unwrap();
     });
@@ -127,6 +140,62 @@ fn fill(d: &mut UringDriver, len: u32) -> Buf {
         *b = u8::try_from(i % 253).unwrap();
     }
     buf
+}
+
+fn next_chunk(d: &mut UringDriver, rest: &mut Vec<Completion>) -> Chunk {
+    let received = |c: &Completion| matches!(c, Completion::Received { .. });
+    let deadline = d.now_ns() + 5_000_000_000;
+    loop {
+        if let Some(at) = rest.iter().position(received)
+            && let Completion::Received { chunk, .. } = rest.remove(at)
+        {
+            return chunk;
+        }
+        assert!(d.now_ns() < deadline, "nothing arrives; seen {rest:?}");
+        d.poll(rest, Some(deadline));
+    }
+}
+
+/// Nothing is received over what is kept, half of the buffers are left to receive into, and what is kept comes back.
+#[test]
+fn what_was_received_can_be_kept() {
+    both(|mut d| {
+        let mut rest = Vec::new();
+        let (client, server) = pair(&mut d, &mut rest);
+        d.submit(Op::Receive { socket: server }, Token::new(3));
+        let body = fill(&mut d, 4096);
+        let mut kept = Vec::new();
+        for round in 0..20u8 {
+            d.memory().bytes_mut(body.slice()).fill(round);
+            d.submit(Op::Send { socket: client, windows: &[body.slice()] }, Token::new(4));
+            until(&mut d, &mut rest, |c| matches!(c, Completion::Sent { .. }).then_some(()));
+            let mut left = 4096;
+            while left > 0 {
+                let chunk = next_chunk(&mut d, &mut rest);
+                left -= chunk.slice.len();
+                if let Some(part) = d.memory().keep(chunk.slice) {
+                    kept.push((round, part));
+                }
+                d.release_chunk(chunk);
+            }
+        }
+        assert_eq!(kept.len(), 4);
+        for (round, part) in &kept {
+            assert!(d.memory().bytes(part.slice()).iter().all(|b| b == round), "{round}");
+        }
+        let before = kept.len();
+        kept.drain(..).for_each(|(_, part)| d.memory().release(part));
+        // As many as before can be kept again.
+        for _ in 0..before {
+            d.submit(Op::Send { socket: client, windows: &[body.slice()] }, Token::new(4));
+            let chunk = next_chunk(&mut d, &mut rest);
+            kept.push((0, d.memory().keep(chunk.slice).expect("those were given back")));
+            d.release_chunk(chunk);
+            until(&mut d, &mut rest, |c| matches!(c, Completion::Sent { .. }).then_some(()));
+        }
+        kept.drain(..).for_each(|(_, part)| d.memory().release(part));
+        d.memory().release(body);
+    });
 }
 
 #[test]
@@ -272,16 +341,7 @@ fn a_quiet_socket_moves_to_another_driver_with_what_has_arrived() {
         other.submit(Op::Receive { socket }, Token::new(5));
         let mut got = Vec::new();
         while got.len() < want.len() {
-            let chunk = loop {
-                if let Some(at) = rest.iter().position(|c| matches!(c, Completion::Received { .. }))
-                    && let Completion::Received { chunk, token } = rest.remove(at)
-                {
-                    assert_eq!(token.value(), 5);
-                    break chunk;
-                }
-                let deadline = other.now_ns() + 5_000_000_000;
-                other.poll(&mut rest, Some(deadline));
-            };
+            let chunk = next_chunk(&mut other, &mut rest);
             got.extend_from_slice(other.memory().bytes(chunk.slice));
             other.release_chunk(chunk);
         }

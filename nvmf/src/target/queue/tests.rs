@@ -1,4 +1,4 @@
-use cairn_block::HeapMemory;
+use cairn_block::{HeapMemory, Received};
 use proptest::prelude::*;
 
 use super::*;
@@ -133,6 +133,67 @@ fn term_req(sent: &[u8]) -> Option<(u16, u32)> {
 }
 
 /// Each row: what comes after ICReq and a write of 32 KiB whose R2T has TTAG 0, and how it is refused.
+/// Data is not copied where all of it is in one receive buffer, whatever is in front of it and with its digest; where only
+/// some of it is, or where memory keeps nothing, it is.
+#[test]
+fn data_stays_where_it_was_received() {
+    for digests in [Digests::default(), Digests { header: true, data: true }] {
+        let mut rig = Rig::agreed(digests);
+        let chunk = rig.chunk.as_ref().unwrap().slice();
+        let mut received = Received::new(chunk.offset(), chunk.len(), 2);
+        received.take(0);
+        rig.mem.set_received(received);
+        let data: Vec<u8> = (0..4096u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        let mut bytes = write_in_capsule(1, &data, digests);
+        bytes.extend(write_in_capsule(2, &data, digests));
+        let third = write_in_capsule(3, &data, digests);
+        let (head, tail) = third.split_at(1000);
+        bytes.extend(head);
+        assert_eq!(rig.feed(&bytes), len32(bytes.len()));
+        let first = rig.queue().poll_command().unwrap();
+        let second = rig.queue().poll_command().unwrap();
+        assert!(rig.queue().poll_command().is_none());
+        for command in [&first, &second] {
+            let at = command.data.as_ref().unwrap().slice();
+            assert!(at.offset() > chunk.offset() && at.offset() < chunk.offset() + chunk.len());
+            assert!(rig.mem.bytes(at) == data);
+        }
+        let received = rig.mem.received().unwrap();
+        received.give_back(0);
+        assert_eq!(received.poll_free(), None);
+        rig.complete(second);
+        rig.complete(first);
+        assert_eq!(rig.mem.received().unwrap().poll_free(), Some(0));
+        rig.feed(tail);
+        let third = rig.queue().poll_command().unwrap();
+        let at = third.data.as_ref().unwrap().slice();
+        assert!(at.offset() >= chunk.offset() + chunk.len() || at.offset() < chunk.offset());
+        assert!(rig.mem.bytes(at) == data);
+        rig.complete(third);
+        rig.close();
+    }
+}
+
+/// A digest that does not match is told of where the data was kept, too.
+#[test]
+fn damage_to_data_that_is_kept_is_noticed() {
+    let digests = Digests { header: false, data: true };
+    let mut rig = Rig::agreed(digests);
+    let chunk = rig.chunk.as_ref().unwrap().slice();
+    let mut received = Received::new(chunk.offset(), chunk.len(), 2);
+    received.take(0);
+    rig.mem.set_received(received);
+    let mut bytes = write_in_capsule(1, &[7; 4096], digests);
+    bytes[2000] ^= 1;
+    rig.feed(&bytes);
+    assert!(rig.queue().poll_command().is_none());
+    assert!(!rig.sent().is_empty());
+    let received = rig.mem.received().unwrap();
+    received.give_back(0);
+    assert_eq!(received.poll_free(), Some(0), "nothing keeps it");
+    rig.close();
+}
+
 #[test]
 fn malformed_pdus_end_the_connection_with_their_reason() {
     let none = Digests::default();
