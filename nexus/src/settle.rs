@@ -1,10 +1,11 @@
 //! Settling: what was written becomes known to be alike, and on stable storage, everywhere.
 //!
 //! A replica marks an extent open before it changes it. A round takes the marks back: every member in sync
-//! (and the target of a rebuild) begins it, whereupon what is open there is a candidate; all changes that
-//! were submitted before the last of them had begun are waited for; everybody flushes; and then each takes
-//! back the marks of the candidates that were not written meanwhile. So a mark is cleared only after a flush
-//! that all members acknowledged covers it, and nothing is held up.
+//! (and the target of a rebuild) begins it, whereupon what is open there is a candidate; some time is let go
+//! by; all changes that were submitted before the last of them had begun are waited for; everybody flushes;
+//! and then each takes back the marks of the candidates that were not written meanwhile. So a mark is cleared
+//! only after a flush that all members acknowledged covers it, and nothing is held up. What is written all
+//! the time stays open: to open it anew the next write would have to wait for a record.
 //!
 //! The extents whose marks are taken back get the generation of the configuration as their stamp. Whoever
 //! left the in-sync set by that configuration or an earlier one was not among those that flushed. So it may
@@ -28,6 +29,8 @@ enum Stage {
     Idle,
     /// Members are told that the round begins.
     Begin,
+    /// It is seen what is written again.
+    Hold,
     /// Changes that were submitted before are waited for.
     Drain,
     Flush,
@@ -45,6 +48,8 @@ pub(crate) struct Settle {
     /// The target of a rebuild, and how far it is.
     target: Option<(ChildId, u32)>,
     before: u64,
+    /// It is seen until then what is written again.
+    hold_ms: u64,
     failed: bool,
     /// The next round is to begin then; none where nothing was written.
     due_ms: Option<u64>,
@@ -62,18 +67,28 @@ impl Nexus {
     /// Something is being written.
     pub(crate) fn note_change(&mut self, now_ms: u64) {
         if self.settle.due_ms.is_none() {
-            self.settle.due_ms = Some(now_ms + self.config.pace.settle_ms);
+            self.settle.due_ms = Some(now_ms + self.half_ms());
         }
+    }
+
+    /// A round begins so long after a write, and takes so long at least.
+    fn half_ms(&self) -> u64 {
+        self.config.pace.settle_ms / 2
     }
 
     /// A round is to remember how far the rebuild is.
     pub(crate) fn settle_by(&mut self, at_ms: u64) {
         let due = self.settle.due_ms.map_or(at_ms, |due| due.min(at_ms));
         self.settle.due_ms = Some(due);
+        self.settle.hold_ms = self.settle.hold_ms.min(at_ms);
     }
 
     pub(crate) fn settle_timeout(&self, now_ms: u64) -> Option<u64> {
-        let due = self.settle.due_ms.filter(|_| self.settle.is_idle() && self.settle_may())?;
+        let due = if self.settle.stage == Stage::Hold {
+            self.settle.hold_ms
+        } else {
+            self.settle.due_ms.filter(|_| self.settle.is_idle() && self.settle_may())?
+        };
         Some(if due > now_ms { due } else { now_ms + self.config.pace.settle_ms })
     }
 
@@ -113,8 +128,18 @@ impl Nexus {
             Stage::Idle => false,
             Stage::Begin => {
                 self.settle.before = self.take_order();
-                self.settle.stage = Stage::Drain;
+                // How far a rebuild is is remembered soon.
+                let hold_ms = if self.settle.target.is_some() { 0 } else { self.half_ms() };
+                self.settle.hold_ms = now_ms + hold_ms;
+                self.settle.stage = Stage::Hold;
                 true
+            }
+            Stage::Hold => {
+                let over = now_ms >= self.settle.hold_ms;
+                if over {
+                    self.settle.stage = Stage::Drain;
+                }
+                over
             }
             Stage::Drain => {
                 if !self.drained(self.settle.before, whom) && !on(Mutant::SettleWithoutDrain) {

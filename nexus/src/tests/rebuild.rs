@@ -63,12 +63,35 @@ fn a_round_waits_for_what_was_submitted_and_flushes_before_it_ends() {
     w.b.nexus.config.child_deadline_min_ms = 100_000;
     w.b.pass(6000);
     assert_eq!(asked(&w, |op| matches!(op, ChildOp::SettleBegin { .. })), 3);
+    w.b.pass(6000);
     let flush = |op: &ChildOp| matches!(op, ChildOp::Io(r) if r.op == IoOp::Flush);
     assert_eq!(asked(&w, flush), 0, "the slow one is waited for");
     w.run();
     w.b.pass(10);
     assert_eq!(asked(&w, flush), 3);
     assert_eq!(asked(&w, |op| matches!(op, ChildOp::SettleEnd { .. })), 3);
+}
+
+/// What is written all the time stays open for good: closed and opened anew it would cost a record and a flush each
+/// time. A round ends for what is not, no sooner than half of the time after it began.
+#[test]
+fn a_round_sees_for_a_while_what_is_written_again() {
+    let mut w = world(3);
+    rest(&mut w);
+    let blocks = crate::upkeep::EXTENT_BLOCKS;
+    w.write(1, blocks, 1, 7);
+    let end = |w: &World| asked(w, |op| matches!(op, ChildOp::SettleEnd { .. }));
+    w.b.asked.clear();
+    for tag in 0..80 {
+        w.write(10 + tag, 0, 1, 8);
+        w.run();
+        w.b.pass(100);
+        let open = |w: &World, at: usize| w.b.extents.iter().all(|e| e[at] & change::OPEN != 0);
+        assert!(open(&w, 0), "{tag}");
+        assert_eq!(end(&w) == 0, open(&w, 1), "{tag}");
+        assert!(tag > 45 || end(&w) == 0, "{tag}");
+    }
+    assert!(end(&w) >= 3);
 }
 
 #[test]
@@ -648,6 +671,8 @@ fn what_the_target_lacks_since_a_round_began_is_not_said_to_be_copied() {
     fill(&mut w, 1, 1000, 3);
     w.run();
     rest(&mut w);
+    // No round begins by itself.
+    w.b.nexus.config.pace.settle_ms = 1 << 30;
     w.b.disconnect(1);
     fill(&mut w, 2, 1000, 4);
     w.run();
