@@ -30,6 +30,10 @@ impl BufSlice {
     #[must_use]
     pub const fn new(offset: u32, len: u32) -> Self {
         assert!(offset.checked_add(len).is_some(), "a window past the end of the arena");
+        Self::of(offset, len)
+    }
+
+    const fn of(offset: u32, len: u32) -> Self {
         Self(((len as u64) << 32) | offset as u64)
     }
 
@@ -59,7 +63,7 @@ impl BufSlice {
     #[must_use]
     pub const fn sub(self, at: u32, len: u32) -> Self {
         assert!(at <= self.len() && len <= self.len() - at, "a window past the end of its parent");
-        Self::new(self.offset() + at, len)
+        Self::of(self.offset() + at, len)
     }
 
     /// What is left of this window after its first `at` bytes.
@@ -87,7 +91,7 @@ impl Buf {
     /// All the bytes that were asked for.
     #[must_use]
     pub const fn slice(&self) -> BufSlice {
-        BufSlice::new(self.offset, self.len)
+        BufSlice::of(self.offset, self.len)
     }
 
     /// Length in bytes, as asked for.

@@ -40,7 +40,7 @@ pub struct DriverConfig {
     pub spin_ns: u64,
     /// Submission queue entries.
     pub ring_entries: u32,
-    /// Receive buffers, a power of two.
+    /// Receive buffers, a power of two; fewer where they would take more than a quarter of the arena.
     pub recv_buffers: u16,
     /// Bytes in each receive buffer.
     pub recv_buffer_len: u32,
@@ -58,7 +58,7 @@ impl Default for DriverConfig {
             arena_len: 64 << 20,
             spin_ns: 20_000,
             ring_entries: 1024,
-            recv_buffers: 64,
+            recv_buffers: 128,
             recv_buffer_len: 32 << 10,
             max_sockets: 4096,
             max_registered_files: 1024,
@@ -285,7 +285,12 @@ impl UringDriver {
                 features.registered_buffers = false;
             }
         }
-        let recv = RecvRing::new(&ring, &mut arena, config.recv_buffers, config.recv_buffer_len)?;
+        let quarter = config.arena_len / 4 / config.recv_buffer_len;
+        let mut recv_buffers = config.recv_buffers;
+        while u32::from(recv_buffers) > quarter.max(1) {
+            recv_buffers /= 2;
+        }
+        let recv = RecvRing::new(&ring, &mut arena, recv_buffers, config.recv_buffer_len)?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(|e| DriverError::Setup { what: "eventfd", source: e.into() })?;
         let mut driver = Self {

@@ -93,9 +93,11 @@ impl RecvRing {
     /// The kernel has picked buffer `id` and filled `len` bytes of it.
     pub(super) fn take(&mut self, arena: &mut Arena, id: u16, len: u32) -> BufSlice {
         self.offered -= 1;
-        self.picked += 1;
-        if self.picked == SETTLED && self.want > FEW {
-            (self.want, self.picked) = (self.want / 2, 0);
+        if self.want > FEW {
+            self.picked += 1;
+            if self.picked == SETTLED {
+                (self.want, self.picked) = (self.want / 2, 0);
+            }
         }
         arena.received().take(id);
         self.offer(arena);
@@ -104,7 +106,7 @@ impl RecvRing {
 
     /// The kernel has found none to pick.
     pub(super) fn ran_out(&mut self, arena: &Arena) {
-        (self.want, self.picked) = ((self.want * 2).min(self.mask + 1), 0);
+        (self.want, self.picked) = (self.want.saturating_mul(2).min(self.mask + 1), 0);
         self.offer(arena);
     }
 
