@@ -185,15 +185,16 @@ pub(crate) fn judge(report: &Report) -> Vec<Verdict> {
         2.0,
         false,
     );
-    in_files(&mut judge);
+    // Three processes have the replicas either way: the nexus has one of its own, or is in one of these.
+    in_files(&mut judge, "files", "3 replicas in files");
+    in_files(&mut judge, "files-beside", "3 replicas in files, nexus beside one");
     beside_minimal_programs(&mut judge);
     over_iscsi(&mut judge);
     judge.verdicts
 }
 
-fn in_files(judge: &mut Judge<'_>) {
-    let ours = "files";
-    let what = |rest: &str| format!("3 replicas in files, {rest}");
+fn in_files(judge: &mut Judge<'_>, ours: &str, name: &str) {
+    let what = |rest: &str| format!("{name}, {rest}");
     let write = what("4K randwrite QD32 against ");
     for (peer, name, bar) in [
         ("three-files", "three files", 0.85),
