@@ -20,8 +20,9 @@ pub struct Received {
     base: u32,
     len: u32,
     users: Vec<User>,
-    /// Those with parts that are kept.
-    kept: usize,
+    /// Those with parts that are kept, and how many these may be.
+    kept: u16,
+    most: u16,
     /// What the bytes that are kept are to be aligned to.
     alignment: u32,
     /// Those that nobody uses any more.
@@ -29,15 +30,16 @@ pub struct Received {
 }
 
 impl Received {
-    /// Receive buffers from byte `base` of the arena on.
+    /// Receive buffers from byte `base` of the arena on, of which `most` may be kept: fewer than there are to receive into.
     #[must_use]
-    pub fn new(base: u32, len: u32, count: u16) -> Self {
+    pub fn new(base: u32, len: u32, count: u16, most: u16) -> Self {
         let n = usize::from(count);
         Self {
             base,
             len,
             users: vec![User::default(); n],
             kept: 0,
+            most,
             alignment: 1,
             free: Vec::with_capacity(n),
         }
@@ -64,14 +66,13 @@ impl Received {
     pub fn keep(&mut self, slice: BufSlice) -> Option<Buf> {
         let at = slice.offset().checked_sub(self.base)?;
         let id = (at / self.len) as usize;
-        let most = self.users.len() / 2;
         let user = self.users.get_mut(id)?;
         let fits = at % self.len + slice.len() <= self.len;
         if !user.taken || !fits || !slice.offset().is_multiple_of(self.alignment) {
             return None;
         }
         if user.kept == 0 {
-            if self.kept >= most {
+            if self.kept >= self.most {
                 return None;
             }
             self.kept += 1;
@@ -126,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_receive_buffer_is_free_once_nobody_uses_it() {
-        let mut received = Received::new(4096, 1000, 4);
+        let mut received = Received::new(4096, 1000, 4, 2);
         received.take(1);
         let a = received.keep(slice(5100, 100)).unwrap();
         let b = received.keep(slice(5200, 100)).unwrap();
@@ -145,7 +146,7 @@ mod tests {
 
     #[test]
     fn only_what_lies_well_in_one_of_them_is_kept() {
-        let mut received = Received::new(4096, 1024, 4);
+        let mut received = Received::new(4096, 1024, 4, 2);
         received.take(1);
         assert!(received.keep(slice(0, 10)).is_none(), "before them");
         assert!(received.keep(slice(4096, 10)).is_none(), "nothing was received there");
@@ -160,8 +161,8 @@ mod tests {
     }
 
     #[test]
-    fn half_of_them_are_left_to_receive_into() {
-        let mut received = Received::new(0, 1000, 4);
+    fn some_are_left_to_receive_into() {
+        let mut received = Received::new(0, 1000, 4, 2);
         (0..4).for_each(|id| received.take(id));
         let first = received.keep(slice(0, 10)).unwrap();
         let _second = received.keep(slice(1000, 10)).unwrap();
@@ -174,7 +175,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "released twice")]
     fn a_double_release_is_caught() {
-        let mut received = Received::new(0, 1000, 4);
+        let mut received = Received::new(0, 1000, 4, 2);
         received.take(0);
         let part = received.keep(slice(0, 10)).unwrap();
         received.release(Buf::from_parts(0, 10, part.order()));

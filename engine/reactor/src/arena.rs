@@ -148,7 +148,7 @@ impl Arena {
         let pages = (len / PAGE / (1 << MAX_ORDER)).max(1) << MAX_ORDER;
         let map = Mapping::new(pages as usize * PAGE as usize)?;
         map.ask_for_large_pages(0, map.len(), true);
-        let none = Received::new(0, 1, 0);
+        let none = Received::new(0, 1, 0, 0);
         Ok(Self { map, buddy: Buddy::new(pages, MAX_ORDER), received: none })
     }
 

@@ -28,7 +28,7 @@ use crate::seam::{
 use crate::spin::Spinner;
 use disk::Disks;
 pub use features::{DriverError, Features};
-use recv_ring::RecvRing;
+use recv_ring::RecvBuffers;
 use sockets::Sockets;
 
 /// How a driver is set up.
@@ -40,7 +40,8 @@ pub struct DriverConfig {
     pub spin_ns: u64,
     /// Submission queue entries.
     pub ring_entries: u32,
-    /// Receive buffers, a power of two; fewer where they would take more than a quarter of the arena.
+    /// Receive buffers for connections that are accepted, a power of two, and half as many for those that this side makes;
+    /// fewer in a small arena.
     pub recv_buffers: u16,
     /// Bytes in each receive buffer.
     pub recv_buffer_len: u32,
@@ -237,7 +238,7 @@ pub struct UringDriver {
     core: Core,
     disks: Disks,
     sockets: Sockets,
-    recv: RecvRing,
+    recv: RecvBuffers,
     listeners: Vec<Option<Listener>>,
     wake: Arc<EventFd>,
     wake_value: Box<[u8; 8]>,
@@ -285,12 +286,8 @@ impl UringDriver {
                 features.registered_buffers = false;
             }
         }
-        let quarter = config.arena_len / 4 / config.recv_buffer_len;
-        let mut recv_buffers = config.recv_buffers;
-        while u32::from(recv_buffers) > quarter.max(1) {
-            recv_buffers /= 2;
-        }
-        let recv = RecvRing::new(&ring, &mut arena, recv_buffers, config.recv_buffer_len)?;
+        let (count, len) = (config.recv_buffers, config.recv_buffer_len);
+        let recv = RecvBuffers::new(&ring, &mut arena, count, len)?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(|e| DriverError::Setup { what: "eventfd", source: e.into() })?;
         let mut driver = Self {

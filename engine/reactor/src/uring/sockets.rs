@@ -9,7 +9,7 @@ use cairn_block::BufSlice;
 use io_uring::{cqueue, opcode, squeue, types};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage};
 
-use super::recv_ring::{GROUP, RecvRing};
+use super::recv_ring::{GROUPS, Group, RecvBuffers};
 use super::{Core, Kind, Target, with_target};
 use crate::seam::{Chunk, Completion, EndReason, SocketFault, SocketId, Token};
 
@@ -39,6 +39,7 @@ struct Socket {
     stream: TcpStream,
     target: Target,
     generation: u32,
+    group: Group,
     receiving: Receiving,
     recv_token: Token,
     send_token: Option<Token>,
@@ -62,7 +63,8 @@ pub(super) struct Sockets {
     generations: Vec<u32>,
     free: Vec<u32>,
     max: u32,
-    starved: VecDeque<u32>,
+    /// Of each group.
+    starved: [VecDeque<u32>; 2],
 }
 
 /// Closes a connection that was accepted after its listener went away.
@@ -80,7 +82,7 @@ impl Sockets {
             generations: Vec::new(),
             free: Vec::new(),
             max,
-            starved: VecDeque::with_capacity(64),
+            starved: [VecDeque::with_capacity(64), VecDeque::with_capacity(64)],
         }
     }
 
@@ -91,7 +93,7 @@ impl Sockets {
         }
         // SAFETY: the kernel has just made this descriptor for us; nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        self.insert(core, TcpStream::from(fd))
+        self.insert(core, TcpStream::from(fd), Group::Accepted)
     }
 
     /// Takes a socket into the table that was another driver's.
@@ -100,7 +102,7 @@ impl Sockets {
         core: &mut Core,
         stream: TcpStream,
     ) -> Result<SocketId, SocketFault> {
-        self.insert(core, stream)
+        self.insert(core, stream, Group::Accepted)
     }
 
     /// Gives a quiet socket away.
@@ -111,7 +113,12 @@ impl Sockets {
         self.remove(core, id.index)
     }
 
-    fn insert(&mut self, core: &mut Core, stream: TcpStream) -> Result<SocketId, SocketFault> {
+    fn insert(
+        &mut self,
+        core: &mut Core,
+        stream: TcpStream,
+        group: Group,
+    ) -> Result<SocketId, SocketFault> {
         let index = match self.free.pop() {
             Some(index) => index,
             None => {
@@ -132,6 +139,7 @@ impl Sockets {
             stream,
             target,
             generation,
+            group,
             receiving: Receiving::Off,
             recv_token: Token::default(),
             send_token: None,
@@ -176,7 +184,7 @@ impl Sockets {
             .map_err(errno)?;
         nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::TcpNoDelay, &true)
             .map_err(errno)?;
-        let id = self.insert(core, TcpStream::from(fd))?;
+        let id = self.insert(core, TcpStream::from(fd), Group::Connected)?;
         let limit = types::Timespec::from(Duration::from_millis(u64::from(timeout_ms)));
         let connecting =
             Box::new(Connecting { token, address: SockaddrStorage::from(peer), limit });
@@ -226,7 +234,7 @@ impl Sockets {
         assert!(socket.receiving == Receiving::Off, "a socket is received from once");
         socket.recv_token = token;
         socket.receiving = Receiving::Armed;
-        arm(core, id.index, socket.target);
+        arm(core, id.index, socket);
     }
 
     pub(super) fn pause_receive(&mut self, core: &mut Core, id: SocketId) {
@@ -248,17 +256,17 @@ impl Sockets {
     pub(super) fn handle_recv(
         &mut self,
         core: &mut Core,
-        ring: &mut RecvRing,
+        ring: &mut RecvBuffers,
         index: u32,
         result: i32,
         flags: u32,
         out: &mut Vec<Completion>,
     ) {
         let socket = self.slots[index as usize].as_mut().expect("its receive was in flight");
-        let token = socket.recv_token;
+        let (token, group) = (socket.recv_token, socket.group);
         let chunk = cqueue::buffer_select(flags).map(|id| {
             let len = u32::try_from(result).unwrap_or(0);
-            Chunk { id, slice: ring.take(&mut core.arena, id, len) }
+            Chunk { id, slice: ring.take(&mut core.arena, group, id, len) }
         });
         if let Some(chunk) = chunk {
             if socket.closing.is_some() || chunk.slice.is_empty() {
@@ -280,16 +288,16 @@ impl Sockets {
             n if n > 0 || -n == libc::EINTR || -n == libc::EAGAIN => {
                 // The kernel ended a multishot of its own accord, or it was a single one.
                 if socket.receiving != Receiving::Stopping {
-                    arm(core, index, socket.target);
+                    arm(core, index, socket);
                     return;
                 }
                 EndReason::Paused
             }
             n if -n == libc::ENOBUFS => {
-                ring.ran_out(&core.arena);
+                ring.ran_out(&core.arena, group);
                 if socket.receiving != Receiving::Stopping {
                     socket.receiving = Receiving::Starved;
-                    self.starved.push_back(index);
+                    self.starved[group as usize].push_back(index);
                     return;
                 }
                 EndReason::Paused
@@ -305,26 +313,30 @@ impl Sockets {
 
     /// Arms sockets that had found no buffer, those that have waited longest first: as many as there are buffers
     /// now. Those that find none again wait behind all others, or some would never get one.
-    pub(super) fn rearm(&mut self, core: &mut Core, ring: &RecvRing) {
-        self.rearm_some(core, ring.offered());
+    pub(super) fn rearm(&mut self, core: &mut Core, ring: &RecvBuffers) {
+        for group in GROUPS {
+            self.rearm_some(core, group, ring.offered(group));
+        }
     }
 
     /// As [`Sockets::rearm`], before a sleep: one that is armed and has nothing to receive takes no buffer, and none that
     /// has something may be left out while there are buffers.
-    pub(super) fn rearm_all(&mut self, core: &mut Core, ring: &RecvRing) {
-        if ring.offered() > 0 {
-            self.rearm_some(core, usize::MAX);
+    pub(super) fn rearm_all(&mut self, core: &mut Core, ring: &RecvBuffers) {
+        for group in GROUPS {
+            if ring.offered(group) > 0 {
+                self.rearm_some(core, group, usize::MAX);
+            }
         }
     }
 
-    fn rearm_some(&mut self, core: &mut Core, mut most: usize) {
+    fn rearm_some(&mut self, core: &mut Core, group: Group, mut most: usize) {
         while most > 0
-            && let Some(index) = self.starved.pop_front()
+            && let Some(index) = self.starved[group as usize].pop_front()
         {
             let Some(socket) = self.slots[index as usize].as_mut() else { continue };
             if socket.receiving == Receiving::Starved {
                 socket.receiving = Receiving::Armed;
-                arm(core, index, socket.target);
+                arm(core, index, socket);
                 most -= 1;
             }
         }
@@ -414,7 +426,7 @@ impl Sockets {
         let socket = self.slots[index as usize].take()?;
         core.unregister(socket.target);
         self.generations[index as usize] = socket.generation.wrapping_add(1);
-        self.starved.retain(|&s| s != index);
+        self.starved.iter_mut().for_each(|starved| starved.retain(|&s| s != index));
         self.free.push(index);
         Some(socket.stream)
     }
@@ -435,12 +447,13 @@ impl Core {
     }
 }
 
-fn arm(core: &mut Core, index: u32, target: Target) {
+fn arm(core: &mut Core, index: u32, socket: &Socket) {
+    let (target, group) = (socket.target, socket.group as u16);
     let entry = if core.features.multishot_receive {
-        with_target!(target, |fd| opcode::RecvMulti::new(fd, GROUP).build())
+        with_target!(target, |fd| opcode::RecvMulti::new(fd, group).build())
     } else {
         with_target!(target, |fd| opcode::Recv::new(fd, std::ptr::null_mut(), 0)
-            .buf_group(GROUP)
+            .buf_group(group)
             .build())
         .flags(squeue::Flags::BUFFER_SELECT)
     };

@@ -198,6 +198,40 @@ fn what_was_received_can_be_kept() {
     });
 }
 
+/// Hosts that waited for memory held every receive buffer, and so the links to replicas, whose answers would have freed
+/// it, were given up as silent.
+#[test]
+fn accepted_connections_leave_buffers_for_those_that_were_made() {
+    both(|mut d| {
+        let mut rest = Vec::new();
+        let (client, server) = pair(&mut d, &mut rest);
+        d.submit(Op::Receive { socket: server }, Token::new(3));
+        d.submit(Op::Receive { socket: client }, Token::new(5));
+        let body = fill(&mut d, 256 << 10);
+        d.submit(Op::Send { socket: client, windows: &[body.slice()] }, Token::new(4));
+        let held: Vec<_> = (0..8).map(|_| next_chunk(&mut d, &mut rest)).collect();
+        let soon = d.now_ns() + 20_000_000;
+        while d.now_ns() < soon {
+            d.poll(&mut rest, Some(soon));
+        }
+        let received = |c: &Completion| matches!(c, Completion::Received { .. });
+        assert!(!rest.iter().any(received), "there are no more for accepted ones");
+        let word = body.slice().sub(0, 8);
+        for _ in 0..20 {
+            d.submit(Op::Send { socket: server, windows: &[word] }, Token::new(6));
+            let chunk = next_chunk(&mut d, &mut rest);
+            assert_eq!(chunk.slice.len(), 8);
+            d.release_chunk(chunk);
+            until(&mut d, &mut rest, |c| match c {
+                Completion::Sent { token, .. } if token.value() == 6 => Some(()),
+                _ => None,
+            });
+        }
+        held.into_iter().for_each(|chunk| d.release_chunk(chunk));
+        assert!(next_chunk(&mut d, &mut rest).slice.len() > 8, "it goes on");
+    });
+}
+
 #[test]
 fn bytes_arrive_whole_and_in_order_even_when_buffers_run_out() {
     both(|mut d| {

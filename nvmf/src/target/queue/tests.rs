@@ -140,7 +140,7 @@ fn data_stays_where_it_was_received() {
     for digests in [Digests::default(), Digests { header: true, data: true }] {
         let mut rig = Rig::agreed(digests);
         let chunk = rig.chunk.as_ref().unwrap().slice();
-        let mut received = Received::new(chunk.offset(), chunk.len(), 2);
+        let mut received = Received::new(chunk.offset(), chunk.len(), 2, 1);
         received.take(0);
         rig.mem.set_received(received);
         let data: Vec<u8> = (0..4096u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
@@ -180,7 +180,7 @@ fn damage_to_data_that_is_kept_is_noticed() {
     let digests = Digests { header: false, data: true };
     let mut rig = Rig::agreed(digests);
     let chunk = rig.chunk.as_ref().unwrap().slice();
-    let mut received = Received::new(chunk.offset(), chunk.len(), 2);
+    let mut received = Received::new(chunk.offset(), chunk.len(), 2, 1);
     received.take(0);
     rig.mem.set_received(received);
     let mut bytes = write_in_capsule(1, &[7; 4096], digests);
