@@ -84,11 +84,12 @@ impl Nexus {
     }
 
     pub(crate) fn settle_timeout(&self, now_ms: u64) -> Option<u64> {
-        let due = if self.settle.stage == Stage::Hold {
-            self.settle.hold_ms
-        } else {
-            self.settle.due_ms.filter(|_| self.settle.is_idle() && self.settle_may())?
+        let due = match self.settle.stage {
+            Stage::Hold => Some(self.settle.hold_ms),
+            Stage::Idle => self.settle.due_ms,
+            _ => None,
         };
+        let due = due.filter(|_| self.settle_may())?;
         Some(if due > now_ms { due } else { now_ms + self.config.pace.settle_ms })
     }
 
@@ -129,7 +130,8 @@ impl Nexus {
             Stage::Begin => {
                 self.settle.before = self.take_order();
                 // How far a rebuild is is remembered soon.
-                let hold_ms = if self.settle.target.is_some() { 0 } else { self.half_ms() };
+                let soon = self.settle.target.is_some() || due;
+                let hold_ms = if soon { 0 } else { self.half_ms() };
                 self.settle.hold_ms = now_ms + hold_ms;
                 self.settle.stage = Stage::Hold;
                 true

@@ -70,6 +70,7 @@ impl Disks {
     }
 
     pub(super) fn detach(&mut self, core: &mut Core, device: DeviceId) -> Option<Attach> {
+        self.copy(core);
         match self.devices.get_mut(device.0 as usize)?.take()? {
             Device::File { target, file } => {
                 core.unregister(target);
@@ -218,7 +219,9 @@ fn start(core: &mut Core, index: u32, op: InFlight) {
         Request::Write { offset, buf, fua } => {
             let (ptr, len) = (core.arena.ptr(buf), buf.len());
             let flags = if fua { libc::RWF_DSYNC } else { 0 };
-            if fixed {
+            // Of a registered buffer some kernels look at each page: what begins within one is refused, since its
+            // pieces are no whole sectors.
+            if fixed && buf.offset().is_multiple_of(4096) {
                 with_target!(op.target, |fd| opcode::WriteFixed::new(fd, ptr, len, ARENA)
                     .offset(offset.0)
                     .rw_flags(flags)
