@@ -187,12 +187,13 @@ impl Nexus {
             }
             let bad = !slot.bad.is_empty();
             let overtaken = self.read_ended(at);
-            if !ok.is_empty() && overtaken {
-                self.read_again(at, now_ms);
-            } else if !ok.is_empty() {
+            if !ok.is_empty() && !overtaken {
                 self.answer_read(at, now_ms);
-            } else if bad {
+            } else if ok.is_empty() && bad {
                 self.begin_mend(Task::Read(at));
+            } else if overtaken {
+                // Where nobody answered, too: another member would be asked in the middle of the mutation.
+                self.read_again(at, now_ms);
             } else {
                 self.read(at, now_ms);
             }
@@ -389,7 +390,10 @@ impl Nexus {
                         && slot.ok.is_empty()
                         && slot.failed.is_empty()
                 });
-                if fresh {
+                if fresh && self.slots.slot(at).request.op == IoOp::Read {
+                    // While it waited for a member, a mutation may have begun.
+                    self.read_again(at, now_ms);
+                } else if fresh {
                     self.start(at, now_ms);
                 } else if self.slots.get(at).is_some() {
                     self.look(at, now_ms);

@@ -39,7 +39,7 @@ impl SimDriver {
         let mut memory = HeapMemory::new(arena_len + u32::from(CHUNKS) * len);
         let chunks: Vec<Buf> =
             (0..CHUNKS).map(|_| memory.alloc(len).expect("the arena holds the chunks")).collect();
-        let mut received = Received::new(chunks[0].slice().offset(), len, CHUNKS, CHUNKS / 2);
+        let mut received = Received::new(chunks[0].slice().offset(), len, CHUNKS, CHUNKS / 3);
         // Some processes have devices that take nothing as it was received.
         if node.0 % 3 == 2 {
             received.demand_alignment(4096);

@@ -7,7 +7,7 @@ use cairn_block::{BufSlice, HeapMemory, Memory};
 use cairn_engine::reactor::{EndReason, SocketFault, SocketId, Token};
 
 use crate::stream::Stream;
-use crate::world::{CHUNK, Inbox, MS, Machine, NodeId, US, World};
+use crate::world::{CHUNK, CHUNKS_OF_CONNECTED, Inbox, MS, Machine, NodeId, US, World};
 
 /// Bytes that may be on their way in one direction.
 const WINDOW: usize = 128 << 10;
@@ -68,6 +68,9 @@ struct SendInFlight {
     windows: Vec<BufSlice>,
     sum: u32,
 }
+
+/// The side of a connection that was accepted.
+const ACCEPTED: usize = 1;
 
 #[derive(Debug)]
 struct Side {
@@ -506,7 +509,10 @@ impl World {
                 return;
             }
             let target = &mut self.nodes[node.0];
-            let Some(chunk) = target.free_chunks.pop() else {
+            // Some are for connections that this side made.
+            let kept = if side == ACCEPTED { CHUNKS_OF_CONNECTED } else { 0 };
+            let free = &mut target.free_chunks;
+            let Some(chunk) = (free.len() > kept).then(|| free.pop()).flatten() else {
                 self.net.sockets(node).starved.push((conn, side));
                 return;
             };

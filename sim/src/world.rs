@@ -29,6 +29,8 @@ pub struct Machine(pub usize);
 pub(crate) const CHUNK: usize = 8192;
 /// Receive buffers of a node.
 pub(crate) const CHUNKS: u16 = 24;
+/// Of these, for connections that a node made itself.
+pub(crate) const CHUNKS_OF_CONNECTED: usize = 8;
 
 /// Microseconds in nanoseconds.
 pub(crate) const US: u64 = 1_000;

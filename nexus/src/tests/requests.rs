@@ -359,6 +359,37 @@ fn a_read_that_a_write_overtakes_is_done_again_after_it() {
     assert_eq!(b.status_of(4), Some(IoStatus::Ok));
 }
 
+/// Its member died, and another one was asked in the middle of the write that had begun meanwhile: the host saw what no
+/// other member had yet, and what was gone when the nexus died.
+#[test]
+fn a_read_whose_member_goes_away_is_not_done_in_the_middle_of_a_write() {
+    // The member that was asked goes away, or refuses it.
+    for goes in [true, false] {
+        let mut b = Bench::online(3);
+        b.submit(1, IoOp::Read, 10, 4);
+        let asked = b.io.front().unwrap().child.0;
+        b.write(2, 12, 1);
+        if goes {
+            b.disconnect(asked);
+        } else {
+            b.answer(asked, IoStatus::PathError);
+        }
+        let reads = |b: &Bench| {
+            let is = |io: &&ChildIo| matches!(io.op, ChildOp::Io(IoRequest { op: IoOp::Read, .. }));
+            b.io.iter().filter(is).count()
+        };
+        assert_eq!(reads(&b), 0, "it waits for the write");
+        let rest: Vec<u8> = (0..3).filter(|&c| !goes || c != asked).collect();
+        rest.iter().for_each(|&child| b.answer(child, IoStatus::Ok));
+        assert_eq!(b.status_of(2), Some(IoStatus::Ok));
+        assert_eq!(reads(&b), 1);
+        let again = b.io.iter().find(|io| matches!(io.op, ChildOp::Io(r) if r.op == IoOp::Read));
+        let again = again.unwrap().child.0;
+        b.answer(again, IoStatus::Ok);
+        assert_eq!(b.status_of(1), Some(IoStatus::Ok));
+    }
+}
+
 #[test]
 fn a_read_that_has_its_range_for_itself_gives_it_back_where_nobody_can_answer() {
     let mut b = Bench::online(2);
