@@ -91,8 +91,8 @@ fn a_write_without_room_is_done_all_the_same() {
     check([104_919].into_iter(), |seed| run(seed, None));
 }
 
-/// Seeds that found a bug which is mended: reads that a write overtook, also one that was sent to another member, a list of an earlier rebuild, reads
-/// that held the memory which they waited for.
+/// Seeds that found a bug which is mended: reads that a write overtook, also where they were sent to another member
+/// meanwhile (1469), a list of an earlier rebuild, reads that held the memory which they waited for.
 #[test]
 fn seeds_that_found_bugs_of_reads_and_rebuilds() {
     check([1_469, 1_000_046, 1_007_273, 1_009_320, 1_011_825, 1_015_370].into_iter(), |seed| {

@@ -190,14 +190,20 @@ fn progress(op: &mut InFlight, moved: u32) -> Outcome {
 fn fault(op: &mut InFlight, errno: i32) -> Outcome {
     match (errno, &mut op.request) {
         (libc::EINTR | libc::EAGAIN, _) => Outcome::Again,
-        (libc::ENOSPC | libc::EDQUOT, _) => Outcome::Done(Err(DiskFault::NoSpace)),
         // Not every filesystem and device has both ways of zeroing.
         (libc::EOPNOTSUPP, Request::Zero { punch, .. }) if op.retries == 0 => {
             *punch = !*punch;
             op.retries += 1;
             Outcome::Again
         }
-        _ => Outcome::Done(Err(DiskFault::Errno(errno))),
+        _ => Outcome::Done(Err(fault_of(errno))),
+    }
+}
+
+fn fault_of(errno: i32) -> DiskFault {
+    match errno {
+        libc::ENOSPC | libc::EDQUOT => DiskFault::NoSpace,
+        _ => DiskFault::Errno(errno),
     }
 }
 
@@ -258,11 +264,7 @@ fn write_now(core: &Core, file: &BlockFile, request: Request) -> Result<(), Disk
     let Request::Write { offset, buf, fua } = request else { return Ok(()) };
     let written = file.write_at(offset.0, core.arena.bytes(buf));
     let written = if fua { written.and_then(|()| file.flush()) } else { written };
-    written.map_err(|e| match e.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => DiskFault::NoSpace,
-        Some(errno) => DiskFault::Errno(errno),
-        None => DiskFault::Short,
-    })
+    written.map_err(|e| e.raw_os_error().map_or(DiskFault::Short, fault_of))
 }
 
 fn on_memory(core: &mut Core, region: &mut MemRegion, request: Request) -> io::Result<()> {
